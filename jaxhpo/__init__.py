@@ -1,0 +1,25 @@
+"""Hypergradients in JAX: tune the hyperparameters of anything that JAX can train, by their gradient."""
+
+from jaxhpo._adjoint._implicit import Implicit as Implicit
+from jaxhpo._adjoint._unroll import Unroll as Unroll
+from jaxhpo._errors import JaxhpoError as JaxhpoError
+from jaxhpo._errors import NonFiniteError as NonFiniteError
+from jaxhpo._errors import ZeroHypergradientError as ZeroHypergradientError
+from jaxhpo._errors import ZeroHypergradientWarning as ZeroHypergradientWarning
+from jaxhpo._implicit import implicit as implicit
+from jaxhpo._linear._cg import CG as CG
+from jaxhpo._linear._direct import Direct as Direct
+from jaxhpo._linear._identity import Identity as Identity
+from jaxhpo._linear._neumann import Neumann as Neumann
+from jaxhpo._solve import solve as solve
+from jaxhpo._solver import fixed_point as fixed_point
+from jaxhpo._solver import from_optax as from_optax
+from jaxhpo._solver import momentum_sgd as momentum_sgd
+from jaxhpo._types import Info as Info
+from jaxhpo._types import InnerState as InnerState
+from jaxhpo._types import LinearInfo as LinearInfo
+from jaxhpo._types import LinearStatus as LinearStatus
+from jaxhpo._types import Solution as Solution
+from jaxhpo._types import Solver as Solver
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""Derivative rules, one file each: frozen dataclasses with `run(problem) -> (final state, steps taken)`."""

@@ -1,0 +1,124 @@
+"""Differentiate through the inner steps."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from jaxhpo._errors import JaxhpoError
+from jaxhpo._loop import scan_steps
+from jaxhpo._tree import constant, differentiable_inputs, is_inexact, names
+from jaxhpo._types import InnerState, Problem
+from jaxhpo._validate import check_count
+
+
+@dataclasses.dataclass(frozen=True)
+class Unroll:
+    r"""Reverse-mode differentiation through the inner steps, with checkpoints.
+
+    With :math:`\theta_{t+1} = \Phi_t(\theta_t, h)` and the cotangent :math:`a_T = v`, going back
+    :math:`g \mathrel{+}= (\partial_h \Phi_t)^\top a_{t+1}`, :math:`a_t = (\partial_\theta \Phi_t)^\top a_{t+1}`.
+    Sees everything: losses, learning rates, momenta, schedules, initial parameters, data. With `truncate=K` only the last
+    K steps are differentiated (the sum is cut off), so initial parameters and earlier steps get nothing.
+
+    **Cost and bias**: about four plain trainings (forward, redo once or twice, one Hessian product a step); memory of
+    2√T inner states with `"sqrt"`, T with `checkpoint=1`, T steps' activations with None. Exact for the T-step map. The
+    truncated sum errs by :math:`O((1-\alpha\mu)^K)` at a strongly convex solution, and is biased.
+
+    Args:
+      checkpoint: what the backward pass finds stored. None: whatever plain autodiff stores, all activations of all
+        steps. An integer k: one state every k steps (it need not divide the number of steps); 1 is every state.
+        `"sqrt"`: k ≈ √T for T > 16, else 1.
+      truncate: K above, or None for all steps.
+
+    Raises:
+      JaxhpoError: a setting out of its range.
+
+    Example:
+      >>> adjoint = jaxhpo.Unroll(checkpoint=20, truncate=100)
+
+    References:
+      Domke. Generic Methods for Optimization-Based Modeling. 2012.
+      Franceschi, Donini, Frasconi, Pontil. Forward and Reverse Gradient-Based Hyperparameter Optimization. 2017.
+      arXiv:1703.01785
+      Shaban, Cheng, Hatch, Boots. Truncated Back-propagation for Bilevel Optimization. 2019. arXiv:1810.10667
+    """
+
+    checkpoint: int | str | None = "sqrt"
+    truncate: int | None = None
+
+    def __post_init__(self):
+        if isinstance(self.checkpoint, str):
+            if self.checkpoint != "sqrt":
+                raise JaxhpoError(
+                    f"`Unroll(checkpoint=...)` got {self.checkpoint!r}, which is no schedule: write 'sqrt', an integer "
+                    f"(steps between saved states), or None (what plain autodiff keeps)."
+                )
+        elif self.checkpoint is not None:
+            check_count("Unroll(checkpoint=...)", self.checkpoint)
+        if self.truncate is not None:
+            check_count("Unroll(truncate=...)", self.truncate)
+
+    def run(self, problem: Problem) -> tuple[InnerState, jax.Array]:
+        """Runs the inner loop; the result is differentiable through the last `truncate` steps."""
+        if problem.tol is not None:
+            raise JaxhpoError(
+                f"`tol={problem.tol}` stops the inner loop at a data-dependent step, and {self!r} cannot differentiate "
+                f"such a loop in reverse: drop `tol`, or use `adjoint=Implicit(...)`."
+            )
+        steps = problem.num_steps
+        early = max(0, steps - self.truncate) if self.truncate is not None else 0
+        state, inputs, xs = problem.state, problem.inputs, problem.xs
+        if early:
+            state, inputs_early = self._cut(problem, early)
+            head = jax.lax.stop_gradient(jax.tree.map(lambda x: x[:early], xs))
+            state = scan_steps(lambda s, x: problem.advance(s, inputs_early, x), state, head, early, None)
+            state = jax.lax.stop_gradient(state)
+            xs = jax.tree.map(lambda x: x[early:], xs)
+        state = scan_steps(lambda s, x: problem.advance(s, inputs, x), state, xs, steps - early, self.checkpoint)
+        return state, jnp.asarray(steps, jnp.int32)
+
+    def _cut(self, problem, early):
+        """The state and inputs of the steps that are not differentiated, with a warning where that loses something."""
+        state = constant(
+            problem.state,
+            names(problem.state, "state"),
+            f"is an initial value, and {self!r} differentiates only the last {self.truncate} of {problem.num_steps} inner "
+            f"steps, so its hypergradient through this solve is exactly zero. `Unroll()` without `truncate` sees it.",
+        )
+        hparams, closed_over = problem.inputs
+        leaves, structure = jax.tree.flatten(hparams)
+        optimiser_only = _in_step_only(problem, leaves, structure)
+        marked = [
+            constant(
+                leaf,
+                [name],
+                f"acts through the optimiser alone, and {self!r} differentiates only the last {self.truncate} of "
+                f"{problem.num_steps} inner steps: what it did in the first {early} steps is not in its hypergradient (an "
+                f"entry of a schedule used only there gets exactly zero). `Unroll()` without `truncate` sees all steps.",
+                partial=True,
+            )
+            if alone and leaf.ndim
+            else jax.lax.stop_gradient(leaf)
+            for name, leaf, alone in zip(names(hparams, "hparams"), leaves, optimiser_only, strict=True)
+        ]
+        inputs = (jax.tree.unflatten(structure, marked), jax.lax.stop_gradient(closed_over))
+        return state, inputs
+
+
+def _in_step_only(problem, leaves, structure) -> list[bool]:
+    """For each hyperparameter leaf, whether the condition cannot see it: a setting of the optimiser, such as a schedule."""
+    _, *rest = problem.residual_inputs
+    moving = [i for i, leaf in enumerate(leaves) if is_inexact(leaf)]
+
+    def residual(moved):
+        every = list(leaves)
+        for i, leaf in zip(moving, moved, strict=True):
+            every[i] = leaf
+        inputs = (jax.tree.unflatten(structure, every), *rest)
+        return problem.residual(problem.state.params, problem.state.model_state, inputs)
+
+    seen = dict(zip(moving, differentiable_inputs(residual, [leaves[i] for i in moving]), strict=True))
+    return [not seen.get(i, True) for i in range(len(leaves))]

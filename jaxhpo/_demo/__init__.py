@@ -1,0 +1,98 @@
+"""`jaxhpo demo`: five thousand hyperparameters of a digit classifier, tuned by their gradient, against grid and random."""
+
+from __future__ import annotations
+
+import functools
+import math
+import pathlib
+import sys
+import time
+
+import jax
+import numpy as np
+
+from jaxhpo import plot
+from jaxhpo._demo import _cost, _experiment, _picture, _report
+from jaxhpo._demo._experiment import Settings as Settings
+
+
+def run(settings: Settings, out: pathlib.Path) -> dict:
+    """Runs every method, prints the table, and writes `report.json` and `demo.png`.
+
+    Args:
+      settings: what to run.
+      out: an existing folder.
+
+    Returns:
+      What was written into `report.json`.
+
+    Raises:
+      ImportError: without scikit-learn or matplotlib, before anything is trained.
+    """
+    began = time.perf_counter()
+    plot.figure()  # a missing matplotlib is to be known now, not after the training
+    problems, test = _experiment.make_problems(settings)
+    start = _untuned(problems, settings)
+    size = sum(leaf[0].size for leaf in jax.tree.leaves(start))
+    _say(f"{settings.seeds} seeds, {size} hyperparameters, {settings.num_steps} inner steps a training; compiling ...")
+
+    evaluate, gradient, cost = _prepare(start, problems, settings)
+    trials = math.ceil(settings.outer_steps * cost["hypergradient_in_trainings"])
+    searches = _search(evaluate, gradient, start, problems, settings, trials)
+    scores = _experiment.score(
+        {name: search.hparams for name, search in searches.items()}, problems, test, settings.momentum
+    )
+    report = _report.make(settings, searches, scores, cost, trials, size)
+    report["seconds"] = round(time.perf_counter() - began, 1)
+    print(_report.render(report))
+    _picture.draw(report, searches, scores, problems, out / "demo.png")
+    _report.write(report, out / "report.json")
+    print(f"\nWritten: {out / 'report.json'}, {out / 'demo.png'}. Took {time.perf_counter() - began:.0f} s.")
+    return report
+
+
+def _untuned(problems, settings):
+    constant = functools.partial(_experiment.constant_hparams, knots=settings.knots)
+    logs = math.log(settings.penalty), math.log(settings.rate)
+    return jax.vmap(lambda params: constant(params, *logs))(problems.params)
+
+
+def _prepare(start, problems, settings):
+    """The compiled outer loss and hypergradient of all seeds, and what the second costs in units of the first."""
+    outer_loss = functools.partial(_experiment.validation_loss, momentum=settings.momentum)
+    with_gradient = jax.value_and_grad(outer_loss)
+    first = jax.tree.map(lambda leaf: leaf[0], (start, problems))
+    ratio = _cost.count_arithmetic(with_gradient, *first) / _cost.count_arithmetic(outer_loss, *first)
+
+    began = time.perf_counter()
+    evaluate = jax.jit(jax.vmap(outer_loss)).lower(start, problems).compile()
+    gradient = jax.jit(jax.vmap(with_gradient)).lower(start, problems).compile()
+    compiled = time.perf_counter()
+    seconds = [_cost.fastest(function, start, problems) for function in (evaluate, gradient)]
+    cost = {
+        "hypergradient_in_trainings": round(ratio, 3),
+        "how": "floating-point operations of the traced programs, one hypergradient over one training",
+        "hypergradient_in_trainings_by_time": round(seconds[1] / seconds[0], 2),
+        "compile_seconds": round(compiled - began, 2),
+    }
+    return evaluate, gradient, cost
+
+
+def _search(evaluate, gradient, start, problems, settings, trials):
+    """Every method's choice of hyperparameters; none sees the test part."""
+    points = np.log([[settings.penalty, settings.rate]]).astype(np.float32)
+    untuned = np.repeat(points[None], settings.seeds, axis=1)
+    try_points = functools.partial(_experiment.try_points, evaluate, problems=problems, knots=settings.knots)
+    descend = functools.partial(_experiment.descend, gradient, start, problems, settings)
+    return {
+        "untuned": try_points(untuned, name="untuned"),
+        "grid": try_points(_experiment.grid_points(trials, settings.seeds, settings.seed), name="grid"),
+        "random": try_points(_experiment.random_points(trials, settings.seeds, settings.seed), name="random"),
+        "hypergradient": descend(_experiment.EVERYTHING, "hypergradient"),
+        "penalties-only": descend(("log_penalty",), "penalties-only"),
+        "schedule-only": descend(("log_rate",), "schedule-only"),
+    }
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,218 @@
+"""The demo's figures: `report.json`, the printed table, and the sentences under it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import pathlib
+import platform
+
+import jax
+import jaxlib
+import numpy as np
+import optax
+
+import jaxhpo
+from jaxhpo._demo import _experiment
+
+OURS = "hypergradient"
+ABLATIONS = ("penalties-only", "schedule-only")
+COLUMNS = ("test_loss", "test_accuracy", "refit_test_loss", "refit_test_accuracy")
+IN_WORDS = {
+    "test_loss": "test loss as selected",
+    "test_accuracy": "test accuracy as selected",
+    "refit_test_loss": "test loss refitted",
+    "refit_test_accuracy": "test accuracy refitted",
+}
+
+
+def make(settings, searches: dict, scores: dict, cost: dict, trials: int, num_hyperparameters: int) -> dict:
+    """The report as plain numbers, lists and strings.
+
+    Args:
+      settings: the demo's `Settings`.
+      searches: name -> `Search`.
+      scores: name -> `Scores`.
+      cost: what one hypergradient costs.
+      trials: trainings that random search was allowed.
+      num_hyperparameters: of one seed.
+
+    Returns:
+      The contents of `report.json`.
+    """
+    rows = [_row(name, searches[name], scores[name], settings, cost) for name in searches]
+    differences = [_difference(name, scores) for name in searches if name != OURS]
+    return {
+        "settings": dataclasses.asdict(settings),
+        "seeds": list(range(settings.seed, settings.seed + settings.seeds)),
+        "versions": {
+            "jaxhpo": jaxhpo.__version__,
+            "jax": jax.__version__,
+            "jaxlib": jaxlib.__version__,
+            "optax": optax.__version__,
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+            "backend": jax.default_backend(),
+        },
+        "num_hyperparameters": num_hyperparameters,
+        "cost": cost | {"trials": trials},
+        "methods": rows,
+        "paired_differences": differences,
+        "conclusions": conclusions(rows, differences) + _edges(searches),
+    }
+
+
+def _row(name, search, scores, settings, cost) -> dict:
+    by_gradient = search.best_point is None
+    trainings = len(search.values) * (cost["hypergradient_in_trainings"] if by_gradient else 1)
+    chosen = _experiment.best(search.values)
+    found = search.values[chosen, np.arange(settings.seeds)]
+    row = {"name": name} | _mean_and_sem("validation_loss", found)
+    row["validation_loss"] = row.pop("validation_loss_mean")
+    for column, values in scores._asdict().items():
+        row |= _mean_and_sem(column, values)
+    row |= {
+        "inner_steps": round(trainings * settings.num_steps),
+        "evaluations": len(search.values),
+        "seconds": round(search.seconds, 3),
+        "per_seed": {"validation_loss": _plain(found)} | {c: _plain(v) for c, v in scores._asdict().items()},
+        "best_evaluation": (chosen + 1).tolist(),
+    }
+    if not by_gradient:
+        row["penalty"], row["rate"] = (_plain(np.exp(search.best_point[:, i])) for i in (0, 1))
+    return row
+
+
+def _mean_and_sem(name: str, values) -> dict:
+    values = np.asarray(values, np.float64)
+    sem = np.std(values, ddof=1) / math.sqrt(len(values))
+    return {f"{name}_mean": _plain(values.mean()), f"{name}_sem": _plain(sem)}
+
+
+def _plain(value):
+    """Python numbers; None for what is not finite, since JSON has no NaN."""
+    if np.ndim(value):
+        return [_plain(item) for item in value]
+    return round(float(value), 6) if np.isfinite(value) else None
+
+
+def _difference(name: str, scores: dict) -> dict:
+    """Ours minus `name`, seed by seed: splits, initial weights and minibatches are shared, so their noise cancels."""
+    difference = {"method": OURS, "against": name}
+    for column in COLUMNS:
+        difference |= _mean_and_sem(column, getattr(scores[OURS], column) - getattr(scores[name], column))
+    return difference
+
+
+def verdict(column: str, mean: float | None, sem: float | None) -> str:
+    """`better`, `worse`, or `no clear difference` within two standard errors."""
+    if mean is None or sem is None or abs(mean) <= 2 * sem:
+        return "no clear difference"
+    return "better" if (mean < 0) == column.endswith("loss") else "worse"
+
+
+def conclusions(rows: list[dict], differences: list[dict]) -> list[str]:
+    """Sentences on where the hypergradient does not win, computed from the paired differences.
+
+    Args:
+      rows: the report's methods.
+      differences: the report's paired differences.
+
+    Returns:
+      One sentence a list item.
+    """
+    sentences = []
+    for found, text in (("worse", "worse than"), ("no clear difference", "not clearly different from")):
+        where = [
+            f"{d['against']} in {IN_WORDS[c]} ({_signed(d[f'{c}_mean'])} ± {_number(d[f'{c}_sem'])})"
+            for d in differences
+            for c in COLUMNS
+            if verdict(c, d[f"{c}_mean"], d[f"{c}_sem"]) == found
+        ]
+        if where:
+            sentences.append(f"The hypergradient is {text}: {'; '.join(where)}.")
+    if not sentences:
+        sentences.append("The hypergradient is better, by more than two standard errors, in every comparison.")
+    ours = next(row for row in rows if row["name"] == OURS)
+    return sentences + [
+        f"A validation loss that was minimised is no estimate: {OURS} has {_number(ours['validation_loss'])} there and "
+        f"{_number(ours['test_loss_mean'])} on the test part."
+    ]
+
+
+def _edges(searches: dict) -> list[str]:
+    """Says where a baseline's best point lies at the edge of its range, so that a wider range might help it."""
+    limits = np.log([_experiment.PENALTY_RANGE, _experiment.RATE_RANGE])
+    sentences = []
+    for name in ("grid", "random"):
+        point, values = searches[name].best_point, searches[name].values
+        step = (limits[:, 1] - limits[:, 0]) / 40
+        at_edge = (point < limits[:, 0] + step) | (point > limits[:, 1] - step)
+        if at_edge.any() and len(values) > 1:
+            sentences.append(f"{name}: the best point lies at the edge of its range in {at_edge.any(1).sum()} seeds.")
+    return sentences
+
+
+# --- text -------------------------------------------------------------------------------------------------------------
+
+
+def _number(value, digits: int = 3) -> str:
+    return "  n/a" if value is None else f"{value:.{digits}f}"
+
+
+def _signed(value) -> str:
+    return "n/a" if value is None else f"{value:+.3f}"
+
+
+def _pair(row, column) -> str:
+    return f"{_number(row[f'{column}_mean'])} ± {_number(row[f'{column}_sem'])}"
+
+
+def render(report: dict) -> str:
+    """The table and the sentences, as text of at most 120 columns."""
+    settings, cost = report["settings"], report["cost"]
+    lines = [
+        "",
+        f"Digits: {settings['train']} training, {settings['validation']} validation images, the rest test. Mean ± standard "
+        f"error of {settings['seeds']} seeds.",
+        f"{report['num_hyperparameters']} hyperparameters by gradient; grid and random have one penalty and one rate.",
+        "",
+        f"{'':16}{'validation':>11} │{'test, as selected':^31}│{'test, refitted on train + validation':^38}│{'inner':>7}{'':>8}",
+        f"{'method':16}{'loss':>11} │{'loss':^15} {'accuracy':^15}│{'loss':^18} {'accuracy':^19}│{'steps':>7}{'seconds':>8}",
+        f"{'─' * 28}┼{'─' * 31}┼{'─' * 38}┼{'─' * 15}",
+    ]
+    for row in report["methods"]:
+        if row["name"] == ABLATIONS[0]:
+            lines.append(f"{'─' * 28}┼{'─' * 31}┼{'─' * 38}┼{'─' * 15}")
+        selected = f" {_pair(row, 'test_loss')}   {_pair(row, 'test_accuracy')} "
+        refitted = f"{_pair(row, 'refit_test_loss'):^18} {_pair(row, 'refit_test_accuracy'):^19}"
+        lines.append(
+            f"{row['name']:16}{_number(row['validation_loss']):>11} │{selected:^31}│{refitted}│"
+            f"{row['inner_steps']:>7}{row['seconds']:>8.1f}"
+        )
+    lines += [
+        "",
+        f"One hypergradient counts as {cost['hypergradient_in_trainings']:.2f} trainings (floating-point operations of the "
+        f"traced programs; by time, here, {cost['hypergradient_in_trainings_by_time']:.1f}).",
+        f"Seconds: all seeds together, without {cost['compile_seconds']:.1f} s of compilation.",
+        "",
+        *_comparison(report["paired_differences"]),
+        "",
+        *report["conclusions"],
+    ]
+    return "\n".join(lines)
+
+
+def _comparison(differences: list[dict]) -> list[str]:
+    width = 24
+    lines = [f"{'Hypergradient minus':20}" + "".join(f"{IN_WORDS[c].removeprefix('test '):>{width}}" for c in COLUMNS)]
+    for row in differences:
+        cells = "".join(f"{_signed(row[f'{c}_mean'])} ± {_number(row[f'{c}_sem'])}".rjust(width) for c in COLUMNS)
+        lines.append(f"{row['against']:20}{cells}")
+    return lines
+
+
+def write(report: dict, path: pathlib.Path) -> None:
+    """Writes strict JSON."""
+    path.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")

@@ -1,0 +1,32 @@
+"""The library's own exceptions and warnings."""
+
+
+class JaxhpoError(ValueError):
+    """What was given cannot work; the message says what, why, and what to write instead."""
+
+
+class ZeroHypergradientError(JaxhpoError):
+    """A hypergradient is exactly zero because the derivative rule, or the problem, cannot see the hyperparameter."""
+
+
+class NonFiniteError(JaxhpoError):
+    """A loss, a parameter or a hypergradient is NaN or infinite; the message says where that began."""
+
+
+class ZeroHypergradientWarning(UserWarning):
+    """A derivative rule treats an input as a constant although it is being differentiated.
+
+    Issued while tracing, when a derivative with respect to that input is really taken. The input may still enter the
+    outer loss elsewhere, so `solve` only warns; `tune` and `check_hypergradient` see the whole outer loss and raise
+    `ZeroHypergradientError`.
+
+    Args:
+      message: the text, which names the input, the rule, and a rule that sees the input.
+      leaf: the path of the input, such as `hparams['log_lr']`.
+      partial: only some entries or some steps are cut off, not the whole leaf.
+    """
+
+    def __init__(self, message: str, leaf: str = "", partial: bool = False):
+        super().__init__(message)
+        self.leaf = leaf
+        self.partial = partial

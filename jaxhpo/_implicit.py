@@ -1,0 +1,128 @@
+"""The one custom derivative rule: a point with condition(point, args) = 0 moves as the implicit function theorem says."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+
+from jaxhpo._linear._cg import CG
+from jaxhpo._tree import cast_like, differentiable_inputs, hoist, is_inexact, names, scaled, upcast, warn_zero
+from jaxhpo._types import LinearSolver, PyTree
+from jaxhpo._validate import check_linear_solver, check_params, check_residual, describe
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rule:
+    """What `attach` needs besides arrays.
+
+    Attributes:
+      residual: `(params, leaves) -> pytree like params`, closing over nothing.
+      linear_solver: solves with the residual's Jacobian in `params`.
+      names: the name of every leaf, for warnings.
+      remedy: the end of the warning about a leaf that the residual cannot see.
+    """
+
+    residual: Callable[[PyTree, list], PyTree]
+    linear_solver: LinearSolver
+    names: tuple[str, ...]
+    remedy: str
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def attach(rule: Rule, params: PyTree, leaves: list) -> PyTree:
+    """Returns `params` unchanged, with the derivative of the root of `rule.residual` with respect to `leaves`."""
+    return params
+
+
+def _attach_jvp(rule, primals, tangents):
+    # g(θ(h), h) = 0 for all h  ⟹  H θ̇ = −∂g/∂h ḣ  with H = ∂g/∂θ.
+    params, leaves = primals
+    _, dots = tangents
+    # Attached again, so that what follows depends on h through θ(h) too: without it second derivatives are wrong.
+    params = attach(rule, params, leaves)
+    moving = [i for i, d in enumerate(dots) if not isinstance(d, SymbolicZero) and is_inexact(leaves[i])]
+    if not moving:
+        return params, jax.tree.map(jnp.zeros_like, params)
+    point = upcast(params)  # a bfloat16 model's linear solve runs in float32
+
+    def residual(params, moved):
+        every = list(leaves)
+        for i, leaf in zip(moving, moved, strict=True):
+            every[i] = leaf
+        return cast_like(rule.residual(params, every), point)
+
+    moved = [leaves[i] for i in moving]
+    for i, seen in zip(moving, differentiable_inputs(lambda m: residual(point, m), moved), strict=True):
+        if not seen:
+            warn_zero(rule.names[i], rule.remedy)
+    _, rhs = jax.jvp(lambda m: residual(point, m), (moved,), ([dots[i] for i in moving],))
+    _, matvec = jax.linearize(lambda p: residual(p, moved), point)
+    params_dot, _ = rule.linear_solver(matvec, scaled(-1.0, rhs))
+    return params, cast_like(params_dot, params)
+
+
+attach.defjvp(_attach_jvp, symbolic_zeros=True)
+
+
+def implicit(condition: Callable, params: PyTree, args: Any, linear_solver: LinearSolver | None = None) -> PyTree:
+    r"""Attaches an implicit derivative to a point found by any solver whatever.
+
+    Returns `params` unchanged, but with
+    :math:`d\theta/da = -(\partial_\theta g)^{-1} \partial_a g` where g is the condition: closed forms, scikit-learn,
+    SciPy or L-BFGS become differentiable with respect to `args` and to everything that `condition` closes over.
+    First and higher derivatives, forward and reverse.
+
+    **Cost and bias**: one linear solve a derivative, plus one mixed product; memory of one linearisation of the
+    condition. Exact where the condition is zero and the linear solve converged.
+
+    Args:
+      condition: `(params, args) -> pytree like params`, zero at `params`; for a minimum, the gradient of the objective.
+      params: the solution, a pytree of floating-point arrays. No derivative flows into how it was found.
+      args: any pytree that the condition depends on; integer, boolean and key leaves are allowed.
+      linear_solver: solves with the condition's Jacobian in `params`; `CG()` when None, which needs that Jacobian to be
+        symmetric positive definite, as a Hessian at a minimum is. Otherwise take `Direct()`, or `Neumann`.
+
+    Returns:
+      `params`, differentiable.
+
+    Raises:
+      JaxhpoError: `params` has no floating-point leaf or an integer one, or the condition's result does not match it.
+
+    Example:
+      >>> X, y = jnp.array([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]]), jnp.array([1.0, 2.0, 3.0])
+      >>> def condition(w, log_penalty):
+      ...     return X.T @ (X @ w - y) + jnp.exp(log_penalty) * w
+      >>> def ridge(log_penalty):
+      ...     w = jnp.linalg.solve(X.T @ X + jnp.exp(log_penalty) * jnp.eye(2), X.T @ y)
+      ...     return jaxhpo.implicit(condition, w, log_penalty)
+      >>> print(jax.grad(lambda h: jnp.sum(ridge(h)))(0.0).round(3))
+      -0.519
+
+    References:
+      Blondel et al. Efficient and Modular Implicit Differentiation. 2022. arXiv:2105.15183
+    """
+    linear_solver = CG() if linear_solver is None else check_linear_solver(linear_solver)
+    params = check_params(params, "params")
+    args = jax.tree.map(jnp.asarray, args)
+    point, args32 = upcast(params), upcast(args)
+    pure, consts = hoist(condition, point, args32)
+    check_residual(jax.eval_shape(condition, point, args32), point)
+    leaves, structure = jax.tree.flatten(args)
+
+    def residual(params, leaves):
+        args = upcast(jax.tree.unflatten(structure, leaves[len(consts) :]))
+        return pure(leaves[: len(consts)], params, args)
+
+    remedy = (
+        "does not enter the condition, so the derivative of the solution with respect to it is exactly zero. "
+        "Put it into the condition, or do not differentiate with respect to it."
+    )
+    closed_over = [f"a {describe(c)} that the condition closes over" for c in consts]
+    rule = Rule(residual, linear_solver, (*closed_over, *names(args, "args")), remedy)
+    return attach(rule, jax.lax.stop_gradient(params), [*consts, *leaves])

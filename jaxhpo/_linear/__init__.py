@@ -1,0 +1,1 @@
+"""Linear solvers, one file each: `(matvec, b, x0=None) -> (x, LinearInfo)`."""

@@ -1,0 +1,63 @@
+"""The scan over inner steps, and what of it is kept for the backward pass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from jaxhpo._tree import norm
+from jaxhpo._types import InnerState, PyTree
+
+
+def segment_length(checkpoint, num_steps: int) -> int | None:
+    """Steps between saved states: None keeps whatever plain autodiff keeps, 1 keeps every state."""
+    if checkpoint == "sqrt":
+        # Two levels hold T/k + k states, least at k = √T. Below 17 steps, keeping all is as small and runs faster.
+        return 1 if num_steps <= 16 else math.isqrt(num_steps - 1) + 1
+    return checkpoint
+
+
+def scan_steps(advance: Callable, state: InnerState, xs: PyTree, num_steps: int, checkpoint) -> InnerState:
+    """T inner steps. With segments of k steps the backward pass keeps ⌈T/k⌉ states, and k more while it redoes one."""
+
+    def body(state, x):
+        return advance(state, x), None
+
+    k = segment_length(checkpoint, num_steps)
+    if k is None:
+        return jax.lax.scan(body, state, xs, num_steps)[0]
+    # Inside a scan nothing can be merged across iterations, so the barriers of `prevent_cse` are not needed.
+    redo = jax.checkpoint(body, prevent_cse=False)
+    if k == 1:
+        return jax.lax.scan(redo, state, xs, num_steps)[0]
+
+    @jax.checkpoint
+    def segment(state, xs):
+        return jax.lax.scan(redo, state, xs)[0]
+
+    num_segments, rest = divmod(num_steps, k)
+    if num_segments:
+        head = jax.tree.map(lambda x: x[: num_segments * k].reshape(num_segments, k, *x.shape[1:]), xs)
+        state = jax.lax.scan(lambda s, x: (segment(s, x), None), state, head)[0]
+    if rest:
+        state = segment(state, jax.tree.map(lambda x: x[num_segments * k :], xs))
+    return state
+
+
+def run_until(advance: Callable, residual: Callable, state: InnerState, xs: PyTree, max_steps: int, tol):
+    """Inner steps until ‖residual(params, model_state)‖ < tol, at most `max_steps`. Not reverse-differentiable."""
+
+    def unfinished(carry):
+        t, state = carry
+        # `not (norm < tol)` would run a NaN to the last step; `>=` ends it, and `info.finite` tells.
+        return (t < max_steps) & (norm(residual(state.params, state.model_state)) >= tol)
+
+    def body(carry):
+        t, state = carry
+        return t + 1, advance(state, jax.tree.map(lambda x: x[t], xs))
+
+    steps, state = jax.lax.while_loop(unfinished, body, (jnp.asarray(0, jnp.int32), state))
+    return state, steps

@@ -1,0 +1,330 @@
+"""Inner problems: how parameters are trained, as pure functions of the hyperparameters."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxhpo._errors import JaxhpoError
+from jaxhpo._tree import add_scaled, cast_like, cast_varying, varying_axes, zeros_like
+from jaxhpo._types import InnerState, PyTree, Solver
+from jaxhpo._validate import check_callable, check_number, check_residual, describe
+
+
+def from_optax(loss: Callable, tx: Any, *, has_state: bool = False) -> Solver:
+    r"""An inner problem trained by an optax optimiser.
+
+    One step is :math:`u, s \leftarrow \mathrm{tx.update}(\nabla_\theta L(\theta, h, b), s, \theta)`,
+    :math:`\theta \leftarrow \theta + u`; the condition of implicit rules is :math:`\nabla_\theta L = 0`.
+
+    An optimiser that changes the fixed point (decoupled weight decay as in `optax.adamw`, clipping, projection) does not
+    end where that condition holds: `info.optimality` stays large. Under `Implicit`, put the decay into the loss, or use
+    `fixed_point(step)`.
+
+    **Cost and bias**: one gradient of the loss a step. Any optax transformation without a data-dependent loop can be
+    differentiated through; Adam and its kin need `eps_root > 0` (`optax.adam(lr, eps_root=1e-8)`), since the second
+    derivative of a square root at zero is infinite.
+
+    Args:
+      loss: `(params, hparams, batch) -> scalar`; with `has_state`,
+        `(params, hparams, batch, model_state) -> (scalar, model_state)`.
+      tx: an `optax.GradientTransformation`, or a function `hparams -> GradientTransformation`: then learning rates,
+        momenta, schedules and decays are hyperparameters. `value`, `grad` and `value_fn` are passed to it.
+      has_state: the model carries state such as batch-norm statistics.
+
+    Returns:
+      A `Solver`.
+
+    Raises:
+      JaxhpoError: `tx` is neither, or the loss has the wrong signature or result.
+
+    Example:
+      >>> def train_loss(params, hparams, batch):
+      ...     return jnp.sum((params - batch) ** 2) + jnp.exp(hparams["log_decay"]) * jnp.sum(params**2)
+      >>> solver = jaxhpo.from_optax(train_loss, lambda h: optax.sgd(jnp.exp(h["log_lr"]), momentum=0.9))
+
+    References:
+      DeepMind et al. The DeepMind JAX Ecosystem. 2020.
+    """
+    evaluate = _checked_loss(loss, has_state)
+    make_tx = _checked_tx(tx)
+
+    def init(params, hparams, model_state=None):
+        return InnerState(params, make_tx(hparams).init(params), _checked_state(model_state, has_state))
+
+    def step(state, hparams, batch):
+        params, opt_state, model_state = state
+        (value, model_state), grad = _value_and_grad(evaluate, params, hparams, batch, model_state)
+        updates, opt_state = optax.with_extra_args_support(make_tx(hparams)).update(
+            grad,
+            opt_state,
+            params,
+            value=value,
+            grad=grad,
+            value_fn=lambda p: evaluate(p, hparams, batch, state.model_state)[0],
+        )
+        params = optax.apply_updates(params, updates)
+        return InnerState(params, opt_state, model_state)
+
+    return Solver(init, step, _gradient_of(evaluate), "from_optax")
+
+
+class MomentumState(NamedTuple):
+    """The state of `momentum_sgd`.
+
+    Attributes:
+      velocity: v, like the parameters.
+      count: steps taken, int32.
+    """
+
+    velocity: PyTree
+    count: jax.Array
+
+
+def momentum_sgd(loss: Callable, learning_rate: Any, momentum: Any, *, has_state: bool = False) -> Solver:
+    r"""Gradient descent with momentum, in the form that can be run backwards.
+
+    .. math:: v \leftarrow m_t v - (1 - m_t) g, \qquad \theta \leftarrow \theta + \alpha_t v
+
+    The form matters: :math:`v \leftarrow m v + g,\ \theta \leftarrow \theta - \alpha v` (`optax.sgd`) has the same
+    trajectory after rescaling a constant rate, but other derivatives with respect to the rate of a single step.
+
+    **Cost and bias**: one gradient of the loss a step; the velocity is one copy of the parameters.
+
+    Args:
+      loss: as in `from_optax`.
+      learning_rate: α, a float, or a function `(hparams, step) -> float or a prefix tree of params` (a rate per layer).
+      momentum: m in [0, 1), likewise.
+      has_state: as in `from_optax`.
+
+    Returns:
+      A `Solver`.
+
+    Raises:
+      JaxhpoError: a rate that is neither a number nor a function, or out of its range.
+
+    Example:
+      >>> solver = jaxhpo.momentum_sgd(
+      ...     lambda p, h, batch: jnp.sum((p - h["target"]) ** 2),
+      ...     learning_rate=lambda h, step: jnp.exp(h["log_lr"])[step],
+      ...     momentum=0.9,
+      ... )
+
+    References:
+      Maclaurin, Duvenaud, Adams. Gradient-based Hyperparameter Optimization through Reversible Learning. 2015.
+      arXiv:1502.03492
+    """
+    evaluate = _checked_loss(loss, has_state)
+    rate = _checked_schedule("learning_rate", learning_rate, upper=None)
+    decay = _checked_schedule("momentum", momentum, upper=1.0)
+
+    def init(params, hparams, model_state=None):
+        del hparams
+        state = MomentumState(zeros_like(params), jnp.zeros((), jnp.int32))
+        return InnerState(params, state, _checked_state(model_state, has_state))
+
+    def step(state, hparams, batch):
+        params, (velocity, count), model_state = state
+        (_, model_state), grad = _value_and_grad(evaluate, params, hparams, batch, model_state)
+        m = _broadcast_prefix(decay(hparams, count), params, "momentum")
+        alpha = _broadcast_prefix(rate(hparams, count), params, "learning_rate")
+        velocity = jax.tree.map(lambda m, v, g: m * v - (1 - m) * g, m, velocity, grad)
+        params = jax.tree.map(lambda p, a, v: p + a * v, params, alpha, velocity)
+        return InnerState(params, MomentumState(velocity, count + 1), model_state)
+
+    return Solver(init, step, _gradient_of(evaluate), "momentum_sgd")
+
+
+def fixed_point(step: Callable, condition: Callable | None = None) -> Solver:
+    r"""An inner problem given by your own update :math:`\theta \leftarrow \Phi(\theta, h, b)`.
+
+    Proximal and projected steps, decoupled decay, EM, power iterations: whatever converges. Implicit rules
+    differentiate :math:`\theta = \Phi(\theta, h, b)`.
+
+    **Cost and bias**: one call of `step` a step. The Jacobian of :math:`\theta - \Phi` is not symmetric in general,
+    so `CG` refuses it: take `Neumann(num_terms, 1.0)`, whose sum is :math:`\sum_k J^k`, or `Direct()`.
+
+    Args:
+      step: `(params, hparams, batch) -> params`.
+      condition: `(params, hparams, batch) -> pytree like params`, zero at the solution, in place of θ − Φ(θ); when it
+        is the gradient of an objective, its Jacobian is symmetric and `CG` may be used.
+
+    Returns:
+      A `Solver`.
+
+    Raises:
+      JaxhpoError: a function with another signature, or a result that does not match the parameters.
+
+    Example:
+      >>> soft = lambda x, t: jnp.sign(x) * jnp.maximum(jnp.abs(x) - t, 0)
+      >>> def ista(w, h, batch):
+      ...     X, y = batch
+      ...     return soft(w - 0.1 * X.T @ (X @ w - y), 0.1 * jnp.exp(h))
+      >>> solver = jaxhpo.fixed_point(ista)
+
+    References:
+      Bertrand et al. Implicit differentiation of Lasso-type models for hyperparameter optimization. 2020.
+      arXiv:2002.08943
+    """
+    check_callable("step", step, "step(params, hparams, batch)", 3)
+    if condition is not None:
+        check_callable("condition", condition, "condition(params, hparams, batch)", 3)
+
+    def init(params, hparams, model_state=None):
+        del hparams
+        return InnerState(params, None, _checked_state(model_state, has_state=False))
+
+    def advance(state, hparams, batch):
+        params = step(state.params, hparams, batch)
+        check_residual(params, state.params, "step")
+        return InnerState(params, None, None)
+
+    def residual(params, hparams, batch, model_state):
+        del model_state
+        if condition is not None:
+            return condition(params, hparams, batch)
+        after = step(params, hparams, batch)
+        check_residual(after, params, "step")
+        return add_scaled(params, -1.0, after)
+
+    return Solver(init, advance, residual, "fixed_point", symmetric=condition is not None)
+
+
+def _value_and_grad(evaluate, params, hparams, batch, model_state):
+    # Inside `shard_map`, the gradient of a loss that differs from device to device, at parameters that do not, would be
+    # summed over devices: separate inner problems would silently become one. A loss with a `pmean` does not differ.
+    value = jax.eval_shape(lambda: evaluate(params, hparams, batch, model_state)[0])
+    params = cast_varying(params, varying_axes(value))
+    (value, new_state), grad = jax.value_and_grad(evaluate, has_aux=True)(params, hparams, batch, model_state)
+    return (value, new_state), cast_like(grad, params)
+
+
+def _gradient_of(evaluate):
+    def condition(params, hparams, batch, model_state):
+        return _value_and_grad(evaluate, params, hparams, batch, model_state)[1]
+
+    return condition
+
+
+def _checked_loss(loss, has_state):
+    """`(params, hparams, batch, model_state) -> (scalar, model_state)`, with the mistakes of a loss caught as it is traced."""
+    if has_state:
+        signature = "loss(params, hparams, batch, model_state)"
+        check_callable("loss", loss, signature, 4)
+    else:
+        check_callable("loss", loss, "loss(params, hparams, batch)", 3)
+
+    def evaluate(params, hparams, batch, model_state):
+        args = (params, hparams, batch, model_state) if has_state else (params, hparams, batch)
+        try:
+            out = loss(*args)
+        except (TypeError, AttributeError) as error:
+            if batch is None and "None" in str(error):
+                raise JaxhpoError(
+                    f"`loss` raised `{error}` on `batch=None`, since `solve` got `batches=None`: pass `batches=`, "
+                    f"or write a loss that ignores its third argument."
+                ) from error
+            raise
+        value, new_state = _checked_output(out, has_state), model_state
+        if has_state:
+            value, new_state = out
+        return jnp.asarray(value), new_state
+
+    return evaluate
+
+
+def _checked_output(out, has_state):
+    if has_state and not (isinstance(out, tuple) and len(out) == 2):
+        raise JaxhpoError(
+            f"`loss` returned {describe(out)}, but with `has_state=True` it must return `(scalar, model_state)`."
+        )
+    if not has_state and isinstance(out, tuple):
+        raise JaxhpoError(
+            "`loss` returned a tuple, but it must return a scalar: drop the rest, or, if it is model state, write "
+            "`from_optax(loss, tx, has_state=True)` and a loss `(params, hparams, batch, model_state) -> (scalar, state)`."
+        )
+    value = out[0] if has_state else out
+    if isinstance(value, float):
+        value = jnp.asarray(value)
+    if not hasattr(value, "dtype"):
+        raise JaxhpoError(f"`loss` returned {describe(value)}, which has no gradient: return a scalar array.")
+    if value.shape != ():
+        raise JaxhpoError(f"`loss` returned shape {value.shape}, but a gradient needs a scalar: take `.mean()` or `.sum()`.")
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise JaxhpoError(
+            f"`loss` returned {describe(value)}, which has no gradient: return a real floating-point scalar (a count "
+            f"such as the number of errors can be an outer metric, not a train loss)."
+        )
+    return value
+
+
+def _checked_tx(tx):
+    wanted = "an `optax.GradientTransformation` such as `optax.sgd(0.1)`, or a function `hparams -> GradientTransformation`"
+    if _is_transformation(tx):
+        return lambda hparams: tx
+    if not callable(tx):
+        raise JaxhpoError(f"`tx` got {describe(tx)}, which is neither {wanted}.")
+    try:
+        parameters = list(inspect.signature(tx).parameters)
+    except ValueError:
+        parameters = []
+    if parameters[:1] == ["learning_rate"]:
+        name = getattr(tx, "__name__", "optimiser")
+        raise JaxhpoError(
+            f"`tx` got the function `{name}` itself, which takes a learning rate and not the hyperparameters: write "
+            f"`optax.{name}(0.1)`, or `lambda hparams: optax.{name}(hparams['learning_rate'])` to tune the rate."
+        )
+    check_callable("tx", tx, "tx(hparams)", 1)
+
+    def make(hparams):
+        made = tx(hparams)
+        if not _is_transformation(made):
+            raise JaxhpoError(f"`tx(hparams)` returned {describe(made)}, but it must return {wanted.split(',')[0]}.")
+        return made
+
+    return make
+
+
+def _is_transformation(tx) -> bool:
+    return callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None)) and not isinstance(tx, type)
+
+
+def _checked_schedule(what, value, upper):
+    if callable(value):
+        check_callable(what, value, f"{what}(hparams, step)", 2)
+        return value
+    if isinstance(value, jax.Array | jax.core.Tracer) and value.ndim == 0:
+        return lambda hparams, step: value
+    check_number(what, value, 0, strict=False)
+    if upper is not None and value >= upper:
+        raise JaxhpoError(f"`{what}` got {value}, but the velocity would never decay: write a number in [0, {upper}).")
+    return lambda hparams, step: value
+
+
+def _checked_state(model_state, has_state):
+    if has_state and model_state is None:
+        raise JaxhpoError(
+            "`init` got no model state, but the solver was made with `has_state=True`: write "
+            "`solver.init(params, hparams, model_state)`, or drop `has_state`."
+        )
+    if not has_state and model_state is not None:
+        raise JaxhpoError(
+            "`init` got a model state, but the solver was made without `has_state=True`, so the loss would never see it: "
+            "write `from_optax(loss, tx, has_state=True)`."
+        )
+    return model_state
+
+
+def _broadcast_prefix(prefix, tree, what):
+    try:
+        return jax.tree.map(lambda value, sub: jax.tree.map(lambda _: value, sub), prefix, tree)
+    except ValueError as error:
+        raise JaxhpoError(
+            f"`{what}` returned a tree that is no prefix of the parameters ({error}): return one number, or one per "
+            f"subtree of the parameters."
+        ) from error

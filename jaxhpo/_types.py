@@ -1,0 +1,149 @@
+"""The few types that every part of the library shares."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+
+PyTree = Any
+
+
+class InnerState(NamedTuple):
+    """What the inner optimisation carries from step to step.
+
+    Attributes:
+      params: the inner parameters θ, a pytree of floating-point arrays.
+      opt_state: the inner optimiser's state.
+      model_state: batch-norm statistics and the like; None without `has_state`.
+    """
+
+    params: PyTree
+    opt_state: PyTree = None
+    model_state: PyTree = None
+
+
+class Info(NamedTuple):
+    """How the inner solve ended. Not differentiated; free under `jit` when unused.
+
+    Attributes:
+      optimality: Euclidean norm of the condition (for `from_optax` the gradient of the train loss) at the solution,
+        on `condition_batch`, else on the last batch. Implicit rules are exact as it goes to zero. If it stays large
+        while the parameters no longer move, the optimiser has another fixed point than the train loss (decoupled
+        weight decay, clipping, projection): put the decay into the loss, or use `fixed_point(step)`.
+      num_steps: inner steps taken (int32).
+      finite: whether every parameter and the condition are finite (bool).
+    """
+
+    optimality: jax.Array
+    num_steps: jax.Array
+    finite: jax.Array
+
+
+class Solution(NamedTuple):
+    """The result of `solve`.
+
+    Attributes:
+      params: the trained parameters, differentiable by the chosen rule.
+      opt_state: the optimiser's final state.
+      model_state: the final model state.
+      info: how the solve ended.
+    """
+
+    params: PyTree
+    opt_state: PyTree
+    model_state: PyTree
+    info: Info
+
+    @property
+    def state(self) -> InnerState:
+        """The `InnerState` from which a next solve can be warm-started."""
+        return InnerState(self.params, self.opt_state, self.model_state)
+
+
+class Solver(NamedTuple):
+    """An inner problem: pure functions made by `from_optax`, `momentum_sgd` or `fixed_point`.
+
+    Attributes:
+      init: `(params, hparams, model_state=None) -> InnerState`.
+      step: `(InnerState, hparams, batch) -> InnerState`, the map Φ of the papers.
+      condition: `(params, hparams, batch, model_state) -> pytree like params`, zero at the solution.
+      name: how it was made, for messages.
+      symmetric: whether the condition's Jacobian in `params` is symmetric, as a gradient's is.
+    """
+
+    init: Callable[..., InnerState]
+    step: Callable[[InnerState, PyTree, PyTree], InnerState]
+    condition: Callable[[PyTree, PyTree, PyTree, PyTree], PyTree]
+    name: str = "Solver"
+    symmetric: bool = True
+
+
+class Problem(NamedTuple):
+    """One validated inner solve, as a derivative rule receives it: no closure hides an input.
+
+    Attributes:
+      advance: `(state, inputs, x) -> state`, one inner step on one slice `x` of `xs`.
+      inputs: what `advance` depends on, `(hparams, closed-over values)`.
+      xs: pytree with leading axis `num_steps`.
+      state: the initial `InnerState`.
+      num_steps: steps to take, or with `tol` the most that may be taken.
+      residual: `(params, model_state, residual_inputs) -> pytree like params`, zero at the solution.
+      residual_inputs: `(hparams, condition batch, closed-over values)`.
+      tol: stop when the norm of the residual is below it.
+      key: randomness for the rules that need it.
+      solver: the `Solver`, for its name and symmetry.
+    """
+
+    advance: Callable[[InnerState, PyTree, PyTree], InnerState]
+    inputs: PyTree
+    xs: PyTree
+    state: InnerState
+    num_steps: int
+    residual: Callable[[PyTree, PyTree, PyTree], PyTree]
+    residual_inputs: PyTree
+    tol: Any
+    key: Any
+    solver: Solver
+
+
+@runtime_checkable
+class Adjoint(Protocol):
+    """A derivative rule: runs the inner loop so that its result carries the rule's derivative."""
+
+    def run(self, problem: Problem) -> tuple[InnerState, Any]:
+        """Returns the final state and the number of steps taken."""
+        ...
+
+
+class LinearStatus(enum.IntEnum):
+    """How a linear solve ended."""
+
+    CONVERGED = 0
+    MAX_ITERATIONS = 1
+    INDEFINITE = 2
+    NOT_FINITE = 3
+
+
+class LinearInfo(NamedTuple):
+    """Diagnostics of a linear solve A x = b.
+
+    Attributes:
+      residual: ‖b − A x‖ / ‖b‖ (0 where b = 0).
+      num_iterations: products with A.
+      status: a `LinearStatus` value, int32.
+    """
+
+    residual: jax.Array
+    num_iterations: jax.Array
+    status: jax.Array
+
+
+class LinearSolver(Protocol):
+    """`(matvec, b, x0=None) -> (x, LinearInfo)`: solves A x = b for pytrees b, with A given by its products."""
+
+    def __call__(self, matvec: Callable[[PyTree], PyTree], b: PyTree, x0: PyTree = None) -> tuple[PyTree, LinearInfo]:
+        """Solves the system."""
+        ...

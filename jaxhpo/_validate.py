@@ -1,0 +1,153 @@
+"""Checks at the door. Every message says what was given, why it cannot work, and what to write instead."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import numbers
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxhpo._errors import JaxhpoError
+from jaxhpo._tree import is_inexact, names
+from jaxhpo._types import PyTree
+
+
+def check_count(what: str, value, minimum: int = 1) -> None:
+    """Raises unless `value` is an integer ≥ `minimum` (and no bool)."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise JaxhpoError(f"`{what}` got {value!r} ({type(value).__name__}), but it counts something: write an integer.")
+    if value < minimum:
+        raise JaxhpoError(f"`{what}` got {value}, but it must be at least {minimum}: write {minimum} or more.")
+
+
+def check_number(what: str, value, minimum: float, strict: bool) -> None:
+    """Raises unless `value` is a finite Python number above `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise JaxhpoError(
+            f"`{what}` got {value!r} ({type(value).__name__}), but a rule's settings are compared and hashed, so they "
+            f"must be plain numbers: write a Python float such as 0.1."
+        )
+    if not math.isfinite(value) or value < minimum or (strict and value == minimum):
+        bound = f"above {minimum}" if strict else f"at least {minimum}"
+        raise JaxhpoError(f"`{what}` got {value}, but it must be finite and {bound}: write such a number.")
+
+
+def check_positive(what: str, value) -> None:
+    """Raises unless `value` is a finite Python number > 0."""
+    check_number(what, value, 0, strict=True)
+
+
+def check_nonnegative(what: str, value) -> None:
+    """Raises unless `value` is a finite Python number ≥ 0."""
+    check_number(what, value, 0, strict=False)
+
+
+def check_linear_solver(linear_solver):
+    """Raises unless this is a linear solver, set up and ready to be called."""
+    if isinstance(linear_solver, type):
+        name = linear_solver.__name__
+        raise JaxhpoError(f"`linear_solver` got the class {name}, not an instance: write `{name}(...)`.")
+    if not callable(linear_solver):
+        raise JaxhpoError(
+            f"`linear_solver` got {linear_solver!r}, but it is called as `linear_solver(matvec, b)`: write "
+            f"`CG()`, `Neumann(num_terms, step_size)`, `Identity(scale)` or `Direct()`."
+        )
+    return linear_solver
+
+
+def describe(leaf) -> str:
+    """`float32[3]` for an array, the value and its type for anything else."""
+    if isinstance(leaf, (jax.Array, np.ndarray, np.generic)) or hasattr(leaf, "dtype"):
+        return f"{leaf.dtype}{list(leaf.shape)}"
+    return f"{leaf!r} ({type(leaf).__name__})"
+
+
+def is_array(leaf) -> bool:
+    """Whether JAX can compute with the leaf: an array of numbers, booleans or keys, or a Python number."""
+    if isinstance(leaf, (bool, int, float, complex, jax.Array)):
+        return True
+    return isinstance(leaf, (np.ndarray, np.generic)) and leaf.dtype.kind in "biufcV"
+
+
+def check_finite(tree: PyTree, what: str, allow_infinite: bool = False) -> None:
+    """Raises where a concrete leaf holds NaN (or an infinity). Traced leaves pass: `info.finite` reports on them."""
+    for name, leaf in zip(names(tree, what), jax.tree.leaves(tree), strict=True):
+        if isinstance(leaf, jax.core.Tracer) or not is_inexact(leaf):
+            continue
+        bad = jnp.isnan(leaf) if allow_infinite else ~jnp.isfinite(leaf)
+        if jnp.any(bad):
+            first = tuple(int(i[0]) for i in jnp.nonzero(jnp.atleast_1d(bad), size=1))
+            raise JaxhpoError(
+                f"`{name}` holds {int(jnp.sum(bad))} values that are NaN or infinite, the first at index {first}; "
+                f"every result would be NaN. Clean the values, or mask them inside the loss."
+            )
+
+
+def check_params(params: PyTree, what: str) -> PyTree:
+    """Raises unless every leaf is a real floating-point array; returns the tree as JAX arrays."""
+    if not jax.tree.leaves(params):
+        raise JaxhpoError(f"`{what}` got {params!r}, which has no leaves: give a pytree of floating-point arrays.")
+    for name, leaf in zip(names(params, what), jax.tree.leaves(params), strict=True):
+        if not is_array(leaf):
+            raise JaxhpoError(f"`{name}` is {describe(leaf)}, not an array: give floating-point arrays or floats.")
+        if not is_inexact(leaf) or jnp.iscomplexobj(leaf):
+            raise JaxhpoError(
+                f"`{name}` is {describe(leaf)}, but only real floating-point values can be moved along a gradient: "
+                f"write it as a float (`1.0`, `.astype(float)`), or keep it out of the tree by closing over it."
+            )
+    return jax.tree.map(jnp.asarray, params)
+
+
+def check_arrays(tree: PyTree, what: str) -> PyTree:
+    """Raises unless every leaf is an array of some kind; returns the tree unchanged."""
+    for name, leaf in zip(names(tree, what), jax.tree.leaves(tree), strict=True):
+        if not is_array(leaf):
+            raise JaxhpoError(f"`{name}` is {describe(leaf)}, not an array: give numbers, or close over it in the loss.")
+    return tree
+
+
+def check_callable(what: str, fn, signature: str, num_args: int) -> None:
+    """Raises unless `fn` can be called with `num_args` positional arguments."""
+    if not callable(fn):
+        raise JaxhpoError(f"`{what}` got {describe(fn)}, which cannot be called: give a function `{signature}`.")
+    try:
+        inspect.signature(fn).bind(*range(num_args))
+    except TypeError:
+        raise JaxhpoError(
+            f"`{what}` got a function of signature `{inspect.signature(fn)}`, but it is called with {num_args} "
+            f"positional arguments: write it as `{signature}`."
+        ) from None
+    except ValueError:
+        pass  # a builtin without a signature
+
+
+def check_key(key, what: str = "key"):
+    """Raises unless `key` is one typed key, or None."""
+    if key is None:
+        return None
+    if not hasattr(key, "dtype") or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        hint = "jax.random.wrap_key_data(key)" if getattr(key, "shape", None) == (2,) else "jax.random.key(0)"
+        raise JaxhpoError(
+            f"`{what}` got {describe(key)}, but a typed key is needed, so that a key cannot be mistaken for data: "
+            f"write `{hint}`."
+        )
+    if key.shape != ():
+        raise JaxhpoError(f"`{what}` got an array of keys of shape {key.shape}, but one key is needed: index it.")
+    return key
+
+
+def check_residual(out: PyTree, params: PyTree, what: str = "condition") -> None:
+    """Raises unless the result of `what` has the structure and shapes of the parameters."""
+    got, want = jax.tree.structure(out), jax.tree.structure(params)
+    if got != want:
+        raise JaxhpoError(
+            f"`{what}` returns the tree {got}, but the parameters are {want}: return one array per parameter."
+        )
+    for name, o, p in zip(names(params, "params"), jax.tree.leaves(out), jax.tree.leaves(params), strict=True):
+        if o.shape != p.shape:
+            raise JaxhpoError(
+                f"`{what}` returns shape {o.shape} for `{name}` of shape {p.shape}: return one value per parameter."
+            )

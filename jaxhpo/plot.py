@@ -1,0 +1,155 @@
+"""Small matplotlib pieces that draw into given axes; nothing touches pyplot's global state, so all work headless."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+
+def figure(rows: int = 1, columns: int = 1, *, width: float = 11.0, height: float = 8.0) -> tuple[Any, np.ndarray]:
+    """A figure that belongs to nobody else, with a grid of axes.
+
+    Args:
+      rows: number of rows of axes.
+      columns: number of columns of axes.
+      width: inches.
+      height: inches.
+
+    Returns:
+      The matplotlib `Figure` and a (rows, columns) array of its axes.
+
+    Raises:
+      ImportError: without matplotlib.
+
+    Example:
+      >>> from jaxhpo import plot
+      >>> figure, axes = plot.figure(1, 2)
+      >>> axes.shape
+      (1, 2)
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            f"`jaxhpo.plot` draws with matplotlib, which cannot be imported ({error}). "
+            "Install it: pip install 'jaxhpo[demo]'"
+        ) from error
+    canvas = Figure(figsize=(width, height), layout="constrained")
+    axes = canvas.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+    return canvas, axes
+
+
+def save(figure: Any, path: str | os.PathLike, *, dpi: int = 150) -> None:
+    """Writes a figure to a file whose ending names the format.
+
+    Args:
+      figure: what `figure` returned.
+      path: such as `"demo.png"` or `"demo.pdf"`.
+      dpi: dots an inch, for formats made of pixels.
+
+    Example:
+      >>> from jaxhpo import plot
+      >>> figure, axes = plot.figure()
+      >>> plot.save(figure, "/tmp/empty.png")
+    """
+    figure.savefig(path, dpi=dpi)
+
+
+def band(axis: Any, x, mean, sem, *, label: str, color: Any = None, **style: Any) -> None:
+    """A line with a band of plus and minus one standard error; points that are not finite are left out.
+
+    Args:
+      axis: matplotlib axes.
+      x: (n,) abscissae.
+      mean: (n,) values.
+      sem: (n,) standard errors.
+      label: the legend's text.
+      color: any matplotlib colour; None takes the next of the cycle.
+      **style: further arguments of `axis.plot`.
+
+    Example:
+      >>> from jaxhpo import plot
+      >>> figure, axes = plot.figure()
+      >>> plot.band(axes[0, 0], [1, 2], [0.5, 0.4], [0.1, 0.1], label="random search")
+    """
+    x, mean, sem = (np.asarray(values, float) for values in (x, mean, sem))
+    keep = np.isfinite(mean) & np.isfinite(sem)
+    (line,) = axis.plot(x[keep], mean[keep], label=label, color=color, **style)
+    axis.fill_between(
+        x[keep],
+        (mean - sem)[keep],
+        (mean + sem)[keep],
+        color=line.get_color(),
+        alpha=0.18,
+        linewidth=0,
+        step="post" if "steps" in str(style.get("drawstyle", "")) else None,
+    )
+
+
+def image(axis: Any, values, *, label: str, mask=None, center: float | None = None, colormap: str = "RdBu_r") -> None:
+    """A matrix as an image with a colour bar.
+
+    Args:
+      axis: matplotlib axes.
+      values: (rows, columns) numbers.
+      label: the colour bar's text.
+      mask: (rows, columns) booleans, True where there is nothing to show; these are drawn grey.
+      center: the value that gets the colour map's middle, for diverging maps.
+      colormap: a matplotlib colour map's name.
+
+    Example:
+      >>> import numpy as np
+      >>> from jaxhpo import plot
+      >>> figure, axes = plot.figure()
+      >>> plot.image(axes[0, 0], np.eye(8), label="penalty")
+    """
+    shown = np.ma.masked_invalid(np.asarray(values, float))
+    if mask is not None:
+        shown = np.ma.masked_where(np.asarray(mask) | np.ma.getmaskarray(shown), shown)
+    limits = {}
+    if center is not None and shown.count():
+        reach = float(np.abs(shown - center).max()) or 1.0
+        limits = {"vmin": center - reach, "vmax": center + reach}
+    drawn = axis.imshow(shown, cmap=colormap, interpolation="nearest", **limits)
+    axis.set_facecolor("0.85")
+    axis.set_xticks([])
+    axis.set_yticks([])
+    axis.figure.colorbar(drawn, ax=axis, label=label, shrink=0.9)
+
+
+def bars(axis: Any, names: Sequence[str], series: dict[str, tuple[Any, Any]], *, format: str = "{:.3f}") -> None:
+    """Grouped bars with error bars and the numbers written beside them, one group of bars to each name.
+
+    The axis starts just below the lowest bar, not at zero, so that differences can be seen: say so in its label.
+
+    Args:
+      axis: matplotlib axes.
+      names: one a group, from top to bottom.
+      series: label -> (means, standard errors), each one number a group.
+      format: how a number is written.
+
+    Example:
+      >>> from jaxhpo import plot
+      >>> figure, axes = plot.figure()
+      >>> plot.bars(axes[0, 0], ["grid", "random"], {"test": ([0.92, 0.93], [0.01, 0.01])})
+    """
+    height = 0.8 / len(series)
+    positions = np.arange(len(names))
+    lowest, highest = np.inf, -np.inf
+    for row, (label, (means, errors)) in enumerate(series.items()):
+        means, errors = np.asarray(means, float), np.nan_to_num(np.asarray(errors, float))
+        at = positions + (row - (len(series) - 1) / 2) * height
+        axis.barh(at, means, height * 0.92, xerr=errors, label=label, error_kw={"lw": 1, "capsize": 2, "ecolor": "0.2"})
+        lowest, highest = min(lowest, np.min(means - errors)), max(highest, np.max(means + errors))
+        for y, mean, error in zip(at, means, errors, strict=True):
+            offset = {"xytext": (4, 0), "textcoords": "offset points", "va": "center", "fontsize": 8}
+            axis.annotate(format.format(mean), (mean + error, y), **offset)
+    span = max(highest - lowest, 1e-3)
+    axis.set_xlim(lowest - 0.25 * span, highest + 0.25 * span)
+    axis.set_yticks(positions, names)
+    axis.invert_yaxis()
