@@ -1,7 +1,10 @@
 """Hypergradients in JAX: tune the hyperparameters of anything that JAX can train, by their gradient."""
 
+from jaxhpo import testing as testing
 from jaxhpo._adjoint._implicit import Implicit as Implicit
 from jaxhpo._adjoint._unroll import Unroll as Unroll
+from jaxhpo._check import HypergradientCheck as HypergradientCheck
+from jaxhpo._check import check_hypergradient as check_hypergradient
 from jaxhpo._errors import JaxhpoError as JaxhpoError
 from jaxhpo._errors import NonFiniteError as NonFiniteError
 from jaxhpo._errors import ZeroHypergradientError as ZeroHypergradientError
@@ -15,6 +18,13 @@ from jaxhpo._solve import solve as solve
 from jaxhpo._solver import fixed_point as fixed_point
 from jaxhpo._solver import from_optax as from_optax
 from jaxhpo._solver import momentum_sgd as momentum_sgd
+from jaxhpo._transforms import box as box
+from jaxhpo._transforms import positive as positive
+from jaxhpo._transforms import simplex as simplex
+from jaxhpo._transforms import unit_interval as unit_interval
+from jaxhpo._tune import TuneResult as TuneResult
+from jaxhpo._tune import TuneStep as TuneStep
+from jaxhpo._tune import tune as tune
 from jaxhpo._types import Info as Info
 from jaxhpo._types import InnerState as InnerState
 from jaxhpo._types import LinearInfo as LinearInfo

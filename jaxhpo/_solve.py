@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxhpo._adjoint._unroll import Unroll
+from jaxhpo._diagnose import watched
 from jaxhpo._errors import JaxhpoError
 from jaxhpo._tree import all_finite, cast_like, cast_varying, hoist, names, norm, upcast, varying_axes
 from jaxhpo._types import Adjoint, Info, InnerState, Problem, PyTree, Solution, Solver
@@ -78,7 +79,9 @@ def solve(
       Franceschi, Frasconi, Salzo, Grazzi, Pontil. Bilevel Programming for Hyperparameter Optimization and Meta-Learning.
       2018. arXiv:1806.04910
     """
-    problem = _make_problem(solver, state, hparams, batches, num_steps, tol, condition_batch, key, adjoint)
+    problem = watched(
+        _make_problem(solver, state, hparams, batches, num_steps, tol, condition_batch, key, adjoint)
+    )
     final, steps = adjoint.run(problem)
     return Solution(*final, _info(problem, final, steps))
 

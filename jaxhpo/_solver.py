@@ -13,7 +13,7 @@ import optax
 from jaxhpo._errors import JaxhpoError
 from jaxhpo._tree import add_scaled, cast_like, cast_varying, varying_axes, zeros_like
 from jaxhpo._types import InnerState, PyTree, Solver
-from jaxhpo._validate import check_callable, check_number, check_residual, describe
+from jaxhpo._validate import check_callable, check_number, check_residual, check_scalar, describe
 
 
 def from_optax(loss: Callable, tx: Any, *, has_state: bool = False) -> Solver:
@@ -230,10 +230,7 @@ def _checked_loss(loss, has_state):
                     f"or write a loss that ignores its third argument."
                 ) from error
             raise
-        value, new_state = _checked_output(out, has_state), model_state
-        if has_state:
-            value, new_state = out
-        return jnp.asarray(value), new_state
+        return _checked_output(out, has_state)
 
     return evaluate
 
@@ -248,19 +245,7 @@ def _checked_output(out, has_state):
             "`loss` returned a tuple, but it must return a scalar: drop the rest, or, if it is model state, write "
             "`from_optax(loss, tx, has_state=True)` and a loss `(params, hparams, batch, model_state) -> (scalar, state)`."
         )
-    value = out[0] if has_state else out
-    if isinstance(value, float):
-        value = jnp.asarray(value)
-    if not hasattr(value, "dtype"):
-        raise JaxhpoError(f"`loss` returned {describe(value)}, which has no gradient: return a scalar array.")
-    if value.shape != ():
-        raise JaxhpoError(f"`loss` returned shape {value.shape}, but a gradient needs a scalar: take `.mean()` or `.sum()`.")
-    if not jnp.issubdtype(value.dtype, jnp.floating):
-        raise JaxhpoError(
-            f"`loss` returned {describe(value)}, which has no gradient: return a real floating-point scalar (a count "
-            f"such as the number of errors can be an outer metric, not a train loss)."
-        )
-    return value
+    return (check_scalar(out[0], "loss"), out[1]) if has_state else (check_scalar(out, "loss"), None)
 
 
 def _checked_tx(tx):

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxhpo._errors import JaxhpoError
 from jaxhpo._types import PyTree
@@ -56,7 +57,7 @@ class _Transform:
 
     def _checked_inverse(self, path, x):
         array = _floating(x, f"{self}.inverse", path)
-        if not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True):
+        if not isinstance(x, Tracer) and getattr(x, "is_fully_addressable", True):
             with np.errstate(over="ignore", under="ignore"):
                 values = np.asarray(x).astype(array.dtype)
             self._check(values, f"`{self}.inverse`{_at(path)}")
@@ -225,8 +226,8 @@ class box(_Transform):  # noqa: N801  (reads, and prints, as the function that t
 
     def _bounds(self, x):
         """The bounds in the dtype of `x`, and the outermost numbers strictly between them: NumPy unless traced."""
-        traced = isinstance(self.low, jax.core.Tracer) or isinstance(self.high, jax.core.Tracer)
-        xp = jnp if traced else np
+        traced = isinstance(self.low, Tracer) or isinstance(self.high, Tracer)
+        xp, constant = (jnp, jax.lax.stop_gradient) if traced else (np, lambda bound: bound)
         with np.errstate(over="ignore"):
             low, high = xp.asarray(self.low).astype(x.dtype), xp.asarray(self.high).astype(x.dtype)
         if _broadcast(x.shape, low.shape, high.shape) != x.shape:
@@ -234,10 +235,13 @@ class box(_Transform):  # noqa: N801  (reads, and prints, as the function that t
                 f"`box`: bounds of shapes {low.shape} and {high.shape} do not broadcast against a hyperparameter of "
                 f"shape {x.shape}. Give numbers, or arrays of the hyperparameter's shape."
             )
+        low, high = (bound if bound.ndim == 0 else xp.broadcast_to(bound, x.shape) for bound in (low, high))
+        with np.errstate(over="ignore"):
+            width = high - low
         tiny = np.asarray(jnp.finfo(x.dtype).tiny, x.dtype)  # next to zero come subnormals, which devices may flush
-        least = xp.where(low == 0, tiny, xp.nextafter(low, high))
-        greatest = xp.where(high == 0, -tiny, xp.nextafter(high, low))
-        if not traced and not (np.all(np.isfinite(high - low)) and np.all(least < greatest)):
+        least = xp.where(low == 0, tiny, xp.nextafter(constant(low), constant(high)))
+        greatest = xp.where(high == 0, -tiny, xp.nextafter(constant(high), constant(low)))
+        if not traced and not (np.all(np.isfinite(width)) and np.all(least < greatest)):
             raise JaxhpoError(
                 f"`{self}` does not fit a hyperparameter of type {x.dtype}, in which its bounds or their difference "
                 "overflow, or no two numbers lie between them. Change the bounds, or use a wider type."
@@ -481,7 +485,7 @@ def _is_number(x):
 
 def _bound(value, name):
     """A bound of `box` as a NumPy array; None where it is traced and so has no value yet."""
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         return None
     is_array = isinstance(value, (np.ndarray, jax.Array)) and (
         jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)

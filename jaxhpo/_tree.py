@@ -19,7 +19,7 @@ from jaxhpo._types import PyTree
 
 def vdot(a: PyTree, b: PyTree) -> jax.Array:
     """Sum of the products of all entries."""
-    return sum(jax.tree.leaves(jax.tree.map(lambda x, y: jnp.sum(x * y), a, b)), jnp.zeros(()))
+    return functools.reduce(jnp.add, jax.tree.leaves(jax.tree.map(lambda x, y: jnp.sum(x * y), a, b)))
 
 
 def norm(a: PyTree) -> jax.Array:

@@ -77,12 +77,15 @@ def check_finite(tree: PyTree, what: str, allow_infinite: bool = False) -> None:
     for name, leaf in zip(names(tree, what), jax.tree.leaves(tree), strict=True):
         if isinstance(leaf, jax.core.Tracer) or not is_inexact(leaf):
             continue
-        bad = jnp.isnan(leaf) if allow_infinite else ~jnp.isfinite(leaf)
-        if jnp.any(bad):
-            first = tuple(int(i[0]) for i in jnp.nonzero(jnp.atleast_1d(bad), size=1))
+        with jax.ensure_compile_time_eval():  # concrete even while an enclosing function is traced
+            bad = jnp.isnan(leaf) if allow_infinite else ~jnp.isfinite(leaf)
+            count = int(jnp.sum(bad))
+        if count:
+            first = [int(i) for i in np.argwhere(np.asarray(bad))[0]]
+            at = f", the first at index {first}" if first else ""
             raise JaxhpoError(
-                f"`{name}` holds {int(jnp.sum(bad))} values that are NaN or infinite, the first at index {first}; "
-                f"every result would be NaN. Clean the values, or mask them inside the loss."
+                f"`{name}` is {describe(leaf)} with {count} entries that are NaN or infinite{at}; every result would be "
+                f"NaN. Clean the values, or mask them inside the loss."
             )
 
 
@@ -122,6 +125,23 @@ def check_callable(what: str, fn, signature: str, num_args: int) -> None:
         ) from None
     except ValueError:
         pass  # a builtin without a signature
+
+
+def check_scalar(value, what: str) -> jax.Array:
+    """Raises unless the result of `what` is a real floating-point scalar; returns it as an array."""
+    if isinstance(value, tuple):
+        raise JaxhpoError(f"`{what}` returned a tuple of {len(value)}, but it must return a scalar: return the loss alone.")
+    if not is_array(value):
+        raise JaxhpoError(f"`{what}` returned {describe(value)}, which has no gradient: return a scalar array.")
+    value = jnp.asarray(value)
+    if value.shape != ():
+        raise JaxhpoError(f"`{what}` returned shape {value.shape}, but a gradient needs a scalar: take `.mean()` or `.sum()`.")
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise JaxhpoError(
+            f"`{what}` returned {describe(value)}, which has no gradient: return a real floating-point scalar, such as a "
+            f"cross-entropy in place of a count of errors."
+        )
+    return value
 
 
 def check_key(key, what: str = "key"):

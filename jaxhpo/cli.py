@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"jaxhpo {parsed.name}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"\njaxhpo {parsed.name}: interrupted, nothing was written.", file=sys.stderr)
+        print(f"\njaxhpo {parsed.name}: interrupted.", file=sys.stderr)
         return 130
 
 
@@ -57,11 +57,10 @@ def _add_demo(commands) -> None:
         help="tune about 5000 hyperparameters of a digit classifier by their gradient, and compare (under two minutes)",
         description=(
             "Trains a small network on scikit-learn's handwritten digits (no download). One penalty for every weight "
-            "and a learning-rate schedule are tuned by the gradient of the validation loss through training, and compared "
-            "at the same number of training steps with untuned defaults, a grid and random search. Prints a table and "
-            "writes report.json and demo.png."
+            "and a learning-rate schedule are tuned by the gradient of the validation loss through training, and "
+            "compared, at the same number of training steps, with untuned defaults, a grid and random search. Prints "
+            "a table and writes report.json and demo.png."
         ),
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     unset = argparse.SUPPRESS
     parser.add_argument(
@@ -85,7 +84,13 @@ def _add_demo(commands) -> None:
         metavar="N",
         help=f"seed of the first repetition; the others follow it (default: {defaults.seed})",
     )
-    parser.add_argument("--out", type=pathlib.Path, default="jaxhpo-demo", metavar="DIR", help="folder to write into")
+    parser.add_argument(
+        "--out",
+        type=pathlib.Path,
+        default=pathlib.Path("jaxhpo-demo"),
+        metavar="DIR",
+        help="folder to write into (default: %(default)s)",
+    )
     short = ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in QUICK.items())
     parser.add_argument("--quick", action="store_true", help=f"a few seconds, to see that it runs: {short}")
     parser.set_defaults(command=demo)
@@ -113,7 +118,8 @@ def demo(parsed: argparse.Namespace) -> int:
     try:
         parsed.out.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
-        raise jaxhpo.JaxhpoError(f"--out {parsed.out} is a file, but two files are written into it: name a folder") from None
+        message = f"--out got {parsed.out}, a file, but report.json and demo.png are written into it: name a folder."
+        raise jaxhpo.JaxhpoError(message) from None
     _demo.run(_demo.Settings(**chosen), parsed.out)
     return 0
 

@@ -55,7 +55,7 @@ def save(figure: Any, path: str | os.PathLike, *, dpi: int = 150) -> None:
     Example:
       >>> from jaxhpo import plot
       >>> figure, axes = plot.figure()
-      >>> plot.save(figure, "/tmp/empty.png")
+      >>> plot.save(figure, "empty.png")  # doctest: +SKIP
     """
     figure.savefig(path, dpi=dpi)
 
@@ -117,12 +117,20 @@ def image(axis: Any, values, *, label: str, mask=None, center: float | None = No
         limits = {"vmin": center - reach, "vmax": center + reach}
     drawn = axis.imshow(shown, cmap=colormap, interpolation="nearest", **limits)
     axis.set_facecolor("0.85")
+    axis.spines[:].set_visible(False)
     axis.set_xticks([])
     axis.set_yticks([])
     axis.figure.colorbar(drawn, ax=axis, label=label, shrink=0.9)
 
 
-def bars(axis: Any, names: Sequence[str], series: dict[str, tuple[Any, Any]], *, format: str = "{:.3f}") -> None:
+def bars(
+    axis: Any,
+    names: Sequence[str],
+    series: dict[str, tuple[Any, Any]],
+    *,
+    colors: Sequence[Any] = ("#34495e", "#a9b8c9"),
+    format: str = "{:.3f}",
+) -> None:
     """Grouped bars with error bars and the numbers written beside them, one group of bars to each name.
 
     The axis starts just below the lowest bar, not at zero, so that differences can be seen: say so in its label.
@@ -131,6 +139,7 @@ def bars(axis: Any, names: Sequence[str], series: dict[str, tuple[Any, Any]], *,
       axis: matplotlib axes.
       names: one a group, from top to bottom.
       series: label -> (means, standard errors), each one number a group.
+      colors: one a label.
       format: how a number is written.
 
     Example:
@@ -144,7 +153,9 @@ def bars(axis: Any, names: Sequence[str], series: dict[str, tuple[Any, Any]], *,
     for row, (label, (means, errors)) in enumerate(series.items()):
         means, errors = np.asarray(means, float), np.nan_to_num(np.asarray(errors, float))
         at = positions + (row - (len(series) - 1) / 2) * height
-        axis.barh(at, means, height * 0.92, xerr=errors, label=label, error_kw={"lw": 1, "capsize": 2, "ecolor": "0.2"})
+        whisker = {"lw": 1, "capsize": 2, "ecolor": "0.1"}
+        color = colors[row % len(colors)]
+        axis.barh(at, means, height * 0.92, xerr=errors, label=label, color=color, error_kw=whisker)
         lowest, highest = min(lowest, np.min(means - errors)), max(highest, np.max(means + errors))
         for y, mean, error in zip(at, means, errors, strict=True):
             offset = {"xytext": (4, 0), "textcoords": "offset points", "va": "center", "fontsize": 8}
@@ -153,3 +164,22 @@ def bars(axis: Any, names: Sequence[str], series: dict[str, tuple[Any, Any]], *,
     axis.set_xlim(lowest - 0.25 * span, highest + 0.25 * span)
     axis.set_yticks(positions, names)
     axis.invert_yaxis()
+
+
+def plain_log_ticks(axis: Any) -> None:
+    """Labels a logarithmic axis with plain numbers (0.05, 0.1, 0.2) at 1, 2 and 5 times each power of ten.
+
+    Args:
+      axis: `axes.xaxis` or `axes.yaxis`.
+
+    Example:
+      >>> from jaxhpo import plot
+      >>> figure, axes = plot.figure()
+      >>> axes[0, 0].set_yscale("log")
+      >>> plot.plain_log_ticks(axes[0, 0].yaxis)
+    """
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axis.set_major_locator(LogLocator(10, subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(NullLocator())

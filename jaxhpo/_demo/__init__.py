@@ -1,4 +1,4 @@
-"""`jaxhpo demo`: five thousand hyperparameters of a digit classifier, tuned by their gradient, against grid and random."""
+"""`jaxhpo demo`: five thousand hyperparameters tuned by their gradient, against a grid and random search."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ def run(settings: Settings, out: pathlib.Path) -> dict:
         {name: search.hparams for name, search in searches.items()}, problems, test, settings.momentum
     )
     report = _report.make(settings, searches, scores, cost, trials, size)
-    report["seconds"] = round(time.perf_counter() - began, 1)
-    print(_report.render(report))
+    print(_report.render(report), flush=True)
     _picture.draw(report, searches, scores, problems, out / "demo.png")
+    report["seconds"] = round(time.perf_counter() - began, 1)
     _report.write(report, out / "report.json")
-    print(f"\nWritten: {out / 'report.json'}, {out / 'demo.png'}. Took {time.perf_counter() - began:.0f} s.")
+    print(f"\nWritten: {out / 'report.json'}, {out / 'demo.png'}. Took {report['seconds']:.0f} s.")
     return report
 
 

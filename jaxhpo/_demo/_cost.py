@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxhpo._errors import JaxhpoError
+
 
 def count_arithmetic(function: Callable, *args: Any) -> float:
     """Floating-point operations of `function(*args)`: matrix products in full, one for each other number computed.
@@ -23,6 +25,9 @@ def count_arithmetic(function: Callable, *args: Any) -> float:
 
     Returns:
       The number of operations.
+
+    Raises:
+      JaxhpoError: if a loop has no fixed length.
 
     Example:
       >>> import jax.numpy as jnp
@@ -40,6 +45,8 @@ def _count(jaxpr) -> float:
             total += equation.params["length"] * sum(inner)
         elif equation.primitive.name == "cond":
             total += max(inner)
+        elif equation.primitive.name == "while":
+            raise JaxhpoError("`function` holds a `while` loop, whose length is not known while tracing: write a scan.")
         elif inner:
             total += sum(inner)
         elif equation.primitive.name == "dot_general":
@@ -63,7 +70,7 @@ def _subprograms(value) -> list:
     return [value] if hasattr(value, "eqns") else []
 
 
-def fastest(function: Callable, *args: Any, repeats: int = 3) -> float:
+def fastest(function: Callable, *args: Any, repeats: int = 5) -> float:
     """Seconds of the fastest of `repeats` calls of a compiled function.
 
     Example:

@@ -17,6 +17,7 @@ import jaxhpo
 import jaxhpo.data
 import jaxhpo.models
 from jaxhpo._demo._progress import track
+from jaxhpo._validate import check_count, check_positive
 
 MODEL = jaxhpo.models.MLP((64, 10))
 PENALTY_RANGE = (1e-5, 1e-1)
@@ -55,6 +56,14 @@ class Settings:
     momentum: float = 0.9
     knots: int = 8
     outer_rate: float = 0.1
+
+    def __post_init__(self):
+        check_count("seeds", self.seeds, 2)  # one seed has no standard error
+        check_count("seed", self.seed, 0)
+        for name in ("outer_steps", "num_steps", "batch_size", "train", "validation", "knots"):
+            check_count(name, getattr(self, name))
+        for name in ("penalty", "rate", "outer_rate"):
+            check_positive(name, getattr(self, name))
 
 
 class Problem(NamedTuple):
@@ -104,10 +113,14 @@ def _stack(trees: list) -> Any:
 # --- the inner problem ------------------------------------------------------------------------------------------------
 
 
+def predict(params, images) -> Any:
+    """The model's logits, (images, 10)."""
+    return MODEL.apply({"params": params}, images)
+
+
 def cross_entropy(params, images, labels):
     """Mean cross-entropy of the model."""
-    logits = MODEL.apply({"params": params}, images)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+    return optax.softmax_cross_entropy_with_integer_labels(predict(params, images), labels).mean()
 
 
 def train_loss(params, hparams, batch):
@@ -212,8 +225,9 @@ def descend(gradient: Callable, start: dict, problems: Problem, settings: Settin
 
     @jax.jit
     def update(hparams, opt_state, hypergrad):
-        moved = {key: hypergrad[key] if key in tuned else jax.tree.map(jnp.zeros_like, hypergrad[key]) for key in hparams}
-        updates, opt_state = tx.update(moved, opt_state)
+        for name in set(hparams) - set(tuned):
+            hypergrad = hypergrad | {name: jax.tree.map(jnp.zeros_like, hypergrad[name])}
+        updates, opt_state = tx.update(hypergrad, opt_state)
         return optax.apply_updates(hparams, updates), opt_state
 
     hparams, opt_state, visited, values = start, tx.init(start), [], []
@@ -233,17 +247,17 @@ def descend(gradient: Callable, start: dict, problems: Problem, settings: Settin
 class Scores(NamedTuple):
     """Test figures of one method, each (seeds,): as selected, and refitted on training + validation."""
 
-    test_loss: np.ndarray
-    test_accuracy: np.ndarray
-    refit_test_loss: np.ndarray
-    refit_test_accuracy: np.ndarray
+    test_loss: Any
+    test_accuracy: Any
+    refit_test_loss: Any
+    refit_test_accuracy: Any
 
 
-def score(selected: dict[str, dict], problems: Problem, test: jaxhpo.data.Examples, momentum: float) -> dict[str, Scores]:
+def score(selected: dict, problems: Problem, test: jaxhpo.data.Examples, momentum: float) -> dict[str, Scores]:
     """Looks at the test part: the only function that does, called once, after every choice has been made.
 
-    Both columns train for the same T steps from the same initial weights with the selected hyperparameters: "as selected" on
-    the training part, "refitted" on training + validation.
+    Both figures train for the same T steps, from the same initial weights, with the selected hyperparameters: "as
+    selected" on the training part, "refitted" on training + validation.
     """
 
     def scores(hparams, problem, test):
@@ -258,5 +272,5 @@ def score(selected: dict[str, dict], problems: Problem, test: jaxhpo.data.Exampl
 
 
 def _loss_and_accuracy(params, examples):
-    predicted = MODEL.apply({"params": params}, examples.inputs).argmax(axis=-1)
+    predicted = predict(params, examples.inputs).argmax(axis=-1)
     return cross_entropy(params, *examples), jnp.mean(predicted == examples.targets)

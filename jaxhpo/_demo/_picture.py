@@ -30,7 +30,7 @@ def draw(report: dict, searches: dict, scores: dict, problems, path: pathlib.Pat
       problems: all repetitions, for the pixels that never vary.
       path: the picture.
     """
-    figure, axes = plot.figure(2, 2, width=12, height=9)
+    figure, axes = plot.figure(2, 2, width=12.5, height=9.5)
     _progress(axes[0, 0], searches, report["cost"]["hypergradient_in_trainings"])
     _penalties(axes[0, 1], searches["hypergradient"], problems, report["settings"])
     _schedule(axes[1, 0], searches, report["settings"])
@@ -43,18 +43,21 @@ def draw(report: dict, searches: dict, scores: dict, problems, path: pathlib.Pat
 
 
 def _progress(axis, searches, ratio) -> None:
+    untuned = lowest = searches["untuned"].values[0].mean()
     for name, search in searches.items():
         each = ratio if search.best_point is None else 1.0
         best = np.minimum.accumulate(np.where(np.isfinite(search.values), search.values, np.inf), axis=0)
         cost = each * np.arange(1, len(best) + 1)
         if name == "untuned":
-            axis.axhline(best[-1].mean(), color=COLORS[name], linestyle=":", label=name)
+            axis.axhline(untuned, color=COLORS[name], linestyle=":", label=name)
             continue
-        best = np.where(np.isfinite(best), best, np.nan)
         sem = best.std(axis=1, ddof=1) / np.sqrt(best.shape[1])
         dashed = "--" if name.endswith("-only") else "-"
         plot.band(axis, cost, best.mean(axis=1), sem, label=name, color=COLORS[name], linestyle=dashed)
+        lowest = min(lowest, (best.mean(axis=1) - sem).min())
     axis.set_yscale("log")
+    axis.set_ylim(0.85 * lowest, 1.5 * untuned)  # the first trials of a search can be far above
+    plot.plain_log_ticks(axis.yaxis)
     axis.set_xlabel("cost, in trainings")
     axis.set_ylabel("validation loss, best so far")
     axis.set_title("Validation loss against cost")
@@ -64,12 +67,15 @@ def _progress(axis, searches, ratio) -> None:
 def _penalties(axis, search, problems, settings) -> None:
     images = np.asarray(problems.train.inputs)
     constant = images.std(axis=1) == 0
-    factor = np.log2(np.exp(np.asarray(search.hparams["log_penalty"]["Dense_0"])) / settings["penalty"]).mean(axis=-1)
+    weights = np.asarray(search.hparams["log_penalty"]["Dense_0"])
+    factor = ((weights - np.log(settings["penalty"])) / np.log(2)).mean(axis=-1)
     seen = np.maximum((~constant).sum(axis=0), 1)
     mean = np.where(constant, 0.0, factor).sum(axis=0) / seen
-    label = "log2 of learned / initial penalty"
+    label = "log2 (learned / initial penalty)"
     plot.image(axis, mean.reshape(8, 8), mask=constant.all(axis=0).reshape(8, 8), center=0.0, label=label)
-    axis.set_title("Learned penalties of the first layer, mean of each pixel\n(grey: constant in the training images)")
+    axis.set_title("Learned penalties, first layer: mean of each pixel's weights")
+    low, high = np.exp([weights.min(), weights.max()]) / settings["penalty"]
+    axis.set_xlabel(f"single weights: from ×{low:.2f} to ×{high:.1f}; grey: pixels that never vary")
 
 
 def _schedule(axis, searches, settings) -> None:
@@ -80,11 +86,11 @@ def _schedule(axis, searches, settings) -> None:
         sem = learned.std(axis=0, ddof=1) / np.sqrt(len(learned))
         plot.band(axis, steps + 1, learned.mean(axis=0), sem, label=name, color=COLORS[name])
     axis.axhline(settings["rate"], color=COLORS["untuned"], linestyle=":", label="untuned")
-    axis.set_ylim(bottom=0)
+    axis.set_ylim(0, 1.25 * axis.get_ylim()[1])  # room for the legend
     axis.set_xlabel("inner step")
     axis.set_ylabel("learning rate")
     axis.set_title("Learned schedule")
-    axis.legend(frameon=False, fontsize=9)
+    axis.legend(frameon=False, fontsize=9, loc="upper center", ncols=3)
 
 
 def _accuracy(axis, scores) -> None:

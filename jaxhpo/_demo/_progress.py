@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from typing import Any
 
 
-def track(items: Sequence, name: str, *, interval: float = 5.0) -> Iterator:
+def track(items: Any, name: str, *, interval: float = 5.0) -> Iterator:
     """Yields the items of a sequence, showing how far the caller is.
 
     Args:
-      items: a sequence.
+      items: a sequence, or an array, whose rows are the items.
       name: what is being done.
       interval: seconds between plain lines.
 

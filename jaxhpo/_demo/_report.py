@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
 import math
 import pathlib
 import platform
+import textwrap
+from typing import Any
 
 import jax
-import jaxlib
 import numpy as np
 import optax
 
@@ -49,7 +51,7 @@ def make(settings, searches: dict, scores: dict, cost: dict, trials: int, num_hy
         "versions": {
             "jaxhpo": jaxhpo.__version__,
             "jax": jax.__version__,
-            "jaxlib": jaxlib.__version__,
+            "jaxlib": importlib.metadata.version("jaxlib"),
             "optax": optax.__version__,
             "numpy": np.__version__,
             "python": platform.python_version(),
@@ -84,7 +86,7 @@ def _row(name, search, scores, settings, cost) -> dict:
     return row
 
 
-def _mean_and_sem(name: str, values) -> dict:
+def _mean_and_sem(name: str, values) -> dict[str, Any]:
     values = np.asarray(values, np.float64)
     sem = np.std(values, ddof=1) / math.sqrt(len(values))
     return {f"{name}_mean": _plain(values.mean()), f"{name}_sem": _plain(sem)}
@@ -99,9 +101,11 @@ def _plain(value):
 
 def _difference(name: str, scores: dict) -> dict:
     """Ours minus `name`, seed by seed: splits, initial weights and minibatches are shared, so their noise cancels."""
-    difference = {"method": OURS, "against": name}
+    difference: dict[str, Any] = {"method": OURS, "against": name}
     for column in COLUMNS:
-        difference |= _mean_and_sem(column, getattr(scores[OURS], column) - getattr(scores[name], column))
+        each = getattr(scores[OURS], column) - getattr(scores[name], column)
+        difference |= _mean_and_sem(column, each)
+        difference[f"{column}_seeds_better"] = int(np.sum(each < 0 if column.endswith("loss") else each > 0))
     return difference
 
 
@@ -122,35 +126,43 @@ def conclusions(rows: list[dict], differences: list[dict]) -> list[str]:
     Returns:
       One sentence a list item.
     """
+    ours = next(row for row in rows if row["name"] == OURS)
     sentences = []
-    for found, text in (("worse", "worse than"), ("no clear difference", "not clearly different from")):
-        where = [
-            f"{d['against']} in {IN_WORDS[c]} ({_signed(d[f'{c}_mean'])} ± {_number(d[f'{c}_sem'])})"
-            for d in differences
-            for c in COLUMNS
-            if verdict(c, d[f"{c}_mean"], d[f"{c}_sem"]) == found
-        ]
-        if where:
-            sentences.append(f"The hypergradient is {text}: {'; '.join(where)}.")
+    for found, text in (("worse", "is worse than"), ("no clear difference", "does not clearly differ from")):
+        for column in COLUMNS:
+            others = [
+                f"{d['against']} ({_difference_in_words(d, column)})"
+                for d in differences
+                if verdict(column, d[f"{column}_mean"], d[f"{column}_sem"]) == found
+            ]
+            if others:
+                sentences.append(f"In {IN_WORDS[column]} the hypergradient {text} {', '.join(others)}.")
     if not sentences:
         sentences.append("The hypergradient is better, by more than two standard errors, in every comparison.")
-    ours = next(row for row in rows if row["name"] == OURS)
-    return sentences + [
-        f"A validation loss that was minimised is no estimate: {OURS} has {_number(ours['validation_loss'])} there and "
-        f"{_number(ours['test_loss_mean'])} on the test part."
-    ]
+    reached = f"{_number(ours['validation_loss'])} there, and {_number(ours['test_loss_mean'])} on the test part"
+    sentences.append(f"A validation loss that was minimised is no estimate: the hypergradient reaches {reached}.")
+    return sentences
+
+
+def _difference_in_words(difference: dict, column: str) -> str:
+    mean, sem = (difference[f"{column}_{figure}"] for figure in ("mean", "sem"))
+    return f"{_signed(mean)} ± {_number(sem)}, better in {difference[f'{column}_seeds_better']} seeds"
 
 
 def _edges(searches: dict) -> list[str]:
     """Says where a baseline's best point lies at the edge of its range, so that a wider range might help it."""
     limits = np.log([_experiment.PENALTY_RANGE, _experiment.RATE_RANGE])
+    step = (limits[:, 1] - limits[:, 0]) / 40
     sentences = []
     for name in ("grid", "random"):
-        point, values = searches[name].best_point, searches[name].values
-        step = (limits[:, 1] - limits[:, 0]) / 40
+        point = searches[name].best_point
         at_edge = (point < limits[:, 0] + step) | (point > limits[:, 1] - step)
-        if at_edge.any() and len(values) > 1:
-            sentences.append(f"{name}: the best point lies at the edge of its range in {at_edge.any(1).sum()} seeds.")
+        for which, what in enumerate(("penalty", "rate")):
+            seeds = int(at_edge[:, which].sum())
+            if seeds:
+                low, high = np.exp(limits[which])
+                text = f"{name} chose a {what} at the edge of its range, {low:g} to {high:g}"
+                sentences.append(f"In {seeds} of {len(point)} seeds {text}.")
     return sentences
 
 
@@ -172,36 +184,44 @@ def _pair(row, column) -> str:
 def render(report: dict) -> str:
     """The table and the sentences, as text of at most 120 columns."""
     settings, cost = report["settings"], report["cost"]
+    ratio, by_time = cost["hypergradient_in_trainings"], cost["hypergradient_in_trainings_by_time"]
     lines = [
         "",
-        f"Digits: {settings['train']} training, {settings['validation']} validation images, the rest test. Mean ± standard "
-        f"error of {settings['seeds']} seeds.",
+        f"Digits: {settings['train']} training and {settings['validation']} validation images, the rest test. "
+        f"Mean ± standard error of {settings['seeds']} seeds.",
         f"{report['num_hyperparameters']} hyperparameters by gradient; grid and random have one penalty and one rate.",
         "",
-        f"{'':16}{'validation':>11} │{'test, as selected':^31}│{'test, refitted on train + validation':^38}│{'inner':>7}{'':>8}",
-        f"{'method':16}{'loss':>11} │{'loss':^15} {'accuracy':^15}│{'loss':^18} {'accuracy':^19}│{'steps':>7}{'seconds':>8}",
-        f"{'─' * 28}┼{'─' * 31}┼{'─' * 38}┼{'─' * 15}",
+        *_table(report["methods"]),
+        "",
+        f"One hypergradient counts as {ratio:.2f} trainings, by the arithmetic of the two programs ({by_time:.1f} by "
+        "this machine's clock).",
+        f"Seconds: all seeds together, without {cost['compile_seconds']:.1f} s of compilation.",
+        "",
+        *_comparison(report["paired_differences"]),
+        "",
     ]
-    for row in report["methods"]:
+    for sentence in report["conclusions"]:
+        lines += textwrap.wrap(f"- {sentence}", 112, subsequent_indent="  ")
+    return "\n".join(lines)
+
+
+def _table(rows: list[dict]) -> list[str]:
+    rule = f"{'─' * 28}┼{'─' * 31}┼{'─' * 38}┼{'─' * 15}"
+    lines = [
+        f"{'':17}validation │{'test, as selected':^31}│{'test, refitted on train + validation':^38}│  inner",
+        f"{'method':23}loss │{'loss':^15} {'accuracy':^15}│{'loss':^18} {'accuracy':^19}│  steps seconds",
+        rule,
+    ]
+    for row in rows:
         if row["name"] == ABLATIONS[0]:
-            lines.append(f"{'─' * 28}┼{'─' * 31}┼{'─' * 38}┼{'─' * 15}")
+            lines.append(rule)
         selected = f" {_pair(row, 'test_loss')}   {_pair(row, 'test_accuracy')} "
         refitted = f"{_pair(row, 'refit_test_loss'):^18} {_pair(row, 'refit_test_accuracy'):^19}"
         lines.append(
             f"{row['name']:16}{_number(row['validation_loss']):>11} │{selected:^31}│{refitted}│"
             f"{row['inner_steps']:>7}{row['seconds']:>8.1f}"
         )
-    lines += [
-        "",
-        f"One hypergradient counts as {cost['hypergradient_in_trainings']:.2f} trainings (floating-point operations of the "
-        f"traced programs; by time, here, {cost['hypergradient_in_trainings_by_time']:.1f}).",
-        f"Seconds: all seeds together, without {cost['compile_seconds']:.1f} s of compilation.",
-        "",
-        *_comparison(report["paired_differences"]),
-        "",
-        *report["conclusions"],
-    ]
-    return "\n".join(lines)
+    return lines
 
 
 def _comparison(differences: list[dict]) -> list[str]:

@@ -1,0 +1,188 @@
+"""Whether to trust a hypergradient: against central differences of the outer loss."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+
+from jaxhpo._diagnose import diagnose
+from jaxhpo._errors import JaxhpoError, NonFiniteError, ZeroHypergradientError, ZeroHypergradientWarning
+from jaxhpo._health import raise_if_zero, raise_unless_finite
+from jaxhpo._tree import names
+from jaxhpo._types import PyTree
+from jaxhpo._validate import check_callable, check_count, check_finite, check_key, check_params, check_scalar
+
+
+@dataclasses.dataclass(frozen=True)
+class HypergradientCheck:
+    """How a hypergradient compares with central differences; prints as a short report.
+
+    Attributes:
+      relative_error: ‖analytic − numeric‖ / ‖numeric‖ over the directions tried.
+      cosine: cosine of the angle between the two.
+      norm_ratio: ‖analytic‖ / ‖numeric‖.
+      numeric_error: estimated relative error of the central differences themselves; a relative error near it is none.
+      analytic: directional derivatives by the rule, shape (directions,).
+      numeric: the same by central differences.
+      coordinates: the name of each direction where they are coordinates, else None (random directions).
+    """
+
+    relative_error: float
+    cosine: float
+    norm_ratio: float
+    numeric_error: float
+    analytic: np.ndarray
+    numeric: np.ndarray
+    coordinates: tuple[str, ...] | None
+
+    def __str__(self) -> str:
+        kind = "coordinates" if self.coordinates else "random directions"
+        text = (
+            f"hypergradient against central differences along {len(self.numeric)} {kind}: relative error "
+            f"{self.relative_error:.1e} (differences good to {self.numeric_error:.0e}), cosine {self.cosine:.6f}, norm ratio "
+            f"{self.norm_ratio:.4f}"
+        )
+        if self.relative_error <= max(1e-3, 10 * self.numeric_error):
+            return text
+        worst = int(np.argmax(np.abs(self.analytic - self.numeric)))
+        where = f" at {self.coordinates[worst]}" if self.coordinates else ""
+        return (
+            f"{text}\n  worst{where}: {self.analytic[worst]:.4g} by the rule, {self.numeric[worst]:.4g} by differences.\n"
+            f"  If the rule is approximate (truncated, Neumann, Identity), this is its bias. Under `Implicit`, look at the "
+            f"solution's `info.optimality`: the inner problem may not have converged, or its optimiser may have another fixed "
+            f"point than the train loss (decoupled weight decay, clipping, projection: put the decay into the loss, or use "
+            f"`fixed_point(step)`). A loss that is not smooth, or randomness that differs between calls, also ends here."
+        )
+
+
+def check_hypergradient(
+    outer_loss: Callable[[PyTree], jax.Array],
+    hparams: PyTree,
+    *,
+    num_directions: int | None = None,
+    step_size: float | None = None,
+    key: jax.Array | None = None,
+) -> HypergradientCheck:
+    r"""Compares `jax.grad(outer_loss)` with central differences.
+
+    Differences are fourth order, :math:`(8 F(h+sd) - 8 F(h-sd) - F(h+2sd) + F(h-2sd)) / 12s`, along every coordinate
+    for up to 64 hyperparameters, else along random directions.
+
+    **Cost and bias**: one hypergradient and four outer losses a direction, compiled once. The differences err by
+    :math:`O(s^4)` and by rounding over s; `numeric_error` estimates both.
+
+    Args:
+      outer_loss: `hparams -> scalar`, deterministic.
+      hparams: where to check, a pytree of floating-point arrays.
+      num_directions: random unit directions to try; None takes all coordinates up to 64 hyperparameters, else 16
+        directions.
+      step_size: s above, in units of the hyperparameters; None takes :math:`\epsilon^{1/5}` (7e-4 in float64, 0.04 in
+        float32) times the larger of 1 and the root mean square hyperparameter.
+      key: for the directions; `jax.random.key(0)` when None.
+
+    Returns:
+      A `HypergradientCheck`; `print` it.
+
+    Raises:
+      ZeroHypergradientError: the rule gives exactly zero for a leaf, or for entries, that it cannot see.
+      NonFiniteError: the outer loss or the hypergradient is not finite; says in which inner step that began.
+      JaxhpoError: an input that cannot work.
+
+    Example:
+      >>> solver = jaxhpo.from_optax(lambda p, h, batch: jnp.sum((p - h) ** 2), optax.sgd(0.1))
+      >>> def outer_loss(h):
+      ...     sol = jaxhpo.solve(solver, solver.init(jnp.zeros(2), h), h, num_steps=50)
+      ...     return jnp.sum((sol.params - 3.0) ** 2)
+      >>> check = jaxhpo.check_hypergradient(outer_loss, jnp.ones(2))
+      >>> check.relative_error < 1e-3
+      True
+
+    References:
+      Fornberg. Generation of Finite Difference Formulas on Arbitrarily Spaced Grids. 1988.
+    """
+    check_callable("outer_loss", outer_loss, "outer_loss(hparams)", 1)
+    hparams = check_params(hparams, "hparams")
+    check_finite(hparams, "hparams")
+    if num_directions is not None:
+        check_count("num_directions", num_directions)
+    flat, unravel = ravel_pytree(hparams)
+
+    def loss(flat):
+        return check_scalar(outer_loss(unravel(flat)), "outer_loss")
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        value, grad = jax.jit(jax.value_and_grad(loss))(flat)
+    raise_unless_finite(value, unravel(grad), lambda: diagnose(outer_loss, hparams))
+
+    coordinates = _coordinate_names(hparams) if num_directions is None and flat.size <= 64 else None
+    if coordinates:
+        directions = jnp.eye(flat.size, dtype=flat.dtype)
+    else:
+        key = jax.random.key(0) if key is None else check_key(key)
+        directions = jax.random.normal(key, (num_directions or 16, flat.size), flat.dtype)
+        directions /= jnp.linalg.norm(directions, axis=1, keepdims=True)
+    numeric, coarse = jax.jit(_differences, static_argnums=0)(loss, flat, directions, _step(flat, step_size))
+    analytic = directions @ grad
+    raise_if_zero(unravel(grad), [w.message for w in caught], names(hparams, "hparams"))
+    for w in caught:
+        if not isinstance(w.message, ZeroHypergradientWarning):
+            warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
+    return _compare(np.asarray(analytic, float), np.asarray(numeric, float), np.asarray(coarse, float), coordinates)
+
+
+def _compare(analytic, numeric, coarse, coordinates) -> HypergradientCheck:
+    if not np.all(np.isfinite(numeric)):
+        raise NonFiniteError(
+            "The outer loss is finite at `hparams` but not at all points that the differences visit: pass a smaller "
+            "`step_size`, or check at hyperparameters further from the edge of their domain."
+        )
+    a, n = np.linalg.norm(analytic), np.linalg.norm(numeric)
+    if n == 0:
+        raise ZeroHypergradientError(
+            "The outer loss does not change along any direction tried: no hyperparameter affects it. Pass the "
+            "hyperparameters on to `solve`, and use them in the train loss or the optimiser."
+        )
+    return HypergradientCheck(
+        relative_error=float(np.linalg.norm(analytic - numeric) / n),
+        cosine=float(analytic @ numeric / (a * n)) if a else 0.0,
+        norm_ratio=float(a / n),
+        numeric_error=float(np.linalg.norm(numeric - coarse) / n),
+        analytic=analytic,
+        numeric=numeric,
+        coordinates=coordinates,
+    )
+
+
+def _differences(loss, flat, directions, step):
+    """Fourth-order differences, and the second-order ones whose distance from them bounds the error."""
+
+    def along(d):
+        near = (loss(flat + step * d) - loss(flat - step * d)) / (2 * step)
+        far = (loss(flat + 2 * step * d) - loss(flat - 2 * step * d)) / (4 * step)
+        return (4 * near - far) / 3, near
+
+    return jax.lax.map(along, directions)
+
+
+def _step(flat, step_size):
+    if step_size is not None:
+        if not step_size > 0:
+            raise JaxhpoError(f"`step_size` got {step_size}, but differences need a positive step: write 1e-3, say.")
+        return step_size
+    scale = jnp.maximum(1.0, jnp.sqrt(jnp.mean(flat**2)))
+    return float(jnp.finfo(flat.dtype).eps) ** 0.2 * scale
+
+
+def _coordinate_names(hparams):
+    out = []
+    for name, leaf in zip(names(hparams, "hparams"), jax.tree.leaves(hparams), strict=True):
+        indices = np.ndindex(leaf.shape)
+        out += [name + (f"[{', '.join(map(str, i))}]" if i else "") for i in indices]
+    return tuple(out)

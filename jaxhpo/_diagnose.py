@@ -1,0 +1,134 @@
+"""Where a NaN began: a run in which every inner step reports on its state and on the cotangents that pass it."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+
+from jaxhpo._tree import is_inexact, names
+from jaxhpo._types import Problem, PyTree
+
+_recorder: contextvars.ContextVar[Recorder | None] = contextvars.ContextVar("recorder", default=None)
+
+
+class Recorder:
+    """Collects which leaves were not finite: `(inner problem, inner step, name)`, forward and backward."""
+
+    def __init__(self):
+        self.num_problems = 0
+        self.forward: set[tuple[int, int, str]] = set()
+        self.backward: set[tuple[int, int, str]] = set()
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[Recorder]:
+    """While active, every `solve` that is traced reports to the recorder."""
+    recorder = Recorder()
+    token = _recorder.set(recorder)
+    jax.clear_caches()  # functions that the user jitted must be traced again, now and afterwards
+    try:
+        yield recorder
+        jax.effects_barrier()
+    finally:
+        _recorder.reset(token)
+        jax.clear_caches()
+
+
+def watched(problem: Problem) -> Problem:
+    """The problem itself, or, while recording, one whose steps report."""
+    recorder = _recorder.get()
+    if recorder is None:
+        return problem
+    index = recorder.num_problems
+    recorder.num_problems += 1
+
+    def advance(state, inputs, x):
+        t, x = x
+        state = _report(_Tap(recorder, index, names(state, "state"), forward=False), state, t)
+        hparams = _report(_Tap(recorder, index, names(inputs[0], "hparams"), forward=False), inputs[0], t)
+        after = problem.advance(state, (hparams, *inputs[1:]), x)
+        return _report(_Tap(recorder, index, names(after, "state"), backward=False), after, t)
+
+    return problem._replace(advance=advance, xs=(jnp.arange(problem.num_steps), problem.xs))
+
+
+def diagnose(fn: Callable, hparams: PyTree) -> str:
+    """Runs `jax.value_and_grad(fn)(hparams)` with every inner step reporting; says in words where a NaN began."""
+    with recording() as recorder:
+        jax.block_until_ready(jax.value_and_grad(fn)(hparams))
+    return explain(recorder)
+
+
+def explain(recorder: Recorder) -> str:
+    """The first inner step that went wrong, the leaves, the likeliest cause and its remedy."""
+    if recorder.forward:
+        index, step, _ = min(recorder.forward, key=lambda e: (e[1], e[0]))
+        leaves = sorted(name for i, t, name in recorder.forward if (i, t) == (index, step))
+        return (
+            f"{_which(recorder, index)}`{_first(leaves, 'state.params')}` is not finite after inner step {step}: the inner "
+            f"run diverges. The likeliest cause is an inner learning rate above 2 / curvature, where a penalty in the train "
+            f"loss adds to the curvature: lower the rate, bound the penalty, or clip the inner gradients."
+        )
+    if recorder.backward:
+        # The backward pass meets the last step first.
+        index, step, _ = max(recorder.backward, key=lambda e: (e[1], -e[0]))
+        leaves = sorted(name for i, t, name in recorder.backward if (i, t) == (index, step))
+        return (
+            f"{_which(recorder, index)}the inner run is finite, but the derivative of inner step {step} with respect to "
+            f"`{_first(leaves, 'state.opt_state')}` is not. The likeliest cause is a square root at zero, whose derivative "
+            f"is infinite (Adam, RMSProp, Adagrad, a norm): write `optax.adam(..., eps_root=1e-8)`, or `sqrt(x + eps)`."
+        )
+    return (
+        "Every inner step and its derivative is finite, so the outer loss itself, or the linear solve of an implicit rule, "
+        "is at fault: look for a logarithm or a square root at zero in the outer loss, or raise the solver's `damping`."
+    )
+
+
+def _which(recorder, index) -> str:
+    return f"inner problem {index}: " if recorder.num_problems > 1 else ""
+
+
+def _first(leaves, preferred) -> str:
+    return next((name for name in leaves if name.startswith(preferred)), leaves[0])
+
+
+class _Tap:
+    """Says to whom a leaf's state is reported, and in which direction."""
+
+    def __init__(self, recorder, index, leaf_names, forward=True, backward=True):
+        self.names = leaf_names
+        self.forward = functools.partial(self._record, recorder.forward, index) if forward else None
+        self.backward = functools.partial(self._record, recorder.backward, index) if backward else None
+
+    def _record(self, events, index, step, finite):
+        events.update((index, int(step), name) for name, ok in zip(self.names, finite, strict=True) if not ok)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _report(tap, tree, step):
+    if tap.forward:
+        jax.debug.callback(tap.forward, step, _finite(tree))
+    return tree
+
+
+def _report_fwd(tap, tree, step):
+    return _report(tap, tree, step), step
+
+
+def _report_bwd(tap, step, cotangent):
+    if tap.backward:
+        jax.debug.callback(tap.backward, step, _finite(cotangent))
+    return cotangent, None
+
+
+_report.defvjp(_report_fwd, _report_bwd)
+
+
+def _finite(tree):
+    ok = [jnp.all(jnp.isfinite(x)) if is_inexact(x) else jnp.asarray(True) for x in jax.tree.leaves(tree)]
+    return jnp.stack(ok) if ok else jnp.ones((0,), bool)

@@ -1,0 +1,59 @@
+"""What `tune` and `check_hypergradient` refuse: hypergradients that are exactly zero, or not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from jaxhpo._errors import NonFiniteError, ZeroHypergradientError, ZeroHypergradientWarning
+from jaxhpo._tree import all_finite, names
+from jaxhpo._types import PyTree
+
+
+def raise_if_zero(hypergrad: PyTree, messages: list, leaf_names: list[str]) -> None:
+    """Raises for a leaf that is zero throughout, or in part where a rule warned that it cuts the leaf off.
+
+    Args:
+      hypergrad: the hypergradient, concrete.
+      messages: the warnings met while tracing it.
+      leaf_names: the leaves' names.
+
+    Raises:
+      ZeroHypergradientError: names the leaf and, where a rule said so, the reason.
+    """
+    reasons = {w.leaf: w for w in messages if isinstance(w, ZeroHypergradientWarning)}
+    for name, leaf in zip(leaf_names, jax.tree.leaves(hypergrad), strict=True):
+        reason = reasons.get(name)
+        if not jnp.any(leaf != 0):
+            raise ZeroHypergradientError(
+                f"The hypergradient of `{name}` is exactly zero in every entry: "
+                + (
+                    f"{reason}"
+                    if reason
+                    else "nothing that the outer loss sees depends on it at this point. Remove it, use it in the train loss "
+                    "or the optimiser, or start elsewhere (a penalty on weights that are all zero has no effect)."
+                )
+            )
+        if reason and reason.partial and bool(jnp.any(leaf == 0)):
+            raise ZeroHypergradientError(f"The hypergradient of `{name}` is exactly zero in some entries: {reason}")
+
+
+def raise_unless_finite(value: jax.Array, hypergrad: PyTree, diagnosis: Callable[[], str]) -> None:
+    """Raises with the leaf's path and the diagnosis where the outer loss or the hypergradient is not finite."""
+    if bool(jnp.isfinite(value)) and bool(all_finite(hypergrad)):
+        return
+    raise NonFiniteError(f"{what_is_not_finite(value, hypergrad)} {diagnosis()}")
+
+
+def what_is_not_finite(value: jax.Array, hypergrad: PyTree) -> str:
+    """Names the outer loss, or the leaves of the hypergradient, that are not finite."""
+    if not bool(jnp.isfinite(value)):
+        return f"The outer loss is {float(value)}."
+    bad = [
+        name
+        for name, leaf in zip(names(hypergrad, "hparams"), jax.tree.leaves(hypergrad), strict=True)
+        if not bool(jnp.all(jnp.isfinite(leaf)))
+    ]
+    return f"The outer loss is finite, but the hypergradient of `{'`, `'.join(bad)}` is not."

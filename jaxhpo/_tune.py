@@ -1,0 +1,377 @@
+"""The outer loop, for those who do not want to write it."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxhpo._diagnose import diagnose
+from jaxhpo._errors import JaxhpoError, NonFiniteError, ZeroHypergradientWarning
+from jaxhpo._health import raise_if_zero, what_is_not_finite
+from jaxhpo._transforms import to_natural, to_unconstrained
+from jaxhpo._tree import all_finite, names, norm
+from jaxhpo._types import PyTree
+from jaxhpo._validate import (
+    check_callable,
+    check_count,
+    check_finite,
+    check_key,
+    check_nonnegative,
+    check_params,
+    check_scalar,
+    describe,
+)
+
+
+class TuneResult(NamedTuple):
+    """What `tune` found. Everything is in natural units.
+
+    Attributes:
+      hparams: the last hyperparameters, after the last update.
+      carry: the last carry.
+      best_hparams: the hyperparameters of lowest outer loss.
+      best_value: that loss, a float.
+      history: a dict of NumPy arrays with one row per outer step: `value`, `hypergradient_norm` (in unconstrained units,
+        those of the search), `seconds`, `hparams` (a tree; leaves of more than 1024 entries are kept as their minimum,
+        quartiles and maximum), `info`.
+      status: "finished", "patience", "callback", "interrupted" or "not_finite".
+      message: why it stopped, in words.
+    """
+
+    hparams: PyTree
+    carry: PyTree
+    best_hparams: PyTree
+    best_value: float
+    history: dict[str, Any]
+    status: str
+    message: str
+
+
+class TuneStep(NamedTuple):
+    """What a callback is given after each outer step.
+
+    Attributes:
+      step: 0, 1, …
+      value: the outer loss at `hparams`.
+      hparams: the hyperparameters at which it was evaluated.
+      hypergradient_norm: Euclidean norm in unconstrained units.
+      info: what the outer loss reported, or None.
+      best_value: the lowest outer loss so far.
+      seconds: since the start.
+    """
+
+    step: int
+    value: float
+    hparams: PyTree
+    hypergradient_norm: float
+    info: PyTree
+    best_value: float
+    seconds: float
+
+
+def tune(
+    outer_loss: Callable | None,
+    hparams: PyTree,
+    optimizer: optax.GradientTransformation,
+    *,
+    num_steps: int,
+    transforms: PyTree = None,
+    gradient: Callable | None = None,
+    key: jax.Array | None = None,
+    carry: PyTree = None,
+    callbacks: Iterable[Callable[[TuneStep], Any]] = (),
+    patience: int | None = None,
+    min_delta: float = 0.0,
+    progress: bool = True,
+) -> TuneResult:
+    r"""Moves hyperparameters down their hypergradient with an optax optimiser.
+
+    With h = forward(u), each outer step is :math:`u \leftarrow u + \mathrm{optimizer}(\nabla_u F(\mathrm{forward}(u)))`.
+    The step is compiled once. Ctrl-C returns what there is.
+
+    **Cost and bias**: one hypergradient a step, and whatever bias its rule has; memory of the hyperparameters, the
+    optimiser's state and one row of history a step.
+
+    Args:
+      outer_loss: `hparams -> scalar`, or `(hparams, carry, key) -> (scalar, carry, info)`: `carry` is handed from step
+        to step (a solution's `.state`, for a warm start), `key` is new at every step, and `info` (any pytree, such as a
+        solution's `.info`) is recorded. None where `gradient` is given.
+      hparams: the start, in natural units.
+      optimizer: any optax transformation, `optax.lbfgs()` too.
+      num_steps: outer steps.
+      transforms: a prefix tree of transforms such as `{"penalty": positive, "momentum": unit_interval}`; None where a
+        hyperparameter is unconstrained.
+      gradient: `(hparams, carry, key) -> (value, hypergradient, carry, info)`, in natural units, in place of
+        differentiating `outer_loss`.
+      key: `jax.random.key(0)` when None.
+      carry: the first carry.
+      callbacks: each is called with a `TuneStep` after every step; a true result stops the run.
+      patience: stop after this many steps without an improvement of more than `min_delta`; None never stops early.
+      min_delta: the least improvement that counts for `patience`.
+      progress: a tqdm bar where tqdm is installed and the output is a terminal or a notebook, else a line every 5 s.
+
+    Returns:
+      A `TuneResult`.
+
+    Raises:
+      ZeroHypergradientError: at the first step a leaf's hypergradient is exactly zero, or the rule cuts entries of it off.
+      NonFiniteError: the first step is not finite; says where that began. (Later on, the run ends with a warning that
+        says so, status "not_finite", and the last finite state.)
+      JaxhpoError: an input that cannot work.
+
+    Example:
+      >>> solver = jaxhpo.from_optax(lambda p, h, batch: jnp.sum((p - 2.0) ** 2) + h * jnp.sum(p**2), optax.sgd(0.05))
+      >>> def outer_loss(h):
+      ...     sol = jaxhpo.solve(solver, solver.init(jnp.zeros(2), h), h, num_steps=100)
+      ...     return jnp.sum((sol.params - 1.0) ** 2)
+      >>> result = jaxhpo.tune(
+      ...     outer_loss, jnp.array(0.1), optax.adam(0.2), num_steps=100, transforms=jaxhpo.positive, progress=False
+      ... )
+      >>> print(round(float(result.best_hparams), 2))  # the minimiser of the penalised loss is 2 / (1 + h)
+      1.0
+
+    References:
+      Pedregosa. Hyperparameter optimization with approximate gradient. 2016. arXiv:1602.02355
+    """
+    hparams = check_params(hparams, "hparams")
+    check_finite(hparams, "hparams")
+    _check_settings(optimizer, num_steps, callbacks, patience, min_delta)
+    key = jax.random.key(0) if key is None else check_key(key)
+    search = _Search(_evaluator(outer_loss, gradient), optimizer, transforms)
+    point = to_unconstrained(transforms, hparams)
+    state = _State(point, optimizer.init(point), jax.tree.map(jnp.asarray, carry), key, 0)
+    return _run(search, state, num_steps, tuple(callbacks), patience, min_delta, progress)
+
+
+class _State(NamedTuple):
+    """All that an outer step depends on."""
+
+    point: PyTree  # unconstrained hyperparameters
+    opt_state: PyTree
+    carry: PyTree
+    key: jax.Array
+    step: Any
+
+
+class _Report(NamedTuple):
+    """What an outer step tells the host."""
+
+    value: jax.Array
+    hparams: PyTree
+    hypergradient: PyTree
+    hypergradient_norm: jax.Array
+    finite: jax.Array
+    info: PyTree
+
+
+class _Search:
+    """The compiled outer step."""
+
+    def __init__(self, evaluate, optimizer, transforms):
+        self.evaluate, self.transforms = evaluate, transforms
+        self.optimizer = optax.with_extra_args_support(optimizer)
+        self.step = jax.jit(self._step)
+
+    def objective(self, point, carry, key):
+        """`(point, carry, key) -> (value, (carry, info))` where it can be differentiated."""
+        value, carry, info = self.evaluate.loss(to_natural(self.transforms, point), carry, key)
+        return value, (carry, info)
+
+    def _value_and_grad(self, point, carry, key):
+        if self.evaluate.gradient is None:
+            (value, (carry, info)), grad = jax.value_and_grad(self.objective, has_aux=True)(point, carry, key)
+            return value, grad, carry, info
+        hparams, pullback = jax.vjp(lambda u: to_natural(self.transforms, u), point)
+        value, grad, carry, info = self.evaluate.gradient(hparams, carry, key)
+        return value, pullback(grad)[0], carry, info
+
+    def _step(self, state):
+        key = jax.random.fold_in(state.key, state.step)
+        value, grad, carry, info = self._value_and_grad(state.point, state.carry, key)
+        updates, opt_state = self.optimizer.update(
+            grad,
+            state.opt_state,
+            state.point,
+            value=value,
+            grad=grad,
+            value_fn=lambda u: self.objective(u, state.carry, key)[0],
+        )
+        point = optax.apply_updates(state.point, updates)
+        after = _State(point, opt_state, carry, state.key, state.step + 1)
+        finite = jnp.isfinite(value) & all_finite(grad)
+        return after, _Report(value, to_natural(self.transforms, state.point), grad, norm(grad), finite, info)
+
+    def diagnosis(self, state) -> str:
+        """Where the step from `state` ceases to be finite."""
+        if self.evaluate.gradient is not None:
+            return "It comes from the `gradient` function that was given."
+        key = jax.random.fold_in(state.key, state.step)
+        return diagnose(lambda u: self.objective(u, state.carry, key)[0], state.point)
+
+
+def _run(search, state, num_steps, callbacks, patience, min_delta, progress) -> TuneResult:
+    rows, best, best_hparams, waited = [], np.inf, None, 0
+    status, message = "finished", f"all {num_steps} outer steps were taken"
+    started = time.perf_counter()
+    with _Progress(num_steps, progress) as bar:
+        try:
+            for step in range(num_steps):
+                after, report = _first_step(search, state) if step == 0 else search.step(state)
+                if not bool(report.finite):
+                    status, message = "not_finite", _not_finite(search, state, report, step)
+                    break
+                value, seconds = float(report.value), time.perf_counter() - started
+                waited = 0 if value < best - min_delta else waited + 1
+                if value < best:
+                    best, best_hparams = value, report.hparams
+                state = after
+                rows.append(_row(report, seconds))
+                grad_norm = float(report.hypergradient_norm)
+                bar.update(value, best, grad_norm)
+                told = TuneStep(step, value, report.hparams, grad_norm, report.info, best, seconds)
+                if any([callback(told) for callback in callbacks]):
+                    status, message = "callback", f"a callback stopped the run after outer step {step}"
+                    break
+                if patience is not None and waited >= patience:
+                    status, message = "patience", f"no improvement of more than {min_delta} in {patience} outer steps"
+                    break
+        except KeyboardInterrupt:
+            if not rows:
+                raise
+            status, message = "interrupted", f"interrupted after {len(rows)} outer steps"
+    history = jax.tree.map(lambda *x: np.stack(x), *rows)
+    final = jax.jit(lambda u: to_natural(search.transforms, u))(state.point)
+    return TuneResult(final, state.carry, best_hparams, best, history, status, message)
+
+
+def _first_step(search, state):
+    """The step that traces: what the rules warned of while tracing is held against the hypergradient."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        after, report = search.step(state)
+    for w in caught:
+        if not (isinstance(w.message, ZeroHypergradientWarning) and w.message.leaf.startswith("hparams")):
+            warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
+    if bool(report.finite):
+        raise_if_zero(report.hypergradient, [w.message for w in caught], names(report.hparams, "hparams"))
+    return after, report
+
+
+def _not_finite(search, state, report, step) -> str:
+    what = what_is_not_finite(report.value, report.hypergradient)
+    message = f"Outer step {step}: {what} {search.diagnosis(state)}"
+    if step == 0:
+        raise NonFiniteError(message)
+    warnings.warn(f"{message} The run ends; the last finite state is returned.", RuntimeWarning, stacklevel=4)
+    return message
+
+
+def _row(report, seconds) -> dict[str, Any]:
+    def small(leaf):
+        leaf = np.asarray(leaf)
+        return leaf if leaf.size <= 1024 else np.quantile(leaf, [0, 0.25, 0.5, 0.75, 1])
+
+    return {
+        "value": np.asarray(report.value),
+        "hypergradient_norm": np.asarray(report.hypergradient_norm),
+        "seconds": np.asarray(seconds),
+        "hparams": jax.tree.map(small, report.hparams),
+        "info": jax.tree.map(np.asarray, report.info),
+    }
+
+
+class _Evaluator(NamedTuple):
+    loss: Callable | None  # (hparams, carry, key) -> (value, carry, info)
+    gradient: Callable | None  # (hparams, carry, key) -> (value, hypergradient, carry, info)
+
+
+def _evaluator(outer_loss, gradient) -> _Evaluator:
+    if gradient is not None:
+        check_callable("gradient", gradient, "gradient(hparams, carry, key)", 3)
+        if outer_loss is None:
+            return _Evaluator(None, gradient)
+    if outer_loss is None:
+        raise JaxhpoError("`outer_loss` got None without a `gradient`: pass a function `outer_loss(hparams)`.")
+    if _accepts(outer_loss, 3):
+
+        def loss(hparams, carry, key):
+            out = outer_loss(hparams, carry, key)
+            if not (isinstance(out, tuple) and len(out) == 3):
+                raise JaxhpoError(
+                    f"`outer_loss(hparams, carry, key)` returned {describe(out) if not isinstance(out, tuple) else out}, but it "
+                    f"must return `(value, carry, info)`; info may be None."
+                )
+            return check_scalar(out[0], "outer_loss"), *out[1:]
+
+        return _Evaluator(loss, gradient)
+    check_callable("outer_loss", outer_loss, "outer_loss(hparams)", 1)
+    return _Evaluator(lambda h, carry, key: (check_scalar(outer_loss(h), "outer_loss"), carry, None), gradient)
+
+
+def _accepts(fn, num_args) -> bool:
+    """Whether exactly this many positional arguments are required: defaults do not make a carry."""
+    try:
+        parameters = inspect.signature(fn).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(p.kind in positional and p.default is p.empty for p in parameters) == num_args
+
+
+def _check_settings(optimizer, num_steps, callbacks, patience, min_delta):
+    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")) or isinstance(optimizer, type):
+        raise JaxhpoError(
+            f"`optimizer` got {describe(optimizer)}, which is no optax transformation: write `optax.adam(0.1)`, say."
+        )
+    check_count("num_steps", num_steps)
+    check_nonnegative("min_delta", min_delta)
+    if patience is not None:
+        check_count("patience", patience)
+    if callable(callbacks):
+        raise JaxhpoError("`callbacks` got one function, but it is a sequence of them: write `callbacks=[callback]`.")
+    for callback in callbacks:
+        check_callable("callbacks", callback, "callback(tune_step)", 1)
+
+
+class _Progress:
+    """A tqdm bar, or a plain line every few seconds: nothing runs inside the compiled step."""
+
+    def __init__(self, total, enabled, every=5.0):
+        self.total, self.every, self.done, self.last = total, every, 0, time.perf_counter()
+        self.enabled, self.bar = enabled, None
+
+    def __enter__(self):
+        interactive = sys.stderr.isatty() or "ipykernel" in sys.modules
+        if self.enabled and interactive:
+            try:
+                from tqdm.auto import tqdm
+
+                self.bar = tqdm(total=self.total, unit="step")
+            except ImportError:
+                pass
+        return self
+
+    def update(self, value, best, grad_norm):
+        self.done += 1
+        if not self.enabled:
+            return
+        text = f"loss {value:.4g}, best {best:.4g}, |hypergradient| {grad_norm:.2g}"
+        if self.bar is not None:
+            self.bar.set_postfix_str(text, refresh=False)
+            self.bar.update()
+        elif time.perf_counter() - self.last >= self.every or self.done == self.total:
+            self.last = time.perf_counter()
+            print(f"step {self.done}/{self.total}: {text}", file=sys.stderr, flush=True)
+
+    def __exit__(self, *_):
+        if self.bar is not None:
+            self.bar.close()

@@ -1,0 +1,95 @@
+"""The one table of derivative rules that drives the contract tests, and the problems they run on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import jaxhpo
+from jaxhpo import CG, Direct, Identity, Implicit, Neumann, Unroll
+from jaxhpo.testing import BilevelProblem
+
+PROBLEMS = {
+    "ridge": jaxhpo.testing.ridge(),
+    "quadratic": jaxhpo.testing.quadratic(),
+    "logistic": jaxhpo.testing.logistic(),
+}
+
+
+class Case(NamedTuple):
+    """A rule, and what it should give.
+
+    `closed_form(problem, num_steps)` is its own value at `problem.hparams`: for an approximate rule that of its
+    approximation (Neumann's partial sum, T1–T2's step size, the truncated sum), not the exact hypergradient.
+    """
+
+    name: str
+    make: Callable[[BilevelProblem], Any]
+    closed_form: Callable[[BilevelProblem, int], np.ndarray] | None
+    implicit: bool = False
+
+
+def _inverse(replaced):
+    return lambda p, T: p.partial(p.hparams, lambda H: replaced(H, p.step_size))
+
+
+def _unrolled(truncate=None):
+    def value(p, T):
+        return p.unrolled(p.hparams, p.step_size, T, truncate)
+
+    return value
+
+
+def partial_sum(H, step_size, num_terms):
+    """α Σ_{k<K} (I − αH)^k = H⁻¹ (I − (I − αH)^K)."""
+    eye = np.eye(len(H))
+    return np.linalg.inv(H) @ (eye - np.linalg.matrix_power(eye - step_size * H, num_terms))
+
+
+EXACT = _inverse(lambda H, a: np.linalg.inv(H))
+RULES = [
+    Case("unroll", lambda p: Unroll(), _unrolled()),
+    Case("unroll-plain", lambda p: Unroll(checkpoint=None), _unrolled()),
+    Case("unroll-every", lambda p: Unroll(checkpoint=1), _unrolled()),
+    Case("unroll-7", lambda p: Unroll(checkpoint=7), _unrolled()),
+    Case("unroll-truncated", lambda p: Unroll(truncate=5), _unrolled(5)),
+    Case("unroll-truncated-1", lambda p: Unroll(truncate=1), _unrolled(1)),
+    Case("cg", lambda p: Implicit(CG()), EXACT, implicit=True),
+    Case("direct", lambda p: Implicit(Direct()), EXACT, implicit=True),
+    Case(
+        "neumann-5",
+        lambda p: Implicit(Neumann(5, p.step_size)),
+        _inverse(lambda H, a: partial_sum(H, a, 5)),
+        implicit=True,
+    ),
+    Case("identity", lambda p: Implicit(Identity(p.step_size)), _inverse(lambda H, a: a * np.eye(len(H))), implicit=True),
+]
+BY_NAME = {case.name: case for case in RULES}
+
+
+def outer_loss(problem: BilevelProblem, adjoint, num_steps: int, dtype=jnp.float64, start=None, tx=None):
+    """The validation loss of gradient descent on the problem, as a function of the hyperparameters."""
+    solver = jaxhpo.from_optax(problem.train_loss, tx or optax.sgd(problem.step_size))
+    params = jnp.asarray(problem.params if start is None else start, dtype)
+
+    def loss(h):
+        sol = jaxhpo.solve(solver, solver.init(params, h), h, num_steps=num_steps, adjoint=adjoint)
+        return problem.val_loss(sol.params)
+
+    return loss
+
+
+def relative_error(got, want) -> float:
+    """‖got − want‖ / ‖want‖."""
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
+
+
+def grad(fn):
+    """The jitted gradient."""
+    return jax.jit(jax.grad(fn))

@@ -1,0 +1,207 @@
+"""Imports run one way, and `import jaxhpo` stays light."""
+
+import ast
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import jaxhpo
+
+PACKAGE = pathlib.Path(jaxhpo.__file__).parent
+
+# A module imports from earlier layers only; modules of one layer do not import each other.
+LAYERS = [
+    ["_types"],
+    ["_errors"],
+    ["_tree"],
+    ["_validate", "_diagnose", "_health"],
+    ["_solver", "_transforms", "_linear", "_curvature", "_loop"],
+    ["_implicit"],
+    ["_adjoint"],
+    ["_solve"],
+    ["_estimator"],
+    ["_tune"],
+    ["_check"],
+    ["__init__"],  # the public names: what follows may `import jaxhpo`, as a user does
+    ["criteria", "search", "models", "data", "plot", "testing"],
+    ["sklearn", "_demo"],
+    ["cli"],
+]
+LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
+# In these packages a file is a method, and methods know nothing of each other, except for what they share.
+METHODS = {"_linear", "_adjoint", "_estimator"}
+SHARED = {"jaxhpo._linear._report"}
+
+CORE = {"jax", "jaxlib", "numpy", "chex"}
+OPTAX = {"_solver", "_tune", "_estimator", "search", "_demo", "cli", "testing"}
+FLAX = {"models"}
+# Optional extras are imported inside functions, or at the top of the namespace that is about nothing else.
+EXTRAS = {"sklearn", "matplotlib", "tqdm", "pandas", "lineax", "optimistix", "optuna", "pooch", "IPython"}
+EXTRAS_AT_TOP = {"sklearn": {"sklearn"}, "search": {"optuna"}, "plot": {"matplotlib"}, "_demo": {"matplotlib"}}
+
+
+def modules() -> dict[str, str]:
+    """Full name of each module (packages as `jaxhpo.data.__init__`) and its source."""
+    files = sorted(PACKAGE.rglob("*.py"))
+    return {".".join(("jaxhpo", *file.relative_to(PACKAGE).with_suffix("").parts)): file.read_text() for file in files}
+
+
+def imported(module: str, source: str, known) -> list[tuple[str, bool]]:
+    """Full names of what a module imports, each with whether that happens inside a function."""
+    found = []
+
+    def visit(node, inside):
+        if isinstance(node, ast.Import):
+            found.extend((resolve(alias.name, known), inside) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            package = module.split(".")[: -node.level] if node.level else []
+            base = ".".join(package + ([node.module] if node.module else []))
+            found.extend((resolve(f"{base}.{alias.name}", known), inside) for alias in node.names)
+        for child in ast.iter_child_nodes(node):
+            visit(child, inside or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)))
+
+    visit(ast.parse(source), False)
+    return found
+
+
+def resolve(name: str, known) -> str:
+    """The module that a dotted name lives in: `jaxhpo._tree.norm` is in `jaxhpo._tree`, `jaxhpo.solve` in `jaxhpo`."""
+    if name.split(".")[0] != "jaxhpo":
+        return name
+    while name not in known and f"{name}.__init__" not in known and "." in name:
+        name = name.rpartition(".")[0]
+    return name if name in known else f"{name}.__init__"
+
+
+def part(module: str) -> str:
+    """The unit that the layers speak of: `_linear` for `jaxhpo._linear._cg`."""
+    return module.split(".")[1]
+
+
+def violations(module: str, source: str, known) -> list[str]:
+    own = part(module)
+    if own not in LEVEL:
+        return [f"{module} is in no layer: add `{own}` to LAYERS"]
+    found = []
+    for target, inside in imported(module, source, known):
+        top = target.split(".")[0]
+        if top == "jaxhpo":
+            found += _internal(module, own, target, inside)
+        elif top in EXTRAS:
+            if not inside and top not in EXTRAS_AT_TOP.get(own, ()):
+                found.append(f"{module} imports the optional extra {top} at its top")
+        elif inside:
+            found.append(f"{module} imports {target} inside a function")
+        elif top in ("optax", "flax"):
+            if own not in (OPTAX if top == "optax" else FLAX):
+                found.append(f"{module} imports {top}")
+        elif top == "jax" and "_src" in target:
+            found.append(f"{module} imports {target}, which is private")
+        elif top not in CORE and top not in sys.stdlib_module_names:
+            found.append(f"{module} imports {top}, which is no dependency")
+    return found
+
+
+def _internal(module, own, target, inside):
+    theirs = part(target)
+    if inside:
+        return [f"{module} imports {target} inside a function"]
+    if theirs not in LEVEL:
+        return [f"{module} imports {target}, which is in no layer"]
+    if theirs == own:
+        sibling = own in METHODS and not module.endswith("__init__") and target not in SHARED
+        return [f"{module} imports its sibling {target}"] if sibling else []
+    if own == "__init__":  # re-exports; the tests below keep it light and free of cycles
+        return []
+    # `_types` and `_errors` are both the ground, and do not import each other either.
+    if LEVEL[theirs] >= LEVEL[own] or {own, theirs} == {"_types", "_errors"}:
+        return [f"{module} imports {target}, which is not below it"]
+    return []
+
+
+def cycle(graph: dict[str, set[str]]) -> list[str]:
+    """Modules of a circular import, or nothing."""
+    graph = {module: set(targets) for module, targets in graph.items()}
+    while leaves := [module for module, targets in graph.items() if not targets & graph.keys()]:
+        for module in leaves:
+            del graph[module]
+    return sorted(graph)
+
+
+def test_imports_run_one_way():
+    sources = modules()
+    found = [line for module, source in sources.items() for line in violations(module, source, sources)]
+    assert not found, "\n".join(found)
+
+
+def test_no_circular_imports():
+    sources = modules()
+    assert not cycle({m: {target for target, _ in imported(m, source, sources)} for m, source in sources.items()})
+
+
+KNOWN = {f"jaxhpo.{m}" for m in ("__init__", "_tree", "_solve", "_solver", "_loop", "testing", "plot", "data.__init__")}
+KNOWN |= {f"jaxhpo.{m}" for m in ("_types", "_errors", "_linear._cg", "_linear._direct", "_linear._report")}
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "complaint"),
+    [
+        ("_tree", "from jaxhpo._solve import solve", "not below"),
+        ("_tree", "from . import _solve", "not below"),
+        ("_tree", "from ._solve import solve", "not below"),
+        ("_tree", "import jaxhpo._solve", "not below"),
+        ("_solve", "import jaxhpo", "not below"),
+        ("_solve", "from jaxhpo import CG", "not below"),
+        ("_errors", "from jaxhpo._types import PyTree", "not below"),
+        ("_solver", "from jaxhpo._loop import scan_steps", "not below"),
+        ("plot", "from jaxhpo import testing", "not below"),
+        ("_linear._cg", "from jaxhpo._linear._direct import Direct", "sibling"),
+        ("_linear._cg", "from ._direct import Direct", "sibling"),
+        ("_solve", "def f():\n    from jaxhpo._tree import norm", "inside a function"),
+        ("_solve", "class A:\n    def f(self):\n        import math", "inside a function"),
+        ("_solve", "if True:\n    import optax", "imports optax"),
+        ("_demo", "import flax.linen as nn", "imports flax"),
+        ("_solve", "from optax.losses import l2_loss", "imports optax"),
+        ("_check", "import matplotlib.pyplot", "optional extra"),
+        ("_solve", "import torch", "no dependency"),
+        ("_solve", "from jax._src import core", "private"),
+        ("_novel", "import math", "in no layer"),
+    ],
+)
+def test_the_checker_complains(module, source, complaint):
+    (line,) = violations(f"jaxhpo.{module}", source, KNOWN)
+    assert complaint in line
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("_solve", "import jax.numpy as jnp\nfrom jaxhpo._tree import norm\nfrom jaxhpo import _tree"),
+        ("_solver", "import optax"),
+        ("models._mlp", "from flax import linen"),
+        ("testing", "import jaxhpo"),
+        ("__init__", "from jaxhpo import testing as testing"),
+        ("_linear._cg", "from jaxhpo._linear._report import report"),
+        ("_linear.__init__", "from jaxhpo._linear import _cg"),
+        ("data._digits", "def f():\n    from sklearn.datasets import load_digits"),
+        ("cli", "from jaxhpo import _demo, data"),
+    ],
+)
+def test_the_checker_accepts(module, source):
+    assert violations(f"jaxhpo.{module}", source, KNOWN | {"jaxhpo._demo.__init__"}) == []
+
+
+def test_the_cycle_finder_finds():
+    assert cycle({"a": {"b"}, "b": {"c", "x"}, "c": {"a"}, "d": {"a"}, "e": set()}) == ["a", "b", "c", "d"]
+    assert cycle({"a": {"b"}, "b": {"c"}}) == []
+
+
+def test_importing_the_library_is_light():
+    heavy = ["flax", "matplotlib", "sklearn", "optuna", "torch", "pandas", "lineax", "tqdm"]
+    code = f"import sys, json, jaxhpo; print(json.dumps([m for m in {heavy} if m in sys.modules]))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout) == []
