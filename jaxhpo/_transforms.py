@@ -87,7 +87,7 @@ class _Positive(_Transform):
     `inverse` raises `JaxhpoError` for concrete values that are not positive and finite.
 
     Example:
-      >>> positive.forward(positive.inverse({"l2": jnp.float32(0.5)}))
+      >>> jaxhpo.positive.forward(jaxhpo.positive.inverse({"l2": jnp.float32(0.5)}))
       {'l2': Array(0.5, dtype=float32)}
     """
 
@@ -129,7 +129,7 @@ class _UnitInterval(_Transform):
     `inverse` raises `JaxhpoError` for concrete values that are not strictly between 0 and 1.
 
     Example:
-      >>> unit_interval.forward({"momentum": jnp.float32(0.0)})
+      >>> jaxhpo.unit_interval.forward({"momentum": jnp.float32(0.0)})
       {'momentum': Array(0.5, dtype=float32)}
     """
 
@@ -177,9 +177,9 @@ class box(_Transform):  # noqa: N801  (reads, and prints, as the function that t
         `inverse`) the leaf's dtype has no number between them, or a concrete value is not strictly inside.
 
     Example:
-      >>> box(0.0, 0.9)
+      >>> jaxhpo.box(0.0, 0.9)
       box(0.0, 0.9)
-      >>> box(0.0, 0.9).forward(jnp.float32(0.0))
+      >>> jaxhpo.box(0.0, 0.9).forward(jnp.float32(0.0))
       Array(0.45, dtype=float32)
     """
 
@@ -279,7 +279,7 @@ class _Simplex(_Transform):
     to one.
 
     Example:
-      >>> simplex.forward(jnp.zeros(4, jnp.float32))
+      >>> jaxhpo.simplex.forward(jnp.zeros(4, jnp.float32))
       Array([0.25, 0.25, 0.25, 0.25], dtype=float32)
     """
 

@@ -91,9 +91,9 @@ def _add_demo(commands) -> None:
         metavar="DIR",
         help="folder to write into (default: %(default)s)",
     )
-    short = ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in QUICK.items())
+    short = "{seeds} seeds, {outer_steps} outer and {num_steps} inner steps".format(**QUICK)
     parser.add_argument("--quick", action="store_true", help=f"a few seconds, to see that it runs: {short}")
-    parser.set_defaults(command=demo)
+    parser.set_defaults(command=_run_demo)
 
 
 def _integer(minimum: int, why: str) -> Callable[[str], int]:
@@ -111,7 +111,7 @@ def _integer(minimum: int, why: str) -> Callable[[str], int]:
     return convert
 
 
-def demo(parsed: argparse.Namespace) -> int:
+def _run_demo(parsed: argparse.Namespace) -> int:
     """`jaxhpo demo`."""
     given = {field.name for field in dataclasses.fields(_demo.Settings)} & set(vars(parsed))
     chosen = (QUICK if parsed.quick else {}) | {name: getattr(parsed, name) for name in given}

@@ -19,19 +19,21 @@ METHODS = ["untuned", "grid", "random", "hypergradient", "penalties-only", "sche
 FIGURES = ["test_accuracy", "test_loss", "refit_test_loss", "refit_test_accuracy"]
 
 
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    """The files and the printed text of one quick run."""
-    out = tmp_path_factory.mktemp("demo") / "new" / "folder"
-    printed = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(builtins, "print", lambda *text, **_: printed.append(" ".join(map(str, text))))
-        assert main(["demo", "--quick", "--out", str(out)]) == 0
-    return out, json.loads((out / "report.json").read_text()), "\n".join(printed)
+def test_the_demo_runs_and_what_it_writes_agrees_with_itself(tmp_path, capsys):
+    out = tmp_path / "new" / "folder"  # one run, one test: workers would each repeat a fixture
+    assert main(["demo", "--quick", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    report = json.loads((out / "report.json").read_text())
+    check_names(report)
+    check_means_and_standard_errors(report)
+    check_paired_differences(report)
+    check_equal_inner_steps(report)
+    check_the_gradient_lowers_the_validation_loss(report)
+    check_text(report, printed, out)
+    check_picture(out / "demo.png")
 
 
-def test_the_report_has_the_promised_names(demo):
-    _, report, _ = demo
+def check_names(report):
     assert [row["name"] for row in report["methods"]] == METHODS
     for row in report["methods"]:
         for name in ["validation_loss", *(f"{figure}_{end}" for figure in FIGURES for end in ("mean", "sem"))]:
@@ -45,8 +47,7 @@ def test_the_report_has_the_promised_names(demo):
     assert report["num_hyperparameters"] == 64 * 64 + 64 * 10 + 8  # a penalty a weight, and 8 knots
 
 
-def test_means_and_standard_errors_are_those_of_the_seeds(demo):
-    _, report, _ = demo
+def check_means_and_standard_errors(report):
     assert report["seeds"] == list(range(QUICK["seeds"]))
     for row in report["methods"]:
         for figure in FIGURES:
@@ -56,8 +57,7 @@ def test_means_and_standard_errors_are_those_of_the_seeds(demo):
             assert row[f"{figure}_sem"] == pytest.approx(values.std(ddof=1) / math.sqrt(len(values)), abs=2e-6)
 
 
-def test_differences_are_paired(demo):
-    _, report, _ = demo
+def check_paired_differences(report):
     rows = {row["name"]: row["per_seed"] for row in report["methods"]}
     assert [d["against"] for d in report["paired_differences"]] == [name for name in METHODS if name != "hypergradient"]
     for difference in report["paired_differences"]:
@@ -66,8 +66,7 @@ def test_differences_are_paired(demo):
         assert difference["test_loss_seeds_better"] == (each < 0).sum()
 
 
-def test_every_method_gets_as_many_inner_steps(demo):
-    _, report, _ = demo
+def check_equal_inner_steps(report):
     steps = {row["name"]: row["inner_steps"] for row in report["methods"]}
     cost = report["cost"]["hypergradient_in_trainings"]
     assert 2 < cost < 6  # forward, redone once or twice, and one Hessian product a step: about four
@@ -78,25 +77,23 @@ def test_every_method_gets_as_many_inner_steps(demo):
         assert steps["hypergradient"] <= steps[name] <= 1.5 * steps["hypergradient"]
 
 
-def test_the_gradient_lowers_the_validation_loss(demo):
-    _, report, _ = demo
+def check_the_gradient_lowers_the_validation_loss(report):
     losses = {row["name"]: row["validation_loss"] for row in report["methods"]}
     for name in ("hypergradient", "penalties-only", "schedule-only"):
         assert losses[name] < losses["untuned"]
 
 
-def test_the_table_names_every_method_and_fits_a_terminal(demo):
-    out, report, printed = demo
+def check_text(report, printed, out):
     table = _report.render(report)
     assert table in printed and str(out / "report.json") in printed
     assert all(f"\n{name} " in table for name in METHODS)
     assert max(map(len, table.splitlines())) <= 120
 
 
-def test_the_picture_can_be_decoded(demo):
+def check_picture(path):
     from PIL import Image
 
-    with Image.open(demo[0] / "demo.png") as picture:
+    with Image.open(path) as picture:
         picture.load()
         assert picture.format == "PNG" and min(picture.size) > 800
         assert len(set(picture.convert("L").resize((64, 48)).tobytes())) > 20  # something is drawn
@@ -122,14 +119,10 @@ def test_every_image_is_seen_equally_often():
     assert (np.bincount(order.ravel()) == 4).all()  # 8 × 16 / 32
 
 
-def test_the_hypergradient_agrees_with_central_differences():
-    problems, _ = _experiment.make_problems(settings())
-    first = jax.tree.map(lambda leaf: leaf[0], problems)
-    start = _experiment.constant_hparams(first.params, math.log(5e-3), math.log(0.05), 4)
-    both = jax.jit(jax.value_and_grad(lambda hparams: _experiment.validation_loss(hparams, first, 0.9)))
-    slope = float(jnp.sum(both(start)[1]["log_rate"]))
-    shifted = [float(both(start | {"log_rate": start["log_rate"] + step})[0]) for step in (0.05, -0.05)]
-    assert slope == pytest.approx((shifted[0] - shifted[1]) / 0.1, rel=1e-2)  # float32, and O(step²)
+def test_the_schedule_passes_through_its_knots():
+    log_rate = jnp.log(jnp.array([0.1, 0.4, 0.2]))
+    rates = jax.vmap(lambda step: _experiment.learning_rate(log_rate, step, 9))(jnp.arange(9))
+    np.testing.assert_allclose(rates[jnp.array([0, 2, 4, 8])], [0.1, 0.2, 0.4, 0.2], rtol=1e-6)  # step 2: √(.1 × .4)
 
 
 def test_the_grid_covers_its_range_and_no_search_gets_fewer_trials():
@@ -172,13 +165,22 @@ def test_verdicts(column, mean, sem, expected):
 
 def test_where_another_method_wins_the_text_says_so():
     ours = {"name": "hypergradient", "validation_loss": 0.1, "test_loss_mean": 0.2}
-    difference = {"against": "random"}
+    difference = {"against": "random", "seeds": 6}
     for column in _report.COLUMNS:
         sign = 1 if column == "refit_test_loss" else -1 if column.endswith("loss") else 1
         difference |= {f"{column}_mean": sign * 0.1, f"{column}_sem": 0.01, f"{column}_seeds_better": 1}
     text = _report.conclusions([ours], [difference])
-    expected = "In test loss refitted the hypergradient is worse than random (+0.100 ± 0.010, better in 1 seeds)."
+    expected = "In test loss refitted the hypergradient is worse than random (+0.100 ± 0.010, better in 1 of 6 seeds)."
     assert text[0] == expected
+
+
+def test_a_mean_that_one_seed_carries_is_pointed_out():
+    def row(name, values):
+        return {"name": name, "per_seed": {"refit_test_loss": values}}
+
+    rows = [row("random", [0.15, 0.16, 0.7]), row("grid", [0.2, 0.2, 0.3]), row("hypergradient", [0.1, 0.2, 0.3])]
+    (text,) = _report._outliers(rows)
+    assert text.startswith("Refitted, random is unstable: its worst seed has test loss 0.700, its median seed 0.160")
 
 
 # --- the command line -------------------------------------------------------------------------------------------------

@@ -29,6 +29,8 @@ EVERYTHING = ("log_penalty", "log_rate")
 class Settings:
     """What the demo runs.
 
+    The defaults were settled on the validation and held-out images of seeds 100 to 111, which the demo does not use.
+
     Args:
       seeds: how many repetitions, each with its own split, initial weights and minibatches; trained together by `vmap`.
       outer_steps: steps on the hyperparameters.
@@ -86,17 +88,16 @@ class Problem(NamedTuple):
 
 def make_problems(settings: Settings) -> tuple[Problem, jaxhpo.data.Examples]:
     """All repetitions, stacked, and apart from them their test parts."""
-    problems, tests = [], []
-    for seed in range(settings.seed, settings.seed + settings.seeds):
-        parts = jaxhpo.data.digits(seed, train=settings.train, validation=settings.validation)
-        params = MODEL.init(jax.random.key(seed), jnp.zeros((1, 64)))["params"]
-        orders = [
-            _minibatches(np.random.default_rng([seed, size]), size, settings)
-            for size in (settings.train, settings.train + settings.validation)
-        ]
-        problems.append(Problem(params, parts.train, parts.validation, *orders))
-        tests.append(parts.test)
-    return _stack(problems), _stack(tests)
+    seeds = range(settings.seed, settings.seed + settings.seeds)
+    splits = [jaxhpo.data.digits(seed, train=settings.train, validation=settings.validation) for seed in seeds]
+    initialise = jax.jit(jax.vmap(lambda seed: MODEL.init(jax.random.key(seed), jnp.zeros((1, 64)))["params"]))
+    orders = [
+        np.stack([_minibatches(np.random.default_rng([seed, size]), size, settings) for seed in seeds])
+        for size in (settings.train, settings.train + settings.validation)
+    ]
+    train, validation, test = jax.tree.map(lambda *arrays: np.stack(arrays), *splits)
+    problems = Problem(initialise(np.array(seeds)), train, validation, *orders)
+    return jax.tree.map(jnp.asarray, (problems, test))
 
 
 def _minibatches(rng: np.random.Generator, size: int, settings: Settings) -> np.ndarray:
@@ -104,10 +105,6 @@ def _minibatches(rng: np.random.Generator, size: int, settings: Settings) -> np.
     wanted = settings.num_steps * settings.batch_size
     passes = [rng.permutation(size) for _ in range(math.ceil(wanted / size))]
     return np.concatenate(passes)[:wanted].reshape(settings.num_steps, settings.batch_size)
-
-
-def _stack(trees: list) -> Any:
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
 # --- the inner problem ------------------------------------------------------------------------------------------------
@@ -237,7 +234,7 @@ def descend(gradient: Callable, start: dict, problems: Problem, settings: Settin
         values.append(np.asarray(value))
         hparams, opt_state = update(hparams, opt_state, hypergrad)
     chosen, seeds = best(np.stack(values)), np.arange(settings.seeds)
-    selected = jax.tree.map(lambda leaf: leaf[chosen, seeds], _stack(visited))
+    selected = jax.tree.map(lambda *leaves: jnp.stack(leaves)[chosen, seeds], *visited)
     return Search(selected, np.stack(values), time.perf_counter() - began)
 
 

@@ -61,7 +61,7 @@ def make(settings, searches: dict, scores: dict, cost: dict, trials: int, num_hy
         "cost": cost | {"trials": trials},
         "methods": rows,
         "paired_differences": differences,
-        "conclusions": conclusions(rows, differences) + _edges(searches),
+        "conclusions": conclusions(rows, differences) + _outliers(rows) + _edges(searches),
     }
 
 
@@ -101,7 +101,8 @@ def _plain(value):
 
 def _difference(name: str, scores: dict) -> dict:
     """Ours minus `name`, seed by seed: splits, initial weights and minibatches are shared, so their noise cancels."""
-    difference: dict[str, Any] = {"method": OURS, "against": name}
+    seeds = len(scores[OURS].test_loss)
+    difference: dict[str, Any] = {"method": OURS, "against": name, "seeds": seeds}
     for column in COLUMNS:
         each = getattr(scores[OURS], column) - getattr(scores[name], column)
         difference |= _mean_and_sem(column, each)
@@ -146,7 +147,20 @@ def conclusions(rows: list[dict], differences: list[dict]) -> list[str]:
 
 def _difference_in_words(difference: dict, column: str) -> str:
     mean, sem = (difference[f"{column}_{figure}"] for figure in ("mean", "sem"))
-    return f"{_signed(mean)} ± {_number(sem)}, better in {difference[f'{column}_seeds_better']} seeds"
+    better = difference[f"{column}_seeds_better"]
+    return f"{_signed(mean)} ± {_number(sem)}, better in {better} of {difference['seeds']} seeds"
+
+
+def _outliers(rows: list[dict]) -> list[str]:
+    """Says where one seed carries a mean, so that a reader does not take it for the usual case."""
+    losses = {row["name"]: [v for v in row["per_seed"]["refit_test_loss"] if v is not None] for row in rows}
+    sentences = []
+    for name, values in losses.items():
+        if values and max(values) > 2 * np.median(values):
+            worst, usual, ours = map(_number, (max(values), np.median(values), np.median(losses[OURS])))
+            text = f"its worst seed has test loss {worst}, its median seed {usual} (the hypergradient's: {ours})"
+            sentences.append(f"Refitted, {name} is unstable: {text}.")
+    return sentences
 
 
 def _edges(searches: dict) -> list[str]:

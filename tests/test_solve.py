@@ -1,0 +1,403 @@
+"""What `solve` promises apart from its derivative rules: batches, state, stopping, closures, warnings, diagnosis."""
+
+import warnings
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import PROBLEMS, RULES, grad, outer_loss, relative_error
+
+import jaxhpo
+from jaxhpo import CG, Direct, Identity, Implicit, Neumann, Unroll, ZeroHypergradientWarning
+
+STEP = 0.1
+RIDGE = PROBLEMS["ridge"]
+
+
+def squared(p, h, batch):
+    """Minimised at p = h + batch."""
+    return jnp.sum((p - h - batch) ** 2)
+
+
+# --- batches ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("adjoint", [Unroll(), Unroll(checkpoint=3), Implicit()], ids=str)
+def test_function_of_the_step_equals_stacked_batches(adjoint):
+    data = jnp.asarray(np.random.default_rng(0).normal(size=(11, 2)))
+    solver = jaxhpo.from_optax(squared, optax.sgd(STEP))
+
+    def loss(h, batches):
+        sol = jaxhpo.solve(solver, solver.init(jnp.zeros(2), h), h, batches, num_steps=11, adjoint=adjoint)
+        return jnp.sum(sol.params**2)
+
+    h = jnp.ones(2)
+    stacked = jax.value_and_grad(loss)(h, data)
+    chex.assert_trees_all_close(stacked, jax.value_and_grad(loss)(h, lambda t: data[t]), rtol=1e-12)
+
+
+def test_a_function_of_the_step_needs_no_memory_for_the_batches():
+    """A million steps of 1000 numbers would be 8 GB when stacked; compiled temporary memory stays below 1 MB."""
+    solver = jaxhpo.from_optax(squared, optax.sgd(STEP))
+    key = jax.random.key(0)
+
+    def loss(h):
+        batches = lambda t: jax.random.normal(jax.random.fold_in(key, t), (1000,))  # noqa: E731
+        sol = jaxhpo.solve(solver, solver.init(jnp.zeros(1000), h), h, batches, num_steps=10**6, adjoint=Implicit())
+        return jnp.sum(sol.params)
+
+    compiled = jax.jit(jax.grad(loss)).lower(jnp.zeros(1000)).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 10**7 + 10**6  # the step indices (8 MB) and little else
+
+
+def test_data_are_differentiable():
+    """T steps from zero end at Σ_t 2η(1−2η)^{T−1−t} b_t (h = 0): the derivative with respect to each batch."""
+    T = 9
+    solver = jaxhpo.from_optax(squared, optax.sgd(STEP))
+
+    def end(batches):
+        h = jnp.zeros(1)
+        return jaxhpo.solve(solver, solver.init(jnp.zeros(1), h), h, batches).params[0]
+
+    got = grad(end)(jnp.ones((T, 1)))[:, 0]
+    np.testing.assert_allclose(got, 2 * STEP * (1 - 2 * STEP) ** np.arange(T - 1, -1, -1), rtol=1e-12)
+
+
+def test_integer_boolean_and_key_leaves():
+    """Keys, indices and masks ride in the batches; only floating-point leaves are differentiated."""
+    T = 6
+    keys = jax.random.split(jax.random.key(1), T)
+    batches = {"key": keys, "index": jnp.arange(T) % 2, "mask": jnp.arange(T) > 2}
+
+    def train_loss(p, h, b):
+        target = h[b["index"]] + 0.1 * jax.random.normal(b["key"], ())
+        return jnp.where(b["mask"], 1.0, 0.5) * jnp.sum((p - target) ** 2)
+
+    solver = jaxhpo.from_optax(train_loss, optax.adam(STEP, eps_root=1e-8))  # Adam's state has an integer count
+    for adjoint in (Unroll(), Unroll(checkpoint=2, truncate=4), Implicit()):
+
+        def loss(h, adjoint=adjoint):
+            return jaxhpo.solve(solver, solver.init(jnp.zeros(3), h), h, batches, adjoint=adjoint).params.sum()
+
+        if isinstance(adjoint, Unroll) and adjoint.truncate is None:
+            assert jaxhpo.check_hypergradient(loss, jnp.array([0.3, -0.2])).relative_error < 1e-6
+        else:
+            assert jnp.all(jnp.isfinite(grad(loss)(jnp.array([0.3, -0.2]))))
+
+
+# --- what can be a hyperparameter under Unroll ---------------------------------------------------------------------------
+
+
+def test_learning_rate_schedule_closed_form():
+    r"""p_T = h + Π_t (1 − 2α_t) (p_0 − h), so dp_T/dα_t = −2 Π_{s≠t} (1 − 2α_s) (p_0 − h)."""
+    rates = jnp.linspace(0.05, 0.2, 7)
+    solver = jaxhpo.from_optax(
+        lambda p, h, b: (p - 1.0) ** 2, lambda h: optax.sgd(lambda t: h[jnp.minimum(t, 6)])
+    )
+
+    def end(rates):
+        return jaxhpo.solve(solver, solver.init(jnp.zeros(()), rates), rates, num_steps=7).params
+
+    factors = 1 - 2 * np.asarray(rates)
+    want = [2 * np.prod(np.delete(factors, t)) for t in range(7)]
+    np.testing.assert_allclose(grad(end)(rates), want, rtol=1e-12)
+
+
+def test_initial_parameters_closed_form():
+    solver = jaxhpo.from_optax(lambda p, h, b: jnp.sum((p - 1.0) ** 2), optax.sgd(STEP))
+
+    def end(h):
+        return jaxhpo.solve(solver, solver.init(2 * h["start"], h), h, num_steps=8).params.sum()
+
+    got = grad(end)({"start": jnp.ones(3)})["start"]
+    np.testing.assert_allclose(got, 2 * (1 - 2 * STEP) ** 8 * np.ones(3), rtol=1e-12)
+
+
+@pytest.mark.parametrize("checkpoint", [None, 1, 3, "sqrt"])
+def test_momentum_sgd_trajectory(checkpoint):
+    """v ← m v − (1−m) g, p ← p + α v, by hand; and its hypergradients against differences."""
+    T, rates, decays = 20, np.linspace(0.1, 0.3, 20), np.linspace(0.5, 0.9, 20)
+    p, v = 0.0, 0.0
+    for t in range(T):
+        v = decays[t] * v - (1 - decays[t]) * 2 * (p - 1.0)
+        p = p + rates[t] * v
+    solver = jaxhpo.momentum_sgd(lambda p, h, b: (p - 1.0) ** 2, lambda h, t: h["lr"][t], lambda h, t: h["m"][t])
+
+    def end(h):
+        return jaxhpo.solve(
+            solver, solver.init(jnp.zeros(()), h), h, num_steps=T, adjoint=Unroll(checkpoint=checkpoint)
+        ).params
+
+    h = {"lr": jnp.asarray(rates), "m": jnp.asarray(decays)}
+    np.testing.assert_allclose(end(h), p, rtol=1e-12)
+    assert jaxhpo.check_hypergradient(end, h).relative_error < 1e-9
+
+
+def test_model_state_is_carried():
+    """A running mean of the parameters: m ← 0.9 m + 0.1 p, differentiated with the rest."""
+
+    def train_loss(p, h, batch, state):
+        return jnp.sum((p - h) ** 2), {"mean": 0.9 * state["mean"] + 0.1 * p, "count": state["count"] + 1}
+
+    solver = jaxhpo.from_optax(train_loss, optax.sgd(STEP), has_state=True)
+    state = {"mean": jnp.zeros(2), "count": jnp.zeros((), jnp.int32)}
+
+    def outer(h):
+        sol = jaxhpo.solve(solver, solver.init(jnp.zeros(2), h, state), h, num_steps=5)
+        return jnp.sum(sol.model_state["mean"] ** 2), sol.model_state["count"]
+
+    assert outer(jnp.ones(2))[1] == 5
+    assert jaxhpo.check_hypergradient(lambda h: outer(h)[0], jnp.ones(2)).relative_error < 1e-9
+
+
+def test_warm_start_continues():
+    """Two solves of 10 steps, the second from the first's state, are one of 20; momentum included."""
+    solver = jaxhpo.from_optax(squared, optax.sgd(STEP, momentum=0.8))
+    h, batches = jnp.ones(2), lambda t: jnp.zeros(2)
+    start = solver.init(jnp.zeros(2), h)
+    first = jaxhpo.solve(solver, start, h, batches, num_steps=10)
+    second = jaxhpo.solve(solver, first.state, h, batches, num_steps=10)
+    chex.assert_trees_all_close(second.params, jaxhpo.solve(solver, start, h, batches, num_steps=20).params, rtol=1e-12)
+
+
+# --- implicit ----------------------------------------------------------------------------------------------------------
+
+
+def test_tolerance_stops_the_loop():
+    problem = RIDGE
+    solver = jaxhpo.from_optax(problem.train_loss, optax.sgd(problem.step_size))
+    h = jnp.asarray(problem.hparams)
+
+    def run(h, tol, most=5000):
+        start = solver.init(jnp.asarray(problem.params), h)
+        return jaxhpo.solve(solver, start, h, num_steps=most, tol=tol, adjoint=Implicit(CG(tol=1e-13)))
+
+    info = jax.jit(run, static_argnums=(1, 2))(h, 1e-11, 5000).info
+    assert info.optimality < 1e-11 and 10 < info.num_steps < 5000 and info.finite
+    before = run(h, None, int(info.num_steps) - 1).info
+    assert before.optimality >= 1e-11  # it stopped at the first step that reached the tolerance
+    short = run(h, 1e-11, 3).info
+    assert short.num_steps == 3 and short.optimality > 1e-11
+    got = grad(lambda h: problem.val_loss(run(h, 1e-11).params))(h)
+    assert relative_error(got, problem.hypergradient(problem.hparams)) < 1e-9
+
+
+def test_condition_batch():
+    """Minibatch steps, but the condition on all data: the hypergradient is that of the full problem."""
+    data = jnp.asarray([[0.0], [2.0]])
+    solver = jaxhpo.from_optax(lambda p, h, b: jnp.mean((p - b) ** 2) + h * jnp.sum(p**2), optax.sgd(0.0))
+
+    def end(h, where):
+        start = solver.init(jnp.ones(()) / (1 + h), h)  # the minimiser on all data
+        return jaxhpo.solve(
+            solver, start, h, lambda t: data[1], num_steps=1, adjoint=Implicit(), condition_batch=where
+        ).params
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ZeroHypergradientWarning)  # the start depends on h, and is a constant here
+        # p* = 1/(1+h): dp*/dh = −1/(1+h)²
+        assert grad(lambda h: end(h, data))(0.5) == pytest.approx(-1 / 1.5**2, rel=1e-12)
+        # on the last batch alone the curvature is the same, and −(∂²L)⁻¹ ∂_h∂_p L = −p/(1+h) too: but the optimality is not
+        assert jaxhpo.solve(
+            solver, solver.init(jnp.ones(()) / 1.5, 0.5), 0.5, lambda t: data[1], num_steps=1, adjoint=Implicit()
+        ).info.optimality > 1
+
+
+def test_lasso_by_fixed_point():
+    """Proximal gradient on the lasso with orthonormal X: w = soft(Xᵀy, e^h), dw/dh = −e^h sign(w) on the support."""
+    rng = np.random.default_rng(0)
+    X = np.linalg.qr(rng.normal(size=(20, 5)))[0]
+    y = X @ np.array([2.0, -1.5, 0.1, 0.0, 1.0]) + 0.01 * rng.normal(size=20)
+
+    def step(w, h, batch):
+        z = w - 0.5 * X.T @ (X @ w - y)
+        return jnp.sign(z) * jnp.maximum(jnp.abs(z) - 0.5 * jnp.exp(h), 0)
+
+    solver = jaxhpo.fixed_point(step)
+    h = jnp.log(0.3)
+    soft = np.sign(X.T @ y) * np.maximum(np.abs(X.T @ y) - 0.3, 0)
+    want = -0.3 * np.sign(soft).sum()
+    for rule in (Unroll(), Implicit(Direct()), Implicit(Neumann(80, 1.0))):
+
+        def end(h, rule=rule):
+            return jaxhpo.solve(solver, solver.init(jnp.zeros(5), h), h, num_steps=80, adjoint=rule).params.sum()
+
+        assert end(h) == pytest.approx(soft.sum(), rel=1e-10)
+        assert grad(end)(h) == pytest.approx(want, rel=1e-10)
+
+
+def test_non_symmetric_fixed_point():
+    """w = M w + h with M not symmetric: dw/dh = (I − M)⁻¹, its transpose applied to the cotangent."""
+    M = np.array([[0.2, 0.5], [-0.1, 0.3]])
+    solver = jaxhpo.fixed_point(lambda w, h, batch: M @ w + h)
+    v = np.array([1.0, -2.0])
+    for rule in (Implicit(Direct()), Implicit(Neumann(100, 1.0)), Unroll()):
+
+        def end(h, rule=rule):
+            return jnp.asarray(v) @ jaxhpo.solve(solver, solver.init(jnp.zeros(2), h), h, num_steps=100, adjoint=rule).params
+
+        np.testing.assert_allclose(grad(end)(jnp.ones(2)), np.linalg.solve((np.eye(2) - M).T, v), rtol=1e-12)
+
+
+def test_implicit_attaches_to_any_solution():
+    """A closed-form solution: first and second derivatives equal those of differentiating the solution itself."""
+    problem = RIDGE
+    h = jnp.asarray(problem.hparams)
+    hessian = jax.hessian(lambda w, h: problem.train_loss(w, h, None))
+
+    def dense(h):
+        zero = jnp.zeros(len(problem.params))
+        return jnp.linalg.solve(hessian(zero, h), -jax.grad(problem.train_loss)(zero, h, None))
+
+    def attached(h):
+        return jaxhpo.implicit(lambda w, h: jax.grad(problem.train_loss)(w, h, None), jax.lax.stop_gradient(dense(h)), h)
+
+    want, got = ((jax.grad(f), jax.hessian(f)) for f in (lambda h, s=s: problem.val_loss(s(h)) for s in (dense, attached)))
+    chex.assert_trees_all_close(jax.jit(got[0])(h), jax.jit(want[0])(h), rtol=1e-9)
+    chex.assert_trees_all_close(jax.jit(got[1])(h), jax.jit(want[1])(h), rtol=1e-8)
+    push = jax.jit(lambda f, h: jax.jvp(f, (h,), (h,))[1], static_argnums=0)
+    np.testing.assert_allclose(push(attached, h), push(dense, h), rtol=1e-9)
+
+
+@pytest.mark.parametrize("case", RULES, ids=lambda c: c.name)
+def test_closures_are_seen(case):
+    """The hyperparameters closed over by the loss, beside an index array and a key: same as passed explicitly."""
+    problem, index, key = RIDGE, jnp.arange(6)[::-1][::-1], jax.random.key(3)
+    adjoint = case.make(problem)
+    h = jnp.asarray(problem.hparams)
+
+    def loss(h):
+        def train_loss(w, _, batch):
+            return problem.train_loss(w, h[index], None) + 0 * jax.random.normal(key, ())
+
+        solver = jaxhpo.from_optax(train_loss, optax.sgd(problem.step_size))
+        start = solver.init(jnp.asarray(problem.params), None)
+        return problem.val_loss(jaxhpo.solve(solver, start, None, num_steps=30, adjoint=adjoint).params)
+
+    want = grad(outer_loss(problem, adjoint, 30))(h)
+    mapped = jax.vmap(jax.grad(loss))
+    scanned = jax.jit(lambda h: jax.lax.scan(lambda c, _: (c, mapped(h[None])[0]), 0, length=2)[1])(h)
+    chex.assert_trees_all_close(scanned[1], want, rtol=1e-12)
+
+
+# --- never silently zero -------------------------------------------------------------------------------------------------
+
+
+def scalar_loss(rule, tx=lambda h: optax.sgd(h["lr"]), start=lambda h: jnp.zeros(())):
+    solver = jaxhpo.from_optax(lambda p, h, b: (p - h["target"]) ** 2, tx)
+
+    def loss(h):
+        return (jaxhpo.solve(solver, solver.init(start(h), h), h, num_steps=10, adjoint=rule).params - 2.0) ** 2
+
+    return loss
+
+
+H = {"target": 1.0, "lr": 0.1}
+
+
+def test_learning_rate_under_implicit_warns():
+    with pytest.warns(ZeroHypergradientWarning, match=r"hparams\['lr'\].*Implicit\(.*Unroll\(\)"):
+        got = jax.grad(scalar_loss(Implicit()))(H)
+    assert got["lr"] == 0 and got["target"] != 0
+
+
+def test_only_what_is_differentiated_warns():
+    loss = scalar_loss(Implicit())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss(H)  # no derivative at all
+        jax.grad(lambda t: loss({"target": t, "lr": 0.1}))(1.0)  # not of the rate
+
+
+def test_initial_parameters_under_implicit_warn():
+    loss = scalar_loss(Implicit(), optax.sgd(0.1), start=lambda h: h["target"])
+    with pytest.warns(ZeroHypergradientWarning, match=r"state\.params.*initial.*Unroll\(\)"):
+        jax.grad(lambda t: loss({"target": t}))(1.0)
+
+
+def test_unused_leaf_under_implicit_warns():
+    with pytest.warns(ZeroHypergradientWarning, match=r"hparams\['unused'\]"):
+        jax.grad(scalar_loss(Implicit(), optax.sgd(0.1)))({"target": 1.0, "unused": 3.0})
+
+
+def test_truncated_schedule_warns():
+    solver = jaxhpo.from_optax(lambda p, h, b: (p - 1.0) ** 2, lambda h: optax.sgd(lambda t: h["rates"][t]))
+
+    def loss(h):
+        return jaxhpo.solve(solver, solver.init(jnp.zeros(()), h), h, num_steps=5, adjoint=Unroll(truncate=2)).params
+
+    with pytest.warns(ZeroHypergradientWarning, match=r"hparams\['rates'\].*last 2 of 5"):
+        got = jax.grad(loss)({"rates": jnp.full(5, 0.1)})["rates"]
+    assert (got[:3] == 0).all() and (got[3:] != 0).all()
+    with pytest.raises(jaxhpo.ZeroHypergradientError, match=r"hparams\['rates'\].*some entries"):
+        jaxhpo.check_hypergradient(loss, {"rates": jnp.full(5, 0.1)})
+    with pytest.raises(jaxhpo.ZeroHypergradientError, match=r"hparams\['rates'\].*some entries"):
+        jaxhpo.tune(loss, {"rates": jnp.full(5, 0.1)}, optax.sgd(0.1), num_steps=1, progress=False)
+
+
+@pytest.mark.parametrize("judge", ["tune", "check"])
+def test_zero_is_an_error_where_the_whole_outer_loss_is_seen(judge):
+    loss = scalar_loss(Implicit(Identity(0.1)))
+    with pytest.raises(jaxhpo.ZeroHypergradientError, match=r"hparams\['lr'\].*Unroll\(\)"):
+        if judge == "tune":
+            jaxhpo.tune(loss, H, optax.adam(0.1), num_steps=2, progress=False)
+        else:
+            jaxhpo.check_hypergradient(loss, H)
+
+
+# --- never silently wrong or NaN ------------------------------------------------------------------------------------------
+
+
+def test_decoupled_weight_decay_shows_in_the_optimality():
+    solver = jaxhpo.from_optax(lambda p, h, b: (p - h) ** 2, optax.adamw(0.01, weight_decay=1.0))
+    sol = jaxhpo.solve(solver, solver.init(jnp.zeros(()), 1.0), 1.0, num_steps=3000, adjoint=Implicit())
+    assert sol.info.optimality > 0.1 and sol.info.finite
+
+    def loss(h):
+        return jaxhpo.solve(solver, solver.init(jnp.zeros(()), h), h, num_steps=3000, adjoint=Implicit()).params
+
+    assert "decoupled weight decay" in str(jaxhpo.check_hypergradient(loss, jnp.asarray(1.0)))
+
+
+def test_divergence_is_reported_where_it_began():
+    loss = scalar_loss(Unroll(), lambda h: optax.sgd(jnp.where(h["lr"] > 0, 1e200, 0.1)))
+    sol_solver = jaxhpo.from_optax(lambda p, h, b: (p - h) ** 4, optax.sgd(1e200))
+    sol = jaxhpo.solve(sol_solver, sol_solver.init(jnp.zeros(()), 1.0), 1.0, num_steps=5)
+    assert not sol.info.finite
+    with pytest.raises(jaxhpo.NonFiniteError, match=r"state\.params.* inner step \d.*learning rate"):
+        jaxhpo.check_hypergradient(loss, H)
+
+
+def test_square_root_at_zero_is_named_with_its_remedy():
+    """Adam on a parameter without gradient: the second moment is zero, and so its square root's derivative infinite."""
+
+    def loss(h, eps_root=0.0):
+        solver = jaxhpo.from_optax(lambda p, h, b: (p[0] - h) ** 2 + h * p[1] ** 2, optax.adam(0.1, eps_root=eps_root))
+        return jaxhpo.solve(solver, solver.init(jnp.zeros(2), h), h, num_steps=4).params[0]
+
+    with pytest.raises(jaxhpo.NonFiniteError, match=r"opt_state\[0\]\.nu.*eps_root=1e-8"):
+        jaxhpo.check_hypergradient(loss, jnp.asarray(1.0))
+    with pytest.raises(jaxhpo.NonFiniteError, match=r"Outer step 0.*`hparams`.*eps_root=1e-8"):
+        jaxhpo.tune(loss, jnp.asarray(1.0), optax.adam(0.1), num_steps=2, progress=False)
+    assert jaxhpo.check_hypergradient(lambda h: loss(h, 1e-8), jnp.asarray(1.0)).relative_error < 1e-5
+
+
+def test_cg_reports():
+    A = jnp.diag(jnp.array([1.0, 4.0, 9.0]))
+    b = jnp.ones(3)
+    x, info = CG(tol=1e-12)(lambda v: A @ v, b)
+    np.testing.assert_allclose(x, [1.0, 1 / 4, 1 / 9], rtol=1e-10)
+    assert info.status == jaxhpo.LinearStatus.CONVERGED and info.num_iterations == 3  # three distinct eigenvalues
+    x, info = CG(maxiter=2)(lambda v: A @ v, b)
+    assert info.status == jaxhpo.LinearStatus.MAX_ITERATIONS and 0 < info.residual < 1
+    x, info = CG()(lambda v: jnp.array([1.0, -1.0]) * v, jnp.ones(2))
+    assert info.status == jaxhpo.LinearStatus.INDEFINITE and jnp.all(jnp.isfinite(x))
+    x, info = CG()(lambda v: jnp.nan * v, jnp.ones(2))
+    assert info.status == jaxhpo.LinearStatus.NOT_FINITE
+    x, info = CG(damping=2.0)(lambda v: A @ v, b, x0=jnp.array([1 / 3, 1 / 6, 1 / 11]))
+    assert info.num_iterations == 0  # a warm start at the damped solution
+    x, info = CG()(lambda v: A @ v, jnp.zeros(3))
+    assert info.status == jaxhpo.LinearStatus.CONVERGED and not x.any()
