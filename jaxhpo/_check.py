@@ -14,7 +14,7 @@ from jax.flatten_util import ravel_pytree
 from jaxhpo._diagnose import diagnose
 from jaxhpo._errors import JaxhpoError, NonFiniteError, ZeroHypergradientError, ZeroHypergradientWarning
 from jaxhpo._health import raise_if_zero, raise_unless_finite
-from jaxhpo._tree import names
+from jaxhpo._tree import differentiable_inputs, names
 from jaxhpo._types import PyTree
 from jaxhpo._validate import check_callable, check_count, check_finite, check_key, check_params, check_scalar
 
@@ -130,7 +130,13 @@ def check_hypergradient(
         directions /= jnp.linalg.norm(directions, axis=1, keepdims=True)
     numeric, coarse = jax.jit(_differences, static_argnums=0)(loss, flat, directions, _step(flat, step_size))
     analytic = directions @ grad
-    raise_if_zero(unravel(grad), [w.message for w in caught], names(hparams, "hparams"))
+    leaves, structure = jax.tree.flatten(hparams)
+    raise_if_zero(
+        unravel(grad),
+        [w.message for w in caught],
+        names(hparams, "hparams"),
+        lambda: differentiable_inputs(lambda leaves: outer_loss(jax.tree.unflatten(structure, leaves)), leaves),
+    )
     for w in caught:
         if not isinstance(w.message, ZeroHypergradientWarning):
             warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import jax
@@ -12,32 +13,37 @@ from jaxhpo._tree import all_finite, names
 from jaxhpo._types import PyTree
 
 
-def raise_if_zero(hypergrad: PyTree, messages: list, leaf_names: list[str]) -> None:
-    """Raises for a leaf that is zero throughout, or in part where a rule warned that it cuts the leaf off.
+def raise_if_zero(
+    hypergrad: PyTree, messages: list, leaf_names: list[str], structure: Callable[[], list[bool]] | None = None
+) -> None:
+    """Raises for a leaf that is zero throughout and cannot be otherwise, or in part where a rule cuts it off.
+
+    A leaf that merely happens to be zero at this point (a penalty on weights that are all zero) is warned about.
 
     Args:
       hypergrad: the hypergradient, concrete.
       messages: the warnings met while tracing it.
       leaf_names: the leaves' names.
+      structure: for each leaf, whether its derivative can be non-zero at all; asked only when needed.
 
     Raises:
       ZeroHypergradientError: names the leaf and, where a rule said so, the reason.
     """
     reasons = {w.leaf: w for w in messages if isinstance(w, ZeroHypergradientWarning)}
-    for name, leaf in zip(leaf_names, jax.tree.leaves(hypergrad), strict=True):
-        reason = reasons.get(name)
-        if not jnp.any(leaf != 0):
-            raise ZeroHypergradientError(
-                f"The hypergradient of `{name}` is exactly zero in every entry: "
-                + (
-                    f"{reason}"
-                    if reason
-                    else "nothing that the outer loss sees depends on it at this point. Remove it, use it in the train loss "
-                    "or the optimiser, or start elsewhere (a penalty on weights that are all zero has no effect)."
-                )
-            )
+    for i, (name, leaf) in enumerate(zip(leaf_names, jax.tree.leaves(hypergrad), strict=True)):
+        reason, zero = reasons.get(name), not jnp.any(leaf != 0)
+        if reason and zero:
+            raise ZeroHypergradientError(f"The hypergradient of `{name}` is exactly zero in every entry: {reason}")
         if reason and reason.partial and bool(jnp.any(leaf == 0)):
             raise ZeroHypergradientError(f"The hypergradient of `{name}` is exactly zero in some entries: {reason}")
+        if zero and structure is not None and not structure()[i]:
+            raise ZeroHypergradientError(
+                f"The hypergradient of `{name}` is exactly zero in every entry: nothing that the outer loss sees depends on "
+                f"it. Remove it, or use it in the train loss or the optimiser."
+            )
+        if zero:
+            text = "has a hypergradient of exactly zero at this point: start elsewhere if it does not move."
+            warnings.warn(ZeroHypergradientWarning(f"`{name}` {text}", name), stacklevel=3)
 
 
 def raise_unless_finite(value: jax.Array, hypergrad: PyTree, diagnosis: Callable[[], str]) -> None:

@@ -11,10 +11,19 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from jaxhpo._errors import JaxhpoError
 from jaxhpo._linear._cg import CG
 from jaxhpo._tree import cast_like, differentiable_inputs, hoist, is_inexact, names, scaled, upcast, warn_zero
 from jaxhpo._types import LinearSolver, PyTree
-from jaxhpo._validate import check_linear_solver, check_params, check_residual, describe
+from jaxhpo._validate import (
+    check_arrays,
+    check_callable,
+    check_finite,
+    check_linear_solver,
+    check_params,
+    check_residual,
+    describe,
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -63,11 +72,20 @@ def _attach_jvp(rule, primals, tangents):
             warn_zero(rule.names[i], rule.remedy)
     _, rhs = jax.jvp(lambda m: residual(point, m), (moved,), ([dots[i] for i in moving],))
     _, matvec = jax.linearize(lambda p: residual(p, moved), point)
-    params_dot, _ = rule.linear_solver(matvec, scaled(-1.0, rhs))
+    params_dot = _checked_solution(rule.linear_solver(matvec, scaled(-1.0, rhs)), rhs)
     return params, cast_like(params_dot, params)
 
 
 attach.defjvp(_attach_jvp, symbolic_zeros=True)
+
+
+def _checked_solution(out, rhs):
+    if not (isinstance(out, tuple) and len(out) == 2):
+        raise JaxhpoError(
+            f"`linear_solver` returned {describe(out)}, but it must return a solution and a report: write "
+            f"`return x, info`, where info is a `LinearInfo` or None."
+        )
+    return check_residual(out[0], rhs, "linear_solver", "b")
 
 
 def implicit(condition: Callable, params: PyTree, args: Any, linear_solver: LinearSolver | None = None) -> PyTree:
@@ -102,17 +120,18 @@ def implicit(condition: Callable, params: PyTree, args: Any, linear_solver: Line
       ...     w = jnp.linalg.solve(X.T @ X + jnp.exp(log_penalty) * jnp.eye(2), X.T @ y)
       ...     return jaxhpo.implicit(condition, w, log_penalty)
       >>> print(jax.grad(lambda h: jnp.sum(ridge(h)))(0.0).round(3))
-      -0.519
+      -0.412
 
     References:
       Blondel et al. Efficient and Modular Implicit Differentiation. 2022. arXiv:2105.15183
     """
     linear_solver = CG() if linear_solver is None else check_linear_solver(linear_solver)
+    check_callable("condition", condition, "condition(params, args)", 2)
     params = check_params(params, "params")
-    args = jax.tree.map(jnp.asarray, args)
-    point, args32 = upcast(params), upcast(args)
-    pure, consts = hoist(condition, point, args32)
-    check_residual(jax.eval_shape(condition, point, args32), point)
+    check_finite(params, "params")
+    args = jax.tree.map(jnp.asarray, check_arrays(args, "args"))
+    check_finite(args, "args", allow_infinite=True)
+    pure, consts = hoist(lambda p, a: check_residual(condition(p, a), p), upcast(params), upcast(args))
     leaves, structure = jax.tree.flatten(args)
 
     def residual(params, leaves):

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxhpo._adjoint._unroll import Unroll
 from jaxhpo._diagnose import watched
@@ -15,12 +16,14 @@ from jaxhpo._tree import all_finite, cast_like, cast_varying, hoist, names, norm
 from jaxhpo._types import Adjoint, Info, InnerState, Problem, PyTree, Solution, Solver
 from jaxhpo._validate import (
     check_arrays,
+    check_callable,
     check_count,
     check_finite,
+    check_hparams,
     check_key,
-    check_nonnegative,
     check_params,
     check_residual,
+    check_traceable_number,
     describe,
 )
 
@@ -89,11 +92,12 @@ def solve(
 def _make_problem(solver, state, hparams, batches, num_steps, tol, condition_batch, key, adjoint) -> Problem:
     _check_solver(solver)
     _check_adjoint(adjoint)
-    state = _check_state(state)
-    hparams = _check_hparams(hparams)
+    _check_is_state(state)
+    hparams = check_hparams(hparams)
+    state = _check_state(state, solver, hparams)
     num_steps = _check_steps(batches, num_steps)
-    if tol is not None and not isinstance(tol, jax.Array):
-        check_nonnegative("tol", tol)
+    if tol is not None:
+        check_traceable_number("tol", tol, 0, strict=False)
     xs, take = _slices(batches, num_steps)
 
     def step(state, hparams, x):
@@ -104,12 +108,11 @@ def _make_problem(solver, state, hparams, batches, num_steps, tol, condition_bat
     if condition_batch is None:
         last, batch_of = jax.tree.map(lambda x: x[-1], xs), take
     else:
-        last, batch_of = jax.tree.map(jnp.asarray, check_arrays(condition_batch, "condition_batch")), lambda x: x
+        batch = jax.eval_shape(lambda: take(jax.tree.map(lambda x: x[0], xs)))
+        last, batch_of = _check_condition_batch(condition_batch, batch), lambda x: x
 
     def condition(params, model_state, hparams, x):
-        out = solver.condition(params, hparams, batch_of(x), model_state)
-        check_residual(out, params)
-        return out
+        return check_residual(solver.condition(params, hparams, batch_of(x), model_state), params)
 
     # In the precision of the linear solves: a bfloat16 model's condition is traced in float32.
     pure, consts = hoist(condition, *upcast((state.params, state.model_state, hparams, last)))
@@ -150,7 +153,7 @@ def _slices(batches, num_steps) -> tuple[PyTree, Callable]:
     if batches is None:
         return jnp.arange(num_steps), lambda x: None
     if callable(batches):
-        return jnp.arange(num_steps), batches
+        return jnp.arange(num_steps), _checked_batches_function(batches)
     return jax.tree.map(jnp.asarray, batches), lambda x: x
 
 
@@ -171,7 +174,9 @@ def _check_solver(solver):
 
 def _check_adjoint(adjoint):
     if isinstance(adjoint, type):
-        raise JaxhpoError(f"`adjoint` got the class {adjoint.__name__}, not an instance: write `{adjoint.__name__}()`.")
+        name = adjoint.__name__
+        hint = f"`{name}()`" if hasattr(adjoint, "run") else f"`Implicit({name}(...))` if it is a linear solver"
+        raise JaxhpoError(f"`adjoint` got the class {name}, not a derivative rule: write {hint}.")
     if not isinstance(adjoint, Adjoint):
         if hasattr(adjoint, "__call__") and not isinstance(adjoint, str):
             hint = f"if it is a linear solver, write `Implicit({adjoint!r})`"
@@ -180,22 +185,33 @@ def _check_adjoint(adjoint):
         raise JaxhpoError(f"`adjoint` got {adjoint!r}, which is no derivative rule: {hint}.")
 
 
-def _check_state(state):
+def _check_is_state(state):
     if not isinstance(state, InnerState):
         hint = "its `.state`" if isinstance(state, Solution) else "`solver.init(params, hparams)`"
         raise JaxhpoError(f"`state` got {type(state).__name__}, not an `InnerState`: pass {hint}.")
+
+
+def _check_state(state, solver, hparams):
     params = check_params(state.params, "params")
     check_finite(params, "params")
-    rest = jax.tree.map(jnp.asarray, (state.opt_state, check_arrays(state.model_state, "model_state")))
-    return InnerState(params, *rest)
+    check_arrays(state.model_state, "model_state")
+    fresh = jax.eval_shape(solver.init, params, hparams, state.model_state)
+    _check_opt_state(state.opt_state, fresh.opt_state, solver)
+    return InnerState(params, *jax.tree.map(jnp.asarray, (state.opt_state, state.model_state)))
 
 
-def _check_hparams(hparams):
-    if hparams is None:
-        return None
-    hparams = check_params(hparams, "hparams")
-    check_finite(hparams, "hparams")
-    return hparams
+def _check_opt_state(opt_state, fresh, solver):
+    instead = "pass `solver.init(params, hparams)`, or the `.state` of a solution of the same solver and model"
+    got, want = jax.tree.structure(opt_state), jax.tree.structure(fresh)
+    if got != want:
+        raise JaxhpoError(
+            f"`state.opt_state` has the tree {got}, but this `{solver.name}` solver keeps {want}, so it was made by another: "
+            f"{instead}."
+        )
+    check_arrays(opt_state, "state.opt_state")
+    for name, a, b in zip(names(fresh, "state.opt_state"), jax.tree.leaves(opt_state), jax.tree.leaves(fresh), strict=True):
+        if jnp.shape(a) != b.shape:
+            raise JaxhpoError(f"`{name}` is {describe(a)}, but these parameters need {describe(b)}: {instead}.")
 
 
 def _check_steps(batches, num_steps):
@@ -207,7 +223,7 @@ def _check_steps(batches, num_steps):
     if batches is None or callable(batches):
         if num_steps is None:
             what = "`batches=None`" if batches is None else "`batches` a function of the step"
-            raise JaxhpoError(f"With {what}, nothing says how many inner steps to take: pass `num_steps=`.")
+            raise JaxhpoError(f"With {what}, nothing says how many inner steps to take: pass `num_steps=100`, say.")
         return num_steps
     return _check_batches(batches, num_steps)
 
@@ -216,10 +232,16 @@ def _check_batches(batches, num_steps):
     leaves = jax.tree.leaves(batches)
     if not leaves:
         raise JaxhpoError(f"`batches` got {batches!r}, which has no leaves: pass arrays, a function of the step, or None.")
-    if any(callable(leaf) for leaf in leaves) or hasattr(batches, "__next__"):
+    if isinstance(batches, int):
         raise JaxhpoError(
-            "`batches` got an iterator or a tree of functions, which cannot be traced: stack the batches along a leading "
-            "axis (`jax.tree.map(lambda *b: jnp.stack(b), *batches)`), or pass one function `lambda t: batch`."
+            f"`batches` got the integer {batches}, which is no data: for a number of steps write `num_steps={batches}`."
+        )
+    if _is_list_of_batches(batches) or any(map(_is_function_or_iterable, leaves)):
+        what = f"a list of {len(batches)} batches" if _is_list_of_batches(batches) else describe(batches)
+        raise JaxhpoError(
+            f"`batches` got {what}, but the loop over steps is compiled and slices arrays: stack equal batches along a "
+            f"leading axis (`jax.tree.map(lambda *b: jnp.stack(b), *batches)`), or pass one function `lambda t: batch`. "
+            f"(Where one batch consists of several arrays, write them as a tuple.)"
         )
     check_arrays(batches, "batches")
     lengths = {}
@@ -232,7 +254,8 @@ def _check_batches(batches, num_steps):
         lengths[name] = jnp.shape(leaf)[0]
     if len(set(lengths.values())) > 1:
         raise JaxhpoError(
-            f"`batches` has leading axes of different lengths, {lengths}: each leaf needs one slice per inner step."
+            f"`batches` has leading axes of different lengths, {lengths}, but each leaf needs one slice per inner step: cut "
+            f"them to the same length, or close over what does not change from step to step."
         )
     length = next(iter(lengths.values()))
     if length == 0:
@@ -246,7 +269,44 @@ def _check_batches(batches, num_steps):
     return length
 
 
+def _is_list_of_batches(batches) -> bool:
+    """A list whose parts look alike: a pytree too, but one whose leading axes are those of the examples."""
+    if not isinstance(batches, list) or len(batches) < 2:
+        return False
+    structures = {jax.tree.structure(b) for b in batches}
+    shapes = {tuple(np.shape(x) for x in jax.tree.leaves(b)) for b in batches}
+    return len(structures) == 1 and (len(shapes) == 1 or not jax.tree_util.treedef_is_leaf(*structures))
+
+
+def _is_function_or_iterable(leaf) -> bool:
+    return callable(leaf) or (hasattr(leaf, "__iter__") and not hasattr(leaf, "dtype") and not isinstance(leaf, str))
+
+
+def _checked_batches_function(batches):
+    check_callable("batches", batches, "batches(step)", 1)
+
+    def take(step):
+        batch = batches(step)
+        if batch is None:
+            raise JaxhpoError("`batches(step)` returned None, so every batch is empty: end the function with `return batch`.")
+        return check_arrays(batch, "batches(step)")
+
+    return take
+
+
+def _check_condition_batch(condition_batch, batch):
+    got, want = jax.tree.structure(check_arrays(condition_batch, "condition_batch")), jax.tree.structure(batch)
+    if got != want:
+        raise JaxhpoError(
+            f"`condition_batch` has the tree {got}, but the batch of a step has {want}, and the same loss gets both: give it "
+            f"the tree of a step's batch."
+        )
+    check_finite(condition_batch, "condition_batch", allow_infinite=True)
+    return jax.tree.map(jnp.asarray, condition_batch)
+
+
 def _check_same_state(before, after):
+    check_arrays(after, "state")
     if jax.tree.structure(before) != jax.tree.structure(after):
         raise JaxhpoError(
             f"The inner step changed the tree of the state from {jax.tree.structure(before)} to "
@@ -254,9 +314,9 @@ def _check_same_state(before, after):
             f"the state with `solver.init`)."
         )
     for name, b, a in zip(names(before, "state"), jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
-        same_kind = jnp.issubdtype(b.dtype, jnp.inexact) == jnp.issubdtype(a.dtype, jnp.inexact)
+        same_kind = all(jnp.issubdtype(b.dtype, k) == jnp.issubdtype(a.dtype, k) for k in (jnp.inexact, jnp.floating))
         if b.shape != a.shape or not same_kind:
             raise JaxhpoError(
-                f"The inner step changed `{name}` from {describe(b)} to {describe(a)}: a loop needs the same shape and kind "
-                f"at every step."
+                f"The inner step changed `{name}` from {describe(b)} to {describe(a)}, but a loop needs the same shape and "
+                f"kind at every step: return it as it came in (reshape it, or `.astype({b.dtype})`)."
             )

@@ -11,9 +11,20 @@ import jax.numpy as jnp
 import optax
 
 from jaxhpo._errors import JaxhpoError
-from jaxhpo._tree import add_scaled, cast_like, cast_varying, varying_axes, zeros_like
+from jaxhpo._tree import add_scaled, cast_like, cast_varying, names, varying_axes, zeros_like
 from jaxhpo._types import InnerState, PyTree, Solver
-from jaxhpo._validate import check_callable, check_number, check_residual, check_scalar, describe
+from jaxhpo._validate import (
+    check_arrays,
+    check_callable,
+    check_finite,
+    check_hparams,
+    check_params,
+    check_residual,
+    check_scalar,
+    check_traceable_number,
+    describe,
+    is_array,
+)
 
 
 def from_optax(loss: Callable, tx: Any, *, has_state: bool = False) -> Solver:
@@ -55,6 +66,7 @@ def from_optax(loss: Callable, tx: Any, *, has_state: bool = False) -> Solver:
     make_tx = _checked_tx(tx)
 
     def init(params, hparams, model_state=None):
+        params, hparams = _checked_start(params, hparams)
         return InnerState(params, make_tx(hparams).init(params), _checked_state(model_state, has_state))
 
     def step(state, hparams, batch):
@@ -124,7 +136,7 @@ def momentum_sgd(loss: Callable, learning_rate: Any, momentum: Any, *, has_state
     decay = _checked_schedule("momentum", momentum, upper=1.0)
 
     def init(params, hparams, model_state=None):
-        del hparams
+        params, _ = _checked_start(params, hparams)
         state = MomentumState(zeros_like(params), jnp.zeros((), jnp.int32))
         return InnerState(params, state, _checked_state(model_state, has_state))
 
@@ -176,7 +188,7 @@ def fixed_point(step: Callable, condition: Callable | None = None) -> Solver:
         check_callable("condition", condition, "condition(params, hparams, batch)", 3)
 
     def init(params, hparams, model_state=None):
-        del hparams
+        params, _ = _checked_start(params, hparams)
         return InnerState(params, None, _checked_state(model_state, has_state=False))
 
     def advance(state, hparams, batch):
@@ -238,14 +250,15 @@ def _checked_loss(loss, has_state):
 def _checked_output(out, has_state):
     if has_state and not (isinstance(out, tuple) and len(out) == 2):
         raise JaxhpoError(
-            f"`loss` returned {describe(out)}, but with `has_state=True` it must return `(scalar, model_state)`."
+            f"`loss` returned {describe(out)}, but with `has_state=True` it must return the new state too: return "
+            f"`(scalar, model_state)`."
         )
     if not has_state and isinstance(out, tuple):
         raise JaxhpoError(
             "`loss` returned a tuple, but it must return a scalar: drop the rest, or, if it is model state, write "
             "`from_optax(loss, tx, has_state=True)` and a loss `(params, hparams, batch, model_state) -> (scalar, state)`."
         )
-    return (check_scalar(out[0], "loss"), out[1]) if has_state else (check_scalar(out, "loss"), None)
+    return (check_scalar(out[0], "loss"), check_arrays(out[1], "model_state")) if has_state else (check_scalar(out, "loss"), None)
 
 
 def _checked_tx(tx):
@@ -253,7 +266,9 @@ def _checked_tx(tx):
     if _is_transformation(tx):
         return lambda hparams: tx
     if not callable(tx):
-        raise JaxhpoError(f"`tx` got {describe(tx)}, which is neither {wanted}.")
+        raise JaxhpoError(f"`tx` got {describe(tx)}, which is neither: write {wanted}.")
+    if isinstance(tx, type):
+        raise JaxhpoError(f"`tx` got the class {tx.__name__}, which is neither: write {wanted}.")
     try:
         parameters = list(inspect.signature(tx).parameters)
     except ValueError:
@@ -264,12 +279,18 @@ def _checked_tx(tx):
             f"`tx` got the function `{name}` itself, which takes a learning rate and not the hyperparameters: write "
             f"`optax.{name}(0.1)`, or `lambda hparams: optax.{name}(hparams['learning_rate'])` to tune the rate."
         )
+    if parameters in (["count"], ["step"]):
+        raise JaxhpoError(
+            "`tx` got a schedule, a function of the step, but it must make an optimiser: write `optax.sgd(schedule)`."
+        )
     check_callable("tx", tx, "tx(hparams)", 1)
 
     def make(hparams):
         made = tx(hparams)
         if not _is_transformation(made):
-            raise JaxhpoError(f"`tx(hparams)` returned {describe(made)}, but it must return {wanted.split(',')[0]}.")
+            raise JaxhpoError(
+                f"`tx(hparams)` returned {describe(made)}, but it must make an optimiser: return {wanted.split(',')[0]}."
+            )
         return made
 
     return make
@@ -283,12 +304,16 @@ def _checked_schedule(what, value, upper):
     if callable(value):
         check_callable(what, value, f"{what}(hparams, step)", 2)
         return value
-    if isinstance(value, jax.Array | jax.core.Tracer) and value.ndim == 0:
-        return lambda hparams, step: value
-    check_number(what, value, 0, strict=False)
-    if upper is not None and value >= upper:
+    check_traceable_number(what, value, 0, strict=False)
+    if upper is not None and not isinstance(value, jax.core.Tracer) and value >= upper:
         raise JaxhpoError(f"`{what}` got {value}, but the velocity would never decay: write a number in [0, {upper}).")
     return lambda hparams, step: value
+
+
+def _checked_start(params, hparams):
+    params, hparams = check_params(params, "params"), check_hparams(hparams)
+    check_finite(params, "params")
+    return params, hparams
 
 
 def _checked_state(model_state, has_state):
@@ -302,14 +327,21 @@ def _checked_state(model_state, has_state):
             "`init` got a model state, but the solver was made without `has_state=True`, so the loss would never see it: "
             "write `from_optax(loss, tx, has_state=True)`."
         )
-    return model_state
+    return check_arrays(model_state, "model_state")
 
 
-def _broadcast_prefix(prefix, tree, what):
+def _broadcast_prefix(prefix, params, what):
     try:
-        return jax.tree.map(lambda value, sub: jax.tree.map(lambda _: value, sub), prefix, tree)
+        values = jax.tree.map(lambda value, sub: jax.tree.map(lambda _: value, sub), prefix, params)
     except ValueError as error:
         raise JaxhpoError(
             f"`{what}` returned a tree that is no prefix of the parameters ({error}): return one number, or one per "
             f"subtree of the parameters."
         ) from error
+    for name, value, p in zip(names(params, "params"), jax.tree.leaves(values), jax.tree.leaves(params), strict=True):
+        if not is_array(value) or jnp.broadcast_shapes(jnp.shape(value), p.shape) != p.shape:
+            raise JaxhpoError(
+                f"`{what}` returned {describe(value)} for `{name}`, which is {describe(p)}: return one number, or one per "
+                f"subtree of the parameters (for a schedule, index it: `rates[step]`)."
+            )
+    return values

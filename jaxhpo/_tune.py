@@ -18,7 +18,7 @@ from jaxhpo._diagnose import diagnose
 from jaxhpo._errors import JaxhpoError, NonFiniteError, ZeroHypergradientWarning
 from jaxhpo._health import raise_if_zero, what_is_not_finite
 from jaxhpo._transforms import to_natural, to_unconstrained
-from jaxhpo._tree import all_finite, names, norm
+from jaxhpo._tree import all_finite, differentiable_inputs, names, norm
 from jaxhpo._types import PyTree
 from jaxhpo._validate import (
     check_callable,
@@ -148,7 +148,7 @@ def tune(
     key = jax.random.key(0) if key is None else check_key(key)
     search = _Search(_evaluator(outer_loss, gradient), optimizer, transforms)
     point = to_unconstrained(transforms, hparams)
-    state = _State(point, optimizer.init(point), jax.tree.map(jnp.asarray, carry), key, 0)
+    state = _State(point, optimizer.init(point), jax.tree.map(jnp.asarray, carry), key, jnp.zeros((), jnp.int32))
     return _run(search, state, num_steps, tuple(callbacks), patience, min_delta, progress)
 
 
@@ -210,6 +210,17 @@ class _Search:
         finite = jnp.isfinite(value) & all_finite(grad)
         return after, _Report(value, to_natural(self.transforms, state.point), grad, norm(grad), finite, info)
 
+    def structure(self, state):
+        """A function that tells for each leaf whether its derivative can be non-zero; None where that is unknown."""
+        if self.evaluate.gradient is not None:
+            return None
+        leaves, tree = jax.tree.flatten(state.point)
+
+        def value(leaves):
+            return self.objective(jax.tree.unflatten(tree, leaves), state.carry, state.key)[0]
+
+        return lambda: differentiable_inputs(value, leaves)
+
     def diagnosis(self, state) -> str:
         """Where the step from `state` ceases to be finite."""
         if self.evaluate.gradient is not None:
@@ -262,7 +273,8 @@ def _first_step(search, state):
         if not (isinstance(w.message, ZeroHypergradientWarning) and w.message.leaf.startswith("hparams")):
             warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
     if bool(report.finite):
-        raise_if_zero(report.hypergradient, [w.message for w in caught], names(report.hparams, "hparams"))
+        messages = [w.message for w in caught]
+        raise_if_zero(report.hypergradient, messages, names(report.hparams, "hparams"), search.structure(state))
     return after, report
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import numbers
+import reprlib
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +13,13 @@ import numpy as np
 
 from jaxhpo._errors import JaxhpoError
 from jaxhpo._tree import is_inexact, names
-from jaxhpo._types import PyTree
+from jaxhpo._types import InnerState, PyTree, Solution
 
 
 def check_count(what: str, value, minimum: int = 1) -> None:
     """Raises unless `value` is an integer ≥ `minimum` (and no bool)."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise JaxhpoError(f"`{what}` got {value!r} ({type(value).__name__}), but it counts something: write an integer.")
+        raise JaxhpoError(f"`{what}` got {describe(value)}, but it counts something: write a Python integer such as 100.")
     if value < minimum:
         raise JaxhpoError(f"`{what}` got {value}, but it must be at least {minimum}: write {minimum} or more.")
 
@@ -27,8 +28,8 @@ def check_number(what: str, value, minimum: float, strict: bool) -> None:
     """Raises unless `value` is a finite Python number above `minimum`."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise JaxhpoError(
-            f"`{what}` got {value!r} ({type(value).__name__}), but a rule's settings are compared and hashed, so they "
-            f"must be plain numbers: write a Python float such as 0.1."
+            f"`{what}` got {describe(value)}, but it is a setting, fixed while tracing, and must be a plain number: write "
+            f"a Python float such as 0.1."
         )
     if not math.isfinite(value) or value < minimum or (strict and value == minimum):
         bound = f"above {minimum}" if strict else f"at least {minimum}"
@@ -45,16 +46,33 @@ def check_nonnegative(what: str, value) -> None:
     check_number(what, value, 0, strict=False)
 
 
+def check_traceable_number(what: str, value, minimum: float, strict: bool) -> None:
+    """As `check_number`, but a JAX scalar will do: a concrete one is checked by its value, a traced one by its type."""
+    if isinstance(value, jax.Array):
+        if value.shape != () or not jnp.issubdtype(value.dtype, np.number) or jnp.iscomplexobj(value):
+            raise JaxhpoError(f"`{what}` is {describe(value)}, but one real number is needed: write such as 0.1.")
+        if isinstance(value, jax.core.Tracer):
+            return
+        value = value.item()
+    check_number(what, value, minimum, strict)
+
+
 def check_linear_solver(linear_solver):
     """Raises unless this is a linear solver, set up and ready to be called."""
     if isinstance(linear_solver, type):
         name = linear_solver.__name__
         raise JaxhpoError(f"`linear_solver` got the class {name}, not an instance: write `{name}(...)`.")
+    if hasattr(linear_solver, "run"):
+        raise JaxhpoError(
+            f"`linear_solver` got {linear_solver!r}, which is a derivative rule and solves no linear system: pass it to "
+            f"`solve` as `adjoint={linear_solver!r}`, or write a linear solver such as `CG()`."
+        )
     if not callable(linear_solver):
         raise JaxhpoError(
             f"`linear_solver` got {linear_solver!r}, but it is called as `linear_solver(matvec, b)`: write "
             f"`CG()`, `Neumann(num_terms, step_size)`, `Identity(scale)` or `Direct()`."
         )
+    check_callable("linear_solver", linear_solver, "linear_solver(matvec, b, x0=None)", 2)
     return linear_solver
 
 
@@ -62,14 +80,16 @@ def describe(leaf) -> str:
     """`float32[3]` for an array, the value and its type for anything else."""
     if isinstance(leaf, (jax.Array, np.ndarray, np.generic)) or hasattr(leaf, "dtype"):
         return f"{leaf.dtype}{list(leaf.shape)}"
-    return f"{leaf!r} ({type(leaf).__name__})"
+    return f"{reprlib.repr(leaf)} ({type(leaf).__name__})"
 
 
 def is_array(leaf) -> bool:
     """Whether JAX can compute with the leaf: an array of numbers, booleans or keys, or a Python number."""
     if isinstance(leaf, (bool, int, float, complex, jax.Array)):
         return True
-    return isinstance(leaf, (np.ndarray, np.generic)) and leaf.dtype.kind in "biufcV"
+    if not isinstance(leaf, (np.ndarray, np.generic)):
+        return False
+    return leaf.dtype.kind in "biufc" or jnp.issubdtype(leaf.dtype, np.number)  # bfloat16 and its like are of kind V
 
 
 def check_finite(tree: PyTree, what: str, allow_infinite: bool = False) -> None:
@@ -91,6 +111,9 @@ def check_finite(tree: PyTree, what: str, allow_infinite: bool = False) -> None:
 
 def check_params(params: PyTree, what: str) -> PyTree:
     """Raises unless every leaf is a real floating-point array; returns the tree as JAX arrays."""
+    if isinstance(params, InnerState | Solution):
+        instead = "pass its `.params`" if what == "params" else "write `solve(solver, state, hparams, batches)`"
+        raise JaxhpoError(f"`{what}` got a whole {type(params).__name__}, which holds more than that: {instead}.")
     if not jax.tree.leaves(params):
         raise JaxhpoError(f"`{what}` got {params!r}, which has no leaves: give a pytree of floating-point arrays.")
     for name, leaf in zip(names(params, what), jax.tree.leaves(params), strict=True):
@@ -101,14 +124,30 @@ def check_params(params: PyTree, what: str) -> PyTree:
                 f"`{name}` is {describe(leaf)}, but only real floating-point values can be moved along a gradient: "
                 f"write it as a float (`1.0`, `.astype(float)`), or keep it out of the tree by closing over it."
             )
-    return jax.tree.map(jnp.asarray, params)
+    # With an explicit type nothing is weakly typed: a weak type would change after the first update, and trace again.
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), params)
+    if not any(leaf.size for leaf in jax.tree.leaves(params)):
+        raise JaxhpoError(f"`{what}` has no entries, only empty arrays: give arrays of at least one number.")
+    return params
+
+
+def check_hparams(hparams: PyTree) -> PyTree:
+    """Raises unless these are finite hyperparameters, or None; returns them as JAX arrays."""
+    if hparams is None:
+        return None
+    hparams = check_params(hparams, "hparams")
+    check_finite(hparams, "hparams")
+    return hparams
 
 
 def check_arrays(tree: PyTree, what: str) -> PyTree:
     """Raises unless every leaf is an array of some kind; returns the tree unchanged."""
     for name, leaf in zip(names(tree, what), jax.tree.leaves(tree), strict=True):
         if not is_array(leaf):
-            raise JaxhpoError(f"`{name}` is {describe(leaf)}, not an array: give numbers, or close over it in the loss.")
+            raise JaxhpoError(
+                f"`{name}` is {describe(leaf)}, not an array that JAX can compute with: convert it to numbers "
+                f"(`np.asarray(x, float)`), or leave it out of the tree."
+            )
     return tree
 
 
@@ -131,9 +170,11 @@ def check_scalar(value, what: str) -> jax.Array:
     """Raises unless the result of `what` is a real floating-point scalar; returns it as an array."""
     if isinstance(value, tuple):
         raise JaxhpoError(f"`{what}` returned a tuple of {len(value)}, but it must return a scalar: return the loss alone.")
-    if not is_array(value):
-        raise JaxhpoError(f"`{what}` returned {describe(value)}, which has no gradient: return a scalar array.")
-    value = jnp.asarray(value)
+    if not isinstance(value, jax.Array):
+        raise JaxhpoError(
+            f"`{what}` returned {describe(value)}, which is not computed by JAX and has no gradient: return a scalar "
+            f"array computed with `jax.numpy`."
+        )
     if value.shape != ():
         raise JaxhpoError(f"`{what}` returned shape {value.shape}, but a gradient needs a scalar: take `.mean()` or `.sum()`.")
     if not jnp.issubdtype(value.dtype, jnp.floating):
@@ -159,15 +200,18 @@ def check_key(key, what: str = "key"):
     return key
 
 
-def check_residual(out: PyTree, params: PyTree, what: str = "condition") -> None:
-    """Raises unless the result of `what` has the structure and shapes of the parameters."""
+def check_residual(out: PyTree, params: PyTree, what: str = "condition", root: str = "params") -> PyTree:
+    """Raises unless the result of `what` has the structure, shapes and kind of the parameters; returns it."""
     got, want = jax.tree.structure(out), jax.tree.structure(params)
+    instead = f"return one array per leaf of `{root}`"
+    if what == "condition" and is_array(out) and jnp.shape(out) == ():
+        instead += " (for an objective, write its gradient, `jax.grad(objective)`)"
     if got != want:
-        raise JaxhpoError(
-            f"`{what}` returns the tree {got}, but the parameters are {want}: return one array per parameter."
-        )
-    for name, o, p in zip(names(params, "params"), jax.tree.leaves(out), jax.tree.leaves(params), strict=True):
-        if o.shape != p.shape:
+        raise JaxhpoError(f"`{what}` returned the tree {got}, but `{root}` is {want}: {instead}.")
+    for name, o, p in zip(names(params, root), jax.tree.leaves(out), jax.tree.leaves(params), strict=True):
+        if not is_array(o) or jnp.shape(o) != p.shape or not is_inexact(o) or jnp.iscomplexobj(o):
             raise JaxhpoError(
-                f"`{what}` returns shape {o.shape} for `{name}` of shape {p.shape}: return one value per parameter."
+                f"`{what}` returned {describe(o)} for `{name}`, which is {describe(p)}: {instead}, of the same shape and "
+                f"floating-point."
             )
+    return out

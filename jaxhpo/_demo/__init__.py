@@ -68,7 +68,7 @@ def _prepare(start, problems, settings):
     evaluate = jax.jit(jax.vmap(outer_loss)).lower(start, problems).compile()
     gradient = jax.jit(jax.vmap(with_gradient)).lower(start, problems).compile()
     compiled = time.perf_counter()
-    seconds = [_cost.fastest(function, start, problems) for function in (evaluate, gradient)]
+    seconds = _cost.fastest([evaluate, gradient], start, problems)
     cost = {
         "hypergradient_in_trainings": round(ratio, 3),
         "how": "floating-point operations of the traced programs, one hypergradient over one training",

@@ -1,0 +1,60 @@
+"""`check_hypergradient` accepts what is right, and finds what is wrong."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import PROBLEMS, outer_loss
+
+import jaxhpo
+from jaxhpo import Identity, Implicit, Unroll
+
+RIDGE = PROBLEMS["ridge"]
+H = jnp.asarray(RIDGE.hparams)
+
+
+def test_exact_rule_passes():
+    check = jaxhpo.check_hypergradient(outer_loss(RIDGE, Unroll(), 30), H)
+    assert check.relative_error < 1e-8 and check.cosine > 1 - 1e-12
+    assert check.coordinates[2] == "hparams[2]"
+    np.testing.assert_allclose(check.numeric, RIDGE.unrolled(RIDGE.hparams, RIDGE.step_size, 30), rtol=1e-7)
+    assert "6 coordinates" in str(check) and "\n" not in str(check)
+
+
+def test_approximate_rule_is_exposed():
+    """T1–T2 on ridge: the error is that of its closed form, measured here independently of it."""
+    exact = RIDGE.hypergradient(RIDGE.hparams)
+    approximate = RIDGE.partial(RIDGE.hparams, lambda A: RIDGE.step_size * np.eye(len(A)))
+    check = jaxhpo.check_hypergradient(outer_loss(RIDGE, Implicit(Identity(RIDGE.step_size)), 400), H)
+    want = np.linalg.norm(approximate - exact) / np.linalg.norm(exact)
+    assert check.relative_error == pytest.approx(want, rel=1e-6)
+    assert check.norm_ratio == pytest.approx(np.linalg.norm(approximate) / np.linalg.norm(exact), rel=1e-6)
+    assert "worst at hparams[" in str(check) and "bias" in str(check)
+
+
+def test_random_directions():
+    h = jnp.linspace(-1.0, 1.0, 100).reshape(20, 5)
+    check = jaxhpo.check_hypergradient(lambda h: jnp.sum(jnp.sin(h)), h, num_directions=7, key=jax.random.key(2))
+    assert check.coordinates is None and check.numeric.shape == (7,) and check.relative_error < 1e-9
+
+
+def test_float32_error_is_estimated():
+    """The differences' own error is reported, and is an upper bound here where the true error is rounding."""
+    check = jaxhpo.check_hypergradient(lambda h: jnp.sum(jnp.exp(h)), jnp.linspace(-1, 1, 5, dtype=jnp.float32))
+    assert check.relative_error < 1e-3 and check.relative_error < 2 * check.numeric_error
+
+
+def test_a_wrong_custom_rule_is_found():
+    @jax.custom_vjp
+    def f(x):
+        return jnp.sum(x**2)
+
+    f.defvjp(lambda x: (f(x), x), lambda x, g: (g * x,))  # half of the true derivative
+    check = jaxhpo.check_hypergradient(f, jnp.arange(1.0, 4.0))
+    assert check.relative_error == pytest.approx(0.5, rel=1e-9) and check.norm_ratio == pytest.approx(0.5, rel=1e-9)
+    assert check.cosine == pytest.approx(1.0)
+
+
+def test_a_leaf_that_does_nothing():
+    with pytest.raises(jaxhpo.ZeroHypergradientError, match=r"hparams\['b'\].*Remove it"):
+        jaxhpo.check_hypergradient(lambda h: h["a"] ** 2, {"a": 1.0, "b": 2.0})

@@ -1,0 +1,178 @@
+"""The outer loop: it descends, remembers, stops, and can be interrupted."""
+
+import io
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxhpo
+
+SOLVER = jaxhpo.from_optax(lambda p, h, b: jnp.sum((p - h["target"]) ** 2), lambda h: optax.sgd(h["lr"]))
+START = {"target": jnp.full(3, 0.1), "lr": jnp.asarray(0.02)}
+TRANSFORMS = {"target": None, "lr": jaxhpo.box(0.0, 0.4)}
+GOAL = 1.5
+
+
+def outer_loss(h):
+    """Least at target = 1.5 when the inner run converges, which a larger rate helps."""
+    return jnp.sum((jaxhpo.solve(SOLVER, SOLVER.init(jnp.zeros(3), h), h, num_steps=20).params - GOAL) ** 2)
+
+
+def run(loss=outer_loss, num_steps=8, optimizer=None, **kw):
+    return jaxhpo.tune(loss, START, optimizer or optax.adam(0.1), num_steps=num_steps, progress=False, **kw)
+
+
+def test_equals_the_loop_written_by_hand():
+    tx = optax.adam(0.1)
+    u = {"target": START["target"], "lr": TRANSFORMS["lr"].inverse(START["lr"])}
+    state, values = tx.init(u), []
+
+    @jax.jit
+    def step(u, state):
+        value, g = jax.value_and_grad(lambda u: outer_loss({**u, "lr": TRANSFORMS["lr"].forward(u["lr"])}))(u)
+        updates, state = tx.update(g, state, u)
+        return optax.apply_updates(u, updates), state, value, optax.tree.norm(g)
+
+    norms = []
+    for _ in range(8):
+        u, state, value, norm = step(u, state)
+        values.append(value)
+        norms.append(norm)
+    result = run(transforms=TRANSFORMS)
+    np.testing.assert_allclose(result.history["value"], values, rtol=1e-12)
+    np.testing.assert_allclose(result.history["hypergradient_norm"], norms, rtol=1e-12)
+    np.testing.assert_allclose(result.hparams["target"], u["target"], rtol=1e-12)
+    np.testing.assert_allclose(result.hparams["lr"], TRANSFORMS["lr"].forward(u["lr"]), rtol=1e-12)
+
+
+def test_converges_and_keeps_natural_units():
+    result = run(num_steps=150, transforms=TRANSFORMS)
+    assert result.status == "finished"
+    assert 0 < result.best_hparams["lr"] < 0.4
+    assert result.best_value < 1e-4
+    assert result.history["hparams"]["lr"][0] == pytest.approx(0.02)
+    assert result.history["value"].shape == (150,) and result.history["hparams"]["target"].shape == (150, 3)
+
+
+def test_best_is_the_evaluated_point():
+    """The best hyperparameters are those at which the best value was measured, not those after the update."""
+    result = run(num_steps=30, optimizer=optax.sgd(0.9), transforms=TRANSFORMS)  # oscillates
+    assert result.best_value == result.history["value"].min()
+    assert float(jax.jit(outer_loss)(result.best_hparams)) == pytest.approx(result.best_value, rel=1e-12)
+
+
+def test_one_compilation():
+    calls = []
+    run(lambda h: calls.append(0) or outer_loss(h), num_steps=20)
+    assert len(calls) == 1
+
+
+def test_carry_key_and_info():
+    """A warm start through the carry: one inner step per outer step reaches the optimum; keys differ step by step."""
+
+    def loss(h, carry, key):
+        state = SOLVER.init(jnp.zeros(3), h) if carry is None else carry
+        sol = jaxhpo.solve(SOLVER, jax.lax.stop_gradient(state), h, num_steps=3)
+        draw = jax.random.uniform(key)
+        return jnp.sum((sol.params - GOAL) ** 2), sol.state, {"info": sol.info, "draw": draw}
+
+    carry = SOLVER.init(jnp.zeros(3), START)
+    result = run(loss, num_steps=200, transforms=TRANSFORMS, carry=carry, key=jax.random.key(1))
+    info = result.history["info"]
+    assert result.best_value < 1e-2
+    assert len(np.unique(info["draw"])) == 200
+    assert info["info"].num_steps.tolist() == [3] * 200
+    again = run(loss, num_steps=5, transforms=TRANSFORMS, carry=carry, key=jax.random.key(1))
+    np.testing.assert_array_equal(again.history["value"], result.history["value"][:5])
+
+
+def test_gradient_replaces_differentiation():
+    """A `gradient` function in natural units gives the same run: the chain rule of the transforms is applied for it."""
+
+    def gradient(h, carry, key):
+        value, g = jax.value_and_grad(outer_loss)(h)
+        return value, g, carry, None
+
+    want, got = run(transforms=TRANSFORMS), run(None, transforms=TRANSFORMS, gradient=gradient)
+    np.testing.assert_allclose(got.history["value"], want.history["value"], rtol=1e-12)
+
+
+def test_lbfgs_with_line_search():
+    result = run(num_steps=15, optimizer=optax.lbfgs())
+    assert result.best_value < 1e-8
+
+
+def test_zero_by_chance_is_only_a_warning():
+    """At target = start = 0 the inner gradient is zero, and so is the rate's hypergradient: it is not cut off."""
+    start = {"target": jnp.zeros(3), "lr": jnp.asarray(0.02)}
+    with pytest.warns(jaxhpo.ZeroHypergradientWarning, match=r"`hparams\['lr'\]`.*at this point"):
+        result = jaxhpo.tune(outer_loss, start, optax.adam(0.1), num_steps=3, progress=False)
+    assert result.hparams["lr"] != 0.02
+
+
+def test_an_unused_leaf_is_an_error():
+    with pytest.raises(jaxhpo.ZeroHypergradientError, match=r"`hparams\['unused'\]`.*Remove it"):
+        jaxhpo.tune(lambda h: outer_loss(h), {**START, "unused": 1.0}, optax.adam(0.1), num_steps=3, progress=False)
+
+
+def test_patience():
+    result = run(num_steps=500, transforms=TRANSFORMS, patience=5, min_delta=0.5)
+    values = result.history["value"]
+    assert result.status == "patience" and len(values) < 500
+    assert values[:-5].min() - values[-5:].min() <= 0.5 + values[0]  # the last five gained no more than min_delta each
+    assert "5 outer steps" in result.message
+
+
+def test_callbacks_are_told_and_can_stop():
+    seen = []
+
+    def callback(step):
+        seen.append(step)
+        return step.step == 3
+
+    result = run(num_steps=50, callbacks=[callback])
+    assert result.status == "callback" and len(seen) == 4 == len(result.history["value"])
+    assert [s.step for s in seen] == [0, 1, 2, 3] and seen[-1].best_value == result.best_value
+    np.testing.assert_array_equal([s.value for s in seen], result.history["value"])
+
+
+def test_interrupt_returns_the_partial_result():
+    def callback(step):
+        if step.step == 2:
+            raise KeyboardInterrupt
+
+    result = run(num_steps=50, callbacks=[callback])
+    assert result.status == "interrupted" and len(result.history["value"]) == 3
+    want = run(num_steps=3)
+    np.testing.assert_array_equal(result.hparams["target"], want.hparams["target"])
+
+
+def test_not_finite_later_on_returns_the_last_good_state():
+    """The rate grows until the inner run diverges."""
+    start = {"target": jnp.ones(3), "lr": jnp.asarray(0.9)}
+
+    def loss(h):
+        return jnp.where(h["lr"] > 1.25, jnp.nan, 1.0) * (outer_loss({**h, "lr": jnp.asarray(0.1)}) - h["lr"])
+
+    with pytest.warns(RuntimeWarning, match=r"Outer step \d+: The outer loss is nan"):
+        result = jaxhpo.tune(loss, start, optax.sgd(0.1), num_steps=50, progress=False)
+    assert result.status == "not_finite" and 0 < len(result.history["value"]) < 50
+    assert np.isfinite(result.history["value"]).all() and np.isfinite(result.best_value)
+
+
+def test_large_leaves_are_summarised():
+    start = jnp.ones(2000)
+    result = jaxhpo.tune(lambda h: jnp.sum(h**2), start, optax.sgd(0.1), num_steps=2, progress=False)
+    np.testing.assert_allclose(result.history["hparams"], np.array([[1.0] * 5, [0.8] * 5]), rtol=1e-12)
+
+
+def test_progress_is_plain_text_off_a_terminal(monkeypatch):
+    out = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", out)
+    jaxhpo.tune(outer_loss, START, optax.adam(0.1), num_steps=3)
+    (line,) = out.getvalue().splitlines()
+    assert line.startswith("step 3/3: loss ")
