@@ -12,11 +12,19 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from jaxhpo._diagnose import diagnose
-from jaxhpo._errors import JaxhpoError, NonFiniteError, ZeroHypergradientError, ZeroHypergradientWarning
+from jaxhpo._errors import NonFiniteError, ZeroHypergradientError, ZeroHypergradientWarning
 from jaxhpo._health import raise_if_zero, raise_unless_finite
 from jaxhpo._tree import differentiable_inputs, names
 from jaxhpo._types import PyTree
-from jaxhpo._validate import check_callable, check_count, check_finite, check_key, check_params, check_scalar
+from jaxhpo._validate import (
+    check_callable,
+    check_count,
+    check_finite,
+    check_key,
+    check_params,
+    check_positive,
+    check_scalar,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,8 +90,8 @@ def check_hypergradient(
       hparams: where to check, a pytree of floating-point arrays.
       num_directions: random unit directions to try; None takes all coordinates up to 64 hyperparameters, else 16
         directions.
-      step_size: s above, in units of the hyperparameters; None takes :math:`\epsilon^{1/5}` (7e-4 in float64, 0.04 in
-        float32) times the larger of 1 and the root mean square hyperparameter.
+      step_size: s above, relative to each hyperparameter's scale: its size, at most 1 (where it is zero, its leaf's root
+        mean square, or 1). None takes :math:`\epsilon^{1/5}`, 7e-4 in float64 and 0.04 in float32.
       key: for the directions; `jax.random.key(0)` when None.
 
     Returns:
@@ -111,6 +119,9 @@ def check_hypergradient(
     check_finite(hparams, "hparams")
     if num_directions is not None:
         check_count("num_directions", num_directions)
+    if step_size is not None:
+        check_positive("step_size", step_size)
+    key = jax.random.key(0) if key is None else check_key(key)
     flat, unravel = ravel_pytree(hparams)
 
     def loss(flat):
@@ -121,15 +132,17 @@ def check_hypergradient(
         value, grad = jax.jit(jax.value_and_grad(loss))(flat)
     raise_unless_finite(value, unravel(grad), lambda: diagnose(outer_loss, hparams))
 
+    scale = ravel_pytree(jax.tree.map(_scale, hparams))[0]
     coordinates = _coordinate_names(hparams) if num_directions is None and flat.size <= 64 else None
     if coordinates:
-        directions = jnp.eye(flat.size, dtype=flat.dtype)
+        directions, lengths = jnp.diag(scale), scale
     else:
         key = jax.random.key(0) if key is None else check_key(key)
-        directions = jax.random.normal(key, (num_directions or 16, flat.size), flat.dtype)
-        directions /= jnp.linalg.norm(directions, axis=1, keepdims=True)
-    numeric, coarse = jax.jit(_differences, static_argnums=0)(loss, flat, directions, _step(flat, step_size))
-    analytic = directions @ grad
+        directions = jax.random.normal(key, (num_directions or 16, flat.size), flat.dtype) * scale[None]
+        lengths = jnp.linalg.norm(directions, axis=1)
+    step = _check_step(step_size, flat.dtype)
+    numeric, coarse = (d / lengths for d in jax.jit(_differences, static_argnums=0)(loss, flat, directions, step))
+    analytic = directions @ grad / lengths
     leaves, structure = jax.tree.flatten(hparams)
     raise_if_zero(
         unravel(grad),
@@ -177,13 +190,17 @@ def _differences(loss, flat, directions, step):
     return jax.lax.map(along, directions)
 
 
-def _step(flat, step_size):
-    if step_size is not None:
-        if not step_size > 0:
-            raise JaxhpoError(f"`step_size` got {step_size}, but differences need a positive step: write 1e-3, say.")
-        return step_size
-    scale = jnp.maximum(1.0, jnp.sqrt(jnp.mean(flat**2)))
-    return float(jnp.finfo(flat.dtype).eps) ** 0.2 * scale
+def _scale(leaf):
+    size = jnp.abs(leaf)
+    typical = jnp.sqrt(jnp.mean(leaf**2))
+    return jnp.minimum(1, jnp.where(size > 0, size, jnp.where(typical > 0, typical, 1)))
+
+
+def _check_step(step_size, dtype):
+    if step_size is None:
+        return float(jnp.finfo(dtype).eps) ** 0.2
+    check_positive("step_size", step_size)
+    return step_size
 
 
 def _coordinate_names(hparams):

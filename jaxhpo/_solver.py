@@ -233,6 +233,9 @@ def _checked_loss(loss, has_state):
 
     def evaluate(params, hparams, batch, model_state):
         args = (params, hparams, batch, model_state) if has_state else (params, hparams, batch)
+        # Fresh containers: a loss may change its model state in place, as flax nnx does, which also wants them made within
+        # the trace that changes them.
+        args = jax.tree.map(lambda x: x, args)
         try:
             out = loss(*args)
         except (TypeError, AttributeError) as error:

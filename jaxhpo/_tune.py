@@ -21,12 +21,14 @@ from jaxhpo._transforms import to_natural, to_unconstrained
 from jaxhpo._tree import all_finite, differentiable_inputs, names, norm
 from jaxhpo._types import PyTree
 from jaxhpo._validate import (
+    check_arrays,
     check_callable,
     check_count,
     check_finite,
     check_key,
     check_nonnegative,
     check_params,
+    check_residual,
     check_scalar,
     describe,
 )
@@ -144,12 +146,14 @@ def tune(
     """
     hparams = check_params(hparams, "hparams")
     check_finite(hparams, "hparams")
-    _check_settings(optimizer, num_steps, callbacks, patience, min_delta)
+    callbacks = _check_callbacks(callbacks)
+    _check_settings(optimizer, num_steps, transforms, patience, min_delta)
     key = jax.random.key(0) if key is None else check_key(key)
+    carry = jax.tree.map(jnp.asarray, check_arrays(carry, "carry"))
     search = _Search(_evaluator(outer_loss, gradient), optimizer, transforms)
     point = to_unconstrained(transforms, hparams)
-    state = _State(point, optimizer.init(point), jax.tree.map(jnp.asarray, carry), key, jnp.zeros((), jnp.int32))
-    return _run(search, state, num_steps, tuple(callbacks), patience, min_delta, progress)
+    state = _State(point, optimizer.init(point), carry, key, jnp.zeros((), jnp.int32))
+    return _run(search, state, num_steps, callbacks, patience, min_delta, progress)
 
 
 class _State(NamedTuple):
@@ -308,7 +312,7 @@ class _Evaluator(NamedTuple):
 
 def _evaluator(outer_loss, gradient) -> _Evaluator:
     if gradient is not None:
-        check_callable("gradient", gradient, "gradient(hparams, carry, key)", 3)
+        gradient = _checked_gradient(gradient)
         if outer_loss is None:
             return _Evaluator(None, gradient)
     if outer_loss is None:
@@ -319,14 +323,31 @@ def _evaluator(outer_loss, gradient) -> _Evaluator:
             out = outer_loss(hparams, carry, key)
             if not (isinstance(out, tuple) and len(out) == 3):
                 raise JaxhpoError(
-                    f"`outer_loss(hparams, carry, key)` returned {describe(out) if not isinstance(out, tuple) else out}, but it "
-                    f"must return `(value, carry, info)`; info may be None."
+                    f"`outer_loss(hparams, carry, key)` returned {describe(out)}, but what it carries is expected too: "
+                    f"return `(value, carry, info)`; info may be None."
                 )
-            return check_scalar(out[0], "outer_loss"), *out[1:]
+            return check_scalar(out[0], "outer_loss"), check_arrays(out[1], "carry"), check_arrays(out[2], "info")
 
         return _Evaluator(loss, gradient)
-    check_callable("outer_loss", outer_loss, "outer_loss(hparams)", 1)
+    check_callable("outer_loss", outer_loss, "outer_loss(hparams)` or `outer_loss(hparams, carry, key)", 1)
     return _Evaluator(lambda h, carry, key: (check_scalar(outer_loss(h), "outer_loss"), carry, None), gradient)
+
+
+def _checked_gradient(gradient):
+    check_callable("gradient", gradient, "gradient(hparams, carry, key)", 3)
+
+    def checked(hparams, carry, key):
+        out = gradient(hparams, carry, key)
+        if not (isinstance(out, tuple) and len(out) == 4):
+            raise JaxhpoError(
+                f"`gradient(hparams, carry, key)` returned {describe(out)}, but more is expected: return "
+                f"`(value, hypergradient, carry, info)`; carry and info may be None."
+            )
+        value, hypergrad, carry, info = out
+        hypergrad = check_residual(hypergrad, hparams, "gradient", "hparams")
+        return check_scalar(value, "gradient"), hypergrad, check_arrays(carry, "carry"), check_arrays(info, "info")
+
+    return checked
 
 
 def _accepts(fn, num_args) -> bool:
@@ -339,7 +360,7 @@ def _accepts(fn, num_args) -> bool:
     return sum(p.kind in positional and p.default is p.empty for p in parameters) == num_args
 
 
-def _check_settings(optimizer, num_steps, callbacks, patience, min_delta):
+def _check_settings(optimizer, num_steps, transforms, patience, min_delta):
     if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")) or isinstance(optimizer, type):
         raise JaxhpoError(
             f"`optimizer` got {describe(optimizer)}, which is no optax transformation: write `optax.adam(0.1)`, say."
@@ -348,10 +369,21 @@ def _check_settings(optimizer, num_steps, callbacks, patience, min_delta):
     check_nonnegative("min_delta", min_delta)
     if patience is not None:
         check_count("patience", patience)
-    if callable(callbacks):
-        raise JaxhpoError("`callbacks` got one function, but it is a sequence of them: write `callbacks=[callback]`.")
+    for transform in jax.tree.leaves(transforms):
+        if isinstance(transform, type):
+            name = transform.__name__
+            raise JaxhpoError(f"`transforms` got the class {name}, not an instance: write `{name}(...)`, as `box(0.0, 1.0)`.")
+
+
+def _check_callbacks(callbacks) -> tuple:
+    if callable(callbacks) or not isinstance(callbacks, Iterable):
+        raise JaxhpoError(
+            f"`callbacks` got {describe(callbacks)}, but it is a sequence of functions: write `callbacks=[callback]`."
+        )
+    callbacks = tuple(callbacks)
     for callback in callbacks:
         check_callable("callbacks", callback, "callback(tune_step)", 1)
+    return callbacks
 
 
 class _Progress:

@@ -1,0 +1,260 @@
+"""Models of every kind: flax nnx, flax linen, equinox, a plain pytree; batch statistics, dropout, bfloat16."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from helpers import RULES, grad
+
+import jaxhpo
+from jaxhpo import CG, Implicit, Unroll
+
+# The figure asked of every kind of model.
+TOLERANCE = 1e-5
+NUM_INPUTS, WIDTH, NUM_OUTPUTS = 3, 4, 2
+
+rng = np.random.default_rng(0)
+inputs, val_inputs = jnp.asarray(rng.normal(size=(12, NUM_INPUTS))), jnp.asarray(rng.normal(size=(6, NUM_INPUTS)))
+mixing = jnp.asarray(rng.normal(size=(NUM_INPUTS, NUM_OUTPUTS)))
+targets, val_targets = jnp.sin(inputs @ mixing), jnp.sin(val_inputs @ mixing)
+
+
+class Model(NamedTuple):
+    """Parameters as a pytree, and `(params, inputs) -> outputs`."""
+
+    params: Any
+    apply: Callable
+
+
+def plain_mlp(dtype=jnp.float64) -> Model:
+    rng = np.random.default_rng(1)
+    params = [
+        {"kernel": jnp.asarray(rng.normal(size=(n, m)) / np.sqrt(n), dtype), "bias": jnp.zeros(m, dtype)}
+        for n, m in [(NUM_INPUTS, WIDTH), (WIDTH, NUM_OUTPUTS)]
+    ]
+
+    def apply(params, x):
+        for i, layer in enumerate(params):
+            x = (jnp.tanh(x) if i else x) @ layer["kernel"] + layer["bias"][None]
+        return x
+
+    return Model(params, apply)
+
+
+def linen_mlp() -> Model:
+    model = nn.Sequential([nn.Dense(WIDTH, param_dtype=float), nn.tanh, nn.Dense(NUM_OUTPUTS, param_dtype=float)])
+    variables = model.init(jax.random.key(0), inputs)
+    return Model(variables["params"], lambda params, x: model.apply({"params": params}, x))
+
+
+def nnx_mlp() -> Model:
+    rngs = nnx.Rngs(0)
+    model = nnx.Sequential(
+        nnx.Linear(NUM_INPUTS, WIDTH, param_dtype=float, rngs=rngs),
+        nnx.tanh,
+        nnx.Linear(WIDTH, NUM_OUTPUTS, param_dtype=float, rngs=rngs),
+    )
+    graph, params = nnx.split(model, nnx.Param)
+    return Model(params, lambda params, x: nnx.merge(graph, params)(x))
+
+
+def equinox_mlp() -> Model:
+    eqx = pytest.importorskip("equinox")
+    model = eqx.nn.MLP(NUM_INPUTS, NUM_OUTPUTS, WIDTH, 1, jnp.tanh, dtype=float, key=jax.random.key(0))
+    params, rest = eqx.partition(model, eqx.is_inexact_array)
+    return Model(params, lambda params, x: jax.vmap(eqx.combine(params, rest))(x))
+
+
+MODELS = {"plain pytree": plain_mlp, "linen": linen_mlp, "nnx": nnx_mlp, "equinox": equinox_mlp}
+models = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+
+
+def mean_squared(outputs, targets):
+    return jnp.mean((outputs - targets) ** 2)
+
+
+def penalty(params, log_penalties):
+    """Σ_leaf exp(log penalty) ‖leaf‖², one log penalty a leaf."""
+    leaves = jax.tree.leaves(params)
+    return sum(jnp.exp(log_penalties[i]) * jnp.sum(leaf**2) for i, leaf in enumerate(leaves))
+
+
+def trained(model, tx, adjoint, num_steps):
+    """The validation loss of a model trained with one penalty a leaf, as a function of the hyperparameters."""
+
+    def train_loss(params, h, batch):
+        return mean_squared(model.apply(params, inputs), targets) + penalty(params, h["log_penalties"])
+
+    solver = jaxhpo.from_optax(train_loss, tx)
+
+    def outer(h):
+        sol = jaxhpo.solve(solver, solver.init(model.params, h), h, num_steps=num_steps, adjoint=adjoint)
+        return mean_squared(model.apply(sol.params, val_inputs), val_targets)
+
+    return outer
+
+
+def log_penalties(params, value=0.02):
+    return jnp.full(len(jax.tree.leaves(params)), jnp.log(value))
+
+
+@models
+def test_unrolled_hypergradient(make):
+    """Penalties of every leaf and the learning rate."""
+    model = make()
+    h = {"log_penalties": log_penalties(model.params), "log_rate": jnp.log(0.1)}
+    outer = trained(model, lambda h: optax.sgd(jnp.exp(h["log_rate"]), momentum=0.9), Unroll(), 20)
+    assert jaxhpo.check_hypergradient(outer, h).relative_error <= TOLERANCE
+
+
+@models
+def test_implicit_hypergradient(make):
+    """At a converged, penalised solution. A penalty of 0.02 adds 0.04 to the curvature, which makes it a strict minimum.
+
+    Momentum 0.9 shrinks the slowest direction by at most √0.9 a step, hence by 1e-22 over 1000 steps.
+    """
+    model = make()
+    h = {"log_penalties": log_penalties(model.params)}
+    outer = trained(model, optax.sgd(0.2, momentum=0.9), Implicit(CG(tol=1e-10)), 1000)
+    assert jaxhpo.check_hypergradient(outer, h).relative_error <= TOLERANCE
+
+
+def test_linen_batch_norm():
+    """Running statistics are model state: the validation loss sees the parameters through them too."""
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            x = nn.Dense(WIDTH, param_dtype=float)(x)
+            x = nn.BatchNorm(use_running_average=not train, momentum=0.8, param_dtype=float)(x)
+            return nn.Dense(NUM_OUTPUTS, param_dtype=float)(nn.tanh(x))
+
+    net = Net()
+    variables = net.init(jax.random.key(0), inputs, train=False)
+    params = variables["params"]
+    start = jax.tree.map(lambda x: x.astype(float), variables["batch_stats"])  # flax makes them float32
+
+    def train_loss(params, h, batch, stats):
+        x, y = batch
+        outputs, new = net.apply({"params": params, "batch_stats": stats}, x, train=True, mutable="batch_stats")
+        return mean_squared(outputs, y) + penalty(params, h["log_penalties"]), new["batch_stats"]
+
+    solver = jaxhpo.from_optax(train_loss, lambda h: optax.sgd(jnp.exp(h["log_rate"])), has_state=True)
+
+    def minibatch(t):
+        pick = (t % 3) * 4 + jnp.arange(4)
+        return inputs[pick], targets[pick]
+
+    def solution(h):
+        return jaxhpo.solve(solver, solver.init(params, h, start), h, minibatch, num_steps=10)
+
+    def outer(h):
+        sol = solution(h)
+        outputs = net.apply({"params": sol.params, "batch_stats": sol.model_state}, val_inputs, train=False)
+        return mean_squared(outputs, val_targets)
+
+    h = {"log_penalties": log_penalties(params), "log_rate": jnp.log(0.1)}
+    assert jaxhpo.check_hypergradient(outer, h).relative_error <= TOLERANCE
+    # The running mean after ten steps is not where it started, so the statistics were really carried.
+    assert jnp.all(jnp.abs(jax.jit(solution)(h).model_state["BatchNorm_0"]["mean"]) > 1e-3)
+
+
+def test_linen_dropout():
+    """One typed key a step rides in the batches: the same masks at every call, so that differences make sense."""
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            x = nn.Dropout(0.5, deterministic=not train)(nn.tanh(nn.Dense(WIDTH, param_dtype=float)(x)))
+            return nn.Dense(NUM_OUTPUTS, param_dtype=float)(x)
+
+    net = Net()
+    params = net.init(jax.random.key(0), inputs, train=False)["params"]
+    keys = jax.random.split(jax.random.key(1), 10)
+
+    def train_loss(params, h, key):
+        outputs = net.apply({"params": params}, inputs, train=True, rngs={"dropout": key})
+        return mean_squared(outputs, targets) + penalty(params, h["log_penalties"])
+
+    solver = jaxhpo.from_optax(train_loss, lambda h: optax.sgd(jnp.exp(h["log_rate"])))
+
+    def outer(h, keys=keys):
+        sol = jaxhpo.solve(solver, solver.init(params, h), h, keys)
+        return mean_squared(net.apply({"params": sol.params}, val_inputs, train=False), val_targets)
+
+    h = {"log_penalties": log_penalties(params), "log_rate": jnp.log(0.1)}
+    assert jaxhpo.check_hypergradient(outer, h).relative_error <= TOLERANCE
+    assert outer(h) != outer(h, jax.random.split(jax.random.key(2), 10))  # the keys do reach the masks
+
+
+def test_nnx_batch_norm_and_dropout():
+    """nnx: parameters are trained, batch statistics are model state, and dropout draws from a key of the batch."""
+
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.first = nnx.Linear(NUM_INPUTS, WIDTH, param_dtype=float, rngs=rngs)
+            self.norm = nnx.BatchNorm(WIDTH, momentum=0.8, param_dtype=float, rngs=rngs)
+            self.dropout = nnx.Dropout(0.5)
+            self.last = nnx.Linear(WIDTH, NUM_OUTPUTS, param_dtype=float, rngs=rngs)
+
+        def __call__(self, x, key=None):
+            hidden = nnx.tanh(self.norm(self.first(x), use_running_average=key is None))
+            return self.last(self.dropout(hidden, rngs=key, deterministic=key is None))
+
+    graph, params, start = nnx.split(Net(nnx.Rngs(0)), nnx.Param, nnx.BatchStat)
+
+    def train_loss(params, h, key, stats):
+        net = nnx.merge(graph, params, stats)
+        loss = mean_squared(net(inputs, key), targets) + penalty(params, h["log_penalties"])
+        return loss, nnx.state(net, nnx.BatchStat)
+
+    solver = jaxhpo.from_optax(train_loss, lambda h: optax.sgd(jnp.exp(h["log_rate"])), has_state=True)
+
+    def outer(h):
+        sol = jaxhpo.solve(solver, solver.init(params, h, start), h, jax.random.split(jax.random.key(1), 10))
+        return mean_squared(nnx.merge(graph, sol.params, sol.model_state)(val_inputs), val_targets)
+
+    h = {"log_penalties": log_penalties(params), "log_rate": jnp.log(0.1)}
+    assert jaxhpo.check_hypergradient(outer, h).relative_error <= TOLERANCE
+
+
+# --- bfloat16 -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", RULES, ids=lambda case: case.name)
+def test_bfloat16_model_with_float32_hyperparameters(case):
+    """The model computes in bfloat16; hypergradients are float32 as the hyperparameters are, and so are linear solves."""
+    model, seen = plain_mlp(jnp.bfloat16), []
+    adjoint = case.make(SimpleNamespace(step_size=0.1))
+    if case.implicit:
+        linear_solver = adjoint.linear_solver
+
+        def spying(matvec, b, x0=None):
+            x, info = linear_solver(matvec, b, x0)
+            seen.extend(leaf.dtype for leaf in jax.tree.leaves((b, matvec(b), x)))
+            return x, info
+
+        adjoint = Implicit(spying)
+
+    def train_loss(params, h, batch):
+        outputs = model.apply(params, inputs.astype(jnp.bfloat16))
+        return mean_squared(outputs, targets.astype(jnp.bfloat16)) + penalty(params, h)
+
+    solver = jaxhpo.from_optax(train_loss, optax.sgd(0.1, momentum=0.9))
+
+    def outer(h):
+        sol = jaxhpo.solve(solver, solver.init(model.params, h), h, num_steps=20, adjoint=adjoint)
+        assert {leaf.dtype for leaf in jax.tree.leaves(sol.params)} == {jnp.dtype(jnp.bfloat16)}
+        return mean_squared(model.apply(sol.params, val_inputs), val_targets)
+
+    got = grad(outer)(log_penalties(model.params).astype(jnp.float32))
+    assert got.dtype == jnp.float32
+    assert jnp.all(jnp.isfinite(got)) and jnp.all(got != 0)
+    assert set(seen) == ({jnp.dtype(jnp.float32)} if case.implicit else set())
