@@ -1,6 +1,5 @@
 """Hypergradients in JAX: tune the hyperparameters of anything that JAX can train, by their gradient."""
 
-from jaxhpo import testing as testing
 from jaxhpo._adjoint._implicit import Implicit as Implicit
 from jaxhpo._adjoint._unroll import Unroll as Unroll
 from jaxhpo._check import HypergradientCheck as HypergradientCheck

@@ -72,14 +72,11 @@ def from_optax(loss: Callable, tx: Any, *, has_state: bool = False) -> Solver:
     def step(state, hparams, batch):
         params, opt_state, model_state = state
         (value, model_state), grad = _value_and_grad(evaluate, params, hparams, batch, model_state)
-        updates, opt_state = optax.with_extra_args_support(make_tx(hparams)).update(
-            grad,
-            opt_state,
-            params,
-            value=value,
-            grad=grad,
-            value_fn=lambda p: evaluate(p, hparams, batch, state.model_state)[0],
+        update = optax.with_extra_args_support(make_tx(hparams)).update
+        extras = _accepted(
+            update, value=value, grad=grad, value_fn=lambda p: evaluate(p, hparams, batch, state.model_state)[0]
         )
+        updates, opt_state = update(grad, opt_state, params, **extras)
         params = optax.apply_updates(params, updates)
         return InnerState(params, opt_state, model_state)
 
@@ -103,8 +100,10 @@ def momentum_sgd(loss: Callable, learning_rate: Any, momentum: Any, *, has_state
 
     .. math:: v \leftarrow m_t v - (1 - m_t) g, \qquad \theta \leftarrow \theta + \alpha_t v
 
-    The form matters: :math:`v \leftarrow m v + g,\ \theta \leftarrow \theta - \alpha v` (`optax.sgd`) has the same
-    trajectory after rescaling a constant rate, but other derivatives with respect to the rate of a single step.
+    The form matters: with the rate inside the velocity, :math:`v \leftarrow m v - (1 - m) \alpha_t g,\ \theta \leftarrow
+    \theta + v`, a constant rate has the same trajectory, but the rate of a single step has another derivative. (`optax.sgd`
+    has the rate outside, :math:`v \leftarrow m v + g,\ \theta \leftarrow \theta - \alpha_t v`: with a constant momentum
+    it is this form at :math:`\alpha_t / (1 - m)`.)
 
     **Cost and bias**: one gradient of the loss a step; the velocity is one copy of the parameters.
 
@@ -205,6 +204,14 @@ def fixed_point(step: Callable, condition: Callable | None = None) -> Solver:
         return add_scaled(params, -1.0, after)
 
     return Solver(init, advance, residual, "fixed_point", symmetric=condition is not None)
+
+
+def _accepted(update, **offered) -> dict:
+    """Those of the extra arguments that an optax update takes: not every one that takes some has `**extra_args`."""
+    parameters = inspect.signature(update).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return offered
+    return {name: value for name, value in offered.items() if name in parameters}
 
 
 def _value_and_grad(evaluate, params, hparams, batch, model_state):

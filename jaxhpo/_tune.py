@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import sys
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterable
@@ -17,6 +17,8 @@ import optax
 from jaxhpo._diagnose import diagnose
 from jaxhpo._errors import JaxhpoError, NonFiniteError, ZeroHypergradientWarning
 from jaxhpo._health import raise_if_zero, what_is_not_finite
+from jaxhpo._progress import Progress
+from jaxhpo._run_dir import exists, load, save
 from jaxhpo._transforms import to_natural, to_unconstrained
 from jaxhpo._tree import all_finite, differentiable_inputs, names, norm
 from jaxhpo._types import PyTree
@@ -90,6 +92,7 @@ def tune(
     gradient: Callable | None = None,
     key: jax.Array | None = None,
     carry: PyTree = None,
+    run_dir: str | os.PathLike | None = None,
     callbacks: Iterable[Callable[[TuneStep], Any]] = (),
     patience: int | None = None,
     min_delta: float = 0.0,
@@ -116,6 +119,8 @@ def tune(
         differentiating `outer_loss`.
       key: `jax.random.key(0)` when None.
       carry: the first carry.
+      run_dir: a folder that keeps the whole state of the run (written every 10 s and at the end, atomically); the same call
+        with the same folder goes on where it stood, or returns at once if it had finished. None keeps nothing.
       callbacks: each is called with a `TuneStep` after every step; a true result stops the run.
       patience: stop after this many steps without an improvement of more than `min_delta`; None never stops early.
       min_delta: the least improvement that counts for `patience`.
@@ -153,7 +158,18 @@ def tune(
     search = _Search(_evaluator(outer_loss, gradient), optimizer, transforms)
     point = to_unconstrained(transforms, hparams)
     state = _State(point, optimizer.init(point), carry, key, jnp.zeros((), jnp.int32))
-    return _run(search, state, num_steps, callbacks, patience, min_delta, progress)
+    run = _Run(search, state)
+    run.resume(run_dir)
+    with Progress(num_steps, "step", progress, done=len(run.rows)) as bar:
+        try:
+            status, message = _advance(run, num_steps, callbacks, patience, min_delta, run_dir, bar)
+        except KeyboardInterrupt:
+            if not run.rows:
+                raise
+            status, message = "interrupted", f"interrupted after {len(run.rows)} outer steps"
+        finally:
+            run.save(run_dir)
+    return run.result(status, message)
 
 
 class _State(NamedTuple):
@@ -233,39 +249,78 @@ class _Search:
         return diagnose(lambda u: self.objective(u, state.carry, key)[0], state.point)
 
 
-def _run(search, state, num_steps, callbacks, patience, min_delta, progress) -> TuneResult:
-    rows, best, best_hparams, waited = [], np.inf, None, 0
-    status, message = "finished", f"all {num_steps} outer steps were taken"
-    started = time.perf_counter()
-    with _Progress(num_steps, progress) as bar:
-        try:
-            for step in range(num_steps):
-                after, report = _first_step(search, state) if step == 0 else search.step(state)
-                if not bool(report.finite):
-                    status, message = "not_finite", _not_finite(search, state, report, step)
-                    break
-                value, seconds = float(report.value), time.perf_counter() - started
-                waited = 0 if value < best - min_delta else waited + 1
-                if value < best:
-                    best, best_hparams = value, report.hparams
-                state = after
-                rows.append(_row(report, seconds))
-                grad_norm = float(report.hypergradient_norm)
-                bar.update(value, best, grad_norm)
-                told = TuneStep(step, value, report.hparams, grad_norm, report.info, best, seconds)
-                if any([callback(told) for callback in callbacks]):
-                    status, message = "callback", f"a callback stopped the run after outer step {step}"
-                    break
-                if patience is not None and waited >= patience:
-                    status, message = "patience", f"no improvement of more than {min_delta} in {patience} outer steps"
-                    break
-        except KeyboardInterrupt:
-            if not rows:
-                raise
-            status, message = "interrupted", f"interrupted after {len(rows)} outer steps"
-    history = jax.tree.map(lambda *x: np.stack(x), *rows)
-    final = jax.jit(lambda u: to_natural(search.transforms, u))(state.point)
-    return TuneResult(final, state.carry, best_hparams, best, history, status, message)
+class _Run:
+    """Where a run stands: what an interruption must not lose."""
+
+    def __init__(self, search, state):
+        self.search, self.state = search, state
+        self.rows: list[dict[str, Any]] = []
+        self.best, self.best_hparams, self.waited = np.inf, None, 0
+        self.started, self.saved = time.perf_counter(), time.perf_counter()
+
+    def accept(self, after, report, min_delta) -> TuneStep:
+        """Takes a step into the record."""
+        value, seconds = float(report.value), time.perf_counter() - self.started
+        self.waited = 0 if value < self.best - min_delta else self.waited + 1
+        if value < self.best:
+            self.best, self.best_hparams = value, report.hparams
+        self.state = after
+        self.rows.append(_row(report, seconds))
+        grad_norm = float(report.hypergradient_norm)
+        return TuneStep(len(self.rows) - 1, value, report.hparams, grad_norm, report.info, self.best, seconds)
+
+    def history(self):
+        return jax.tree.map(lambda *x: np.stack(x), *self.rows)
+
+    def save(self, run_dir, every=0.0):
+        """Writes the record, unless that happened less than `every` seconds ago."""
+        if run_dir is None or not self.rows or time.perf_counter() - self.saved < every:
+            return
+        save(run_dir, self._tree(self.state, self.best_hparams, self.history()))
+        self.saved = time.perf_counter()
+
+    def resume(self, run_dir):
+        """Goes on from the record in `run_dir`, if there is one."""
+        if run_dir is None or not exists(run_dir):
+            return
+        after, report = jax.eval_shape(self.search.step, self.state)
+        row = _row(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), report), 0.0)
+        after = after._replace(key=self.state.key)  # a shape does not tell which kind of key
+        like = self._tree(after, report.hparams, jax.tree.map(lambda x: x[None], row))
+        found = load(run_dir, like, "run['history']")
+        self.state, self.waited = jax.tree.map(jnp.asarray, found["state"]), int(found["waited"])
+        self.best, self.best_hparams = float(found["best"]), jax.tree.map(jnp.asarray, found["best_hparams"])
+        self.rows = [jax.tree.map(lambda x, i=i: x[i], found["history"]) for i in range(len(found["history"]["value"]))]
+        self.started -= float(self.rows[-1]["seconds"])
+
+    def _tree(self, state, best_hparams, history):
+        return {
+            "state": state,
+            "best": np.asarray(self.best),
+            "best_hparams": best_hparams,
+            "waited": np.asarray(self.waited),
+            "history": history,
+        }
+
+    def result(self, status, message) -> TuneResult:
+        hparams = jax.jit(lambda u: to_natural(self.search.transforms, u))(self.state.point)
+        return TuneResult(hparams, self.state.carry, self.best_hparams, self.best, self.history(), status, message)
+
+
+def _advance(run, num_steps, callbacks, patience, min_delta, run_dir, bar) -> tuple[str, str]:
+    """Takes the outer steps; returns why it stopped."""
+    for step in range(len(run.rows), num_steps):
+        after, report = _first_step(run.search, run.state) if step == 0 else run.search.step(run.state)
+        if not bool(report.finite):
+            return "not_finite", _not_finite(run.search, run.state, report, step)
+        told = run.accept(after, report, min_delta)
+        bar.update(f"loss {told.value:.4g}, best {run.best:.4g}, |hypergradient| {told.hypergradient_norm:.2g}")
+        run.save(run_dir, every=10.0)
+        if any([callback(told) for callback in callbacks]):
+            return "callback", f"a callback stopped the run after outer step {step}"
+        if patience is not None and run.waited >= patience:
+            return "patience", f"no improvement of more than {min_delta} in {patience} outer steps"
+    return "finished", f"all {num_steps} outer steps were taken"
 
 
 def _first_step(search, state):
@@ -384,38 +439,3 @@ def _check_callbacks(callbacks) -> tuple:
     for callback in callbacks:
         check_callable("callbacks", callback, "callback(tune_step)", 1)
     return callbacks
-
-
-class _Progress:
-    """A tqdm bar, or a plain line every few seconds: nothing runs inside the compiled step."""
-
-    def __init__(self, total, enabled, every=5.0):
-        self.total, self.every, self.done, self.last = total, every, 0, time.perf_counter()
-        self.enabled, self.bar = enabled, None
-
-    def __enter__(self):
-        interactive = sys.stderr.isatty() or "ipykernel" in sys.modules
-        if self.enabled and interactive:
-            try:
-                from tqdm.auto import tqdm
-
-                self.bar = tqdm(total=self.total, unit="step")
-            except ImportError:
-                pass
-        return self
-
-    def update(self, value, best, grad_norm):
-        self.done += 1
-        if not self.enabled:
-            return
-        text = f"loss {value:.4g}, best {best:.4g}, |hypergradient| {grad_norm:.2g}"
-        if self.bar is not None:
-            self.bar.set_postfix_str(text, refresh=False)
-            self.bar.update()
-        elif time.perf_counter() - self.last >= self.every or self.done == self.total:
-            self.last = time.perf_counter()
-            print(f"step {self.done}/{self.total}: {text}", file=sys.stderr, flush=True)
-
-    def __exit__(self, *_):
-        if self.bar is not None:
-            self.bar.close()

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 import jaxhpo
+import jaxhpo.testing
 from jaxhpo import CG, Direct, Identity, Implicit, Neumann, Unroll
 from jaxhpo.testing import BilevelProblem
 

@@ -176,3 +176,45 @@ def test_progress_is_plain_text_off_a_terminal(monkeypatch):
     jaxhpo.tune(outer_loss, START, optax.adam(0.1), num_steps=3)
     (line,) = out.getvalue().splitlines()
     assert line.startswith("step 3/3: loss ")
+
+
+def test_run_dir_resumes_to_the_bit(tmp_path):
+    """Interrupted after 3 and after 7 of 12 steps, the run ends as the undisturbed one does."""
+
+    def loss(h, carry, key):
+        sol = jaxhpo.solve(SOLVER, jax.lax.stop_gradient(carry), h, num_steps=3)
+        noise = 0.1 * jax.random.normal(key, (3,))
+        return jnp.sum((sol.params - GOAL + noise) ** 2), sol.state, {"optimality": sol.info.optimality, "key": None}
+
+    def interrupt(at):
+        def callback(step):
+            if step.step == at:
+                raise KeyboardInterrupt
+
+        return [callback] if at else []
+
+    settings = {"num_steps": 12, "transforms": TRANSFORMS, "carry": SOLVER.init(jnp.zeros(3), START)}
+    whole = run(loss, **settings)
+    for at, status in ((2, "interrupted"), (6, "interrupted"), (None, "finished"), (None, "finished")):
+        result = run(loss, **settings, run_dir=tmp_path, callbacks=interrupt(at))
+        assert result.status == status
+    for got, want in zip(jax.tree.leaves(result), jax.tree.leaves(whole), strict=True):
+        if not isinstance(want, str) and want is not whole.history["seconds"]:
+            np.testing.assert_array_equal(got, want)
+    assert len(result.history["seconds"]) == 12 and (np.diff(result.history["seconds"]) > 0).all()
+
+
+def test_run_dir_of_another_run_is_refused(tmp_path):
+    run(num_steps=2, run_dir=tmp_path)
+    with pytest.raises(jaxhpo.JaxhpoError, match=r"another structure.*extra"):
+        jaxhpo.tune(
+            lambda h: outer_loss(h) + h["extra"] ** 2,
+            {**START, "extra": jnp.ones(())},
+            optax.adam(0.1),
+            num_steps=2,
+            run_dir=tmp_path,
+            progress=False,
+        )
+    (tmp_path / "state.npz").write_bytes(b"PK garbage")
+    with pytest.raises(jaxhpo.JaxhpoError, match=r"state\.npz cannot be read.*move it away"):
+        run(num_steps=2, run_dir=tmp_path)

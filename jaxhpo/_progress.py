@@ -1,0 +1,50 @@
+"""Progress on stderr: a bar where one can be drawn, else one plain line every few seconds."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+
+class Progress:
+    """Shows how far a loop is. A context manager; nothing of it runs inside compiled code.
+
+    Args:
+      total: steps in all.
+      label: what is being done.
+      enabled: False shows nothing.
+      every: seconds between plain lines.
+      done: steps taken before.
+    """
+
+    def __init__(self, total: int, label: str = "step", enabled: bool = True, every: float = 5.0, done: int = 0):
+        self.total, self.label, self.every, self.done = total, label, every, done
+        self.shown, self.bar = time.perf_counter(), None
+        self.enabled = enabled
+
+    def __enter__(self) -> Progress:
+        """Draws the bar, in a terminal or a notebook where tqdm is installed."""
+        if self.enabled and (sys.stderr.isatty() or "ipykernel" in sys.modules):
+            try:
+                from tqdm.auto import tqdm
+
+                self.bar = tqdm(total=self.total, initial=self.done, desc=self.label)
+            except ImportError:
+                pass
+        return self
+
+    def update(self, text: str = "") -> None:
+        """One step is done; `text` says how it went."""
+        self.done += 1
+        if self.bar is not None:
+            self.bar.set_postfix_str(text, refresh=False)
+            self.bar.update()
+        elif self.enabled and (self.done == self.total or time.perf_counter() - self.shown >= self.every):
+            self.shown = time.perf_counter()
+            line = f"{self.label} {self.done}/{self.total}"
+            print(f"{line}: {text}" if text else line, file=sys.stderr, flush=True)
+
+    def __exit__(self, *_) -> None:
+        """Closes the bar."""
+        if self.bar is not None:
+            self.bar.close()
