@@ -19,7 +19,6 @@ from jaxhpo._types import PyTree
 from jaxhpo._validate import (
     check_callable,
     check_count,
-    check_finite,
     check_key,
     check_params,
     check_positive,
@@ -53,19 +52,20 @@ class HypergradientCheck:
         kind = "coordinates" if self.coordinates else "random directions"
         text = (
             f"hypergradient against central differences along {len(self.numeric)} {kind}: relative error "
-            f"{self.relative_error:.1e} (differences good to {self.numeric_error:.0e}), cosine {self.cosine:.6f}, norm ratio "
-            f"{self.norm_ratio:.4f}"
+            f"{self.relative_error:.1e} (differences good to {self.numeric_error:.0e}), cosine {self.cosine:.6f}, norm "
+            f"ratio {self.norm_ratio:.4f}"
         )
         if self.relative_error <= max(1e-3, 10 * self.numeric_error):
             return text
         worst = int(np.argmax(np.abs(self.analytic - self.numeric)))
         where = f" at {self.coordinates[worst]}" if self.coordinates else ""
         return (
-            f"{text}\n  worst{where}: {self.analytic[worst]:.4g} by the rule, {self.numeric[worst]:.4g} by differences.\n"
-            f"  If the rule is approximate (truncated, Neumann, Identity), this is its bias. Under `Implicit`, look at the "
-            f"solution's `info.optimality`: the inner problem may not have converged, or its optimiser may have another fixed "
-            f"point than the train loss (decoupled weight decay, clipping, projection: put the decay into the loss, or use "
-            f"`fixed_point(step)`). A loss that is not smooth, or randomness that differs between calls, also ends here."
+            f"{text}\n  worst{where}: {self.analytic[worst]:.4g} by the rule, {self.numeric[worst]:.4g} by "
+            "differences.\n  If the rule is approximate (truncated, Neumann, Identity), this is its bias. Under "
+            "`Implicit`, look at the solution's `info.optimality`: the inner problem may not have converged, or its "
+            "optimiser may have another fixed point than the train loss (decoupled weight decay, clipping, "
+            "projection: put the decay into the loss, or use `fixed_point(step)`). A loss that is not smooth, or "
+            "randomness that differs between calls, also ends here."
         )
 
 
@@ -90,8 +90,8 @@ def check_hypergradient(
       hparams: where to check, a pytree of floating-point arrays.
       num_directions: random unit directions to try; None takes all coordinates up to 64 hyperparameters, else 16
         directions.
-      step_size: s above, relative to each hyperparameter's scale: its size, at most 1 (where it is zero, its leaf's root
-        mean square, or 1). None takes :math:`\epsilon^{1/5}`, 7e-4 in float64 and 0.04 in float32.
+      step_size: s above, relative to each hyperparameter's scale: its size, at most 1 (where it is zero, its leaf's
+        root mean square, or 1). None takes :math:`\epsilon^{1/5}`, 7e-4 in float64 and 0.04 in float32.
       key: for the directions; `jax.random.key(0)` when None.
 
     Returns:
@@ -116,12 +116,11 @@ def check_hypergradient(
     """
     check_callable("outer_loss", outer_loss, "outer_loss(hparams)", 1)
     hparams = check_params(hparams, "hparams")
-    check_finite(hparams, "hparams")
     if num_directions is not None:
         check_count("num_directions", num_directions)
     if step_size is not None:
         check_positive("step_size", step_size)
-    key = jax.random.key(0) if key is None else check_key(key)
+    direction_key = jax.random.key(0) if key is None else check_key(key)
     flat, unravel = ravel_pytree(hparams)
 
     def loss(flat):
@@ -137,10 +136,9 @@ def check_hypergradient(
     if coordinates:
         directions, lengths = jnp.diag(scale), scale
     else:
-        key = jax.random.key(0) if key is None else check_key(key)
-        directions = jax.random.normal(key, (num_directions or 16, flat.size), flat.dtype) * scale[None]
+        directions = jax.random.normal(direction_key, (num_directions or 16, flat.size), flat.dtype) * scale[None]
         lengths = jnp.linalg.norm(directions, axis=1)
-    step = _check_step(step_size, flat.dtype)
+    step = float(jnp.finfo(flat.dtype).eps) ** 0.2 if step_size is None else step_size
     numeric, coarse = (d / lengths for d in jax.jit(_differences, static_argnums=0)(loss, flat, directions, step))
     analytic = directions @ grad / lengths
     leaves, structure = jax.tree.flatten(hparams)
@@ -194,13 +192,6 @@ def _scale(leaf):
     size = jnp.abs(leaf)
     typical = jnp.sqrt(jnp.mean(leaf**2))
     return jnp.minimum(1, jnp.where(size > 0, size, jnp.where(typical > 0, typical, 1)))
-
-
-def _check_step(step_size, dtype):
-    if step_size is None:
-        return float(jnp.finfo(dtype).eps) ** 0.2
-    check_positive("step_size", step_size)
-    return step_size
 
 
 def _coordinate_names(hparams):

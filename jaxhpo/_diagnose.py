@@ -6,6 +6,7 @@ import contextlib
 import contextvars
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +48,7 @@ def watched(problem: Problem) -> Problem:
     index = recorder.num_problems
     recorder.num_problems += 1
 
-    def advance(state, inputs, x):
+    def advance(state: Any, inputs, x):
         t, x = x
         state = _report(_Tap(recorder, index, names(state, "state"), forward=False), state, t)
         hparams = _report(_Tap(recorder, index, names(inputs[0], "hparams"), forward=False), inputs[0], t)
@@ -70,22 +71,24 @@ def explain(recorder: Recorder) -> str:
         index, step, _ = min(recorder.forward, key=lambda e: (e[1], e[0]))
         leaves = sorted(name for i, t, name in recorder.forward if (i, t) == (index, step))
         return (
-            f"{_which(recorder, index)}`{_first(leaves, 'state.params')}` is not finite after inner step {step}: the inner "
-            f"run diverges. The likeliest cause is an inner learning rate above 2 / curvature, where a penalty in the train "
-            f"loss adds to the curvature: lower the rate, bound the penalty, or clip the inner gradients."
+            f"{_which(recorder, index)}`{_first(leaves, 'state.params')}` is not finite after inner step {step}: the "
+            f"inner run diverges. The likeliest cause is an inner learning rate above 2 / curvature, where a penalty "
+            f"in the train loss adds to the curvature: lower the rate, bound the penalty, or clip the inner gradients."
         )
     if recorder.backward:
         # The backward pass meets the last step first.
         index, step, _ = max(recorder.backward, key=lambda e: (e[1], -e[0]))
         leaves = sorted(name for i, t, name in recorder.backward if (i, t) == (index, step))
         return (
-            f"{_which(recorder, index)}the inner run is finite, but the derivative of inner step {step} with respect to "
-            f"`{_first(leaves, 'state.opt_state')}` is not. The likeliest cause is a square root at zero, whose derivative "
-            f"is infinite (Adam, RMSProp, Adagrad, a norm): write `optax.adam(..., eps_root=1e-8)`, or `sqrt(x + eps)`."
+            f"{_which(recorder, index)}the inner run is finite, but the derivative of inner step {step} with respect "
+            f"to `{_first(leaves, 'state.opt_state')}` is not. The likeliest cause is a square root at zero, whose "
+            f"derivative is infinite (Adam, RMSProp, Adagrad, a norm): write `optax.adam(..., eps_root=1e-8)`, or "
+            f"`sqrt(x + eps)`."
         )
     return (
-        "Every inner step and its derivative is finite, so the outer loss itself, or the linear solve of an implicit rule, "
-        "is at fault: look for a logarithm or a square root at zero in the outer loss, or raise the solver's `damping`."
+        "Every inner step and its derivative is finite, so the outer loss itself, or the linear solve of an implicit "
+        "rule, is at fault: look for a logarithm or a square root at zero in the outer loss, or raise the solver's "
+        "`damping`."
     )
 
 

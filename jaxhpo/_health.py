@@ -38,8 +38,8 @@ def raise_if_zero(
             raise ZeroHypergradientError(f"The hypergradient of `{name}` is exactly zero in some entries: {reason}")
         if zero and structure is not None and not structure()[i]:
             raise ZeroHypergradientError(
-                f"The hypergradient of `{name}` is exactly zero in every entry: nothing that the outer loss sees depends on "
-                f"it. Remove it, or use it in the train loss or the optimiser."
+                f"The hypergradient of `{name}` is exactly zero in every entry: nothing that the outer loss sees "
+                f"depends on it. Remove it, or use it in the train loss or the optimiser."
             )
         if zero:
             text = "has a hypergradient of exactly zero at this point: start elsewhere if it does not move."

@@ -1,4 +1,4 @@
-"""The one custom derivative rule: a point with condition(point, args) = 0 moves as the implicit function theorem says."""
+"""The one custom derivative rule: a root of condition(point, args) moves as the implicit function theorem says."""
 
 from __future__ import annotations
 
@@ -125,12 +125,11 @@ def implicit(condition: Callable, params: PyTree, args: Any, linear_solver: Line
     References:
       Blondel et al. Efficient and Modular Implicit Differentiation. 2022. arXiv:2105.15183
     """
-    linear_solver = CG() if linear_solver is None else check_linear_solver(linear_solver)
+    solver = CG() if linear_solver is None else check_linear_solver(linear_solver)
     check_callable("condition", condition, "condition(params, args)", 2)
     params = check_params(params, "params")
-    check_finite(params, "params")
-    args = jax.tree.map(jnp.asarray, check_arrays(args, "args"))
-    check_finite(args, "args", allow_infinite=True)
+    check_finite(check_arrays(args, "args"), "args", allow_infinite=True)
+    args = jax.tree.map(jnp.asarray, args)
     pure, consts = hoist(lambda p, a: check_residual(condition(p, a), p), upcast(params), upcast(args))
     leaves, structure = jax.tree.flatten(args)
 
@@ -143,5 +142,5 @@ def implicit(condition: Callable, params: PyTree, args: Any, linear_solver: Line
         "Put it into the condition, or do not differentiate with respect to it."
     )
     closed_over = [f"a {describe(c)} that the condition closes over" for c in consts]
-    rule = Rule(residual, linear_solver, (*closed_over, *names(args, "args")), remedy)
+    rule = Rule(residual, solver, (*closed_over, *names(args, "args")), remedy)
     return attach(rule, jax.lax.stop_gradient(params), [*consts, *leaves])

@@ -1,4 +1,4 @@
-"""A run's whole state on disk: written under a temporary name, synced, and renamed, so that no moment leaves half a file."""
+"""A run's whole state on disk: written under a temporary name, synced, renamed; no moment leaves half a file."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import pathlib
 import zipfile
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxhpo._errors import JaxhpoError
@@ -23,7 +24,7 @@ def save(run_dir: str | os.PathLike, tree: PyTree) -> None:
     arrays = {f"{i} {name}": _to_numpy(x) for i, (name, x) in enumerate(_rows(tree))}
     temporary = folder / f"{_FILE}.{os.getpid()}.tmp"
     with open(temporary, "wb") as file:
-        np.savez(file, **arrays)
+        np.savez(file, allow_pickle=False, **arrays)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, folder / _FILE)
@@ -59,8 +60,8 @@ def load(run_dir: str | os.PathLike, like: PyTree, free_axis: str) -> PyTree:
     if list(arrays) != wanted:
         other = sorted({n.split(" ", 1)[1] for n in set(arrays) ^ set(wanted)})
         raise JaxhpoError(
-            f"`run_dir`: {path} belongs to a run of another structure; they differ in {', '.join(other[:5])}. Use another "
-            f"folder, or the hyperparameters, carry and optimiser of that run."
+            f"`run_dir`: {path} belongs to a run of another structure; they differ in {', '.join(other[:5])}. Use "
+            f"another folder, or the hyperparameters, carry and optimiser of that run."
         )
     for (name, x), array in zip(rows, arrays.values(), strict=True):
         skip = 1 if name.startswith(free_axis) else 0
@@ -77,7 +78,7 @@ def _rows(tree):
 
 
 def _is_key(x) -> bool:
-    return hasattr(x, "dtype") and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def _to_numpy(x):

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from jaxhpo._errors import JaxhpoError
 from jaxhpo._tree import add_scaled, cast_like, cast_varying, names, varying_axes, zeros_like
@@ -16,7 +17,6 @@ from jaxhpo._types import InnerState, PyTree, Solver
 from jaxhpo._validate import (
     check_arrays,
     check_callable,
-    check_finite,
     check_hparams,
     check_params,
     check_residual,
@@ -33,9 +33,9 @@ def from_optax(loss: Callable, tx: Any, *, has_state: bool = False) -> Solver:
     One step is :math:`u, s \leftarrow \mathrm{tx.update}(\nabla_\theta L(\theta, h, b), s, \theta)`,
     :math:`\theta \leftarrow \theta + u`; the condition of implicit rules is :math:`\nabla_\theta L = 0`.
 
-    An optimiser that changes the fixed point (decoupled weight decay as in `optax.adamw`, clipping, projection) does not
-    end where that condition holds: `info.optimality` stays large. Under `Implicit`, put the decay into the loss, or use
-    `fixed_point(step)`.
+    An optimiser that changes the fixed point (decoupled weight decay as in `optax.adamw`, clipping, projection) does
+    not end where that condition holds: `info.optimality` stays large. Under `Implicit`, put the decay into the loss,
+    or use `fixed_point(step)`.
 
     **Cost and bias**: one gradient of the loss a step. Any optax transformation without a data-dependent loop can be
     differentiated through; Adam and its kin need `eps_root > 0` (`optax.adam(lr, eps_root=1e-8)`), since the second
@@ -100,10 +100,10 @@ def momentum_sgd(loss: Callable, learning_rate: Any, momentum: Any, *, has_state
 
     .. math:: v \leftarrow m_t v - (1 - m_t) g, \qquad \theta \leftarrow \theta + \alpha_t v
 
-    The form matters: with the rate inside the velocity, :math:`v \leftarrow m v - (1 - m) \alpha_t g,\ \theta \leftarrow
-    \theta + v`, a constant rate has the same trajectory, but the rate of a single step has another derivative. (`optax.sgd`
-    has the rate outside, :math:`v \leftarrow m v + g,\ \theta \leftarrow \theta - \alpha_t v`: with a constant momentum
-    it is this form at :math:`\alpha_t / (1 - m)`.)
+    The form matters: with the rate inside the velocity, :math:`v \leftarrow m v - (1 - m) \alpha_t g,\ \theta
+    \leftarrow \theta + v`, a constant rate has the same trajectory, but the rate of a single step has another
+    derivative. (`optax.sgd` has the rate outside, :math:`v \leftarrow m v + g,\ \theta
+    \leftarrow \theta - \alpha_t v`: with a constant momentum it is this form at :math:`\alpha_t / (1 - m)`.)
 
     **Cost and bias**: one gradient of the loss a step; the velocity is one copy of the parameters.
 
@@ -231,17 +231,18 @@ def _gradient_of(evaluate):
 
 
 def _checked_loss(loss, has_state):
-    """`(params, hparams, batch, model_state) -> (scalar, model_state)`, with the mistakes of a loss caught as it is traced."""
+    """`(params, hparams, batch, model_state) -> (scalar, model_state)`, a loss's mistakes caught as it is traced."""
     if has_state:
         signature = "loss(params, hparams, batch, model_state)"
         check_callable("loss", loss, signature, 4)
     else:
-        check_callable("loss", loss, "loss(params, hparams, batch)", 3)
+        with_state = ", or pass `has_state=True` if its fourth argument is a model state"
+        check_callable("loss", loss, "loss(params, hparams, batch)", 3, with_state)
 
     def evaluate(params, hparams, batch, model_state):
         args = (params, hparams, batch, model_state) if has_state else (params, hparams, batch)
-        # Fresh containers: a loss may change its model state in place, as flax nnx does, which also wants them made within
-        # the trace that changes them.
+        # Fresh containers: a loss may change its model state in place, as flax nnx does, which also wants them made
+        # within the trace that changes them.
         args = jax.tree.map(lambda x: x, args)
         try:
             out = loss(*args)
@@ -258,7 +259,7 @@ def _checked_loss(loss, has_state):
 
 
 def _checked_output(out, has_state):
-    if has_state and not (isinstance(out, tuple) and len(out) == 2):
+    if has_state and not (isinstance(out, tuple) and len(out) == 2 and isinstance(out[0], jax.Array)):
         raise JaxhpoError(
             f"`loss` returned {describe(out)}, but with `has_state=True` it must return the new state too: return "
             f"`(scalar, model_state)`."
@@ -266,13 +267,17 @@ def _checked_output(out, has_state):
     if not has_state and isinstance(out, tuple):
         raise JaxhpoError(
             "`loss` returned a tuple, but it must return a scalar: drop the rest, or, if it is model state, write "
-            "`from_optax(loss, tx, has_state=True)` and a loss `(params, hparams, batch, model_state) -> (scalar, state)`."
+            "`from_optax(loss, tx, has_state=True)` and a loss `(params, hparams, batch, model_state) -> (scalar, "
+            "state)`."
         )
-    return (check_scalar(out[0], "loss"), check_arrays(out[1], "model_state")) if has_state else (check_scalar(out, "loss"), None)
+    if not has_state:
+        return check_scalar(out, "loss"), None
+    return check_scalar(out[0], "loss"), check_arrays(out[1], "model_state")
 
 
-def _checked_tx(tx):
-    wanted = "an `optax.GradientTransformation` such as `optax.sgd(0.1)`, or a function `hparams -> GradientTransformation`"
+def _checked_tx(tx: Any) -> Callable[[PyTree], Any]:
+    one = "an `optax.GradientTransformation` such as `optax.sgd(0.1)`"
+    wanted = f"{one}, or a function `hparams -> GradientTransformation`"
     if _is_transformation(tx):
         return lambda hparams: tx
     if not callable(tx):
@@ -298,9 +303,7 @@ def _checked_tx(tx):
     def make(hparams):
         made = tx(hparams)
         if not _is_transformation(made):
-            raise JaxhpoError(
-                f"`tx(hparams)` returned {describe(made)}, but it must make an optimiser: return {wanted.split(',')[0]}."
-            )
+            raise JaxhpoError(f"`tx(hparams)` returned {describe(made)}, but it must make an optimiser: return {one}.")
         return made
 
     return make
@@ -315,15 +318,13 @@ def _checked_schedule(what, value, upper):
         check_callable(what, value, f"{what}(hparams, step)", 2)
         return value
     check_traceable_number(what, value, 0, strict=False)
-    if upper is not None and not isinstance(value, jax.core.Tracer) and value >= upper:
+    if upper is not None and not isinstance(value, Tracer) and value >= upper:
         raise JaxhpoError(f"`{what}` got {value}, but the velocity would never decay: write a number in [0, {upper}).")
     return lambda hparams, step: value
 
 
 def _checked_start(params, hparams):
-    params, hparams = check_params(params, "params"), check_hparams(hparams)
-    check_finite(params, "params")
-    return params, hparams
+    return check_params(params, "params"), check_hparams(hparams)
 
 
 def _checked_state(model_state, has_state):
@@ -334,10 +335,15 @@ def _checked_state(model_state, has_state):
         )
     if not has_state and model_state is not None:
         raise JaxhpoError(
-            "`init` got a model state, but the solver was made without `has_state=True`, so the loss would never see it: "
-            "write `from_optax(loss, tx, has_state=True)`."
+            "`init` got a model state, but the solver was made without `has_state=True`, so the loss would never see "
+            "it: write `from_optax(loss, tx, has_state=True)`."
         )
     return check_arrays(model_state, "model_state")
+
+
+def _broadcasts(shape, to) -> bool:
+    """Whether an array of this shape broadcasts to the other without enlarging it."""
+    return len(shape) <= len(to) and all(a in (1, b) for a, b in zip(shape[::-1], to[::-1], strict=False))
 
 
 def _broadcast_prefix(prefix, params, what):
@@ -349,9 +355,9 @@ def _broadcast_prefix(prefix, params, what):
             f"subtree of the parameters."
         ) from error
     for name, value, p in zip(names(params, "params"), jax.tree.leaves(values), jax.tree.leaves(params), strict=True):
-        if not is_array(value) or jnp.broadcast_shapes(jnp.shape(value), p.shape) != p.shape:
+        if not is_array(value) or not _broadcasts(jnp.shape(value), p.shape):
             raise JaxhpoError(
-                f"`{what}` returned {describe(value)} for `{name}`, which is {describe(p)}: return one number, or one per "
-                f"subtree of the parameters (for a schedule, index it: `rates[step]`)."
+                f"`{what}` returned {describe(value)} for `{name}`, which is {describe(p)}: return one number, or one "
+                f"per subtree of the parameters (for a schedule, index it: `rates[step]`)."
             )
     return values

@@ -26,7 +26,6 @@ from jaxhpo._validate import (
     check_arrays,
     check_callable,
     check_count,
-    check_finite,
     check_key,
     check_nonnegative,
     check_params,
@@ -44,9 +43,9 @@ class TuneResult(NamedTuple):
       carry: the last carry.
       best_hparams: the hyperparameters of lowest outer loss.
       best_value: that loss, a float.
-      history: a dict of NumPy arrays with one row per outer step: `value`, `hypergradient_norm` (in unconstrained units,
-        those of the search), `seconds`, `hparams` (a tree; leaves of more than 1024 entries are kept as their minimum,
-        quartiles and maximum), `info`.
+      history: a dict of NumPy arrays with one row per outer step: `value`, `hypergradient_norm` (in unconstrained
+        units, those of the search), `seconds`, `hparams` (a tree; leaves of more than 1024 entries are kept as their
+        minimum, quartiles and maximum), `info`.
       status: "finished", "patience", "callback", "interrupted" or "not_finite".
       message: why it stopped, in words.
     """
@@ -100,7 +99,8 @@ def tune(
 ) -> TuneResult:
     r"""Moves hyperparameters down their hypergradient with an optax optimiser.
 
-    With h = forward(u), each outer step is :math:`u \leftarrow u + \mathrm{optimizer}(\nabla_u F(\mathrm{forward}(u)))`.
+    With h = forward(u), each outer step is
+    :math:`u \leftarrow u + \mathrm{optimizer}(\nabla_u F(\mathrm{forward}(u)))`.
     The step is compiled once. Ctrl-C returns what there is.
 
     **Cost and bias**: one hypergradient a step, and whatever bias its rule has; memory of the hyperparameters, the
@@ -119,8 +119,8 @@ def tune(
         differentiating `outer_loss`.
       key: `jax.random.key(0)` when None.
       carry: the first carry.
-      run_dir: a folder that keeps the whole state of the run (written every 10 s and at the end, atomically); the same call
-        with the same folder goes on where it stood, or returns at once if it had finished. None keeps nothing.
+      run_dir: a folder that keeps the whole state of the run (written every 10 s and at the end, atomically); the same
+        call with the same folder goes on where it stood, or returns at once if it had finished. None keeps nothing.
       callbacks: each is called with a `TuneStep` after every step; a true result stops the run.
       patience: stop after this many steps without an improvement of more than `min_delta`; None never stops early.
       min_delta: the least improvement that counts for `patience`.
@@ -130,7 +130,7 @@ def tune(
       A `TuneResult`.
 
     Raises:
-      ZeroHypergradientError: at the first step a leaf's hypergradient is exactly zero, or the rule cuts entries of it off.
+      ZeroHypergradientError: at the first step a leaf's hypergradient is exactly zero, or the rule cuts entries off.
       NonFiniteError: the first step is not finite; says where that began. (Later on, the run ends with a warning that
         says so, status "not_finite", and the last finite state.)
       JaxhpoError: an input that cannot work.
@@ -150,14 +150,13 @@ def tune(
       Pedregosa. Hyperparameter optimization with approximate gradient. 2016. arXiv:1602.02355
     """
     hparams = check_params(hparams, "hparams")
-    check_finite(hparams, "hparams")
     callbacks = _check_callbacks(callbacks)
     _check_settings(optimizer, num_steps, transforms, patience, min_delta)
-    key = jax.random.key(0) if key is None else check_key(key)
+    first_key = jax.random.key(0) if key is None else check_key(key)
     carry = jax.tree.map(jnp.asarray, check_arrays(carry, "carry"))
     search = _Search(_evaluator(outer_loss, gradient), optimizer, transforms)
     point = to_unconstrained(transforms, hparams)
-    state = _State(point, optimizer.init(point), carry, key, jnp.zeros((), jnp.int32))
+    state = _State(point, optimizer.init(point), carry, first_key, jnp.zeros((), jnp.int32))
     run = _Run(search, state)
     run.resume(run_dir)
     with Progress(num_steps, "step", progress, done=len(run.rows)) as bar:
@@ -384,7 +383,7 @@ def _evaluator(outer_loss, gradient) -> _Evaluator:
             return check_scalar(out[0], "outer_loss"), check_arrays(out[1], "carry"), check_arrays(out[2], "info")
 
         return _Evaluator(loss, gradient)
-    check_callable("outer_loss", outer_loss, "outer_loss(hparams)` or `outer_loss(hparams, carry, key)", 1)
+    check_callable("outer_loss", outer_loss, "outer_loss(hparams)", 1, " or `outer_loss(hparams, carry, key)`")
     return _Evaluator(lambda h, carry, key: (check_scalar(outer_loss(h), "outer_loss"), carry, None), gradient)
 
 
@@ -427,7 +426,9 @@ def _check_settings(optimizer, num_steps, transforms, patience, min_delta):
     for transform in jax.tree.leaves(transforms):
         if isinstance(transform, type):
             name = transform.__name__
-            raise JaxhpoError(f"`transforms` got the class {name}, not an instance: write `{name}(...)`, as `box(0.0, 1.0)`.")
+            raise JaxhpoError(
+                f"`transforms` got the class {name}, not an instance: write `{name}(...)`, as `box(0.0, 1.0)`."
+            )
 
 
 def _check_callbacks(callbacks) -> tuple:

@@ -6,10 +6,12 @@ import inspect
 import math
 import numbers
 import reprlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxhpo._errors import JaxhpoError
 from jaxhpo._tree import is_inexact, names
@@ -19,7 +21,9 @@ from jaxhpo._types import InnerState, PyTree, Solution
 def check_count(what: str, value, minimum: int = 1) -> None:
     """Raises unless `value` is an integer ≥ `minimum` (and no bool)."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise JaxhpoError(f"`{what}` got {describe(value)}, but it counts something: write a Python integer such as 100.")
+        raise JaxhpoError(
+            f"`{what}` got {describe(value)}, but it counts something: write a Python integer such as 100."
+        )
     if value < minimum:
         raise JaxhpoError(f"`{what}` got {value}, but it must be at least {minimum}: write {minimum} or more.")
 
@@ -28,8 +32,8 @@ def check_number(what: str, value, minimum: float, strict: bool) -> None:
     """Raises unless `value` is a finite Python number above `minimum`."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise JaxhpoError(
-            f"`{what}` got {describe(value)}, but it is a setting, fixed while tracing, and must be a plain number: write "
-            f"a Python float such as 0.1."
+            f"`{what}` got {describe(value)}, but it is a setting, fixed while tracing, and must be a plain number: "
+            f"write a Python float such as 0.1."
         )
     if not math.isfinite(value) or value < minimum or (strict and value == minimum):
         bound = f"above {minimum}" if strict else f"at least {minimum}"
@@ -51,21 +55,21 @@ def check_traceable_number(what: str, value, minimum: float, strict: bool) -> No
     if isinstance(value, jax.Array):
         if value.shape != () or not jnp.issubdtype(value.dtype, np.number) or jnp.iscomplexobj(value):
             raise JaxhpoError(f"`{what}` is {describe(value)}, but one real number is needed: write such as 0.1.")
-        if isinstance(value, jax.core.Tracer):
+        if isinstance(value, Tracer):
             return
         value = value.item()
     check_number(what, value, minimum, strict)
 
 
-def check_linear_solver(linear_solver):
+def check_linear_solver(linear_solver: Any) -> Any:
     """Raises unless this is a linear solver, set up and ready to be called."""
     if isinstance(linear_solver, type):
         name = linear_solver.__name__
         raise JaxhpoError(f"`linear_solver` got the class {name}, not an instance: write `{name}(...)`.")
     if hasattr(linear_solver, "run"):
         raise JaxhpoError(
-            f"`linear_solver` got {linear_solver!r}, which is a derivative rule and solves no linear system: pass it to "
-            f"`solve` as `adjoint={linear_solver!r}`, or write a linear solver such as `CG()`."
+            f"`linear_solver` got {linear_solver!r}, which is a derivative rule and solves no linear system: pass it "
+            f"to `solve` as `adjoint={linear_solver!r}`, or write a linear solver such as `CG()`."
         )
     if not callable(linear_solver):
         raise JaxhpoError(
@@ -95,7 +99,7 @@ def is_array(leaf) -> bool:
 def check_finite(tree: PyTree, what: str, allow_infinite: bool = False) -> None:
     """Raises where a concrete leaf holds NaN (or an infinity). Traced leaves pass: `info.finite` reports on them."""
     for name, leaf in zip(names(tree, what), jax.tree.leaves(tree), strict=True):
-        if isinstance(leaf, jax.core.Tracer) or not is_inexact(leaf):
+        if isinstance(leaf, Tracer) or not is_inexact(leaf):
             continue
         with jax.ensure_compile_time_eval():  # concrete even while an enclosing function is traced
             bad = jnp.isnan(leaf) if allow_infinite else ~jnp.isfinite(leaf)
@@ -104,13 +108,13 @@ def check_finite(tree: PyTree, what: str, allow_infinite: bool = False) -> None:
             first = [int(i) for i in np.argwhere(np.asarray(bad))[0]]
             at = f", the first at index {first}" if first else ""
             raise JaxhpoError(
-                f"`{name}` is {describe(leaf)} with {count} entries that are NaN or infinite{at}; every result would be "
-                f"NaN. Clean the values, or mask them inside the loss."
+                f"`{name}` is {describe(leaf)} with {count} entries that are NaN or infinite{at}; every result would "
+                f"be NaN. Clean the values, or mask them inside the loss."
             )
 
 
 def check_params(params: PyTree, what: str) -> PyTree:
-    """Raises unless every leaf is a real floating-point array; returns the tree as JAX arrays."""
+    """Raises unless every leaf is a finite, real, floating-point array; returns the tree as JAX arrays."""
     if isinstance(params, InnerState | Solution):
         instead = "pass its `.params`" if what == "params" else "write `solve(solver, state, hparams, batches)`"
         raise JaxhpoError(f"`{what}` got a whole {type(params).__name__}, which holds more than that: {instead}.")
@@ -124,6 +128,7 @@ def check_params(params: PyTree, what: str) -> PyTree:
                 f"`{name}` is {describe(leaf)}, but only real floating-point values can be moved along a gradient: "
                 f"write it as a float (`1.0`, `.astype(float)`), or keep it out of the tree by closing over it."
             )
+    check_finite(params, what)  # before the conversion, which makes tracers of constants while tracing
     # With an explicit type nothing is weakly typed: a weak type would change after the first update, and trace again.
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), params)
     if not any(leaf.size for leaf in jax.tree.leaves(params)):
@@ -133,11 +138,7 @@ def check_params(params: PyTree, what: str) -> PyTree:
 
 def check_hparams(hparams: PyTree) -> PyTree:
     """Raises unless these are finite hyperparameters, or None; returns them as JAX arrays."""
-    if hparams is None:
-        return None
-    hparams = check_params(hparams, "hparams")
-    check_finite(hparams, "hparams")
-    return hparams
+    return None if hparams is None else check_params(hparams, "hparams")
 
 
 def check_arrays(tree: PyTree, what: str) -> PyTree:
@@ -151,8 +152,8 @@ def check_arrays(tree: PyTree, what: str) -> PyTree:
     return tree
 
 
-def check_callable(what: str, fn, signature: str, num_args: int) -> None:
-    """Raises unless `fn` can be called with `num_args` positional arguments."""
+def check_callable(what: str, fn, signature: str, num_args: int, or_else: str = "") -> None:
+    """Raises unless `fn` can be called with `num_args` positional arguments; `or_else` ends the advice."""
     if not callable(fn):
         raise JaxhpoError(f"`{what}` got {describe(fn)}, which cannot be called: give a function `{signature}`.")
     try:
@@ -160,7 +161,7 @@ def check_callable(what: str, fn, signature: str, num_args: int) -> None:
     except TypeError:
         raise JaxhpoError(
             f"`{what}` got a function of signature `{inspect.signature(fn)}`, but it is called with {num_args} "
-            f"positional arguments: write it as `{signature}`."
+            f"positional arguments: write it as `{signature}`{or_else}."
         ) from None
     except ValueError:
         pass  # a builtin without a signature
@@ -169,23 +170,27 @@ def check_callable(what: str, fn, signature: str, num_args: int) -> None:
 def check_scalar(value, what: str) -> jax.Array:
     """Raises unless the result of `what` is a real floating-point scalar; returns it as an array."""
     if isinstance(value, tuple):
-        raise JaxhpoError(f"`{what}` returned a tuple of {len(value)}, but it must return a scalar: return the loss alone.")
+        raise JaxhpoError(
+            f"`{what}` returned a tuple of {len(value)}, but it must return a scalar: return the loss alone."
+        )
     if not isinstance(value, jax.Array):
         raise JaxhpoError(
             f"`{what}` returned {describe(value)}, which is not computed by JAX and has no gradient: return a scalar "
             f"array computed with `jax.numpy`."
         )
     if value.shape != ():
-        raise JaxhpoError(f"`{what}` returned shape {value.shape}, but a gradient needs a scalar: take `.mean()` or `.sum()`.")
+        raise JaxhpoError(
+            f"`{what}` returned shape {value.shape}, but a gradient needs a scalar: take `.mean()` or `.sum()`."
+        )
     if not jnp.issubdtype(value.dtype, jnp.floating):
         raise JaxhpoError(
-            f"`{what}` returned {describe(value)}, which has no gradient: return a real floating-point scalar, such as a "
-            f"cross-entropy in place of a count of errors."
+            f"`{what}` returned {describe(value)}, which has no gradient: return a real floating-point scalar, such as "
+            f"a cross-entropy in place of a count of errors."
         )
     return value
 
 
-def check_key(key, what: str = "key"):
+def check_key(key: Any, what: str = "key") -> Any:
     """Raises unless `key` is one typed key, or None."""
     if key is None:
         return None
@@ -211,7 +216,7 @@ def check_residual(out: PyTree, params: PyTree, what: str = "condition", root: s
     for name, o, p in zip(names(params, root), jax.tree.leaves(out), jax.tree.leaves(params), strict=True):
         if not is_array(o) or jnp.shape(o) != p.shape or not is_inexact(o) or jnp.iscomplexobj(o):
             raise JaxhpoError(
-                f"`{what}` returned {describe(o)} for `{name}`, which is {describe(p)}: {instead}, of the same shape and "
-                f"floating-point."
+                f"`{what}` returned {describe(o)} for `{name}`, which is {describe(p)}: {instead}, of the same shape "
+                f"and floating-point."
             )
     return out

@@ -68,7 +68,12 @@ RULES = [
         _inverse(lambda H, a: partial_sum(H, a, 5)),
         implicit=True,
     ),
-    Case("identity", lambda p: Implicit(Identity(p.step_size)), _inverse(lambda H, a: a * np.eye(len(H))), implicit=True),
+    Case(
+        "identity",
+        lambda p: Implicit(Identity(p.step_size)),
+        _inverse(lambda H, a: a * np.eye(len(H))),
+        implicit=True,
+    ),
 ]
 BY_NAME = {case.name: case for case in RULES}
 

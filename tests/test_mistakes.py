@@ -1,7 +1,7 @@
 """What a tired user writes, and what the library answers: its own exception, which names the culprit and the remedy.
 
-Every row is one mistake. It is made eagerly, and (rows with `jit`) once more while `jax.jit` traces, before anything of it
-is compiled. The rows under `jit` are those that shapes, types, trees, settings or constants give away.
+Every row is one mistake. It is made eagerly, and (rows with `jit`) once more while `jax.jit` traces, before anything
+of it is compiled. The rows under `jit` are those that shapes, types, trees, settings or constants give away.
 """
 
 import re
@@ -46,7 +46,7 @@ from jaxhpo import (
 class Mistake(NamedTuple):
     """One row of the table.
 
-    `call(h)` makes the mistake, where h is `HPARAMS`; `culprit` and `remedy` are patterns that the message must contain.
+    `call(h)` makes the mistake, where h is `HPARAMS`; the message must contain the patterns `culprit` and `remedy`.
     """
 
     id: str
@@ -84,7 +84,9 @@ def step(params, hparams, batch):
 SOLVER = from_optax(loss, SGD)
 
 
-def train(h, loss=loss, tx=SGD, params=PARAMS, batches=None, num_steps=3, has_state=False, model_state=None, **settings):
+def train(
+    h, loss=loss, tx=SGD, params=PARAMS, batches=None, num_steps=3, has_state=False, model_state=None, **settings
+):
     """The whole of a correct program, of which a row spoils one part."""
     solver = from_optax(loss, tx, has_state=has_state)
     state = solver.init(params, h, *(() if model_state is None else (model_state,)))
@@ -145,14 +147,11 @@ class Optimiser:
         pass
 
 
-def ill(x, value):
-    """The value, cast from something traced where there is something traced."""
-    return jnp.asarray(value) + 0 * jnp.sum(x).astype(jnp.asarray(value).dtype)
-
-
 MISTAKES = [
     # --- from_optax: the loss ---
-    Mistake("loss-string", lambda h: from_optax("mse", SGD), "`loss`", r"give a function `loss\(params, hparams, batch\)`"),
+    Mistake(
+        "loss-string", lambda h: from_optax("mse", SGD), "`loss`", r"give a function `loss\(params, hparams, batch\)`"
+    ),
     Mistake("loss-none", lambda h: from_optax(None, SGD), "`loss`", r"give a function `loss\(params"),
     Mistake("loss-and-tx-swapped", lambda h: from_optax(SGD, loss), "`loss`", r"give a function `loss\(params"),
     Mistake(
@@ -212,7 +211,7 @@ MISTAKES = [
         "state-loss-without-has-state",
         lambda h: from_optax(stateful_loss, SGD),
         "`loss`.*called with 3",
-        r"write it as `loss\(params, hparams, batch\)`.*has_state=True",
+        "pass `has_state=True`",
     ),
     Mistake(
         "state-not-given-to-init",
@@ -235,7 +234,7 @@ MISTAKES = [
     Mistake(
         "state-returned-first",
         lambda h: train(h, lambda p, h, b, s: (s, loss(p, h, b)), has_state=True, model_state={"mean": np.zeros(3)}),
-        "`loss` returned {'mean'",
+        r"`loss` returned \(\{.mean.",
         r"`\(scalar, model_state\)`",
     ),
     Mistake(
@@ -247,7 +246,10 @@ MISTAKES = [
     Mistake(
         "state-changes-its-shape",
         lambda h: train(
-            h, lambda p, h, b, s: (loss(p, h, b), {"mean": s["mean"][:2]}), has_state=True, model_state={"mean": np.zeros(3)}
+            h,
+            lambda p, h, b, s: (loss(p, h, b), {"mean": s["mean"][:2]}),
+            has_state=True,
+            model_state={"mean": np.zeros(3)},
         ),
         r"state\.model_state\['mean'\]` from float64\[3\] to float64\[2\]",
         "reshape it",
@@ -269,7 +271,9 @@ MISTAKES = [
     Mistake("tx-none", lambda h: from_optax(loss, None), "`tx` got None", r"`optax\.sgd\(0\.1\)`"),
     Mistake("tx-number", lambda h: from_optax(loss, 0.1), r"`tx` got 0\.1", r"`optax\.sgd\(0\.1\)`"),
     Mistake("tx-list", lambda h: from_optax(loss, [SGD]), "`tx` got ", r"`optax\.sgd\(0\.1\)`"),
-    Mistake("tx-uncalled", lambda h: from_optax(loss, optax.adam), "`tx` got the function `adam`", r"`optax\.adam\(0\.1\)`"),
+    Mistake(
+        "tx-uncalled", lambda h: from_optax(loss, optax.adam), "`tx` got the function `adam`", r"`optax\.adam\(0\.1\)`"
+    ),
     Mistake("tx-class", lambda h: from_optax(loss, Optimiser), "`tx` got the class Optimiser", r"`optax\.sgd\(0\.1\)`"),
     Mistake("tx-optimiser-object", lambda h: from_optax(loss, Optimiser(0)), "`tx` got", r"`optax\.sgd\(0\.1\)`"),
     Mistake(
@@ -279,7 +283,10 @@ MISTAKES = [
         r"`optax\.sgd\(schedule\)`",
     ),
     Mistake(
-        "tx-of-no-argument", lambda h: from_optax(loss, lambda: SGD), "`tx` got a function", r"write it as `tx\(hparams\)`"
+        "tx-of-no-argument",
+        lambda h: from_optax(loss, lambda: SGD),
+        "`tx` got a function",
+        r"write it as `tx\(hparams\)`",
     ),
     Mistake(
         "tx-of-two-arguments",
@@ -302,10 +309,16 @@ MISTAKES = [
     # --- momentum_sgd ---
     Mistake("rate-string", lambda h: momentum(h, "0.1"), "`learning_rate` got '0.1'", r"float such as 0\.1"),
     Mistake("rate-none", lambda h: momentum(h, None), "`learning_rate` got None", r"float such as 0\.1"),
-    Mistake("rate-negative", lambda h: momentum(h, -0.1), r"`learning_rate` got -0\.1", "at least 0: write such a number"),
+    Mistake(
+        "rate-negative", lambda h: momentum(h, -0.1), r"`learning_rate` got -0\.1", "at least 0: write such a number"
+    ),
     Mistake("rate-nan", lambda h: momentum(h, np.nan), "`learning_rate` got nan", "must be finite.*write"),
     Mistake(
-        "rate-nan-array", lambda h: momentum(h, jax.device_put(np.float64(np.nan))), "`learning_rate` got nan", "finite", jit=False
+        "rate-nan-array",
+        lambda h: momentum(h, jax.device_put(np.float64(np.nan))),
+        "`learning_rate` got nan",
+        "finite",
+        jit=False,
     ),
     Mistake(
         "rate-vector",
@@ -346,9 +359,16 @@ MISTAKES = [
         r"`loss`.*\(p\)",
         r"`loss\(params, hparams, batch\)`",
     ),
-    Mistake("momentum-params-integer", lambda h: momentum_sgd(loss, 0.1, 0.9).init({"w": 1}, h), r"`params\['w'\]`", "`1.0`"),
+    Mistake(
+        "momentum-params-integer", lambda h: momentum_sgd(loss, 0.1, 0.9).init({"w": 1}, h), r"`params\['w'\]`", "`1.0`"
+    ),
     # --- fixed_point ---
-    Mistake("step-not-callable", lambda h: fixed_point(SGD), "`step` got", r"give a function `step\(params, hparams, batch\)`"),
+    Mistake(
+        "step-not-callable",
+        lambda h: fixed_point(SGD),
+        "`step` got",
+        r"give a function `step\(params, hparams, batch\)`",
+    ),
     Mistake(
         "step-of-two-arguments",
         lambda h: fixed_point(lambda params, hparams: params),
@@ -387,7 +407,10 @@ MISTAKES = [
         "one array per leaf",
     ),
     Mistake(
-        "step-returns-strings", lambda h: iterate(h, returning({"w": "w"})), r"`step` returned 'w' .*\['w'\]", "one array"
+        "step-returns-strings",
+        lambda h: iterate(h, returning({"w": "w"})),
+        r"`step` returned 'w' .*\['w'\]",
+        "one array",
     ),
     Mistake(
         "condition-of-two-arguments",
@@ -417,10 +440,18 @@ MISTAKES = [
     # --- Solver.init: parameters and hyperparameters ---
     Mistake("params-empty", lambda h: SOLVER.init({}, h), "`params` got {}, which has no leaves", "give a pytree of"),
     Mistake("params-only-none", lambda h: SOLVER.init({"w": None}, h), "`params`.*no leaves", "give a pytree of"),
-    Mistake("params-no-entries", lambda h: SOLVER.init({"w": np.zeros(0)}, h), "`params` has no entries", "give arrays"),
-    Mistake("params-integer", lambda h: SOLVER.init({"w": np.arange(3)}, h), r"`params\['w'\]` is int64\[3\]", "astype"),
-    Mistake("params-complex", lambda h: SOLVER.init({"w": np.ones(3) * 1j}, h), r"`params\['w'\]` is complex128", "closing"),
-    Mistake("params-string", lambda h: SOLVER.init({"w": "init"}, h), r"`params\['w'\]` is 'init'", "give floating-point"),
+    Mistake(
+        "params-no-entries", lambda h: SOLVER.init({"w": np.zeros(0)}, h), "`params` has no entries", "give arrays"
+    ),
+    Mistake(
+        "params-integer", lambda h: SOLVER.init({"w": np.arange(3)}, h), r"`params\['w'\]` is int64\[3\]", "astype"
+    ),
+    Mistake(
+        "params-complex", lambda h: SOLVER.init({"w": np.ones(3) * 1j}, h), r"`params\['w'\]` is complex128", "closing"
+    ),
+    Mistake(
+        "params-string", lambda h: SOLVER.init({"w": "init"}, h), r"`params\['w'\]` is 'init'", "give floating-point"
+    ),
     Mistake(
         "params-object-array",
         lambda h: SOLVER.init({"w": np.array([1.0, None])}, h),
@@ -428,9 +459,17 @@ MISTAKES = [
         "give floating-point arrays",
     ),
     Mistake(
-        "params-function", lambda h: SOLVER.init({"w": 0.0, "act": jnp.tanh}, h), r"`params\['act'\]`", "give floating-point"
+        "params-function",
+        lambda h: SOLVER.init({"w": 0.0, "act": jnp.tanh}, h),
+        r"`params\['act'\]`",
+        "give floating-point",
     ),
-    Mistake("params-nan", lambda h: SOLVER.init({"w": NAN}, h), r"`params\['w'\]`.*1 entries.*index \[1\]", "Clean the values"),
+    Mistake(
+        "params-nan",
+        lambda h: SOLVER.init({"w": NAN}, h),
+        r"`params\['w'\]`.*1 entries.*index \[1\]",
+        "Clean the values",
+    ),
     Mistake(
         "params-overflow-in-float16",
         lambda h: SOLVER.init({"w": np.array([1e3, np.inf], np.float16)}, h),
@@ -449,11 +488,21 @@ MISTAKES = [
         "`params` got a whole Solution",
         r"pass its `\.params`",
     ),
-    Mistake("hparams-python-integer", lambda h: SOLVER.init(PARAMS, {"target": 1}), r"`hparams\['target'\]` is 1 ", r"`1\.0`"),
     Mistake(
-        "hparams-integer-array", lambda h: SOLVER.init(PARAMS, jnp.arange(3)), r"`hparams` is int64\[3\]", r"astype\(float\)"
+        "hparams-python-integer",
+        lambda h: SOLVER.init(PARAMS, {"target": 1}),
+        r"`hparams\['target'\]` is 1 ",
+        r"`1\.0`",
     ),
-    Mistake("hparams-bool", lambda h: SOLVER.init(PARAMS, {"nesterov": True}), r"`hparams\['nesterov'\]`", "closing over it"),
+    Mistake(
+        "hparams-integer-array",
+        lambda h: SOLVER.init(PARAMS, jnp.arange(3)),
+        r"`hparams` is int64\[3\]",
+        r"astype\(float\)",
+    ),
+    Mistake(
+        "hparams-bool", lambda h: SOLVER.init(PARAMS, {"nesterov": True}), r"`hparams\['nesterov'\]`", "closing over it"
+    ),
     Mistake("hparams-string", lambda h: SOLVER.init(PARAMS, {"lr": "0.1"}), r"`hparams\['lr'\]` is '0.1'", "or floats"),
     Mistake("hparams-empty", lambda h: SOLVER.init(PARAMS, {}), "`hparams` got {}", "give a pytree of floating-point"),
     Mistake(
@@ -462,16 +511,41 @@ MISTAKES = [
         r"`hparams\['key'\]` is key",
         "keep it out of the tree",
     ),
-    Mistake("hparams-nan", lambda h: SOLVER.init(PARAMS, {"target": NAN}), r"`hparams\['target'\]`.*NaN", "Clean the values"),
-    Mistake("hparams-object", lambda h: SOLVER.init(PARAMS, {"lr": object()}), r"`hparams\['lr'\]` is <obj", "or floats"),
+    Mistake(
+        "hparams-nan", lambda h: SOLVER.init(PARAMS, {"target": NAN}), r"`hparams\['target'\]`.*NaN", "Clean the values"
+    ),
+    Mistake(
+        "hparams-object", lambda h: SOLVER.init(PARAMS, {"lr": object()}), r"`hparams\['lr'\]` is <obj", "or floats"
+    ),
     # --- solve: solver, state, hparams ---
-    Mistake("solver-optax", lambda h: solve(SGD, PARAMS, h), "`solver` got Grad", r"write `jaxhpo\.from_optax\(train_loss, tx\)`"),
+    Mistake(
+        "solver-optax",
+        lambda h: solve(SGD, PARAMS, h),
+        "`solver` got Grad",
+        r"write `jaxhpo\.from_optax\(train_loss, tx\)`",
+    ),
     Mistake("solver-loss", lambda h: solve(loss, PARAMS, h), "`solver` got function", "make one with `from_optax`"),
-    Mistake("solver-class", lambda h: solve(jaxhpo.Solver, PARAMS, h), "`solver` got type", "make one with `from_optax`"),
-    Mistake("state-params", lambda h: solve(SOLVER, PARAMS, h), "`state` got dict", r"pass `solver\.init\(params, hparams\)`"),
-    Mistake("state-array", lambda h: solve(SOLVER, jnp.zeros(3), h), "`state` got", r"pass `solver\.init\(params, hparams\)`"),
-    Mistake("state-none", lambda h: solve(SOLVER, None, h), "`state` got None", r"pass `solver\.init\(params, hparams\)`"),
-    Mistake("state-uncalled", lambda h: solve(SOLVER, SOLVER.init, h), "`state` got function", r"pass `solver\.init\(params"),
+    Mistake(
+        "solver-class", lambda h: solve(jaxhpo.Solver, PARAMS, h), "`solver` got type", "make one with `from_optax`"
+    ),
+    Mistake(
+        "state-params",
+        lambda h: solve(SOLVER, PARAMS, h),
+        "`state` got dict",
+        r"pass `solver\.init\(params, hparams\)`",
+    ),
+    Mistake(
+        "state-array",
+        lambda h: solve(SOLVER, jnp.zeros(3), h),
+        "`state` got",
+        r"pass `solver\.init\(params, hparams\)`",
+    ),
+    Mistake(
+        "state-none", lambda h: solve(SOLVER, None, h), "`state` got None", r"pass `solver\.init\(params, hparams\)`"
+    ),
+    Mistake(
+        "state-uncalled", lambda h: solve(SOLVER, SOLVER.init, h), "`state` got function", r"pass `solver\.init\(params"
+    ),
     Mistake(
         "state-of-another-library",
         lambda h: solve(SOLVER, TrainState(PARAMS, None), h, num_steps=3),
@@ -545,13 +619,17 @@ MISTAKES = [
     Mistake("steps-string", lambda h: train(h, num_steps="10"), "`num_steps` got '10'", "write a Python integer"),
     Mistake("steps-bool", lambda h: train(h, num_steps=True), "`num_steps` got True", "write a Python integer"),
     Mistake(
-        "steps-array", lambda h: train(h, num_steps=jax.device_put(np.int32(3))), "`num_steps`", "Python integer", jit=False
+        "steps-array",
+        lambda h: train(h, num_steps=jax.device_put(np.int32(3))),
+        "`num_steps`",
+        "Python integer",
+        jit=False,
     ),
     Mistake(
         "steps-traced",
         lambda h: jax.jit(lambda T: train(h, num_steps=T))(3),
         "`num_steps` is traced",
-        "pass a Python integer",
+        "pass a Python integer, or jit with `static_argnames",
     ),
     Mistake("steps-range", lambda h: train(h, num_steps=range(3)), r"`num_steps` got range", "write a Python integer"),
     Mistake(
@@ -561,22 +639,33 @@ MISTAKES = [
         "drop `num_steps`, or cut the batches.*pass `lambda t: batch`",
     ),
     # --- solve: batches ---
-    Mistake("batches-number", lambda h: train(h, batches=100), "`batches` got the integer 100", "write `num_steps=100`"),
+    Mistake(
+        "batches-number", lambda h: train(h, batches=100), "`batches` got the integer 100", "write `num_steps=100`"
+    ),
     Mistake("batches-empty", lambda h: train(h, batches={}, num_steps=3), "`batches` got {}", "pass arrays"),
     Mistake("batches-scalar", lambda h: train(h, batches={"x": 1.0}), r"`batches\['x'\]`", "add it.*or close over"),
     Mistake(
         "batches-different-lengths",
         lambda h: train(h, batches={"x": DATA, "y": DATA[:3]}),
-        r"`batches`.*'batches\['x'\]\"?: 4|`batches` has leading axes of different lengths",
+        "`batches` has leading axes of different lengths",
         "cut them to the same length",
     ),
     Mistake(
-        "batches-of-length-zero", lambda h: train(h, batches=DATA[:0], num_steps=None), "`batches`.*length 0", "at least one"
+        "batches-of-length-zero",
+        lambda h: train(h, batches=DATA[:0], num_steps=None),
+        "`batches`.*length 0",
+        "at least one",
     ),
     Mistake("batches-iterator", lambda h: train(h, batches=iter(DATA)), "`batches` got", "stack.*pass one function"),
-    Mistake("batches-generator", lambda h: train(h, batches=(x for x in DATA)), "`batches` got <gen", "stack.*one function"),
-    Mistake("batches-zip", lambda h: train(h, batches=zip(DATA, DATA, strict=True)), "`batches` got <zip", "stack.*function"),
-    Mistake("batches-loader", lambda h: train(h, batches=Loader()), "`batches` got <.*Loader", "stack.*pass one function"),
+    Mistake(
+        "batches-generator", lambda h: train(h, batches=(x for x in DATA)), "`batches` got <gen", "stack.*one function"
+    ),
+    Mistake(
+        "batches-zip", lambda h: train(h, batches=zip(DATA, DATA, strict=True)), "`batches` got <zip", "stack.*function"
+    ),
+    Mistake(
+        "batches-loader", lambda h: train(h, batches=Loader()), "`batches` got <.*Loader", "stack.*pass one function"
+    ),
     Mistake(
         "batches-tree-of-functions",
         lambda h: train(h, batches={"x": lambda t: DATA[0]}),
@@ -601,7 +690,9 @@ MISTAKES = [
         "`batches` got a list of 2 batches",
         r"stack equal batches",
     ),
-    Mistake("batches-strings", lambda h: train(h, batches=np.array(["a", "b", "c"])), r"`batches` is <U1\[3\]", "convert it"),
+    Mistake(
+        "batches-strings", lambda h: train(h, batches=np.array(["a", "b", "c"])), r"`batches` is <U1\[3\]", "convert it"
+    ),
     Mistake("batches-path", lambda h: train(h, batches="data.npz"), r"`batches` is 'data\.npz'", "convert it"),
     Mistake(
         "batches-records",
@@ -609,7 +700,12 @@ MISTAKES = [
         "`batches` is .*'x'.*'y'",
         "convert it to numbers",
     ),
-    Mistake("batches-objects", lambda h: train(h, batches=[np.array([1, None, 2])]), r"`batches\[0\]` is object", "convert it"),
+    Mistake(
+        "batches-objects",
+        lambda h: train(h, batches=[np.array([1, None, 2])]),
+        r"`batches\[0\]` is object",
+        "convert it",
+    ),
     Mistake(
         "batches-nan",
         lambda h: train(h, data_loss, batches=np.where(DATA > 0, np.nan, 0), num_steps=None),
@@ -649,7 +745,9 @@ MISTAKES = [
         r"drop `tol`, or use `adjoint=Implicit\(\.\.\.\)`",
     ),
     Mistake("tol-string", lambda h: train(h, tol="1e-3", adjoint=Implicit()), "`tol` got '1e-3'", "float such as"),
-    Mistake("tol-negative", lambda h: train(h, tol=-1e-3, adjoint=Implicit()), r"`tol` got -0\.001", "at least 0: write"),
+    Mistake(
+        "tol-negative", lambda h: train(h, tol=-1e-3, adjoint=Implicit()), r"`tol` got -0\.001", "at least 0: write"
+    ),
     Mistake("tol-nan", lambda h: train(h, tol=float("nan"), adjoint=Implicit()), "`tol` got nan", "must be finite"),
     Mistake(
         "tol-nan-array",
@@ -659,7 +757,9 @@ MISTAKES = [
         jit=False,
     ),
     Mistake("tol-bool", lambda h: train(h, tol=True, adjoint=Implicit()), "`tol` got True", "float such as"),
-    Mistake("tol-vector", lambda h: train(h, tol=h["target"] + 0, adjoint=Implicit()), r"`tol`.*\[3", "write|float such as"),
+    Mistake(
+        "tol-vector", lambda h: train(h, tol=h["target"] + 0, adjoint=Implicit()), r"`tol`.*\[3", "write|float such as"
+    ),
     Mistake(
         "condition-batch-of-another-tree",
         lambda h: train(h, data_loss, batches=DATA, num_steps=None, condition_batch={"x": DATA}, adjoint=Implicit()),
@@ -685,7 +785,9 @@ MISTAKES = [
         "Clean the values",
     ),
     Mistake("key-integer", lambda h: train(h, key=0), "`key` got 0", r"write `jax\.random\.key\(0\)`"),
-    Mistake("key-old-style", lambda h: train(h, key=OLD_KEY), r"`key` got uint32\[2\]", "write `jax.random.wrap_key_data"),
+    Mistake(
+        "key-old-style", lambda h: train(h, key=OLD_KEY), r"`key` got uint32\[2\]", "write `jax.random.wrap_key_data"
+    ),
     Mistake(
         "key-old-style-traced",
         lambda h: train(h, key=jax.random.PRNGKey(0)),
@@ -693,21 +795,39 @@ MISTAKES = [
         r"write `jax\.random\.wrap_key_data\(key\)`",
     ),
     Mistake(
-        "key-several", lambda h: train(h, key=jax.random.split(jax.random.key(0), 2)), r"`key`.*shape \(2,\)", "index it"
+        "key-several",
+        lambda h: train(h, key=jax.random.split(jax.random.key(0), 2)),
+        r"`key`.*shape \(2,\)",
+        "index it",
     ),
     # --- solve: adjoint ---
-    Mistake("adjoint-class", lambda h: train(h, adjoint=Unroll), "`adjoint` got the class Unroll", r"write `Unroll\(\)`"),
-    Mistake("adjoint-implicit-class", lambda h: train(h, adjoint=Implicit), "`adjoint` got the class", r"`Implicit\(\)`"),
+    Mistake(
+        "adjoint-class", lambda h: train(h, adjoint=Unroll), "`adjoint` got the class Unroll", r"write `Unroll\(\)`"
+    ),
+    Mistake(
+        "adjoint-implicit-class", lambda h: train(h, adjoint=Implicit), "`adjoint` got the class", r"`Implicit\(\)`"
+    ),
     Mistake("adjoint-string", lambda h: train(h, adjoint="unroll"), "`adjoint` got 'unroll'", r"write `Unroll\(\)`"),
     Mistake("adjoint-none", lambda h: train(h, adjoint=None), "`adjoint` got None", r"write `Unroll\(\)`"),
     Mistake(
-        "adjoint-linear-solver", lambda h: train(h, adjoint=CG(20)), r"`adjoint` got CG\(", r"write `Implicit\(CG\(maxiter=20"
+        "adjoint-linear-solver",
+        lambda h: train(h, adjoint=CG(20)),
+        r"`adjoint` got CG\(",
+        r"write `Implicit\(CG\(maxiter=20",
     ),
     Mistake(
-        "adjoint-linear-solver-class", lambda h: train(h, adjoint=CG), "`adjoint` got the class CG", r"`Implicit\(CG\(\.\.\.\)\)`"
+        "adjoint-linear-solver-class",
+        lambda h: train(h, adjoint=CG),
+        "`adjoint` got the class CG",
+        r"`Implicit\(CG\(\.\.\.\)\)`",
     ),
     # --- the settings of rules and linear solvers ---
-    Mistake("checkpoint-unknown", lambda h: Unroll(checkpoint="log"), r"`Unroll\(checkpoint=.*'log'", "write 'sqrt', an integer"),
+    Mistake(
+        "checkpoint-unknown",
+        lambda h: Unroll(checkpoint="log"),
+        r"`Unroll\(checkpoint=.*'log'",
+        "write 'sqrt', an integer",
+    ),
     Mistake("checkpoint-zero", lambda h: Unroll(checkpoint=0), r"`Unroll\(checkpoint=.*got 0", "write 1 or more"),
     Mistake("checkpoint-float", lambda h: Unroll(checkpoint=2.5), r"`Unroll\(checkpoint=.*got 2\.5", "Python integer"),
     Mistake("checkpoint-bool", lambda h: Unroll(checkpoint=True), r"`Unroll\(checkpoint=.*got True", "Python integer"),
@@ -716,10 +836,16 @@ MISTAKES = [
     Mistake("implicit-class", lambda h: Implicit(CG), "`linear_solver` got the class CG", r"write `CG\(\.\.\.\)`"),
     Mistake("implicit-string", lambda h: Implicit("cg"), "`linear_solver` got 'cg'", r"write `CG\(\)`"),
     Mistake(
-        "implicit-of-unroll", lambda h: Implicit(Unroll()), r"`linear_solver` got Unroll\(", r"as `adjoint=Unroll\(.*`CG\(\)`"
+        "implicit-of-unroll",
+        lambda h: Implicit(Unroll()),
+        r"`linear_solver` got Unroll\(",
+        r"as `adjoint=Unroll\(.*`CG\(\)`",
     ),
     Mistake(
-        "implicit-of-implicit", lambda h: Implicit(Implicit()), r"`linear_solver` got Implicit\(", r"as `adjoint=Implicit\("
+        "implicit-of-implicit",
+        lambda h: Implicit(Implicit()),
+        r"`linear_solver` got Implicit\(",
+        r"as `adjoint=Implicit\(",
     ),
     Mistake("implicit-number", lambda h: Implicit(20), "`linear_solver` got 20", r"write `CG\(\)`"),
     Mistake(
@@ -790,7 +916,11 @@ MISTAKES = [
         "zero-schedule-under-truncation",
         lambda h: jax.grad(
             lambda r: total(
-                train({"target": h["target"], "r": r}, tx=lambda h: optax.sgd(lambda t: h["r"][t]), adjoint=Unroll(truncate=1))
+                train(
+                    {"target": h["target"], "r": r},
+                    tx=lambda h: optax.sgd(lambda t: h["r"][t]),
+                    adjoint=Unroll(truncate=1),
+                )
             )
         )(jnp.full(3, 0.1)),
         r"hparams\['r'\].*last 1 of 3",
@@ -831,14 +961,20 @@ MISTAKES = [
         r"`condition` returned float64\[2\] for `params\['w'\]`",
         "of the same shape",
     ),
-    Mistake("implicit-condition-none", lambda h: implicit(returning(None), PARAMS, h), "`condition` returned", "return one"),
     Mistake(
-        "implicit-condition-strings", lambda h: implicit(returning({"w": "0"}), PARAMS, h), r"`condition` returned '0'", "return"
+        "implicit-condition-none", lambda h: implicit(returning(None), PARAMS, h), "`condition` returned", "return one"
     ),
-    Mistake("implicit-params-integer", lambda h: implicit(returning(0), np.arange(3), h), "`params` is int64", "astype"),
-    Mistake("implicit-params-nan", lambda h: implicit(step, {"w": NAN}, h, Direct()), "`condition`.*called with 2", "write it"),
     Mistake(
-        "implicit-params-not-finite",
+        "implicit-condition-strings",
+        lambda h: implicit(returning({"w": "0"}), PARAMS, h),
+        r"`condition` returned '0'",
+        "return",
+    ),
+    Mistake(
+        "implicit-params-integer", lambda h: implicit(returning(0), np.arange(3), h), "`params` is int64", "astype"
+    ),
+    Mistake(
+        "implicit-params-nan",
         lambda h: implicit(lambda p, a: p, {"w": NAN}, h),
         r"`params\['w'\]`.*NaN",
         "Clean the values",
@@ -846,7 +982,10 @@ MISTAKES = [
     Mistake("implicit-params-empty", lambda h: implicit(lambda p, a: p, [], h), r"`params` got \[\]", "give a pytree"),
     Mistake("implicit-args-string", lambda h: implicit(lambda p, a: p, PARAMS, "l2"), "`args` is 'l2'", "convert it"),
     Mistake(
-        "implicit-args-nan", lambda h: implicit(lambda p, a: p, PARAMS, {"x": NAN}), r"`args\['x'\]`.*NaN", "Clean the values"
+        "implicit-args-nan",
+        lambda h: implicit(lambda p, a: p, PARAMS, {"x": NAN}),
+        r"`args\['x'\]`.*NaN",
+        "Clean the values",
     ),
     Mistake(
         "implicit-given-a-rule",
@@ -858,16 +997,24 @@ MISTAKES = [
     Mistake("positive-zero", lambda h: positive.inverse(0.0), r"`positive\.inverse`.*got 0", r"such as 1e-6"),
     Mistake("positive-integer", lambda h: positive.inverse(1), r"`positive\.inverse` got", r"Write `1\.0`"),
     Mistake("positive-string", lambda h: positive.forward("1.0"), r"`positive\.forward` got '1\.0'", "astype"),
-    Mistake("unit-interval-one", lambda h: unit_interval.inverse({"m": 1.0}), r"at `\['m'\]`.*got 1", "Start inside"),
-    Mistake("unit-interval-percent", lambda h: unit_interval.inverse(90.0), r"`unit_interval.*got 90", r"`box\(low, high\)`"),
+    Mistake(
+        "unit-interval-one", lambda h: unit_interval.inverse(1.0), r"`unit_interval\.inverse`.*got 1", r"Start inside"
+    ),
+    Mistake(
+        "unit-interval-percent", lambda h: unit_interval.inverse(90.0), r"`unit_interval.*got 90", r"`box\(low, high\)`"
+    ),
     Mistake("box-swapped", lambda h: box(1.0, 0.0), r"`box\(1\.0, 0\.0\)`", "smaller bound first"),
-    Mistake("box-infinite", lambda h: box(0.0, np.inf), "`box`: high is inf", r"`low \+ h`"),
-    Mistake("box-string", lambda h: box("0", 1.0), "`box`: low is '0'", r"Write `box\(0\.0, 0\.9\)`"),
-    Mistake("box-none", lambda h: box(None, 1.0), "`box`: low is None", r"Write `box\("),
-    Mistake("box-shapes", lambda h: box(np.zeros(2), np.ones(3)), "`box`: low has shape", "Give numbers, or arrays"),
-    Mistake("box-outside", lambda h: box(0.0, 1.0).inverse(2.0), r"`box\(0\.0, 1\.0\)\.inverse`.*got 2", "widen the box"),
+    Mistake("box-infinite", lambda h: box(0.0, np.inf), r"`box.*inf", r"`low \+ h`"),
+    Mistake("box-string", lambda h: box("0", 1.0), r"`box.*'0'", r"`box\(0\.0, 0\.9\)`"),
+    Mistake("box-none", lambda h: box(None, 1.0), r"`box.*None", r"`box\(0\.0, 0\.9\)`"),
+    Mistake("box-shapes", lambda h: box(np.zeros(2), np.ones(3)), r"`box.*shape", r"Give numbers|`box\(0\.0, 0\.9\)`"),
+    Mistake(
+        "box-outside", lambda h: box(0.0, 1.0).inverse(2.0), r"`box\(0\.0, 1\.0\)\.inverse`.*got 2", "widen the box"
+    ),
     Mistake("simplex-sum", lambda h: simplex.inverse(np.ones(3)), r"`simplex\.inverse`.*sum of 3", r"h\.sum\("),
-    Mistake("simplex-zero", lambda h: simplex.inverse(np.array([0.0, 1.0])), "`simplex.inverse`.*got 0", "such as 1e-6"),
+    Mistake(
+        "simplex-zero", lambda h: simplex.inverse(np.array([0.0, 1.0])), "`simplex.inverse`.*got 0", "such as 1e-6"
+    ),
     Mistake("simplex-scalar", lambda h: simplex.forward(0.5), r"`simplex\.forward`.*shape \(\)", "use `unit_interval`"),
     # --- check_hypergradient ---
     Mistake(
@@ -884,10 +1031,16 @@ MISTAKES = [
         r"write it as `outer_loss\(hparams\)`",
         jit=False,
     ),
-    Mistake("check-integers", lambda h: check_hypergradient(outer, {"lr": 1}), r"`hparams\['lr'\]`", r"`1\.0`", jit=False),
+    Mistake(
+        "check-integers", lambda h: check_hypergradient(outer, {"lr": 1}), r"`hparams\['lr'\]`", r"`1\.0`", jit=False
+    ),
     Mistake("check-empty", lambda h: check_hypergradient(outer, {}), "`hparams` got {}", "give a pytree", jit=False),
     Mistake(
-        "check-nan", lambda h: check_hypergradient(outer, {"target": NAN}), r"`hparams\['target'\]`", "Clean the", jit=False
+        "check-nan",
+        lambda h: check_hypergradient(outer, {"target": NAN}),
+        r"`hparams\['target'\]`",
+        "Clean the",
+        jit=False,
     ),
     Mistake(
         "check-vector",
@@ -939,7 +1092,11 @@ MISTAKES = [
         jit=False,
     ),
     Mistake(
-        "check-key", lambda h: check_hypergradient(outer, HPARAMS, key=7), "`key` got 7", r"`jax\.random\.key\(0\)`", jit=False
+        "check-key",
+        lambda h: check_hypergradient(outer, HPARAMS, key=7),
+        "`key` got 7",
+        r"`jax\.random\.key\(0\)`",
+        jit=False,
     ),
     Mistake(
         "check-ignored-leaf",
@@ -958,7 +1115,13 @@ MISTAKES = [
         jit=False,
     ),
     # --- tune ---
-    Mistake("tune-none", lambda h: search(None), "`outer_loss` got None", r"pass a function `outer_loss\(hparams\)`", jit=False),
+    Mistake(
+        "tune-none",
+        lambda h: search(None),
+        "`outer_loss` got None",
+        r"pass a function `outer_loss\(hparams\)`",
+        jit=False,
+    ),
     Mistake("tune-value", lambda h: search(0.3), r"`outer_loss` got 0\.3", r"give a function", jit=False),
     Mistake(
         "tune-two-arguments",
@@ -968,9 +1131,19 @@ MISTAKES = [
         jit=False,
     ),
     Mistake(
-        "tune-vector", lambda h: search(lambda h: h["target"]), "`outer_loss` returned shape", r"take `\.mean\(\)`", jit=False
+        "tune-vector",
+        lambda h: search(lambda h: h["target"]),
+        "`outer_loss` returned shape",
+        r"take `\.mean\(\)`",
+        jit=False,
     ),
-    Mistake("tune-returns-none", lambda h: search(returning(None)), "`outer_loss` returned None", "return a scalar", jit=False),
+    Mistake(
+        "tune-returns-none",
+        lambda h: search(returning(None)),
+        "`outer_loss` returned None",
+        "return a scalar",
+        jit=False,
+    ),
     Mistake(
         "tune-returns-metrics",
         lambda h: search(lambda h: (outer(h), {})),
@@ -1002,11 +1175,29 @@ MISTAKES = [
     Mistake("tune-integers", lambda h: search(hparams={"k": 3}), r"`hparams\['k'\]` is 3", r"`1\.0`", jit=False),
     Mistake("tune-nan-start", lambda h: search(hparams={"target": NAN}), r"`hparams\['target'\]`", "Clean", jit=False),
     Mistake("tune-empty", lambda h: search(hparams=[]), r"`hparams` got \[\]", "give a pytree", jit=False),
-    Mistake("tune-optimiser-name", lambda h: search(optimizer="adam"), "`optimizer` got 'adam'", r"`optax\.adam\(", jit=False),
-    Mistake("tune-optimiser-uncalled", lambda h: search(optimizer=optax.adam), "`optimizer` got", r"`optax\.adam\(", jit=False),
-    Mistake("tune-optimiser-rate", lambda h: search(optimizer=0.1), r"`optimizer` got 0\.1", r"`optax\.adam\(0", jit=False),
-    Mistake("tune-optimiser-class", lambda h: search(optimizer=Optimiser), "`optimizer` got", r"`optax\.adam\(", jit=False),
-    Mistake("tune-optimiser-solver", lambda h: search(optimizer=SOLVER), "`optimizer` got", r"`optax\.adam\(", jit=False),
+    Mistake(
+        "tune-optimiser-name",
+        lambda h: search(optimizer="adam"),
+        "`optimizer` got 'adam'",
+        r"`optax\.adam\(",
+        jit=False,
+    ),
+    Mistake(
+        "tune-optimiser-uncalled",
+        lambda h: search(optimizer=optax.adam),
+        "`optimizer` got",
+        r"`optax\.adam\(",
+        jit=False,
+    ),
+    Mistake(
+        "tune-optimiser-rate", lambda h: search(optimizer=0.1), r"`optimizer` got 0\.1", r"`optax\.adam\(0", jit=False
+    ),
+    Mistake(
+        "tune-optimiser-class", lambda h: search(optimizer=Optimiser), "`optimizer` got", r"`optax\.adam\(", jit=False
+    ),
+    Mistake(
+        "tune-optimiser-solver", lambda h: search(optimizer=SOLVER), "`optimizer` got", r"`optax\.adam\(", jit=False
+    ),
     Mistake("tune-steps-zero", lambda h: search(num_steps=0), "`num_steps` got 0", "write 1 or more", jit=False),
     Mistake("tune-steps-float", lambda h: search(num_steps=1e2), "`num_steps` got 100.0", "Python integer", jit=False),
     Mistake("tune-steps-none", lambda h: search(num_steps=None), "`num_steps` got None", "Python integer", jit=False),
@@ -1014,9 +1205,23 @@ MISTAKES = [
     Mistake("tune-patience-string", lambda h: search(patience="3"), "`patience` got '3'", "Python integer", jit=False),
     Mistake("tune-delta-negative", lambda h: search(min_delta=-1.0), "`min_delta` got -1.0", "at least 0", jit=False),
     Mistake("tune-delta-nan", lambda h: search(min_delta=np.nan), "`min_delta` got nan", "finite", jit=False),
-    Mistake("tune-callback", lambda h: search(callbacks=print), "`callbacks` got", r"write `callbacks=\[callback\]`", jit=False),
-    Mistake("tune-callbacks-number", lambda h: search(callbacks=5), "`callbacks` got 5", r"`callbacks=\[callb", jit=False),
-    Mistake("tune-callbacks-string", lambda h: search(callbacks=["log"]), "`callbacks` got 'log'", "give a function", jit=False),
+    Mistake(
+        "tune-callback",
+        lambda h: search(callbacks=print),
+        "`callbacks` got",
+        r"write `callbacks=\[callback\]`",
+        jit=False,
+    ),
+    Mistake(
+        "tune-callbacks-number", lambda h: search(callbacks=5), "`callbacks` got 5", r"`callbacks=\[callb", jit=False
+    ),
+    Mistake(
+        "tune-callbacks-string",
+        lambda h: search(callbacks=["log"]),
+        "`callbacks` got 'log'",
+        "give a function",
+        jit=False,
+    ),
     Mistake(
         "tune-callback-of-no-argument",
         lambda h: search(callbacks=[lambda: None]),
@@ -1026,7 +1231,9 @@ MISTAKES = [
     ),
     Mistake("tune-key-integer", lambda h: search(key=0), "`key` got 0", r"write `jax\.random\.key\(0\)`", jit=False),
     Mistake("tune-key-old-style", lambda h: search(key=OLD_KEY), r"`key` got uint32\[2\]", "wrap_key_data", jit=False),
-    Mistake("tune-gradient-value", lambda h: search(gradient=1.0), r"`gradient` got 1\.0", "give a function", jit=False),
+    Mistake(
+        "tune-gradient-value", lambda h: search(gradient=1.0), r"`gradient` got 1\.0", "give a function", jit=False
+    ),
     Mistake(
         "tune-gradient-of-one-argument",
         lambda h: search(gradient=lambda h: h),
@@ -1048,7 +1255,9 @@ MISTAKES = [
         "return one array per leaf of `hparams`",
         jit=False,
     ),
-    Mistake("tune-transform-name", lambda h: search(transforms="positive"), "`transforms` is 'pos", "`positive`", jit=False),
+    Mistake(
+        "tune-transform-name", lambda h: search(transforms="positive"), "`transforms` is 'pos", "`positive`", jit=False
+    ),
     Mistake(
         "tune-transform-class",
         lambda h: search(transforms={"target": None, "lr": box}),
@@ -1059,15 +1268,15 @@ MISTAKES = [
     Mistake(
         "tune-transform-missing",
         lambda h: search(transforms={"lr": positive}),
-        "`transforms` has no entry for `",
-        "Add a transform for it, or None",
+        r"`transforms.*target|target.*`transforms`",
+        "transform.*None",
         jit=False,
     ),
     Mistake(
         "tune-transform-misspelt",
         lambda h: search(transforms={"target": None, "lr": None, "rate": positive}),
-        "`transforms` has `",
-        "Remove it, or correct its name",
+        "`transforms.*rate",
+        "transform.*None|correct its name",
         jit=False,
     ),
     Mistake(
@@ -1142,7 +1351,9 @@ def test_mistakes_are_distinct(record_property):
     print(f"{len(ids)} distinct mistakes, {sum(m.jit for m in MISTAKES)} of them also while tracing")
 
 
-@pytest.mark.parametrize("error", [KeyError("targt"), ZeroDivisionError("division"), TypeError("their own"), JaxhpoError("x")])
+@pytest.mark.parametrize(
+    "error", [KeyError("targt"), ZeroDivisionError("division"), TypeError("their own"), JaxhpoError("x")]
+)
 def test_exceptions_of_the_users_functions_pass_unchanged(error):
     def broken(*args):
         raise error
@@ -1165,8 +1376,12 @@ def test_exceptions_of_the_users_functions_pass_unchanged(error):
 @pytest.mark.parametrize(
     "call",
     [
-        lambda: train(HPARAMS, lambda p, h, b: jnp.sum((p["w"] - b[0]) ** 2 + b[1]), batches=(DATA, DATA), num_steps=None),
-        lambda: train(HPARAMS, lambda p, h, b: jnp.sum((p["w"] - b[0]) ** 2 + b[1]), batches=[DATA, DATA[:, :1]], num_steps=4),
+        lambda: train(
+            HPARAMS, lambda p, h, b: jnp.sum((p["w"] - b[0]) ** 2 + b[1]), batches=(DATA, DATA), num_steps=None
+        ),
+        lambda: train(
+            HPARAMS, lambda p, h, b: jnp.sum((p["w"] - b[0]) ** 2 + b[1]), batches=[DATA, DATA[:, :1]], num_steps=4
+        ),
         lambda: train(HPARAMS, lambda p, h, b: jnp.sum((p["w"] - b["x"]) ** 2), batches=lambda t: {"x": 1.0}),
         lambda: train(HPARAMS, num_steps=np.int64(3)),
         lambda: train(HPARAMS, tol=jnp.float32(1e-3), adjoint=Implicit()),

@@ -115,13 +115,19 @@ def test_unrolled_hypergradient(make):
     """Penalties of every leaf and the learning rate."""
     model = make()
     h = {"log_penalties": log_penalties(model.params), "log_rate": jnp.log(0.1)}
-    outer = trained(model, lambda h: optax.sgd(jnp.exp(h["log_rate"]), momentum=0.9), Unroll(), 20)
+    outer = trained(model, lambda h: optax.sgd(jnp.exp(h["log_rate"]), momentum=0.9), Unroll(), 10)
     assert jaxhpo.check_hypergradient(outer, h).relative_error <= TOLERANCE
 
 
-@models
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(make, id=n, marks=[pytest.mark.slow] if n in ("linen", "equinox") else [])
+        for n, make in MODELS.items()
+    ],
+)
 def test_implicit_hypergradient(make):
-    """At a converged, penalised solution. A penalty of 0.02 adds 0.04 to the curvature, which makes it a strict minimum.
+    """At a converged solution. A penalty of 0.02 adds 0.04 to the curvature, which makes it a strict minimum.
 
     Momentum 0.9 shrinks the slowest direction by at most √0.9 a step, hence by 1e-22 over 1000 steps.
     """
@@ -195,7 +201,8 @@ def test_linen_dropout():
 
     h = {"log_penalties": log_penalties(params), "log_rate": jnp.log(0.1)}
     assert jaxhpo.check_hypergradient(outer, h).relative_error <= TOLERANCE
-    assert outer(h) != outer(h, jax.random.split(jax.random.key(2), 10))  # the keys do reach the masks
+    value = jax.jit(outer)
+    assert value(h, keys) != value(h, jax.random.split(jax.random.key(2), 10))  # the keys do reach the masks
 
 
 class NnxNet(nnx.Module):
@@ -210,7 +217,10 @@ class NnxNet(nnx.Module):
         return self.last(self.dropout(hidden, rngs=key, deterministic=key is None))
 
 
-@pytest.mark.parametrize("running", [False, True], ids=["batch statistics", "running statistics"])
+@pytest.mark.parametrize(
+    "running",
+    [pytest.param(False, id="batch statistics"), pytest.param(True, id="running statistics", marks=pytest.mark.slow)],
+)
 def test_nnx_batch_norm_and_dropout(running):
     """nnx: parameters are trained, batch statistics are model state, and dropout draws from a key of the batch.
 
@@ -241,12 +251,17 @@ def test_nnx_batch_norm_and_dropout(running):
         assert error <= TOLERANCE
 
 
-# --- bfloat16 -----------------------------------------------------------------------------------------------------------
+# --- bfloat16 ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", RULES, ids=lambda case: case.name)
+SLOW = {"unroll-plain", "unroll-every", "unroll-7", "unroll-truncated-1"}  # variants of rules that stay quick
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, id=c.name, marks=[pytest.mark.slow] if c.name in SLOW else []) for c in RULES]
+)
 def test_bfloat16_model_with_float32_hyperparameters(case):
-    """The model computes in bfloat16; hypergradients are float32 as the hyperparameters are, and so are linear solves."""
+    """The model is bfloat16; hypergradients are float32 as the hyperparameters are, and so are linear solves."""
     model, seen = plain_mlp(jnp.bfloat16), []
     adjoint = case.make(SimpleNamespace(step_size=0.1))
     if case.implicit:
@@ -266,7 +281,7 @@ def test_bfloat16_model_with_float32_hyperparameters(case):
     solver = jaxhpo.from_optax(train_loss, optax.sgd(0.1, momentum=0.9))
 
     def outer(h):
-        sol = jaxhpo.solve(solver, solver.init(model.params, h), h, num_steps=20, adjoint=adjoint)
+        sol = jaxhpo.solve(solver, solver.init(model.params, h), h, num_steps=10, adjoint=adjoint)
         assert {leaf.dtype for leaf in jax.tree.leaves(sol.params)} == {jnp.dtype(jnp.bfloat16)}
         return mean_squared(model.apply(sol.params, val_inputs), val_targets)
 

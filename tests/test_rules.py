@@ -19,7 +19,7 @@ def steps_for(case):
     return CONVERGED if case.implicit else 40
 
 
-# The figures asked of exact rules: 1e-9 in float64 and 1e-4 in float32; approximate rules reach them on their own closed form.
+# What is asked of exact rules, 1e-9 in float64 and 1e-4 in float32; approximate ones reach it on their own closed form.
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float64, 1e-9), (jnp.float32, 1e-4)], ids=["f64", "f32"])
 @pytest.mark.parametrize(
     ("case", "problem"),
@@ -121,7 +121,7 @@ def test_three_levels(rule, middle_rule):
     assert grad(outer)(jnp.asarray(z)) == pytest.approx(s * (s * z - c), rel=1e-9)
 
 
-# --- identities at a converged solution of gradient descent -----------------------------------------------------------
+# --- identities at a converged solution of gradient descent ---
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_neumann_error_is_geometric():
         assert info.residual == pytest.approx(error, rel=1e-9)
 
 
-# --- precision, compilation ---------------------------------------------------------------------------------------------
+# --- precision, compilation ---
 
 
 @rules
@@ -177,7 +177,8 @@ def test_bfloat16(case):
     h = jnp.asarray(problem.hparams, jnp.bfloat16)
     got = grad(outer_loss(low, adjoint, 60, jnp.bfloat16))(h)
     want = case.closed_form(problem, 60)
-    cosine = np.vdot(np.asarray(got, float), want) / np.linalg.norm(np.asarray(got, float)) / np.linalg.norm(want)
+    low = np.asarray(got, float)
+    cosine = np.vdot(low, want) / np.linalg.norm(low) / np.linalg.norm(want)
     assert got.dtype == jnp.bfloat16
     assert cosine > 0.99  # the figure of the reliability targets for bfloat16
     assert seen in ([], [jnp.float32])

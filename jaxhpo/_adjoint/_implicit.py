@@ -54,9 +54,9 @@ class Implicit:
         """Runs the inner loop, undifferentiated, and attaches the implicit derivative to the parameters it ends at."""
         if getattr(self.linear_solver, "needs_symmetry", False) and not problem.solver.symmetric:
             raise JaxhpoError(
-                f"{self!r} needs a symmetric matrix, but the Jacobian of `{problem.solver.name}`'s condition θ − Φ(θ) is not "
-                f"symmetric in general: use `Neumann(num_terms, 1.0)` or `Direct()`, or give `fixed_point` a `condition` "
-                f"that is the gradient of an objective."
+                f"{self!r} needs a symmetric matrix, but the Jacobian of `{problem.solver.name}`'s condition θ − Φ(θ) "
+                "is not symmetric in general: use `Neumann(num_terms, 1.0)` or `Direct()`, or give `fixed_point` a "
+                f"`condition` that is the gradient of an objective."
             )
         state, steps = self._run_undifferentiated(problem)
         return self._attach(problem, state), steps
@@ -65,8 +65,8 @@ class Implicit:
         state = constant(
             problem.state,
             names(problem.state, "state"),
-            f"is part of the initial state, and {self!r} differentiates the solution's equation, in which no initial value "
-            f"appears, so its hypergradient through this solve is exactly zero. `Unroll()` sees it.",
+            f"is part of the initial state, and {self!r} differentiates the solution's equation, in which no initial "
+            f"value appears, so its hypergradient through this solve is exactly zero. `Unroll()` sees it.",
         )
         hparams, closed_over = jax.lax.stop_gradient(problem.inputs)
         xs = jax.lax.stop_gradient(problem.xs)
@@ -97,9 +97,10 @@ class Implicit:
             *(f"a {describe(c)} that the loss closes over" for c in closed_over),
         ]
         remedy = (
-            f"does not enter the condition of `{problem.solver.name}`, so under {self!r} its hypergradient through this "
-            f"solve is exactly zero. If it is a setting of the optimiser (a learning rate, a momentum), `Unroll()` sees "
-            f"it; if nothing uses it, remove it; if it enters the outer loss directly, that part is still right."
+            f"does not enter the condition of `{problem.solver.name}`, so under {self!r} its hypergradient through "
+            "this solve is exactly zero. If it is a setting of the optimiser (a learning rate, a momentum), "
+            "`Unroll()` sees it; if nothing uses it, remove it; if it enters the outer loss directly, that part is "
+            "still right."
         )
         params = attach(Rule(residual, self.linear_solver, tuple(leaf_names), remedy), state.params, leaves)
         return state._replace(params=params)

@@ -20,8 +20,8 @@ class Unroll:
 
     With :math:`\theta_{t+1} = \Phi_t(\theta_t, h)` and the cotangent :math:`a_T = v`, going back
     :math:`g \mathrel{+}= (\partial_h \Phi_t)^\top a_{t+1}`, :math:`a_t = (\partial_\theta \Phi_t)^\top a_{t+1}`.
-    Sees everything: losses, learning rates, momenta, schedules, initial parameters, data. With `truncate=K` only the last
-    K steps are differentiated (the sum is cut off), so initial parameters and earlier steps get nothing.
+    Sees everything: losses, learning rates, momenta, schedules, initial parameters, data. With `truncate=K` only the
+    last K steps are differentiated (the sum is cut off), so initial parameters and earlier steps get nothing.
 
     **Cost and bias**: about four plain trainings (forward, redo once or twice, one Hessian product a step); memory of
     2√T inner states with `"sqrt"`, T with `checkpoint=1`, T steps' activations with None. Exact for the T-step map. The
@@ -85,8 +85,9 @@ class Unroll:
         state = constant(
             problem.state,
             names(problem.state, "state"),
-            f"is an initial value, and {self!r} differentiates only the last {self.truncate} of {problem.num_steps} inner "
-            f"steps, so its hypergradient through this solve is exactly zero. `Unroll()` without `truncate` sees it.",
+            f"is an initial value, and {self!r} differentiates only the last {self.truncate} of {problem.num_steps} "
+            "inner steps, so its hypergradient through this solve is exactly zero. `Unroll()` without `truncate` sees "
+            "it.",
         )
         hparams, closed_over = problem.inputs
         leaves, structure = jax.tree.flatten(hparams)
@@ -96,8 +97,9 @@ class Unroll:
                 leaf,
                 [name],
                 f"acts through the optimiser alone, and {self!r} differentiates only the last {self.truncate} of "
-                f"{problem.num_steps} inner steps: what it did in the first {early} steps is not in its hypergradient (an "
-                f"entry of a schedule used only there gets exactly zero). `Unroll()` without `truncate` sees all steps.",
+                f"{problem.num_steps} inner steps: what it did in the first {early} steps is not in its hypergradient "
+                "(an entry of a schedule used only there gets exactly zero). `Unroll()` without `truncate` sees all "
+                "steps.",
                 partial=True,
             )
             if alone and leaf.ndim
@@ -109,7 +111,7 @@ class Unroll:
 
 
 def _in_step_only(problem, leaves, structure) -> list[bool]:
-    """For each hyperparameter leaf, whether the condition cannot see it: a setting of the optimiser, such as a schedule."""
+    """For each hyperparameter leaf, whether the condition cannot see it: an optimiser's setting, such as a schedule."""
     _, *rest = problem.residual_inputs
     moving = [i for i, leaf in enumerate(leaves) if is_inexact(leaf)]
 

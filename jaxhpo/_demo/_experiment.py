@@ -16,7 +16,7 @@ import optax
 import jaxhpo
 import jaxhpo.data
 import jaxhpo.models
-from jaxhpo._demo._progress import track
+from jaxhpo._progress import Progress
 from jaxhpo._validate import check_count, check_positive
 
 MODEL = jaxhpo.models.MLP((64, 10))
@@ -186,11 +186,21 @@ def best(values: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(values), values, np.inf).argmin(axis=0)
 
 
+def _told(values: list[np.ndarray], began: float) -> str:
+    lowest = np.min(np.where(np.isfinite(values), values, np.inf), axis=0)
+    return f"validation loss {lowest.mean():.4f}, {time.perf_counter() - began:.1f} s"
+
+
 def try_points(evaluate: Callable, points: np.ndarray, problems: Problem, knots: int, name: str) -> Search:
     """Trains every seed with each of its (log-penalty, log-rate) points, an array (trials, seeds, 2)."""
     start = time.perf_counter()
     spread = jax.jit(jax.vmap(lambda params, point: constant_hparams(params, point[0], point[1], knots)))
-    values = np.stack([evaluate(spread(problems.params, point), problems) for point in track(points, name)])
+    values = []
+    with Progress(len(points), name) as progress:
+        for point in points:
+            values.append(np.asarray(evaluate(spread(problems.params, point), problems)))
+            progress.update(_told(values, start))
+    values = np.stack(values)
     chosen = points[best(values), np.arange(points.shape[1])]
     return Search(spread(problems.params, chosen), values, time.perf_counter() - start, chosen)
 
@@ -228,11 +238,13 @@ def descend(gradient: Callable, start: dict, problems: Problem, settings: Settin
         return optax.apply_updates(hparams, updates), opt_state
 
     hparams, opt_state, visited, values = start, tx.init(start), [], []
-    for _ in track(range(settings.outer_steps), name):
-        value, hypergrad = gradient(hparams, problems)
-        visited.append(hparams)
-        values.append(np.asarray(value))
-        hparams, opt_state = update(hparams, opt_state, hypergrad)
+    with Progress(settings.outer_steps, name) as progress:
+        for _ in range(settings.outer_steps):
+            value, hypergrad = gradient(hparams, problems)
+            visited.append(hparams)
+            values.append(np.asarray(value))
+            hparams, opt_state = update(hparams, opt_state, hypergrad)
+            progress.update(_told(values, began))
     chosen, seeds = best(np.stack(values)), np.arange(settings.seeds)
     selected = jax.tree.map(lambda *leaves: jnp.stack(leaves)[chosen, seeds], *visited)
     return Search(selected, np.stack(values), time.perf_counter() - began)
@@ -264,8 +276,12 @@ def score(selected: dict, problems: Problem, test: jaxhpo.data.Examples, momentu
         return Scores(*_loss_and_accuracy(as_selected, test), *_loss_and_accuracy(refitted, test))
 
     compiled = jax.jit(jax.vmap(scores))
-    names = track(list(selected), "test part, all methods")
-    return {name: jax.tree.map(np.asarray, compiled(selected[name], problems, test)) for name in names}
+    found = {}
+    with Progress(len(selected), "test part, all methods") as progress:
+        for name, hparams in selected.items():
+            found[name] = jax.tree.map(np.asarray, compiled(hparams, problems, test))
+            progress.update(name)
+    return found
 
 
 def _loss_and_accuracy(params, examples):

@@ -8,9 +8,9 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from jaxhpo._validate import check_count, check_nonnegative, check_positive
 from jaxhpo._tree import add_scaled, cast_varying, drop_varying, hoist, norm, varying_axes, vdot, zeros_like
 from jaxhpo._types import LinearInfo, LinearStatus
+from jaxhpo._validate import check_count, check_nonnegative, check_positive
 
 _RUNNING = -1
 
@@ -20,8 +20,8 @@ class CG:
     r"""Conjugate gradients on :math:`(H + \delta I) x = b`, for symmetric positive definite H.
 
     Stops at ‖b − (H + δI)x‖ ≤ `tol` ‖b‖, or after `maxiter` products, in which case the hypergradient is that of the
-    iterate reached (K iterations and go on is a legal choice). On meeting a direction of non-positive curvature it stops
-    there and reports INDEFINITE instead of returning NaN: raise `damping`, or train the inner problem further.
+    iterate reached (K iterations and go on is a legal choice). On meeting a direction of non-positive curvature it
+    stops there and reports INDEFINITE instead of returning NaN: raise `damping`, or train the inner problem further.
 
     **Cost and bias**: one Hessian product (two to three gradients) per iteration; memory of four copies of the
     parameters and one linearisation. Exact at convergence with δ = 0; error ∝ the residual otherwise.
@@ -57,8 +57,8 @@ class CG:
     def __call__(self, matvec, b, x0=None):
         """Returns `(x, LinearInfo)`, starting from `x0` (zeros when None)."""
         # A plain loop has no transpose, and CG's iterates are not linear in b: `custom_linear_solve` differentiates
-        # the equation A x = b instead of the iteration. Under `shard_map` it wants one varying-axes type for all that it
-        # touches; a data-parallel A reads varying data, but takes and gives vectors that are equal on all devices.
+        # the equation A x = b instead of the iteration. Under `shard_map` it wants one varying-axes type for all that
+        # it touches; a data-parallel A reads varying data, but takes and gives vectors that are equal on all devices.
         pure, consts = hoist(matvec, b)
         own = varying_axes(b)
         axes = own | varying_axes(consts)

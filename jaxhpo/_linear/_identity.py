@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 from jaxhpo._linear._report import report
-from jaxhpo._validate import check_positive
 from jaxhpo._tree import scaled
+from jaxhpo._validate import check_positive
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,8 +7,8 @@ import dataclasses
 import jax
 
 from jaxhpo._linear._report import report
-from jaxhpo._validate import check_count, check_positive
 from jaxhpo._tree import add_scaled, scaled
+from jaxhpo._validate import check_count, check_positive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Neumann:
     Replaces :math:`H^{-1} b` by :math:`\alpha \sum_{k=0}^{K-1} (I - \alpha H)^k b`, which converges for
     :math:`0 < \alpha < 2 / \lambda_{\max}(H)` and diverges, silently in most libraries, beyond: `check_hypergradient`
     tells. At a solution of gradient descent with rate :math:`\alpha` it equals backpropagation through the last K
-    steps. For `fixed_point` solvers take `step_size=1`: the sum is then :math:`\sum_k J^k b`, J the Jacobian of the step.
+    steps. For `fixed_point` solvers take `step_size=1`: the sum is then :math:`\sum_k J^k b`, J the step's Jacobian.
 
     **Cost and bias**: `num_terms - 1` Hessian products of two to three gradients each; memory of one linearisation.
     The relative error in an eigendirection of curvature :math:`\lambda` is :math:`(1 - \alpha\lambda)^K`: biased
