@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxhpo._tree import is_inexact, names
-from jaxhpo._types import Problem, PyTree
+from jaxhpo._types import LinearInfo, Problem, PyTree
 
+_linear_solves: contextvars.ContextVar[list | None] = contextvars.ContextVar("linear_solves", default=None)
 _recorder: contextvars.ContextVar[Recorder | None] = contextvars.ContextVar("recorder", default=None)
 
 
@@ -24,6 +25,28 @@ class Recorder:
         self.num_problems = 0
         self.forward: set[tuple[int, int, str]] = set()
         self.backward: set[tuple[int, int, str]] = set()
+        self.arriving: set[tuple[int, int, str]] = set()  # cotangents of a step's result
+
+
+@contextlib.contextmanager
+def recording_linear_solves() -> Iterator[list[tuple[int, float]]]:
+    """While active, every linear solve that is traced reports `(status, residual)` to the list when it runs."""
+    solves: list[tuple[int, float]] = []
+    token = _linear_solves.set(solves)
+    try:
+        yield solves
+        jax.effects_barrier()
+    finally:
+        _linear_solves.reset(token)
+
+
+def report_linear_solve(info: LinearInfo) -> None:
+    """Reports to `recording_linear_solves`, where that is active."""
+    solves = _linear_solves.get()
+    if solves is not None:
+        jax.debug.callback(
+            lambda status, residual: solves.append((int(status), float(residual))), info.status, info.residual
+        )
 
 
 @contextlib.contextmanager
@@ -53,7 +76,7 @@ def watched(problem: Problem) -> Problem:
         state = _report(_Tap(recorder, index, names(state, "state"), forward=False), state, t)
         hparams = _report(_Tap(recorder, index, names(inputs[0], "hparams"), forward=False), inputs[0], t)
         after = problem.advance(state, (hparams, *inputs[1:]), x)
-        return _report(_Tap(recorder, index, names(after, "state"), backward=False), after, t)
+        return _report(_Tap(recorder, index, names(after, "state")), after, t)
 
     return problem._replace(advance=advance, xs=(jnp.arange(problem.num_steps), problem.xs))
 
@@ -61,11 +84,11 @@ def watched(problem: Problem) -> Problem:
 def diagnose(fn: Callable, hparams: PyTree) -> str:
     """Runs `jax.value_and_grad(fn)(hparams)` with every inner step reporting; says in words where a NaN began."""
     with recording() as recorder:
-        jax.block_until_ready(jax.value_and_grad(fn)(hparams))
-    return explain(recorder)
+        value, _ = jax.block_until_ready(jax.value_and_grad(fn)(hparams))
+    return explain(recorder, bool(jnp.isfinite(value)))
 
 
-def explain(recorder: Recorder) -> str:
+def explain(recorder: Recorder, value_is_finite: bool) -> str:
     """The first inner step that went wrong, the leaves, the likeliest cause and its remedy."""
     if recorder.forward:
         index, step, _ = min(recorder.forward, key=lambda e: (e[1], e[0]))
@@ -75,25 +98,25 @@ def explain(recorder: Recorder) -> str:
             f"inner run diverges. The likeliest cause is an inner learning rate above 2 / curvature, where a penalty "
             f"in the train loss adds to the curvature: lower the rate, bound the penalty, or clip the inner gradients."
         )
-    if recorder.backward:
-        # The backward pass meets the last step first.
-        index, step, _ = max(recorder.backward, key=lambda e: (e[1], -e[0]))
+    # The backward pass meets the last step first; what already arrives there broken was broken by the outer loss.
+    broken = {(i, t) for i, t, _ in recorder.backward} - {(i, t) for i, t, _ in recorder.arriving}
+    if broken and value_is_finite:
+        index, step = max(broken, key=lambda e: (e[1], -e[0]))
         leaves = sorted(name for i, t, name in recorder.backward if (i, t) == (index, step))
         return (
-            f"{_which(recorder, index)}the inner run is finite, but the derivative of inner step {step} with respect "
+            f"{_which(recorder, index)}The inner run is finite, but the derivative of inner step {step} with respect "
             f"to `{_first(leaves, 'state.opt_state')}` is not. The likeliest cause is a square root at zero, whose "
             f"derivative is infinite (Adam, RMSProp, Adagrad, a norm): write `optax.adam(..., eps_root=1e-8)`, or "
             f"`sqrt(x + eps)`."
         )
     return (
-        "Every inner step and its derivative is finite, so the outer loss itself, or the linear solve of an implicit "
-        "rule, is at fault: look for a logarithm or a square root at zero in the outer loss, or raise the solver's "
-        "`damping`."
+        "No inner step is at fault, so the outer loss itself, or the linear solve of an implicit rule, is: look for a "
+        "logarithm or a square root at zero, or an overflow, in the outer loss, or raise the solver's `damping`."
     )
 
 
 def _which(recorder, index) -> str:
-    return f"inner problem {index}: " if recorder.num_problems > 1 else ""
+    return f"Inner problem {index}: " if recorder.num_problems > 1 else ""
 
 
 def _first(leaves, preferred) -> str:
@@ -103,10 +126,11 @@ def _first(leaves, preferred) -> str:
 class _Tap:
     """Says to whom a leaf's state is reported, and in which direction."""
 
-    def __init__(self, recorder, index, leaf_names, forward=True, backward=True):
+    def __init__(self, recorder, index, leaf_names, forward=True):
         self.names = leaf_names
         self.forward = functools.partial(self._record, recorder.forward, index) if forward else None
-        self.backward = functools.partial(self._record, recorder.backward, index) if backward else None
+        behind = recorder.arriving if forward else recorder.backward
+        self.backward = functools.partial(self._record, behind, index)
 
     def _record(self, events, index, step, finite):
         events.update((index, int(step), name) for name, ok in zip(self.names, finite, strict=True) if not ok)
@@ -124,8 +148,7 @@ def _report_fwd(tap, tree, step):
 
 
 def _report_bwd(tap, step, cotangent):
-    if tap.backward:
-        jax.debug.callback(tap.backward, step, _finite(cotangent))
+    jax.debug.callback(tap.backward, step, _finite(cotangent))
     return cotangent, None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 
@@ -30,16 +31,19 @@ def raise_if_zero(
       ZeroHypergradientError: names the leaf and, where a rule said so, the reason.
     """
     reasons = {w.leaf: w for w in messages if isinstance(w, ZeroHypergradientWarning)}
+
+    seen = functools.cache(structure) if structure else None
     for i, (name, leaf) in enumerate(zip(leaf_names, jax.tree.leaves(hypergrad), strict=True)):
-        reason, zero = reasons.get(name), not jnp.any(leaf != 0)
+        reason, zero = reasons.get(name), leaf.size > 0 and not jnp.any(leaf != 0)
         if reason and zero:
             raise ZeroHypergradientError(f"The hypergradient of `{name}` is exactly zero in every entry: {reason}")
         if reason and reason.partial and bool(jnp.any(leaf == 0)):
             raise ZeroHypergradientError(f"The hypergradient of `{name}` is exactly zero in some entries: {reason}")
-        if zero and structure is not None and not structure()[i]:
+        if zero and seen and not seen()[i]:
+            told = " ".join(f"({w})" for w in messages if isinstance(w, ZeroHypergradientWarning))
             raise ZeroHypergradientError(
                 f"The hypergradient of `{name}` is exactly zero in every entry: nothing that the outer loss sees "
-                f"depends on it. Remove it, or use it in the train loss or the optimiser."
+                f"depends on it. Remove it, or use it in the train loss or the optimiser. {told}".rstrip()
             )
         if zero:
             text = "has a hypergradient of exactly zero at this point: start elsewhere if it does not move."

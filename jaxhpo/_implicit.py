@@ -13,7 +13,17 @@ from jax.custom_derivatives import SymbolicZero
 
 from jaxhpo._errors import JaxhpoError
 from jaxhpo._linear._cg import CG
-from jaxhpo._tree import cast_like, differentiable_inputs, hoist, is_inexact, names, scaled, upcast, warn_zero
+from jaxhpo._tree import (
+    cast_like,
+    differentiable_inputs,
+    hoist,
+    is_inexact,
+    names,
+    scaled,
+    upcast,
+    warn_zero,
+    zeros_like,
+)
 from jaxhpo._types import LinearSolver, PyTree
 from jaxhpo._validate import (
     check_arrays,
@@ -33,28 +43,30 @@ class Rule:
     Attributes:
       residual: `(params, leaves) -> pytree like params`, closing over nothing.
       linear_solver: solves with the residual's Jacobian in `params`.
+      curvature: `(params, leaves, v) -> v times what stands in for that Jacobian`, or None.
       names: the name of every leaf, for warnings.
       remedy: the end of the warning about a leaf that the residual cannot see.
     """
 
     residual: Callable[[PyTree, list], PyTree]
     linear_solver: LinearSolver
+    curvature: Callable[[PyTree, list, PyTree], PyTree] | None
     names: tuple[str, ...]
     remedy: str
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def attach(rule: Rule, params: PyTree, leaves: list) -> PyTree:
+def attach(rule: Rule, params: PyTree, leaves: list, key: jax.Array | None) -> PyTree:
     """Returns `params` unchanged, with the derivative of the root of `rule.residual` with respect to `leaves`."""
     return params
 
 
 def _attach_jvp(rule, primals, tangents):
     # g(θ(h), h) = 0 for all h  ⟹  H θ̇ = −∂g/∂h ḣ  with H = ∂g/∂θ.
-    params, leaves = primals
-    _, dots = tangents
+    params, leaves, key = primals
+    _, dots, _ = tangents
     # Attached again, so that what follows depends on h through θ(h) too: without it second derivatives are wrong.
-    params = attach(rule, params, leaves)
+    params = attach(rule, params, leaves, key)
     moving = [i for i, d in enumerate(dots) if not isinstance(d, SymbolicZero) and is_inexact(leaves[i])]
     if not moving:
         return params, jax.tree.map(jnp.zeros_like, params)
@@ -71,8 +83,17 @@ def _attach_jvp(rule, primals, tangents):
         if not seen:
             warn_zero(rule.names[i], rule.remedy)
     _, rhs = jax.jvp(lambda m: residual(point, m), (moved,), ([dots[i] for i in moving],))
-    _, matvec = jax.linearize(lambda p: residual(p, moved), point)
-    params_dot = _checked_solution(rule.linear_solver(matvec, scaled(-1.0, rhs)), rhs)
+    if rule.curvature is None:
+        _, matvec = jax.linearize(lambda p: residual(p, moved), point)
+    else:
+        # Linear in v already: linearising leaves what depends on v alone for the iterations.
+        _, matvec = jax.linearize(lambda v: rule.curvature(point, leaves, v), zeros_like(point))
+    solve = rule.linear_solver if key is None else functools.partial(rule.linear_solver, key=key)
+    # A leaf of the right-hand side that no moving input reaches is a constant zero; JAX's own linear solvers, which may
+    # stand here, are transposed only if all of it depends on the tangents.
+    zero = sum(jnp.sum(dots[i]) * 0 for i in moving)
+    rhs = jax.tree.map(lambda r: r + jnp.asarray(zero).astype(r.dtype), rhs)
+    params_dot = _checked_solution(solve(matvec, scaled(-1.0, rhs)), rhs)
     return params, cast_like(params_dot, params)
 
 
@@ -142,5 +163,5 @@ def implicit(condition: Callable, params: PyTree, args: Any, linear_solver: Line
         "Put it into the condition, or do not differentiate with respect to it."
     )
     closed_over = [f"a {describe(c)} that the condition closes over" for c in consts]
-    rule = Rule(residual, solver, (*closed_over, *names(args, "args")), remedy)
-    return attach(rule, jax.lax.stop_gradient(params), [*consts, *leaves])
+    rule = Rule(residual, solver, None, (*closed_over, *names(args, "args")), remedy)
+    return attach(rule, jax.lax.stop_gradient(params), [*consts, *leaves], None)

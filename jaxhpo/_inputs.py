@@ -147,7 +147,13 @@ def checked_batches_function(batches):
     check_callable("batches", batches, "batches(step)", 1)
 
     def take(step):
-        batch = batches(step)
+        try:
+            batch = batches(step)
+        except jax.errors.TracerArrayConversionError as error:
+            raise JaxhpoError(
+                "`batches(step)` indexes a NumPy array with a traced step, which NumPy cannot do: hold the data as "
+                "`jnp.asarray(data)`."
+            ) from error
         if batch is None:
             raise JaxhpoError(
                 "`batches(step)` returned None, so every batch is empty: end the function with `return batch`."
@@ -183,3 +189,21 @@ def check_same_state(before, after):
                 f"The inner step changed `{name}` from {describe(b)} to {describe(a)}, but a loop needs the same shape "
                 f"and kind at every step: return it as it came in (reshape it, or `.astype({b.dtype})`)."
             )
+
+
+def refuse_tol(problem, rule):
+    """Raises where the inner loop would end at a data-dependent step: the rule needs a fixed length."""
+    if problem.tol is not None:
+        raise JaxhpoError(
+            f"`tol={problem.tol}` stops the inner loop at a data-dependent step, and {rule!r} cannot differentiate "
+            f"such a loop: drop `tol`, or use `adjoint=Implicit(...)`."
+        )
+
+
+def require_key(problem, rule):
+    """Raises where a randomised rule has nothing to draw from."""
+    if problem.key is None:
+        raise JaxhpoError(
+            f"{rule!r} draws random directions, but `solve` got no key: write `solve(..., key=key)`, with another key "
+            f"at every outer step (under `tune`, that of `outer_loss(hparams, carry, key)`)."
+        )

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxhpo._tree import norm
-from jaxhpo._types import InnerState, PyTree
+from jaxhpo._types import InnerState, Problem, PyTree
 
 
 def segment_length(checkpoint, num_steps: int) -> int | None:
@@ -47,17 +47,30 @@ def scan_steps(advance: Callable, state: InnerState, xs: PyTree, num_steps: int,
     return state
 
 
-def run_until(advance: Callable, residual: Callable, state: InnerState, xs: PyTree, max_steps: int, tol):
-    """Inner steps until ‖residual(params, model_state)‖ < tol, at most `max_steps`. Not reverse-differentiable."""
+def run(problem: Problem) -> tuple[InnerState, jax.Array]:
+    """The inner run as it is, to `num_steps` or to `tol`: the final state and the number of steps taken."""
+
+    def advance(state, x):
+        return problem.advance(state, problem.inputs, x)
+
+    if problem.tol is not None:
+        return _run_until(problem, advance)
+    state = scan_steps(advance, problem.state, problem.xs, problem.num_steps, None)
+    return state, jnp.asarray(problem.num_steps, jnp.int32)
+
+
+def _run_until(problem, advance):
+    """Inner steps until ‖residual‖ < tol. Not reverse-differentiable."""
 
     def unfinished(carry):
         t, state = carry
+        residual = problem.residual(state.params, state.model_state, problem.residual_inputs)
         # `not (norm < tol)` would run a NaN to the last step; `>=` ends it, and `info.finite` tells.
-        return (t < max_steps) & (norm(residual(state.params, state.model_state)) >= tol)
+        return (t < problem.num_steps) & (norm(residual) >= problem.tol)
 
     def body(carry):
         t, state = carry
-        return t + 1, advance(state, jax.tree.map(lambda x: x[t], xs))
+        return t + 1, advance(state, jax.tree.map(lambda x: x[t], problem.xs))
 
-    steps, state = jax.lax.while_loop(unfinished, body, (jnp.asarray(0, jnp.int32), state))
+    steps, state = jax.lax.while_loop(unfinished, body, (jnp.asarray(0, jnp.int32), problem.state))
     return state, steps

@@ -24,7 +24,7 @@ class Progress:
 
     def __enter__(self) -> Progress:
         """Draws the bar, in a terminal or a notebook where tqdm is installed."""
-        if self.enabled and (sys.stderr.isatty() or "ipykernel" in sys.modules):
+        if self.enabled and (sys.stderr.isatty() or _in_notebook()):
             try:
                 from tqdm.auto import tqdm
 
@@ -48,3 +48,8 @@ class Progress:
         """Closes the bar."""
         if self.bar is not None:
             self.bar.close()
+
+
+def _in_notebook() -> bool:
+    ipython = sys.modules.get("IPython")
+    return ipython is not None and ipython.get_ipython() is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import tempfile
 import zipfile
 
 import jax
@@ -20,7 +21,6 @@ _FILE = "state.npz"
 def save(run_dir: str | os.PathLike, tree: PyTree) -> None:
     """Writes every array of `tree` to `run_dir/state.npz`, atomically; keys are stored as their data."""
     folder = pathlib.Path(run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     arrays = {f"{i} {name}": _to_numpy(x) for i, (name, x) in enumerate(_rows(tree))}
     temporary = folder / f"{_FILE}.{os.getpid()}.tmp"
     with open(temporary, "wb") as file:
@@ -30,24 +30,38 @@ def save(run_dir: str | os.PathLike, tree: PyTree) -> None:
     os.replace(temporary, folder / _FILE)
 
 
+def make_folder(run_dir: str | os.PathLike) -> None:
+    """Makes the folder; raises at once, and not after hours, where nothing can be written there."""
+    try:
+        folder = pathlib.Path(run_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (OSError, TypeError) as error:
+        raise JaxhpoError(
+            f"`run_dir` got {run_dir!r}, where no file can be written ({error}): name a folder."
+        ) from error
+
+
 def exists(run_dir: str | os.PathLike) -> bool:
     """Whether `save` has written to the folder."""
     return (pathlib.Path(run_dir) / _FILE).exists()
 
 
-def load(run_dir: str | os.PathLike, like: PyTree, free_axis: str) -> PyTree:
+def load(run_dir: str | os.PathLike, like: PyTree, free_axis: str, settings: str) -> PyTree:
     """Reads what `save` wrote, in the structure of `like`.
 
     Args:
       run_dir: the folder.
       like: a tree of the same structure and shapes.
+      settings: leaves whose names begin with this must hold the same values.
       free_axis: leaves whose names begin with this (`run['history']`) may have a leading axis of any length.
 
     Returns:
       The tree, with NumPy arrays and keys for leaves.
 
     Raises:
-      JaxhpoError: the file cannot be read, or holds another tree; names the first leaf that differs.
+      JaxhpoError: the file cannot be read, or holds another tree or other settings; names the leaves.
     """
     path = pathlib.Path(run_dir) / _FILE
     try:
@@ -56,18 +70,24 @@ def load(run_dir: str | os.PathLike, like: PyTree, free_axis: str) -> PyTree:
     except (zipfile.BadZipFile, ValueError, OSError, EOFError) as error:
         raise JaxhpoError(f"`run_dir`: {path} cannot be read ({error}): move it away to start anew.") from error
     rows = _rows(like)
-    wanted = [f"{i} {name}" for i, (name, _) in enumerate(rows)]
-    if list(arrays) != wanted:
-        other = sorted({n.split(" ", 1)[1] for n in set(arrays) ^ set(wanted)})
+    # Two leaves may have one name; their place tells them apart.
+    arrays = {(name.split(" ", 1)[1], name): array for name, array in arrays.items()}
+    if [name for name, _ in arrays] != [name for name, _ in rows]:
+        other = sorted({name for name, _ in arrays} ^ {name for name, _ in rows})
         raise JaxhpoError(
             f"`run_dir`: {path} belongs to a run of another structure; they differ in {', '.join(other[:5])}. Use "
             f"another folder, or the hyperparameters, carry and optimiser of that run."
         )
     for (name, x), array in zip(rows, arrays.values(), strict=True):
         skip = 1 if name.startswith(free_axis) else 0
-        if array.shape[skip:] != _data_shape(x)[skip:]:
+        if array.shape[skip:] != _data_shape(x)[skip:] and not name.startswith(settings):
             raise JaxhpoError(
                 f"`run_dir`: `{name}` has shape {array.shape} in {path}, but {_data_shape(x)} here: use another folder."
+            )
+        if name.startswith(settings) and not np.array_equal(array, _to_numpy(x)):
+            raise JaxhpoError(
+                f"`run_dir`: the run in {path} began with another value of `{name}`, so its numbers mean something "
+                f"else: use another folder, or the start (`hparams`), `key` and `transforms` of that run."
             )
     leaves = [_from_numpy(array, x) for (_, x), array in zip(rows, arrays.values(), strict=True)]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)

@@ -109,17 +109,52 @@ def _make_problem(solver, state, hparams, batches, num_steps, tol, condition_bat
     def condition(params, model_state, hparams, x):
         return check_residual(solver.condition(params, hparams, batch_of(x), model_state), params)
 
-    # In the precision of the linear solves: a bfloat16 model's condition is traced in float32.
-    pure, consts = hoist(condition, *upcast((state.params, state.model_state, hparams, last)))
+    own = (state.params, state.model_state, hparams, last)
+    try:
+        # In the precision of the linear solves: a bfloat16 model's condition is traced in float32 ...
+        types = jax.eval_shape(upcast, own)
+        pure, consts = hoist(condition, *upcast(own))
+    except TypeError:
+        # ... unless the model insists on its own type, as a convolution with 16-bit data does.
+        types = jax.eval_shape(lambda x: x, own)
+        pure, consts = hoist(condition, *own)
 
     def residual(params, model_state, inputs):
         hparams, x, consts = inputs
-        return pure(consts, *upcast((params, model_state, hparams, x)))
+        return upcast(pure(consts, *cast_like((params, model_state, hparams, x), types)))
 
-    inputs = (hparams, closed_over)
     return Problem(
-        advance, inputs, xs, state, num_steps, residual, (hparams, last, consts), tol, check_key(key), solver
+        advance=advance,
+        inputs=(hparams, closed_over),
+        xs=xs,
+        state=state,
+        num_steps=num_steps,
+        residual=residual,
+        residual_inputs=(hparams, last, consts),
+        curvature=_curvature(adjoint, state.params, hparams, last, batch_of),
+        tol=tol,
+        key=check_key(key),
+        solver=solver,
     )
+
+
+def _curvature(adjoint, params, hparams, last, batch_of):
+    """The products of a rule's own curvature, with nothing closed over."""
+    curvature: Any = getattr(adjoint, "curvature", "hessian")
+    if curvature == "hessian":
+        return None
+
+    def product(params, hparams, x, v):
+        return curvature.linearise(params, hparams, batch_of(x))(v)
+
+    params, hparams, last = upcast((params, hparams, last))
+    pure, consts = hoist(product, params, hparams, last, params)
+
+    def apply(params, residual_inputs, consts, v):
+        hparams, x, _ = upcast(residual_inputs)
+        return pure(consts, params, hparams, x, v)
+
+    return apply, consts
 
 
 def _closed_step(step, state, hparams, x):

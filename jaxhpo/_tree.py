@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import sys
 import warnings
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jax.extend import core as jex
 
@@ -28,13 +30,17 @@ def norm(a: PyTree) -> jax.Array:
 
 
 def add_scaled(a: PyTree, scale, b: PyTree) -> PyTree:
-    """a + scale · b."""
-    return jax.tree.map(lambda x, y: x + scale * y, a, b)
+    """a + scale · b, in the types of a."""
+    return jax.tree.map(lambda x, y: x + _in_type(scale, x) * y, a, b)
 
 
 def scaled(scale, a: PyTree) -> PyTree:
-    """scale · a."""
-    return jax.tree.map(lambda x: scale * x, a)
+    """scale · a, in the types of a."""
+    return jax.tree.map(lambda x: _in_type(scale, x) * x, a)
+
+
+def _in_type(scale, x):
+    return scale.astype(x.dtype) if hasattr(scale, "astype") else scale
 
 
 def zeros_like(a: PyTree) -> PyTree:
@@ -84,13 +90,14 @@ def hoist(fn: Callable, *args) -> tuple[Callable, list]:
     `jax.closure_convert` hoists only floating-point tracers.)
     """
     closed, shape = jax.make_jaxpr(fn, return_shape=True)(*args)
-    structure = jax.tree.structure(shape)
+    structure, jaxpr, consts = jax.tree.structure(shape), closed.jaxpr, list(closed.consts)
+    del closed  # `pure` outlives this trace, and must not keep its values alive
 
     def pure(consts, *args):
-        leaves = jex.jaxpr_as_fun(jex.ClosedJaxpr(closed.jaxpr, consts))(*jax.tree.leaves(args))
+        leaves = jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, consts))(*jax.tree.leaves(args))
         return jax.tree.unflatten(structure, leaves)
 
-    return pure, list(closed.consts)
+    return pure, consts
 
 
 def differentiable_inputs(fn: Callable, leaves: list) -> list[bool]:
@@ -117,37 +124,70 @@ def differentiable_inputs(fn: Callable, leaves: list) -> list[bool]:
 
 
 def warn_zero(leaf: str, message: str, partial: bool = False) -> None:
-    """Issues a `ZeroHypergradientWarning`."""
-    warnings.warn(ZeroHypergradientWarning(f"{leaf} {message}", leaf, partial), stacklevel=2)
+    """Issues a `ZeroHypergradientWarning`, at the line of the caller's own code."""
+    level, frame = 1, sys._getframe(0)
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in ("jaxhpo", "jax", "contextlib"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(ZeroHypergradientWarning(f"{leaf} {message}", leaf, partial), stacklevel=level)
 
 
 def constant(tree: PyTree, leaf_names: list[str], message: str, partial: bool = False) -> PyTree:
-    """`stop_gradient` that says so: warns for each leaf that is being differentiated, and only then."""
+    """`stop_gradient` that says so: warns, once, of the leaves that are being differentiated, and only of them."""
     leaves, structure = jax.tree.flatten(tree)
-    marked = [
-        _constant(_Mark(name, message, partial), x) if is_inexact(x) else x
-        for name, x in zip(leaf_names, leaves, strict=True)
-    ]
-    return jax.lax.stop_gradient(jax.tree.unflatten(structure, marked))
+    return jax.lax.stop_gradient(jax.tree.unflatten(structure, _constant(_Mark(leaf_names, message, partial), leaves)))
 
 
 class _Mark:
-    def __init__(self, *args):
-        self.args = args
+    def __init__(self, leaf_names, message, partial):
+        self.names, self.message, self.partial = leaf_names, message, partial
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _constant(mark, x):
-    return x
+def _constant(mark, leaves):
+    return leaves
 
 
 def _constant_jvp(mark, primals, tangents):
-    if not isinstance(tangents[0], SymbolicZero):
-        warn_zero(*mark.args)
-    return primals[0], jnp.zeros_like(primals[0])
+    (leaves,), (dots,) = primals, tangents
+    moving = [
+        name
+        for name, x, d in zip(mark.names, leaves, dots, strict=True)
+        if is_inexact(x) and not isinstance(d, SymbolicZero)
+    ]
+    if moving:
+        more = f" (and {len(moving) - 1} more leaves)" if len(moving) > 1 else ""
+        warn_zero(moving[0], more.lstrip() + " " * bool(more) + mark.message, mark.partial)
+    return leaves, _zero_tangents(leaves)
+
+
+def _zero_tangents(leaves):
+    return [jnp.zeros_like(x) if is_inexact(x) else np.zeros(x.shape, jax.dtypes.float0) for x in leaves]
 
 
 _constant.defjvp(_constant_jvp, symbolic_zeros=True)
+
+
+def blind(tree: PyTree, inputs: PyTree, message: str) -> PyTree:
+    """`stop_gradient` of a model state that depends on `inputs`: warns, once, where they are being differentiated."""
+    leaves, structure = jax.tree.flatten(jax.lax.stop_gradient(tree))
+    if not any(map(is_inexact, leaves)):
+        return tree
+    leaves = _blind(_Mark(["model_state"], message, False), leaves, jax.tree.leaves(inputs))
+    return jax.lax.stop_gradient(jax.tree.unflatten(structure, leaves))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _blind(mark, leaves, inputs):
+    return leaves
+
+
+def _blind_jvp(mark, primals, tangents):
+    if any(not isinstance(d, SymbolicZero) for d in tangents[1]):
+        warn_zero(mark.names[0], mark.message)
+    return primals[0], _zero_tangents(primals[0])
+
+
+_blind.defjvp(_blind_jvp, symbolic_zeros=True)
 
 
 # --- varying axes (`shard_map`) --------------------------------------------------------------------------------------

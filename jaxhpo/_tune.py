@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable
@@ -18,9 +19,9 @@ from jaxhpo._diagnose import diagnose
 from jaxhpo._errors import JaxhpoError, NonFiniteError, ZeroHypergradientWarning
 from jaxhpo._health import raise_if_zero, what_is_not_finite
 from jaxhpo._progress import Progress
-from jaxhpo._run_dir import exists, load, save
+from jaxhpo._run_dir import exists, load, make_folder, save
 from jaxhpo._transforms import to_natural, to_unconstrained
-from jaxhpo._tree import all_finite, differentiable_inputs, names, norm
+from jaxhpo._tree import all_finite, differentiable_inputs, names, norm, upcast
 from jaxhpo._types import PyTree
 from jaxhpo._validate import (
     check_arrays,
@@ -41,7 +42,7 @@ class TuneResult(NamedTuple):
     Attributes:
       hparams: the last hyperparameters, after the last update.
       carry: the last carry.
-      best_hparams: the hyperparameters of lowest outer loss.
+      best_hparams: the hyperparameters of lowest outer loss. (Where the outer loss is random, the luckiest step.)
       best_value: that loss, a float.
       history: a dict of NumPy arrays with one row per outer step: `value`, `hypergradient_norm` (in unconstrained
         units, those of the search), `seconds`, `hparams` (a tree; leaves of more than 1024 entries are kept as their
@@ -57,6 +58,10 @@ class TuneResult(NamedTuple):
     history: dict[str, Any]
     status: str
     message: str
+
+    def __repr__(self) -> str:
+        steps = len(self.history["value"])
+        return f"TuneResult(best_value={self.best_value:.6g}, steps={steps}, status={self.status!r}: {self.message})"
 
 
 class TuneStep(NamedTuple):
@@ -112,7 +117,7 @@ def tune(
         solution's `.info`) is recorded. None where `gradient` is given.
       hparams: the start, in natural units.
       optimizer: any optax transformation, `optax.lbfgs()` too.
-      num_steps: outer steps.
+      num_steps: outer steps, in all (with those of earlier calls on the same `run_dir`).
       transforms: a prefix tree of transforms such as `{"penalty": positive, "momentum": unit_interval}`; None where a
         hyperparameter is unconstrained.
       gradient: `(hparams, carry, key) -> (value, hypergradient, carry, info)`, in natural units, in place of
@@ -120,7 +125,8 @@ def tune(
       key: `jax.random.key(0)` when None.
       carry: the first carry.
       run_dir: a folder that keeps the whole state of the run (written every 10 s and at the end, atomically); the same
-        call with the same folder goes on where it stood, or returns at once if it had finished. None keeps nothing.
+        call with the same folder goes on where it stood, or returns at once if it had finished. Another start, key or
+        transform is refused; more steps, another optimiser setting or loss are taken as given. None keeps nothing.
       callbacks: each is called with a `TuneStep` after every step; a true result stops the run.
       patience: stop after this many steps without an improvement of more than `min_delta`; None never stops early.
       min_delta: the least improvement that counts for `patience`.
@@ -152,22 +158,26 @@ def tune(
     hparams = check_params(hparams, "hparams")
     callbacks = _check_callbacks(callbacks)
     _check_settings(optimizer, num_steps, transforms, patience, min_delta)
+    if run_dir is not None:
+        make_folder(run_dir)
     first_key = jax.random.key(0) if key is None else check_key(key)
     carry = jax.tree.map(jnp.asarray, check_arrays(carry, "carry"))
     search = _Search(_evaluator(outer_loss, gradient), optimizer, transforms)
     point = to_unconstrained(transforms, hparams)
     state = _State(point, optimizer.init(point), carry, first_key, jnp.zeros((), jnp.int32))
-    run = _Run(search, state)
-    run.resume(run_dir)
+    run = _Run(search, state, run_dir)
+    run.resume()
+    if progress and run.rows:
+        print(f"{run.origin}; another folder, or none, starts anew", file=sys.stderr)
     with Progress(num_steps, "step", progress, done=len(run.rows)) as bar:
         try:
-            status, message = _advance(run, num_steps, callbacks, patience, min_delta, run_dir, bar)
+            status, message = _advance(run, num_steps, callbacks, patience, min_delta, bar)
         except KeyboardInterrupt:
             if not run.rows:
                 raise
             status, message = "interrupted", f"interrupted after {len(run.rows)} outer steps"
         finally:
-            run.save(run_dir)
+            run.save()
     return run.result(status, message)
 
 
@@ -226,8 +236,9 @@ class _Search:
         )
         point = optax.apply_updates(state.point, updates)
         after = _State(point, opt_state, carry, state.key, state.step + 1)
-        finite = jnp.isfinite(value) & all_finite(grad)
-        return after, _Report(value, to_natural(self.transforms, state.point), grad, norm(grad), finite, info)
+        finite = jnp.isfinite(value) & all_finite(grad) & all_finite(point)
+        grad_norm = norm(upcast(grad))  # squares of float16 overflow
+        return after, _Report(value, to_natural(self.transforms, state.point), grad, grad_norm, finite, info)
 
     def structure(self, state):
         """A function that tells for each leaf whether its derivative can be non-zero; None where that is unknown."""
@@ -251,46 +262,58 @@ class _Search:
 class _Run:
     """Where a run stands: what an interruption must not lose."""
 
-    def __init__(self, search, state):
-        self.search, self.state = search, state
+    def __init__(self, search, state, run_dir):
+        self.search, self.state, self.run_dir, self.origin = search, state, run_dir, "started"
+        # What must be the same when the run goes on: the numbers on disk mean nothing else.
+        transforms = np.frombuffer(repr(search.transforms).encode(), np.uint8)
+        self.settings = {"hparams": state.point, "key": state.key, "transforms": transforms}
         self.rows: list[dict[str, Any]] = []
         self.best, self.best_hparams, self.waited = np.inf, None, 0
         self.started, self.saved = time.perf_counter(), time.perf_counter()
 
     def accept(self, after, report, min_delta) -> TuneStep:
         """Takes a step into the record."""
-        value, seconds = float(report.value), time.perf_counter() - self.started
+        value, grad_norm = float(report.value), float(report.hypergradient_norm)
+        seconds = time.perf_counter() - self.started
+        row = _row(report, seconds)
+        if self.rows and jax.tree.structure(row) != jax.tree.structure(self.rows[0]):
+            raise JaxhpoError(
+                f"`outer_loss` returned an info of tree {jax.tree.structure(row['info'])} at outer step "
+                f"{len(self.rows)}, but {jax.tree.structure(self.rows[0]['info'])} before: return the same tree at "
+                "every step."
+            )
+        # From here on nothing takes long: an interruption finds the record whole.
         self.waited = 0 if value < self.best - min_delta else self.waited + 1
         if value < self.best:
             self.best, self.best_hparams = value, report.hparams
         self.state = after
-        self.rows.append(_row(report, seconds))
-        grad_norm = float(report.hypergradient_norm)
+        self.rows.append(row)
         return TuneStep(len(self.rows) - 1, value, report.hparams, grad_norm, report.info, self.best, seconds)
 
     def history(self):
         return jax.tree.map(lambda *x: np.stack(x), *self.rows)
 
-    def save(self, run_dir, every=0.0):
+    def save(self, every=0.0):
         """Writes the record, unless that happened less than `every` seconds ago."""
-        if run_dir is None or not self.rows or time.perf_counter() - self.saved < every:
+        if self.run_dir is None or not self.rows or time.perf_counter() - self.saved < every:
             return
-        save(run_dir, self._tree(self.state, self.best_hparams, self.history()))
+        save(self.run_dir, self._tree(self.state, self.best_hparams, self.history()))
         self.saved = time.perf_counter()
 
-    def resume(self, run_dir):
+    def resume(self):
         """Goes on from the record in `run_dir`, if there is one."""
-        if run_dir is None or not exists(run_dir):
+        if self.run_dir is None or not exists(self.run_dir):
             return
         after, report = jax.eval_shape(self.search.step, self.state)
         row = _row(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), report), 0.0)
         after = after._replace(key=self.state.key)  # a shape does not tell which kind of key
         like = self._tree(after, report.hparams, jax.tree.map(lambda x: x[None], row))
-        found = load(run_dir, like, "run['history']")
+        found = load(self.run_dir, like, "run['history']", "run['settings']")
         self.state, self.waited = jax.tree.map(jnp.asarray, found["state"]), int(found["waited"])
         self.best, self.best_hparams = float(found["best"]), jax.tree.map(jnp.asarray, found["best_hparams"])
         self.rows = [jax.tree.map(lambda x, i=i: x[i], found["history"]) for i in range(len(found["history"]["value"]))]
         self.started -= float(self.rows[-1]["seconds"])
+        self.origin = f"resumed from {os.fspath(self.run_dir)!r} after {len(self.rows)} outer steps"
 
     def _tree(self, state, best_hparams, history):
         return {
@@ -299,27 +322,29 @@ class _Run:
             "best_hparams": best_hparams,
             "waited": np.asarray(self.waited),
             "history": history,
+            "settings": self.settings,
         }
 
     def result(self, status, message) -> TuneResult:
         hparams = jax.jit(lambda u: to_natural(self.search.transforms, u))(self.state.point)
+        message = message if self.origin == "started" else f"{self.origin}; {message}"
         return TuneResult(hparams, self.state.carry, self.best_hparams, self.best, self.history(), status, message)
 
 
-def _advance(run, num_steps, callbacks, patience, min_delta, run_dir, bar) -> tuple[str, str]:
+def _advance(run, num_steps, callbacks, patience, min_delta, bar) -> tuple[str, str]:
     """Takes the outer steps; returns why it stopped."""
-    for step in range(len(run.rows), num_steps):
+    while (step := len(run.rows)) < num_steps:
+        if patience is not None and run.waited >= patience:
+            return "patience", f"no improvement of more than {min_delta} in {patience} outer steps"
         after, report = _first_step(run.search, run.state) if step == 0 else run.search.step(run.state)
         if not bool(report.finite):
             return "not_finite", _not_finite(run.search, run.state, report, step)
         told = run.accept(after, report, min_delta)
         bar.update(f"loss {told.value:.4g}, best {run.best:.4g}, |hypergradient| {told.hypergradient_norm:.2g}")
-        run.save(run_dir, every=10.0)
+        run.save(every=10.0)
         if any([callback(told) for callback in callbacks]):
             return "callback", f"a callback stopped the run after outer step {step}"
-        if patience is not None and run.waited >= patience:
-            return "patience", f"no improvement of more than {min_delta} in {patience} outer steps"
-    return "finished", f"all {num_steps} outer steps were taken"
+    return "finished", f"{len(run.rows)} outer steps were taken, of {num_steps} asked for"
 
 
 def _first_step(search, state):
@@ -327,12 +352,14 @@ def _first_step(search, state):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         after, report = search.step(state)
+    leaf_names = names(report.hparams, "hparams")
     for w in caught:
-        if not (isinstance(w.message, ZeroHypergradientWarning) and w.message.leaf.startswith("hparams")):
+        # Of a leaf that is judged below by its value, nothing need be said twice.
+        if not (isinstance(w.message, ZeroHypergradientWarning) and w.message.leaf in leaf_names):
             warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
     if bool(report.finite):
         messages = [w.message for w in caught]
-        raise_if_zero(report.hypergradient, messages, names(report.hparams, "hparams"), search.structure(state))
+        raise_if_zero(report.hypergradient, messages, leaf_names, search.structure(state))
     return after, report
 
 
@@ -355,8 +382,12 @@ def _row(report, seconds) -> dict[str, Any]:
         "hypergradient_norm": np.asarray(report.hypergradient_norm),
         "seconds": np.asarray(seconds),
         "hparams": jax.tree.map(small, report.hparams),
-        "info": jax.tree.map(np.asarray, report.info),
+        "info": jax.tree.map(_to_numpy, report.info),
     }
+
+
+def _to_numpy(x):
+    return np.asarray(jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x)
 
 
 class _Evaluator(NamedTuple):

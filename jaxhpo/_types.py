@@ -92,6 +92,8 @@ class Problem(NamedTuple):
       num_steps: steps to take, or with `tol` the most that may be taken.
       residual: `(params, model_state, residual_inputs) -> pytree like params`, zero at the solution.
       residual_inputs: `(hparams, condition batch, closed-over values)`.
+      curvature: `(params, residual_inputs, closed-over values, v) -> v times what stands in for the residual's Jacobian
+        in params`, with its closed-over values; None for that Jacobian itself.
       tol: stop when the norm of the residual is below it.
       key: randomness for the rules that need it.
       solver: the `Solver`, for its name and symmetry.
@@ -104,9 +106,14 @@ class Problem(NamedTuple):
     num_steps: int
     residual: Callable[[PyTree, PyTree, PyTree], PyTree]
     residual_inputs: PyTree
+    curvature: tuple[Callable, list] | None
     tol: Any
     key: Any
     solver: Solver
+
+    def in_residual(self) -> list[bool]:
+        """For each closed-over value of `inputs`, whether the residual closes over it too."""
+        return [any(c is other for other in self.residual_inputs[2]) for c in self.inputs[1]]
 
 
 @runtime_checkable

@@ -7,12 +7,27 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import lineax
 import numpy as np
 import optax
+import pytest
 
 import jaxhpo
 import jaxhpo.testing
-from jaxhpo import CG, Direct, Identity, Implicit, Neumann, Unroll
+from jaxhpo import (
+    CG,
+    GMRES,
+    BiCGStab,
+    Direct,
+    Forward,
+    Identity,
+    Implicit,
+    Neumann,
+    NormalCG,
+    Nystrom,
+    Unroll,
+    from_lineax,
+)
 from jaxhpo.testing import BilevelProblem
 
 PROBLEMS = {
@@ -75,16 +90,39 @@ RULES = [
         implicit=True,
     ),
 ]
-BY_NAME = {case.name: case for case in RULES}
+MORE_RULES = [
+    Case("forward", lambda p: Forward(), _unrolled()),
+    Case("forward-chunks", lambda p: Forward(chunk_size=2), _unrolled()),
+    Case("gmres", lambda p: Implicit(GMRES()), EXACT, implicit=True),
+    Case("bicgstab", lambda p: Implicit(BiCGStab()), EXACT, implicit=True),
+    Case("normal-cg", lambda p: Implicit(NormalCG()), EXACT, implicit=True),
+    Case("lineax", lambda p: Implicit(from_lineax(lineax.GMRES(rtol=1e-7, atol=1e-12))), EXACT, implicit=True),
+    Case(
+        "nystrom",
+        lambda p: Implicit(Nystrom(len(p.params), 0.1)),
+        _inverse(lambda H, a: np.linalg.inv(H + 0.1 * np.eye(len(H)))),
+        implicit=True,
+    ),
+]
+ALL_RULES = RULES + MORE_RULES
+BY_NAME = {case.name: case for case in ALL_RULES}
+
+
+def rows(condition=lambda case: True):
+    """The table as pytest parameters; in the quick suite the later rules are held to their closed forms alone."""
+    quick = [case for case in RULES if condition(case)]
+    slow = [pytest.param(case, marks=pytest.mark.slow) for case in MORE_RULES if condition(case)]
+    return pytest.mark.parametrize("case", quick + slow, ids=lambda case: case.name)
 
 
 def outer_loss(problem: BilevelProblem, adjoint, num_steps: int, dtype=jnp.float64, start=None, tx=None):
     """The validation loss of gradient descent on the problem, as a function of the hyperparameters."""
     solver = jaxhpo.from_optax(problem.train_loss, tx or optax.sgd(problem.step_size))
     params = jnp.asarray(problem.params if start is None else start, dtype)
+    key = jax.random.key(0)  # for the rules that draw
 
     def loss(h):
-        sol = jaxhpo.solve(solver, solver.init(params, h), h, num_steps=num_steps, adjoint=adjoint)
+        sol = jaxhpo.solve(solver, solver.init(params, h), h, num_steps=num_steps, adjoint=adjoint, key=key)
         return problem.val_loss(sol.params)
 
     return loss

@@ -34,7 +34,7 @@ LAYERS = [
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 # In these packages a file is a method, and methods know nothing of each other, except for what they share.
 METHODS = {"_linear", "_adjoint", "_estimator"}
-SHARED = {"jaxhpo._linear._report"}
+SHARED = {f"jaxhpo.{m}" for m in ("_linear._report", "_linear._system", "_linear._iteration", "_adjoint._directions")}
 
 CORE = {"jax", "jaxlib", "numpy", "chex"}
 OPTAX = {"_solver", "_tune", "_estimator", "search", "_demo", "cli", "testing"}

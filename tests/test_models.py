@@ -263,7 +263,7 @@ SLOW = {"unroll-plain", "unroll-every", "unroll-7", "unroll-truncated-1"}  # var
 def test_bfloat16_model_with_float32_hyperparameters(case):
     """The model is bfloat16; hypergradients are float32 as the hyperparameters are, and so are linear solves."""
     model, seen = plain_mlp(jnp.bfloat16), []
-    adjoint = case.make(SimpleNamespace(step_size=0.1))
+    adjoint = case.make(SimpleNamespace(step_size=0.1, params=range(6)))
     if case.implicit:
         linear_solver = adjoint.linear_solver
 

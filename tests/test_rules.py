@@ -6,12 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import BY_NAME, PROBLEMS, RULES, grad, outer_loss, relative_error
+from helpers import ALL_RULES, BY_NAME, PROBLEMS, grad, outer_loss, relative_error, rows
 
 import jaxhpo
 from jaxhpo import CG, Identity, Implicit, Neumann, Unroll
 
-rules = pytest.mark.parametrize("case", RULES, ids=lambda case: case.name)
+rules = rows()
+SLOW = ("unroll-plain", "gmres", "bicgstab", "normal-cg", "lineax")
 CONVERGED = 400  # gradient steps after which every problem here is at its solution to 1e-12
 
 
@@ -23,7 +24,7 @@ def steps_for(case):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float64, 1e-9), (jnp.float32, 1e-4)], ids=["f64", "f32"])
 @pytest.mark.parametrize(
     ("case", "problem"),
-    [(case, name) for case in RULES for name, p in PROBLEMS.items() if case.implicit or p.unrolled],
+    [(case, name) for case in ALL_RULES for name, p in PROBLEMS.items() if case.implicit or p.unrolled],
     ids=lambda x: getattr(x, "name", x),
 )
 def test_closed_form(case, problem, dtype, tolerance):
@@ -88,7 +89,10 @@ def ridge_outer(h, problem):
 
 
 @pytest.mark.parametrize("outer", [jax.jacfwd, jax.jacrev], ids=["jacfwd", "jacrev"])
-@pytest.mark.parametrize("name", ["unroll", "unroll-7", "unroll-plain", "cg", "direct"])
+@pytest.mark.parametrize(
+    "name",
+    ["unroll", "unroll-7", "forward", "cg", "direct", *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)],
+)
 def test_hessian(name, outer):
     """Second derivatives of the outer loss: 1e-8 is the figure asked for."""
     problem = PROBLEMS["ridge"]

@@ -10,7 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxhpo
-from jaxhpo import CG, Direct, Identity, Implicit, Neumann, Unroll
+from jaxhpo import CG, Direct, Forward, Identity, Implicit, Neumann, Unroll
 
 RULES = [
     Unroll(),
@@ -20,6 +20,7 @@ RULES = [
     Implicit(Direct()),
     Implicit(Neumann(30, 0.3)),
     Implicit(Identity(0.3)),
+    Forward(),
 ]
 RNG = np.random.default_rng(0)
 X = jnp.asarray(RNG.normal(size=(32, 5)))

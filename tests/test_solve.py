@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import PROBLEMS, RULES, grad, outer_loss, relative_error
+from helpers import PROBLEMS, grad, outer_loss, relative_error, rows
 
 import jaxhpo
 from jaxhpo import CG, Direct, Identity, Implicit, Neumann, Unroll, ZeroHypergradientWarning
@@ -270,7 +270,7 @@ def test_implicit_attaches_to_any_solution():
     np.testing.assert_allclose(push(attached, h), push(dense, h), rtol=1e-9)
 
 
-@pytest.mark.parametrize("case", RULES, ids=lambda c: c.name)
+@rows()
 def test_closures_are_seen(case):
     """The hyperparameters closed over by the loss, beside an index array and a key: same as passed explicitly."""
     problem, index, key = RIDGE, jnp.arange(6)[::-1][::-1], jax.random.key(3)
@@ -283,7 +283,7 @@ def test_closures_are_seen(case):
 
         solver = jaxhpo.from_optax(train_loss, optax.sgd(problem.step_size))
         start = solver.init(jnp.asarray(problem.params), None)
-        return problem.val_loss(jaxhpo.solve(solver, start, None, num_steps=30, adjoint=adjoint).params)
+        return problem.val_loss(jaxhpo.solve(solver, start, None, num_steps=30, adjoint=adjoint, key=key).params)
 
     want = grad(outer_loss(problem, adjoint, 30))(h)
     mapped = jax.vmap(jax.grad(loss))
@@ -329,6 +329,45 @@ def test_initial_parameters_under_implicit_warn():
 def test_unused_leaf_under_implicit_warns():
     with pytest.warns(ZeroHypergradientWarning, match=r"hparams\['unused'\]"):
         jax.grad(scalar_loss(Implicit(), optax.sgd(0.1)))({"target": 1.0, "unused": 3.0})
+
+
+def test_what_only_the_optimiser_closes_over_warns_under_implicit():
+    """A rate that is closed over, not passed: the same silence would be a silent zero."""
+
+    def loss(rate):
+        solver = jaxhpo.from_optax(lambda p, h, b: (p - 1.0) ** 2, optax.sgd(rate))
+        return jaxhpo.solve(solver, solver.init(jnp.zeros(()), None), None, num_steps=5, adjoint=Implicit()).params
+
+    with pytest.warns(ZeroHypergradientWarning, match=r"float64\[\] that is closed over.*Unroll\(\)"):
+        assert jax.grad(loss)(0.1) == 0
+
+
+@pytest.mark.parametrize("adjoint", [Implicit(), Unroll(truncate=2)], ids=str)
+def test_batches_that_a_rule_cuts_off_warn(adjoint):
+    solver = jaxhpo.from_optax(squared, optax.sgd(STEP))
+
+    def loss(data):
+        start = solver.init(jnp.zeros(1), jnp.zeros(1))
+        return jaxhpo.solve(solver, start, jnp.zeros(1), {"x": data}["x"], adjoint=adjoint).params.sum()
+
+    with pytest.warns(ZeroHypergradientWarning, match=r"batches.*exactly zero.*Unroll\(\)"):
+        got = jax.grad(loss)(jnp.ones((5, 1)))
+    assert (got[:3] == 0).all() and got[4] != 0
+
+
+def test_one_warning_for_many_leaves():
+    """MAML's initial weights under Implicit: one warning, at the caller's line, not one a leaf."""
+    solver = jaxhpo.from_optax(lambda p, h, b: sum(jnp.sum((x - 1) ** 2) for x in p.values()), optax.sgd(0.1))
+
+    def loss(start):
+        sol = jaxhpo.solve(solver, solver.init(start, start), start, num_steps=2, adjoint=Implicit())
+        return sum(jnp.sum(x) for x in sol.params.values())
+
+    with pytest.warns(ZeroHypergradientWarning) as caught:
+        jax.grad(loss)({"a": jnp.ones(2), "b": jnp.ones(2), "c": jnp.ones(2)})
+    initial = [w for w in caught if "initial" in str(w.message)]
+    assert len(initial) == 1 and "2 more leaves" in str(initial[0].message)
+    assert all(w.filename == __file__ for w in caught)
 
 
 def test_truncated_schedule_warns():
@@ -379,6 +418,13 @@ def test_divergence_is_reported_where_it_began():
         jaxhpo.check_hypergradient(loss, H)
 
 
+@pytest.mark.parametrize("fault", [lambda x: jnp.sqrt(x - x), lambda x: jnp.log(x - x), lambda x: jnp.exp(1e4 * x)])
+def test_a_fault_of_the_outer_loss_is_not_blamed_on_the_inner_run(fault):
+    inner = scalar_loss(Unroll(), optax.sgd(0.1))
+    with pytest.raises(jaxhpo.NonFiniteError, match=r"No inner step is at fault.*outer loss"):
+        jaxhpo.check_hypergradient(lambda t: fault(inner({"target": t}) + 1.0), jnp.asarray(1.0))
+
+
 def test_square_root_at_zero_is_named_with_its_remedy():
     """Adam on a parameter without gradient: the second moment is zero, and so its square root's derivative infinite."""
 
@@ -393,6 +439,103 @@ def test_square_root_at_zero_is_named_with_its_remedy():
     assert jaxhpo.check_hypergradient(lambda h: loss(h, 1e-8), jnp.asarray(1.0)).relative_error < 1e-5
 
 
+@rows(lambda case: case.implicit)
+def test_hyperparameters_that_reach_one_leaf_only(case):
+    """A penalty on one of two parameter leaves, as on kernels but not on biases: equal to Unroll, twice over."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(20, 3)))
+
+    def train_loss(p, h, batch):
+        return (
+            jnp.mean((x @ p["kernel"] - 1 + p["bias"]) ** 2) + h * jnp.sum(p["kernel"] ** 2) + jnp.sum(p["bias"] ** 2)
+        )
+
+    solver = jaxhpo.from_optax(train_loss, optax.sgd(0.2))
+    params = {"kernel": jnp.ones(3), "bias": jnp.ones(())}
+
+    def loss(h, adjoint, key):
+        sol = jaxhpo.solve(solver, solver.init(params, h), h, num_steps=300, adjoint=adjoint, key=key)
+        return jnp.sum(sol.params["kernel"] ** 2) + sol.params["bias"]
+
+    rule = Implicit(Neumann(300, 0.2)) if case.name.startswith("neumann") else case.make(RIDGE)
+    got, want = (grad(lambda h, r=r: loss(h, r, jax.random.key(0)))(1.0) for r in (rule, Unroll()))
+    exact = case.name not in ("identity", "nystrom")
+    assert relative_error(got, want) < 1e-9 if exact else jnp.isfinite(got) and got != 0
+    if exact:
+        second = [jax.jit(jax.grad(jax.grad(lambda h, r=r: loss(h, r, None))))(1.0) for r in (rule, Unroll())]
+        assert relative_error(*second) < 1e-8
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("size", [1e-30, 1e-15, 1e15, 1e30])
+def test_cg_at_any_scale(size, dtype):
+    """x is linear in b: squares of its entries must neither underflow to a zero nor overflow."""
+    A, b = jnp.diag(jnp.array([1.0, 4.0, 9.0], dtype)), jnp.ones(3, dtype)
+    x, info = CG()(lambda v: A @ v, size * b)
+    np.testing.assert_allclose(x / size, [1.0, 1 / 4, 1 / 9], rtol=1e-5)
+    assert info.status == jaxhpo.LinearStatus.CONVERGED
+
+
+def test_cg_keeps_nan():
+    """A cotangent or a Hessian that is NaN gives NaN, not the zeros that CG started from."""
+    for product, b in ((lambda v: v, jnp.array([1.0, jnp.nan])), (lambda v: jnp.nan * v, jnp.ones(2))):
+        x, info = CG()(product, b)
+        assert jnp.isnan(x).all() and info.status == jaxhpo.LinearStatus.NOT_FINITE
+
+
+def test_cg_on_parameters_of_two_precisions():
+    def loss(h):
+        solver = jaxhpo.from_optax(
+            lambda p, h, b: jnp.sum((p["a"] - h) ** 2) + jnp.sum((p["b"] - h) ** 2), optax.sgd(0.2)
+        )
+        params = {"a": jnp.ones(2, jnp.float32), "b": jnp.ones(2, jnp.float64)}
+        sol = jaxhpo.solve(solver, solver.init(params, h), h, num_steps=100, adjoint=Implicit())
+        return sol.params["a"].sum() + sol.params["b"].sum()
+
+    assert jax.grad(loss)(0.5) == pytest.approx(4.0, rel=1e-6)
+
+
+def test_a_model_that_insists_on_bfloat16():
+    """A carry of fixed type: the condition cannot be traced in float32, and is traced as it is."""
+
+    def train_loss(w, h, batch):
+        end, _ = jax.lax.scan(lambda c, _: ((c * w).astype(jnp.bfloat16), None), jnp.ones((), jnp.bfloat16), length=2)
+        return (end - 1) ** 2 + h.astype(jnp.bfloat16) * w**2
+
+    solver = jaxhpo.from_optax(train_loss, optax.sgd(0.1))
+
+    def loss(h, adjoint):
+        start = solver.init(jnp.ones((), jnp.bfloat16), h)
+        return jaxhpo.solve(solver, start, h, num_steps=20, adjoint=adjoint).params.astype(jnp.float32)
+
+    for adjoint in (Unroll(), Implicit()):
+        assert -1 < jax.grad(loss)(jnp.asarray(0.1, jnp.float32), adjoint) < 0
+
+
+def test_model_state_under_implicit_warns():
+    solver = jaxhpo.from_optax(
+        lambda p, h, b, state: ((p - h) ** 2, 0.5 * state + 0.5 * p), optax.sgd(0.1), has_state=True
+    )
+
+    def loss(h):
+        sol = jaxhpo.solve(solver, solver.init(jnp.zeros(()), h, jnp.zeros(())), h, num_steps=5, adjoint=Implicit())
+        return sol.params + sol.model_state
+
+    with pytest.warns(ZeroHypergradientWarning, match=r"model_state.*Unroll\(\)"):
+        jax.grad(loss)(1.0)
+
+
+def test_an_indefinite_hessian_is_no_silent_zero():
+    """The top of a double well: the Hessian is −1, CG stops at its first direction, and the check says why."""
+    solver = jaxhpo.from_optax(lambda p, t, b: jnp.sum((p**2 - 1) ** 2) / 4 + t * jnp.sum(p), optax.sgd(0.1))
+
+    def loss(t):
+        return jaxhpo.solve(solver, solver.init(jnp.full(2, 0.05), t), t, num_steps=5, adjoint=Implicit()).params.sum()
+
+    assert jax.grad(loss)(0.0) != 0
+    check = jaxhpo.check_hypergradient(loss, jnp.asarray(0.0))
+    assert check.linear_statuses == (jaxhpo.LinearStatus.INDEFINITE,) and "INDEFINITE" in str(check)
+
+
 def test_cg_reports():
     A = jnp.diag(jnp.array([1.0, 4.0, 9.0]))
     b = jnp.ones(3)
@@ -402,7 +545,7 @@ def test_cg_reports():
     x, info = CG(maxiter=2)(lambda v: A @ v, b)
     assert info.status == jaxhpo.LinearStatus.MAX_ITERATIONS and 0 < info.residual < 1
     x, info = CG()(lambda v: jnp.array([1.0, -1.0]) * v, jnp.ones(2))
-    assert info.status == jaxhpo.LinearStatus.INDEFINITE and jnp.all(jnp.isfinite(x))
+    assert info.status == jaxhpo.LinearStatus.INDEFINITE and jnp.all(jnp.isfinite(x)) and x.any()
     x, info = CG()(lambda v: jnp.nan * v, jnp.ones(2))
     assert info.status == jaxhpo.LinearStatus.NOT_FINITE
     x, info = CG(damping=2.0)(lambda v: A @ v, b, x0=jnp.array([1 / 3, 1 / 6, 1 / 11]))

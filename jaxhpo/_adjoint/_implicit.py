@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
-import jax.numpy as jnp
 
+from jaxhpo._curvature import GaussNewton, OuterProduct
 from jaxhpo._errors import JaxhpoError
 from jaxhpo._implicit import Rule, attach
+from jaxhpo._inputs import require_key
 from jaxhpo._linear._cg import CG
-from jaxhpo._loop import run_until, scan_steps
-from jaxhpo._tree import constant, names, upcast
+from jaxhpo._loop import run
+from jaxhpo._tree import blind, constant, names, upcast
 from jaxhpo._types import InnerState, LinearSolver, Problem
 from jaxhpo._validate import check_linear_solver, describe
 
@@ -32,6 +34,9 @@ class Implicit:
       linear_solver: `CG()`, `Neumann(num_terms, step_size)`, `Identity(scale)`, `Direct()`, or any function
         `(matvec, b, x0=None) -> (x, LinearInfo)`.
 
+      curvature: `"hessian"`, the Jacobian of the condition itself, or a positive semi-definite stand-in:
+        `gauss_newton(...)`, `outer_product(...)`.
+
     Raises:
       JaxhpoError: no linear solver, or one that the solver's condition does not suit.
 
@@ -46,55 +51,87 @@ class Implicit:
     """
 
     linear_solver: LinearSolver = CG()
+    curvature: str | GaussNewton | OuterProduct = "hessian"
 
     def __post_init__(self):
         check_linear_solver(self.linear_solver)
+        if self.curvature != "hessian" and not hasattr(self.curvature, "linearise"):
+            raise JaxhpoError(
+                f"`Implicit(curvature=...)` got {describe(self.curvature)}, which is no curvature: write 'hessian', "
+                f"`gauss_newton(predict, output_loss)` or `outer_product(example_loss)`."
+            )
 
     def run(self, problem: Problem) -> tuple[InnerState, jax.Array]:
         """Runs the inner loop, undifferentiated, and attaches the implicit derivative to the parameters it ends at."""
-        if getattr(self.linear_solver, "needs_symmetry", False) and not problem.solver.symmetric:
+        if getattr(self.linear_solver, "needs_key", False):
+            require_key(problem, self)
+        symmetric = problem.solver.symmetric or self.curvature != "hessian"
+        if getattr(self.linear_solver, "needs_symmetry", False) and not symmetric:
             raise JaxhpoError(
                 f"{self!r} needs a symmetric matrix, but the Jacobian of `{problem.solver.name}`'s condition θ − Φ(θ) "
                 "is not symmetric in general: use `Neumann(num_terms, 1.0)` or `Direct()`, or give `fixed_point` a "
                 f"`condition` that is the gradient of an objective."
             )
-        state, steps = self._run_undifferentiated(problem)
+        state, steps = run(self._as_constants(problem))
         return self._attach(problem, state), steps
 
-    def _run_undifferentiated(self, problem):
+    def _as_constants(self, problem):
+        """The problem with nothing to differentiate, and a warning for each input that this cuts off altogether."""
+        why = f"{self!r} differentiates the equation that the solution satisfies, in which"
         state = constant(
             problem.state,
             names(problem.state, "state"),
-            f"is part of the initial state, and {self!r} differentiates the solution's equation, in which no initial "
-            f"value appears, so its hypergradient through this solve is exactly zero. `Unroll()` sees it.",
+            f"is part of the initial state, and {why} no initial value appears, so its hypergradient through this "
+            f"solve is exactly zero. `Unroll()` sees it.",
         )
-        hparams, closed_over = jax.lax.stop_gradient(problem.inputs)
-        xs = jax.lax.stop_gradient(problem.xs)
-
-        def advance(state, x):
-            return problem.advance(state, (hparams, closed_over), x)
-
-        if problem.tol is None:
-            return scan_steps(advance, state, xs, problem.num_steps, None), jnp.asarray(problem.num_steps, jnp.int32)
-        inputs = jax.lax.stop_gradient(problem.residual_inputs)
-        return run_until(
-            advance, lambda p, m: problem.residual(p, m, inputs), state, xs, problem.num_steps, problem.tol
+        hparams, closed_over = problem.inputs
+        unseen = (
+            f"does not appear in the train loss, and {why} only that appears, so its hypergradient through this solve "
+            f"is exactly zero. `Unroll()` sees it."
+        )
+        closed_over = [
+            jax.lax.stop_gradient(c) if seen else constant(c, [_closed_over(c)], unseen)
+            for c, seen in zip(closed_over, problem.in_residual(), strict=True)
+        ]
+        xs = problem.xs
+        if problem.num_steps > 1:
+            xs = constant(
+                xs,
+                names(xs, "batches"),
+                f"is being differentiated, and {why} only the condition's batch appears (the last, unless "
+                f"`condition_batch` is given): all others have a hypergradient of exactly zero. `Unroll()` sees them.",
+                partial=True,
+            )
+        return problem._replace(
+            state=state,
+            inputs=(jax.lax.stop_gradient(hparams), closed_over),
+            xs=jax.lax.stop_gradient(xs),
+            residual_inputs=jax.lax.stop_gradient(problem.residual_inputs),
         )
 
     def _attach(self, problem, state):
         state = jax.lax.stop_gradient(state)
+        condition, hparams = problem.residual, problem.residual_inputs[0]
+        model_state = blind(
+            state.model_state,
+            hparams,
+            f"was trained with hyperparameters that are being differentiated, and {self!r} takes it for a constant: "
+            f"what the outer loss reads of it (batch statistics) has a hypergradient of exactly zero. `Unroll()` sees "
+            "it.",
+        )
         args = (state.model_state, problem.residual_inputs)
         leaves, structure = jax.tree.flatten(args)
 
         def residual(params, leaves):
-            return problem.residual(params, *upcast(jax.tree.unflatten(structure, leaves)))
+            leaves = leaves[: structure.num_leaves]  # less what the curvature closes over
+            return condition(params, *upcast(jax.tree.unflatten(structure, leaves)))
 
         hparams, batch, closed_over = problem.residual_inputs
         leaf_names = [
             *names(state.model_state, "model_state"),
             *names(hparams, "hparams"),
             *names(batch, "batch"),
-            *(f"a {describe(c)} that the loss closes over" for c in closed_over),
+            *map(_closed_over, closed_over),
         ]
         remedy = (
             f"does not enter the condition of `{problem.solver.name}`, so under {self!r} its hypergradient through "
@@ -102,5 +139,22 @@ class Implicit:
             "`Unroll()` sees it; if nothing uses it, remove it; if it enters the outer loss directly, that part is "
             "still right."
         )
-        params = attach(Rule(residual, self.linear_solver, tuple(leaf_names), remedy), state.params, leaves)
-        return state._replace(params=params)
+        curvature = None
+        if problem.curvature is not None:
+            apply, consts = problem.curvature
+            # A stand-in for the Jacobian: what it closes over is not differentiated a second time.
+            leaves, leaf_names = [*leaves, *jax.lax.stop_gradient(consts)], [*leaf_names, *map(_closed_over, consts)]
+            curvature = functools.partial(_curvature_product, apply, structure)
+
+        rule = Rule(residual, self.linear_solver, curvature, tuple(leaf_names), remedy)
+        key = problem.key if getattr(self.linear_solver, "needs_key", False) else None
+        return state._replace(params=attach(rule, state.params, leaves, key), model_state=model_state)
+
+
+def _curvature_product(apply, structure, params, leaves, v):
+    _, residual_inputs = jax.tree.unflatten(structure, leaves[: structure.num_leaves])
+    return apply(params, residual_inputs, leaves[structure.num_leaves :], v)
+
+
+def _closed_over(value) -> str:
+    return f"a {describe(value)} that is closed over"

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxhpo._errors import JaxhpoError
+from jaxhpo._inputs import refuse_tol
 from jaxhpo._loop import scan_steps
 from jaxhpo._tree import constant, differentiable_inputs, is_inexact, names
 from jaxhpo._types import InnerState, Problem
-from jaxhpo._validate import check_count
+from jaxhpo._validate import check_count, describe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,17 +64,20 @@ class Unroll:
 
     def run(self, problem: Problem) -> tuple[InnerState, jax.Array]:
         """Runs the inner loop; the result is differentiable through the last `truncate` steps."""
-        if problem.tol is not None:
-            raise JaxhpoError(
-                f"`tol={problem.tol}` stops the inner loop at a data-dependent step, and {self!r} cannot differentiate "
-                f"such a loop in reverse: drop `tol`, or use `adjoint=Implicit(...)`."
-            )
+        refuse_tol(problem, self)
         steps = problem.num_steps
         early = max(0, steps - self.truncate) if self.truncate is not None else 0
         state, inputs, xs = problem.state, problem.inputs, problem.xs
         if early:
             state, inputs_early = self._cut(problem, early)
-            head = jax.lax.stop_gradient(jax.tree.map(lambda x: x[:early], xs))
+            head = constant(
+                jax.tree.map(lambda x: x[:early], xs),
+                names(xs, "batches"),
+                f"is being differentiated, and {self!r} differentiates only the last {self.truncate} of {steps} inner "
+                f"steps: the hypergradient of the first {early} batches is exactly zero. `Unroll()` without `truncate` "
+                "sees them.",
+                partial=True,
+            )
             state = scan_steps(lambda s, x: problem.advance(s, inputs_early, x), state, head, early, None)
             state = jax.lax.stop_gradient(state)
             xs = jax.tree.map(lambda x: x[early:], xs)
@@ -91,27 +95,29 @@ class Unroll:
         )
         hparams, closed_over = problem.inputs
         leaves, structure = jax.tree.flatten(hparams)
-        optimiser_only = _in_step_only(problem, leaves, structure)
-        marked = [
-            constant(
+
+        def cut(leaf, name, in_condition):
+            # An entry of a schedule may be used in the early steps alone; what the loss uses is used in every step.
+            if in_condition or not leaf.ndim:
+                return jax.lax.stop_gradient(leaf)
+            return constant(
                 leaf,
                 [name],
                 f"acts through the optimiser alone, and {self!r} differentiates only the last {self.truncate} of "
                 f"{problem.num_steps} inner steps: what it did in the first {early} steps is not in its hypergradient "
-                "(an entry of a schedule used only there gets exactly zero). `Unroll()` without `truncate` sees all "
+                f"(an entry of a schedule used only there gets exactly zero). `Unroll()` without `truncate` sees all "
                 "steps.",
                 partial=True,
             )
-            if alone and leaf.ndim
-            else jax.lax.stop_gradient(leaf)
-            for name, leaf, alone in zip(names(hparams, "hparams"), leaves, optimiser_only, strict=True)
-        ]
-        inputs = (jax.tree.unflatten(structure, marked), jax.lax.stop_gradient(closed_over))
-        return state, inputs
+
+        seen = [*_in_condition(problem, leaves, structure), *problem.in_residual()]
+        every = [*names(hparams, "hparams"), *(f"a {describe(c)} that is closed over" for c in closed_over)]
+        marked = [cut(*row) for row in zip([*leaves, *closed_over], every, seen, strict=True)]
+        return state, (jax.tree.unflatten(structure, marked[: len(leaves)]), marked[len(leaves) :])
 
 
-def _in_step_only(problem, leaves, structure) -> list[bool]:
-    """For each hyperparameter leaf, whether the condition cannot see it: an optimiser's setting, such as a schedule."""
+def _in_condition(problem, leaves, structure) -> list[bool]:
+    """For each hyperparameter leaf, whether the condition sees it; if not, it is a setting of the optimiser."""
     _, *rest = problem.residual_inputs
     moving = [i for i, leaf in enumerate(leaves) if is_inexact(leaf)]
 
@@ -123,4 +129,4 @@ def _in_step_only(problem, leaves, structure) -> list[bool]:
         return problem.residual(problem.state.params, problem.state.model_state, inputs)
 
     seen = dict(zip(moving, differentiable_inputs(residual, [leaves[i] for i in moving]), strict=True))
-    return [not seen.get(i, True) for i in range(len(leaves))]
+    return [seen.get(i, True) for i in range(len(leaves))]
