@@ -14,6 +14,12 @@ from jaxhpo._tree import all_finite, names
 from jaxhpo._types import PyTree
 
 
+def forget_if_jitted(fn: Callable) -> None:
+    """Has a jitted function traced again: JAX would reuse its derivative, and no rule would be asked to warn."""
+    if hasattr(fn, "lower"):
+        jax.clear_caches()
+
+
 def raise_if_zero(
     hypergrad: PyTree, messages: list, leaf_names: list[str], structure: Callable[[], list[bool]] | None = None
 ) -> None:

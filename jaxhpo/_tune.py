@@ -17,7 +17,7 @@ import optax
 
 from jaxhpo._diagnose import diagnose
 from jaxhpo._errors import JaxhpoError, NonFiniteError, ZeroHypergradientWarning
-from jaxhpo._health import raise_if_zero, what_is_not_finite
+from jaxhpo._health import forget_if_jitted, raise_if_zero, what_is_not_finite
 from jaxhpo._progress import Progress
 from jaxhpo._run_dir import exists, load, make_folder, save
 from jaxhpo._transforms import to_natural, to_unconstrained
@@ -162,6 +162,7 @@ def tune(
         make_folder(run_dir)
     first_key = jax.random.key(0) if key is None else check_key(key)
     carry = jax.tree.map(jnp.asarray, check_arrays(carry, "carry"))
+    forget_if_jitted(outer_loss)
     search = _Search(_evaluator(outer_loss, gradient), optimizer, transforms)
     point = to_unconstrained(transforms, hparams)
     state = _State(point, optimizer.init(point), carry, first_key, jnp.zeros((), jnp.int32))

@@ -395,6 +395,16 @@ def test_zero_is_an_error_where_the_whole_outer_loss_is_seen(judge):
             jaxhpo.check_hypergradient(loss, H)
 
 
+def test_zero_is_an_error_however_often_one_asks():
+    """A jitted outer loss is differentiated once; its derivative, cached, would never warn again."""
+    loss = jax.jit(scalar_loss(Implicit(Identity(0.1))))
+    for _ in range(2):
+        with pytest.raises(jaxhpo.ZeroHypergradientError, match=r"hparams\['lr'\]"):
+            jaxhpo.check_hypergradient(loss, H)
+        with pytest.raises(jaxhpo.ZeroHypergradientError, match=r"hparams\['lr'\]"):
+            jaxhpo.tune(loss, H, optax.adam(0.1), num_steps=2, progress=False)
+
+
 # --- never silently wrong or NaN ---
 
 
