@@ -14,7 +14,7 @@ from jaxhpo._tree import all_finite, names
 from jaxhpo._types import PyTree
 
 
-def forget_if_jitted(fn: Callable) -> None:
+def forget_if_jitted(fn: Callable | None) -> None:
     """Has a jitted function traced again: JAX would reuse its derivative, and no rule would be asked to warn."""
     if hasattr(fn, "lower"):
         jax.clear_caches()

@@ -144,6 +144,7 @@ def _is_function_or_iterable(leaf) -> bool:
 
 
 def checked_batches_function(batches):
+    """The function of the step, with what it returns checked as it is traced."""
     check_callable("batches", batches, "batches(step)", 1)
 
     def take(step):
@@ -164,6 +165,7 @@ def checked_batches_function(batches):
 
 
 def check_condition_batch(condition_batch, batch):
+    """The condition's batch as JAX arrays; raises unless it has the tree of a step's batch."""
     got, want = jax.tree.structure(check_arrays(condition_batch, "condition_batch")), jax.tree.structure(batch)
     if got != want:
         raise JaxhpoError(
@@ -175,6 +177,7 @@ def check_condition_batch(condition_batch, batch):
 
 
 def check_same_state(before, after):
+    """Raises where a step changes the tree, a shape or the kind of a leaf of the state."""
     check_arrays(after, "state")
     if jax.tree.structure(before) != jax.tree.structure(after):
         raise JaxhpoError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import sys
 import time
@@ -22,17 +21,12 @@ from jaxhpo._progress import Progress
 from jaxhpo._run_dir import exists, load, make_folder, save
 from jaxhpo._transforms import to_natural, to_unconstrained
 from jaxhpo._tree import all_finite, differentiable_inputs, names, norm, upcast
+from jaxhpo._tune_inputs import check_callbacks, check_settings, make_evaluator
 from jaxhpo._types import PyTree
 from jaxhpo._validate import (
     check_arrays,
-    check_callable,
-    check_count,
     check_key,
-    check_nonnegative,
     check_params,
-    check_residual,
-    check_scalar,
-    describe,
 )
 
 
@@ -156,14 +150,14 @@ def tune(
       Pedregosa. Hyperparameter optimization with approximate gradient. 2016. arXiv:1602.02355
     """
     hparams = check_params(hparams, "hparams")
-    callbacks = _check_callbacks(callbacks)
-    _check_settings(optimizer, num_steps, transforms, patience, min_delta)
+    callbacks = check_callbacks(callbacks)
+    check_settings(optimizer, num_steps, transforms, patience, min_delta)
     if run_dir is not None:
         make_folder(run_dir)
     first_key = jax.random.key(0) if key is None else check_key(key)
     carry = jax.tree.map(jnp.asarray, check_arrays(carry, "carry"))
     forget_if_jitted(outer_loss)
-    search = _Search(_evaluator(outer_loss, gradient), optimizer, transforms)
+    search = _Search(make_evaluator(outer_loss, gradient), optimizer, transforms)
     point = to_unconstrained(transforms, hparams)
     state = _State(point, optimizer.init(point), carry, first_key, jnp.zeros((), jnp.int32))
     run = _Run(search, state, run_dir)
@@ -389,86 +383,3 @@ def _row(report, seconds) -> dict[str, Any]:
 
 def _to_numpy(x):
     return np.asarray(jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x)
-
-
-class _Evaluator(NamedTuple):
-    loss: Callable | None  # (hparams, carry, key) -> (value, carry, info)
-    gradient: Callable | None  # (hparams, carry, key) -> (value, hypergradient, carry, info)
-
-
-def _evaluator(outer_loss, gradient) -> _Evaluator:
-    if gradient is not None:
-        gradient = _checked_gradient(gradient)
-        if outer_loss is None:
-            return _Evaluator(None, gradient)
-    if outer_loss is None:
-        raise JaxhpoError("`outer_loss` got None without a `gradient`: pass a function `outer_loss(hparams)`.")
-    if _accepts(outer_loss, 3):
-
-        def loss(hparams, carry, key):
-            out = outer_loss(hparams, carry, key)
-            if not (isinstance(out, tuple) and len(out) == 3):
-                raise JaxhpoError(
-                    f"`outer_loss(hparams, carry, key)` returned {describe(out)}, but what it carries is expected too: "
-                    f"return `(value, carry, info)`; info may be None."
-                )
-            return check_scalar(out[0], "outer_loss"), check_arrays(out[1], "carry"), check_arrays(out[2], "info")
-
-        return _Evaluator(loss, gradient)
-    check_callable("outer_loss", outer_loss, "outer_loss(hparams)", 1, " or `outer_loss(hparams, carry, key)`")
-    return _Evaluator(lambda h, carry, key: (check_scalar(outer_loss(h), "outer_loss"), carry, None), gradient)
-
-
-def _checked_gradient(gradient):
-    check_callable("gradient", gradient, "gradient(hparams, carry, key)", 3)
-
-    def checked(hparams, carry, key):
-        out = gradient(hparams, carry, key)
-        if not (isinstance(out, tuple) and len(out) == 4):
-            raise JaxhpoError(
-                f"`gradient(hparams, carry, key)` returned {describe(out)}, but more is expected: return "
-                f"`(value, hypergradient, carry, info)`; carry and info may be None."
-            )
-        value, hypergrad, carry, info = out
-        hypergrad = check_residual(hypergrad, hparams, "gradient", "hparams")
-        return check_scalar(value, "gradient"), hypergrad, check_arrays(carry, "carry"), check_arrays(info, "info")
-
-    return checked
-
-
-def _accepts(fn, num_args) -> bool:
-    """Whether exactly this many positional arguments are required: defaults do not make a carry."""
-    try:
-        parameters = inspect.signature(fn).parameters.values()
-    except (TypeError, ValueError):
-        return False
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return sum(p.kind in positional and p.default is p.empty for p in parameters) == num_args
-
-
-def _check_settings(optimizer, num_steps, transforms, patience, min_delta):
-    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")) or isinstance(optimizer, type):
-        raise JaxhpoError(
-            f"`optimizer` got {describe(optimizer)}, which is no optax transformation: write `optax.adam(0.1)`, say."
-        )
-    check_count("num_steps", num_steps)
-    check_nonnegative("min_delta", min_delta)
-    if patience is not None:
-        check_count("patience", patience)
-    for transform in jax.tree.leaves(transforms):
-        if isinstance(transform, type):
-            name = transform.__name__
-            raise JaxhpoError(
-                f"`transforms` got the class {name}, not an instance: write `{name}(...)`, as `box(0.0, 1.0)`."
-            )
-
-
-def _check_callbacks(callbacks) -> tuple:
-    if callable(callbacks) or not isinstance(callbacks, Iterable):
-        raise JaxhpoError(
-            f"`callbacks` got {describe(callbacks)}, but it is a sequence of functions: write `callbacks=[callback]`."
-        )
-    callbacks = tuple(callbacks)
-    for callback in callbacks:
-        check_callable("callbacks", callback, "callback(tune_step)", 1)
-    return callbacks

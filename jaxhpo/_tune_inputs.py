@@ -1,0 +1,108 @@
+"""What `tune` accepts: its arguments checked, and the outer loss brought into one form."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import jax
+
+from jaxhpo._errors import JaxhpoError
+from jaxhpo._validate import (
+    check_arrays,
+    check_callable,
+    check_count,
+    check_nonnegative,
+    check_residual,
+    check_scalar,
+    describe,
+)
+
+
+class Evaluator(NamedTuple):
+    """The outer loss in one form, and what may stand in for its differentiation."""
+
+    loss: Callable | None  # (hparams, carry, key) -> (value, carry, info)
+    gradient: Callable | None  # (hparams, carry, key) -> (value, hypergradient, carry, info)
+
+
+def make_evaluator(outer_loss, gradient) -> Evaluator:
+    """Brings both forms of the outer loss into one; raises for anything else."""
+    if gradient is not None:
+        gradient = _checked_gradient(gradient)
+        if outer_loss is None:
+            return Evaluator(None, gradient)
+    if outer_loss is None:
+        raise JaxhpoError("`outer_loss` got None without a `gradient`: pass a function `outer_loss(hparams)`.")
+    if _accepts(outer_loss, 3):
+
+        def loss(hparams, carry, key):
+            out = outer_loss(hparams, carry, key)
+            if not (isinstance(out, tuple) and len(out) == 3):
+                raise JaxhpoError(
+                    f"`outer_loss(hparams, carry, key)` returned {describe(out)}, but what it carries is expected too: "
+                    f"return `(value, carry, info)`; info may be None."
+                )
+            return check_scalar(out[0], "outer_loss"), check_arrays(out[1], "carry"), check_arrays(out[2], "info")
+
+        return Evaluator(loss, gradient)
+    check_callable("outer_loss", outer_loss, "outer_loss(hparams)", 1, " or `outer_loss(hparams, carry, key)`")
+    return Evaluator(lambda h, carry, key: (check_scalar(outer_loss(h), "outer_loss"), carry, None), gradient)
+
+
+def _checked_gradient(gradient):
+    check_callable("gradient", gradient, "gradient(hparams, carry, key)", 3)
+
+    def checked(hparams, carry, key):
+        out = gradient(hparams, carry, key)
+        if not (isinstance(out, tuple) and len(out) == 4):
+            raise JaxhpoError(
+                f"`gradient(hparams, carry, key)` returned {describe(out)}, but more is expected: return "
+                f"`(value, hypergradient, carry, info)`; carry and info may be None."
+            )
+        value, hypergrad, carry, info = out
+        hypergrad = check_residual(hypergrad, hparams, "gradient", "hparams")
+        return check_scalar(value, "gradient"), hypergrad, check_arrays(carry, "carry"), check_arrays(info, "info")
+
+    return checked
+
+
+def _accepts(fn, num_args) -> bool:
+    """Whether exactly this many positional arguments are required: defaults do not make a carry."""
+    try:
+        parameters = inspect.signature(fn).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(p.kind in positional and p.default is p.empty for p in parameters) == num_args
+
+
+def check_settings(optimizer, num_steps, transforms, patience, min_delta):
+    """Raises for a setting that cannot work."""
+    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")) or isinstance(optimizer, type):
+        raise JaxhpoError(
+            f"`optimizer` got {describe(optimizer)}, which is no optax transformation: write `optax.adam(0.1)`, say."
+        )
+    check_count("num_steps", num_steps)
+    check_nonnegative("min_delta", min_delta)
+    if patience is not None:
+        check_count("patience", patience)
+    for transform in jax.tree.leaves(transforms):
+        if isinstance(transform, type):
+            name = transform.__name__
+            raise JaxhpoError(
+                f"`transforms` got the class {name}, not an instance: write `{name}(...)`, as `box(0.0, 1.0)`."
+            )
+
+
+def check_callbacks(callbacks) -> tuple:
+    """The callbacks as a tuple; raises unless they are functions of one argument."""
+    if callable(callbacks) or not isinstance(callbacks, Iterable):
+        raise JaxhpoError(
+            f"`callbacks` got {describe(callbacks)}, but it is a sequence of functions: write `callbacks=[callback]`."
+        )
+    callbacks = tuple(callbacks)
+    for callback in callbacks:
+        check_callable("callbacks", callback, "callback(tune_step)", 1)
+    return callbacks
