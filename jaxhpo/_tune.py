@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 import warnings
@@ -260,7 +261,8 @@ class _Run:
     def __init__(self, search, state, run_dir):
         self.search, self.state, self.run_dir, self.origin = search, state, run_dir, "started"
         # What must be the same when the run goes on: the numbers on disk mean nothing else.
-        transforms = np.frombuffer(repr(search.transforms).encode(), np.uint8)
+        text = re.sub(r" at 0x[0-9a-f]+", "", repr(search.transforms))  # an address differs from process to process
+        transforms = np.frombuffer(text.encode(), np.uint8)
         self.settings = {"hparams": state.point, "key": state.key, "transforms": transforms}
         self.rows: list[dict[str, Any]] = []
         self.best, self.best_hparams, self.waited = np.inf, None, 0

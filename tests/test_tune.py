@@ -216,6 +216,21 @@ def test_run_dir_of_other_settings_is_refused(tmp_path):
     assert len(fewer.history["value"]) == 4 and "4 outer steps were taken, of 3 asked for" in fewer.message
 
 
+def test_run_dir_with_a_transform_of_ones_own(tmp_path):
+    """An object without a repr of its own prints its address, which is another in the process that resumes."""
+
+    class Doubled:
+        def forward(self, u):
+            return 2 * u
+
+        def inverse(self, h):
+            return h / 2
+
+    for steps in (2, 4):
+        result = run(num_steps=steps, run_dir=tmp_path, transforms={"target": Doubled(), "lr": TRANSFORMS["lr"]})
+    assert "resumed" in result.message and len(result.history["value"]) == 4
+
+
 def test_run_dir_of_a_run_out_of_patience_returns_at_once(tmp_path):
     settings = {"num_steps": 100, "patience": 3, "min_delta": 10.0, "run_dir": tmp_path}
     lengths = {len(run(**settings).history["value"]) for _ in range(3)}
