@@ -13,6 +13,8 @@ from jaxhpo._errors import JaxhpoError as JaxhpoError
 from jaxhpo._errors import NonFiniteError as NonFiniteError
 from jaxhpo._errors import ZeroHypergradientError as ZeroHypergradientError
 from jaxhpo._errors import ZeroHypergradientWarning as ZeroHypergradientWarning
+from jaxhpo._estimator._hypergradient import from_pair as from_pair
+from jaxhpo._estimator._hypergradient import hypergradient as hypergradient
 from jaxhpo._implicit import implicit as implicit
 from jaxhpo._linear._bicgstab import BiCGStab as BiCGStab
 from jaxhpo._linear._cg import CG as CG
@@ -34,6 +36,8 @@ from jaxhpo._transforms import unit_interval as unit_interval
 from jaxhpo._tune import TuneResult as TuneResult
 from jaxhpo._tune import TuneStep as TuneStep
 from jaxhpo._tune import tune as tune
+from jaxhpo._types import Hypergradient as Hypergradient
+from jaxhpo._types import HypergradientInfo as HypergradientInfo
 from jaxhpo._types import Info as Info
 from jaxhpo._types import InnerState as InnerState
 from jaxhpo._types import LinearInfo as LinearInfo

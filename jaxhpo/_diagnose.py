@@ -78,7 +78,11 @@ def watched(problem: Problem) -> Problem:
         after = problem.advance(state, (hparams, *inputs[1:]), x)
         return _report(_Tap(recorder, index, names(after, "state")), after, t)
 
-    return problem._replace(advance=advance, xs=(jnp.arange(problem.num_steps), problem.xs))
+    def hoist(fn, *more):
+        pure, consts = problem.hoist(fn, *more)
+        return lambda consts, state, hparams, x, *more: pure(consts, state, hparams, x[1], *more), consts
+
+    return problem._replace(advance=advance, xs=(jnp.arange(problem.num_steps), problem.xs), hoist=hoist)
 
 
 def diagnose(fn: Callable, hparams: PyTree) -> str:

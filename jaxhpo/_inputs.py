@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.custom_derivatives import SymbolicZero
 
 from jaxhpo._errors import JaxhpoError
 from jaxhpo._tree import names
@@ -210,3 +213,25 @@ def require_key(problem, rule):
             f"{rule!r} draws random directions, but `solve` got no key: write `solve(..., key=key)`, with another key "
             f"at every outer step (under `tune`, that of `outer_loss(hparams, carry, key)`)."
         )
+
+
+def first_order(tree, rule):
+    """The tree itself; raises where it is differentiated: for the backward pass of rules that go no further."""
+    return _first_order(repr(rule), tree)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _first_order(rule, tree):
+    return tree
+
+
+def _first_order_jvp(rule, primals, tangents):
+    if any(not isinstance(dot, SymbolicZero) for dot in jax.tree.leaves(tangents)):
+        raise JaxhpoError(
+            f"A second derivative was asked of `{rule}` (a Hessian, or a solve nested in another's train loss), but "
+            f"its backward pass is not differentiable: use `Unroll()` or `Implicit(CG())` there."
+        )
+    raise AssertionError("a custom rule was asked for the derivative of constants")
+
+
+_first_order.defjvp(_first_order_jvp, symbolic_zeros=True)

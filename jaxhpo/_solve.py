@@ -79,12 +79,13 @@ def solve(
       Franceschi, Frasconi, Salzo, Grazzi, Pontil. Bilevel Programming for Hyperparameter Optimization and
       Meta-Learning. 2018. arXiv:1806.04910
     """
-    problem = watched(_make_problem(solver, state, hparams, batches, num_steps, tol, condition_batch, key, adjoint))
+    problem = watched(make_problem(solver, state, hparams, batches, num_steps, tol, condition_batch, key, adjoint))
     final, steps = adjoint.run(problem)
-    return Solution(*final, _info(problem, final, steps))
+    return Solution(*final, info_of(problem, final, steps))
 
 
-def _make_problem(solver, state, hparams, batches, num_steps, tol, condition_batch, key, adjoint) -> Problem:
+def make_problem(solver, state, hparams, batches, num_steps, tol, condition_batch, key, adjoint) -> Problem:
+    """The inner solve that `solve`'s arguments describe, checked, with nothing closed over."""
     check_solver(solver)
     check_adjoint(adjoint)
     check_is_state(state)
@@ -98,12 +99,16 @@ def _make_problem(solver, state, hparams, batches, num_steps, tol, condition_bat
     def step(state, hparams, x):
         return solver.step(state, hparams, take(x))
 
-    state, advance, closed_over = _closed_step(step, state, hparams, jax.tree.map(lambda x: x[0], xs))
+    first = jax.tree.map(lambda x: x[0], xs)
+    state, advance, closed_over = _closed_step(step, state, hparams, first)
+
+    def hoist_own(fn, *more):
+        return hoist(lambda s, h, x, *more: fn(s, h, take(x), *more), state, hparams, first, *more)
 
     if condition_batch is None:
         last, batch_of = jax.tree.map(lambda x: x[-1], xs), take
     else:
-        batch = jax.eval_shape(lambda: take(jax.tree.map(lambda x: x[0], xs)))
+        batch = jax.eval_shape(lambda: take(first))
         last, batch_of = check_condition_batch(condition_batch, batch), lambda x: x
 
     def condition(params, model_state, hparams, x):
@@ -135,6 +140,7 @@ def _make_problem(solver, state, hparams, batches, num_steps, tol, condition_bat
         tol=tol,
         key=check_key(key),
         solver=solver,
+        hoist=hoist_own,
     )
 
 
@@ -187,7 +193,8 @@ def _slices(batches, num_steps) -> tuple[PyTree, Callable]:
     return jax.tree.map(jnp.asarray, batches), lambda x: x
 
 
-def _info(problem, final, steps) -> Info:
+def info_of(problem: Problem, final: InnerState, steps: Any) -> Info:
+    """How the run of a problem ended."""
     params, model_state, inputs = jax.lax.stop_gradient((final.params, final.model_state, problem.residual_inputs))
     optimality = norm(problem.residual(params, model_state, inputs))
     return Info(optimality, steps, all_finite(params) & jnp.isfinite(optimality))

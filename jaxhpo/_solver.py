@@ -69,18 +69,26 @@ def from_optax(loss: Callable, tx: Any, *, has_state: bool = False) -> Solver:
         params, hparams = _checked_start(params, hparams)
         return InnerState(params, make_tx(hparams).init(params), _checked_state(model_state, has_state))
 
-    def step(state, hparams, batch):
-        params, opt_state, model_state = state
-        (value, model_state), grad = _value_and_grad(evaluate, params, hparams, batch, model_state)
+    def apply(state, hparams, batch, value, grad):
         update = optax.with_extra_args_support(make_tx(hparams)).update
         extras = _accepted(
             update, value=value, grad=grad, value_fn=lambda p: evaluate(p, hparams, batch, state.model_state)[0]
         )
-        updates, opt_state = update(grad, opt_state, params, **extras)
-        params = optax.apply_updates(params, updates)
+        updates, opt_state = update(grad, state.opt_state, state.params, **extras)
+        return optax.apply_updates(state.params, updates), opt_state
+
+    def step(state, hparams, batch):
+        (value, model_state), grad = _value_and_grad(evaluate, state.params, hparams, batch, state.model_state)
+        params, opt_state = apply(state, hparams, batch, value, grad)
         return InnerState(params, opt_state, model_state)
 
-    return Solver(init, step, _gradient_of(evaluate), "from_optax")
+    objective = _value_of(evaluate)
+
+    def update(state, hparams, batch, grad):
+        value = objective(state.params, hparams, batch, state.model_state)
+        return apply(state, hparams, batch, value, grad)[0]
+
+    return Solver(init, step, _gradient_of(evaluate), "from_optax", objective=objective, update=update)
 
 
 class MomentumState(NamedTuple):
@@ -139,16 +147,32 @@ def momentum_sgd(loss: Callable, learning_rate: Any, momentum: Any, *, has_state
         state = MomentumState(zeros_like(params), jnp.zeros((), jnp.int32))
         return InnerState(params, state, _checked_state(model_state, has_state))
 
-    def step(state, hparams, batch):
-        params, (velocity, count), model_state = state
-        (_, model_state), grad = _value_and_grad(evaluate, params, hparams, batch, model_state)
-        m = _broadcast_prefix(decay(hparams, count), params, "momentum")
+    def rates(params, hparams, count):
         alpha = _broadcast_prefix(rate(hparams, count), params, "learning_rate")
-        velocity = jax.tree.map(lambda m, v, g: m * v - (1 - m) * g, m, velocity, grad)
-        params = jax.tree.map(lambda p, a, v: p + a * v, params, alpha, velocity)
-        return InnerState(params, MomentumState(velocity, count + 1), model_state)
+        return alpha, _broadcast_prefix(decay(hparams, count), params, "momentum")
 
-    return Solver(init, step, _gradient_of(evaluate), "momentum_sgd")
+    def apply(state, hparams, grad):
+        alpha, m = rates(state.params, hparams, state.opt_state.count)
+        velocity = jax.tree.map(lambda m, v, g: m * v - (1 - m) * g, m, state.opt_state.velocity, grad)
+        return jax.tree.map(lambda p, a, v: p + a * v, state.params, alpha, velocity), velocity
+
+    def step(state, hparams, batch):
+        (_, model_state), grad = _value_and_grad(evaluate, state.params, hparams, batch, state.model_state)
+        params, velocity = apply(state, hparams, grad)
+        return InnerState(params, MomentumState(velocity, state.opt_state.count + 1), model_state)
+
+    def update(state, hparams, batch, grad):
+        return apply(state, hparams, grad)[0]
+
+    return Solver(
+        init,
+        step,
+        _gradient_of(evaluate),
+        "momentum_sgd",
+        objective=_value_of(evaluate),
+        update=update,
+        rates=rates,
+    )
 
 
 def fixed_point(step: Callable, condition: Callable | None = None) -> Solver:
@@ -228,6 +252,13 @@ def _gradient_of(evaluate):
         return _value_and_grad(evaluate, params, hparams, batch, model_state)[1]
 
     return condition
+
+
+def _value_of(evaluate):
+    def objective(params, hparams, batch, model_state):
+        return evaluate(params, hparams, batch, model_state)[0]
+
+    return objective
 
 
 def _checked_loss(loss, has_state):

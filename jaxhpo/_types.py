@@ -72,6 +72,11 @@ class Solver(NamedTuple):
       condition: `(params, hparams, batch, model_state) -> pytree like params`, zero at the solution.
       name: how it was made, for messages.
       symmetric: whether the condition's Jacobian in `params` is symmetric, as a gradient's is.
+      objective: `(params, hparams, batch, model_state) -> scalar`, the train loss; None where there is none.
+      update: `(state, hparams, batch, grad) -> params` after the step that takes `grad` for the gradient of the
+        train loss; None where a step is no function of a gradient.
+      rates: `(params, hparams, count) -> (learning rates, momenta)`, two trees like `params` of arrays that broadcast
+        to its leaves; None but for `momentum_sgd`.
     """
 
     init: Callable[..., InnerState]
@@ -79,6 +84,9 @@ class Solver(NamedTuple):
     condition: Callable[[PyTree, PyTree, PyTree, PyTree], PyTree]
     name: str = "Solver"
     symmetric: bool = True
+    objective: Callable[[PyTree, PyTree, PyTree, PyTree], jax.Array] | None = None
+    update: Callable[[InnerState, PyTree, PyTree, PyTree], PyTree] | None = None
+    rates: Callable[[PyTree, PyTree, jax.Array], tuple[PyTree, PyTree]] | None = None
 
 
 class Problem(NamedTuple):
@@ -96,7 +104,9 @@ class Problem(NamedTuple):
         in params`, with its closed-over values; None for that Jacobian itself.
       tol: stop when the norm of the residual is below it.
       key: randomness for the rules that need it.
-      solver: the `Solver`, for its name and symmetry.
+      solver: the `Solver`, for its name and symmetry, and for its own functions, to be passed to `hoist`.
+      hoist: `(fn, *more) -> (pure, consts)` with `pure(consts, state, hparams, x, *more)` equal to
+        `fn(state, hparams, batch, *more)` and nothing closed over; `x` is a slice of `xs`.
     """
 
     advance: Callable[[InnerState, PyTree, PyTree], InnerState]
@@ -110,10 +120,39 @@ class Problem(NamedTuple):
     tol: Any
     key: Any
     solver: Solver
+    hoist: Callable[..., tuple[Callable, list]]
 
     def in_residual(self) -> list[bool]:
         """For each closed-over value of `inputs`, whether the residual closes over it too."""
         return [any(c is other for other in self.residual_inputs[2]) for c in self.inputs[1]]
+
+
+class Hypergradient(NamedTuple):
+    """A hypergradient method that carries state between outer steps: two pure functions, as in optax.
+
+    Attributes:
+      init: `(params, hparams, model_state=None) -> state`.
+      update: `(hparams, state, batches=None, outer_batch=None, key=None) -> (hypergradient, state, info)`.
+    """
+
+    init: Callable[..., PyTree]
+    update: Callable[..., tuple[PyTree, PyTree, HypergradientInfo]]
+
+
+class HypergradientInfo(NamedTuple):
+    """What an update of a `Hypergradient` reports.
+
+    Attributes:
+      value: the outer loss, before the hyperparameters move.
+      metrics: what the outer loss returned beside it, or None.
+      solution: the inner solve's `Info`.
+      linear: the `LinearInfo` of the backward linear solve; None for methods without one.
+    """
+
+    value: jax.Array
+    metrics: PyTree
+    solution: Info
+    linear: LinearInfo | None = None
 
 
 @runtime_checkable

@@ -1,0 +1,167 @@
+"""The second door: hypergradient methods as pairs of pure functions that carry state between outer steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxhpo._errors import JaxhpoError
+from jaxhpo._inputs import check_adjoint, check_solver
+from jaxhpo._solve import solve
+from jaxhpo._types import Adjoint, Hypergradient, HypergradientInfo, InnerState, PyTree, Solver
+from jaxhpo._validate import check_callable, check_count, check_scalar, describe
+
+
+def hypergradient(
+    method: Any, solver: Solver, outer_loss: Callable, *, num_steps: int | None = None, warm_start: bool = True
+) -> Hypergradient:
+    r"""A hypergradient method as two pure functions, as in optax.
+
+    For methods that carry something between outer steps (a warm start of the linear solve, a running Jacobian,
+    perturbed copies, a hypernetwork) or need no derivative of the trained parameters. Any derivative rule is a method
+    too, so that methods are compared by changing one argument:
+
+    .. code-block:: python
+
+        pair = hypergradient(HOAG(), solver, outer_loss, num_steps=100)
+        state = pair.init(params0, h)
+        hypergrad, state, info = pair.update(h, state, batches, outer_batch, key)
+
+    **Cost and bias**: those of the method.
+
+    Args:
+      method: a second-door method (`HOAG()`, `RealTime()`, ...) or a derivative rule (`Implicit(CG())`, ...).
+      solver: the inner problem.
+      outer_loss: `(solution, hparams, outer_batch) -> scalar`, or `-> (scalar, metrics)`.
+      num_steps: inner steps an update; may be omitted where `batches` is a pytree with a leading axis of steps.
+      warm_start: each update goes on from where the last one ended; otherwise from the parameters given to `init`.
+
+    Returns:
+      A `Hypergradient(init, update)`. Only the `hparams` argument of the losses is differentiated.
+
+    Raises:
+      JaxhpoError: an argument that cannot work.
+
+    Example:
+      >>> solver = jaxhpo.from_optax(lambda p, h, batch: jnp.sum((p - h) ** 2), optax.sgd(0.1))
+      >>> pair = jaxhpo.hypergradient(
+      ...     jaxhpo.Implicit(), solver, lambda solution, h, batch: jnp.sum((solution.params - 3.0) ** 2), num_steps=50
+      ... )
+      >>> h = jnp.ones(2)
+      >>> hypergrad, state, info = pair.update(h, pair.init(jnp.zeros(2), h))
+      >>> print(hypergrad.round(3))
+      [-4. -4.]
+
+    References:
+      Franceschi, Donini, Frasconi, Pontil. Forward and Reverse Gradient-Based Hyperparameter Optimization. 2017.
+      arXiv:1703.01785
+    """
+    check_solver(solver)
+    check_callable("outer_loss", outer_loss, "outer_loss(solution, hparams, outer_batch)", 3)
+    if num_steps is not None:
+        check_count("num_steps", num_steps)
+    checked = _checked_outer_loss(outer_loss)
+    if hasattr(method, "pair") and not isinstance(method, type):
+        return method.pair(solver, checked, num_steps, warm_start)
+    if isinstance(method, type):
+        raise JaxhpoError(f"`method` got the class {method.__name__}: write `{method.__name__}(...)`.")
+    check_adjoint(method)
+    return _of_rule(method, solver, checked, num_steps, warm_start)
+
+
+class RuleState(NamedTuple):
+    """What the pair of a derivative rule carries.
+
+    Attributes:
+      inner: where the next inner run starts.
+    """
+
+    inner: InnerState
+
+
+def _of_rule(adjoint: Adjoint, solver, outer_loss, num_steps, warm_start) -> Hypergradient:
+    def init(params, hparams, model_state=None):
+        return RuleState(solver.init(params, hparams, model_state))
+
+    def update(hparams, state, batches=None, outer_batch=None, key=None):
+        def loss(hparams):
+            start = state.inner
+            if not warm_start:
+                start = solver.init(start.params, hparams, start.model_state)
+            solution = solve(solver, start, hparams, batches, num_steps=num_steps, key=key, adjoint=adjoint)
+            value, metrics = outer_loss(solution, hparams, outer_batch)
+            return value, (metrics, solution)
+
+        (value, (metrics, solution)), grad = jax.value_and_grad(loss, has_aux=True)(hparams)
+        after = RuleState(solution.state) if warm_start else state
+        return grad, after, HypergradientInfo(value, metrics, solution.info)
+
+    return Hypergradient(init, update)
+
+
+def _checked_outer_loss(outer_loss):
+    """`(solution, hparams, outer_batch) -> (value, metrics)`."""
+
+    def checked(solution, hparams, outer_batch):
+        out = outer_loss(solution, hparams, outer_batch)
+        if isinstance(out, tuple):
+            if len(out) != 2:
+                raise JaxhpoError(
+                    f"`outer_loss` returned {describe(out)}, but it must return a scalar, or `(scalar, metrics)`."
+                )
+            return check_scalar(out[0], "outer_loss"), out[1]
+        return check_scalar(out, "outer_loss"), None
+
+    return checked
+
+
+def from_pair(pair: Hypergradient, data: Any = None) -> Callable[[PyTree, PyTree, jax.Array], tuple]:
+    """A pair as the `gradient=` argument of `tune`, whose carry is the pair's state.
+
+    **Cost and bias**: those of the pair.
+
+    Args:
+      pair: from `hypergradient`.
+      data: `(batches, outer_batch)`, or a function `key -> (batches, outer_batch)` that draws new ones at every outer
+        step; None where the losses close over their data.
+
+    Returns:
+      `(hparams, carry, key) -> (value, hypergradient, carry, info)`.
+
+    Raises:
+      JaxhpoError: no pair, or data that is neither.
+
+    Example:
+      >>> solver = jaxhpo.from_optax(lambda p, h, batch: jnp.sum((p - h) ** 2), optax.sgd(0.1))
+      >>> pair = jaxhpo.hypergradient(
+      ...     jaxhpo.Implicit(), solver, lambda solution, h, batch: jnp.sum((solution.params - 3.0) ** 2), num_steps=20
+      ... )
+      >>> h = jnp.ones(2)
+      >>> result = jaxhpo.tune(
+      ...     None, h, optax.sgd(0.2), num_steps=30, gradient=jaxhpo.from_pair(pair), carry=pair.init(jnp.zeros(2), h),
+      ...     progress=False,
+      ... )
+      >>> print(result.hparams.round(2))
+      [3. 3.]
+
+    References:
+      Bradbury et al. JAX: composable transformations of Python+NumPy programs. 2018.
+    """
+    if not isinstance(pair, Hypergradient):
+        raise JaxhpoError(f"`pair` got {describe(pair)}: make one with `hypergradient(method, solver, outer_loss)`.")
+    if not callable(data) and data is not None and not (isinstance(data, tuple) and len(data) == 2):
+        raise JaxhpoError(
+            f"`data` got {describe(data)}: write `(batches, outer_batch)`, or a function `key -> (batches, "
+            "outer_batch)`."
+        )
+
+    def gradient(hparams, carry, key):
+        data_key, method_key = jax.random.split(key)
+        drawn: Any = data(data_key) if callable(data) else data
+        batches, outer_batch = (None, None) if drawn is None else drawn
+        hypergrad, carry, info = pair.update(hparams, carry, batches, outer_batch, method_key)
+        return info.value, hypergrad, carry, info
+
+    return gradient
