@@ -1,20 +1,37 @@
 """Hypergradients in JAX: tune the hyperparameters of anything that JAX can train, by their gradient."""
 
+from jaxhpo._adjoint._drmad import DrMAD as DrMAD
+from jaxhpo._adjoint._finite_difference import FiniteDifference as FiniteDifference
 from jaxhpo._adjoint._forward import Forward as Forward
 from jaxhpo._adjoint._forward_gradient import ForwardGradient as ForwardGradient
 from jaxhpo._adjoint._implicit import Implicit as Implicit
+from jaxhpo._adjoint._reversible import Reversible as Reversible
+from jaxhpo._adjoint._sama import SAMA as SAMA
 from jaxhpo._adjoint._smoothing import Smoothing as Smoothing
 from jaxhpo._adjoint._unroll import Unroll as Unroll
 from jaxhpo._check import HypergradientCheck as HypergradientCheck
 from jaxhpo._check import check_hypergradient as check_hypergradient
+from jaxhpo._compare._compare import compare as compare
+from jaxhpo._compare._result import Comparison as Comparison
+from jaxhpo._compare._result import MethodRow as MethodRow
 from jaxhpo._curvature import gauss_newton as gauss_newton
 from jaxhpo._curvature import outer_product as outer_product
 from jaxhpo._errors import JaxhpoError as JaxhpoError
 from jaxhpo._errors import NonFiniteError as NonFiniteError
 from jaxhpo._errors import ZeroHypergradientError as ZeroHypergradientError
 from jaxhpo._errors import ZeroHypergradientWarning as ZeroHypergradientWarning
+from jaxhpo._estimator._evolution_strategies import EvolutionStrategies as EvolutionStrategies
+from jaxhpo._estimator._hoag import HOAG as HOAG
+from jaxhpo._estimator._hoag import hoag_step as hoag_step
 from jaxhpo._estimator._hypergradient import from_pair as from_pair
 from jaxhpo._estimator._hypergradient import hypergradient as hypergradient
+from jaxhpo._estimator._hypernetwork import AffineResponse as AffineResponse
+from jaxhpo._estimator._hypernetwork import Hypernetwork as Hypernetwork
+from jaxhpo._estimator._hypernetwork import Perturbed as Perturbed
+from jaxhpo._estimator._hypernetwork import affine_response as affine_response
+from jaxhpo._estimator._hypernetwork import self_response as self_response
+from jaxhpo._estimator._persistent_es import PersistentES as PersistentES
+from jaxhpo._estimator._real_time import RealTime as RealTime
 from jaxhpo._implicit import implicit as implicit
 from jaxhpo._linear._bicgstab import BiCGStab as BiCGStab
 from jaxhpo._linear._cg import CG as CG

@@ -1,4 +1,4 @@
-"""Where a NaN began: a run in which every inner step reports on its state and on the cotangents that pass it."""
+"""What is seen while a program runs: how inner and linear solves ended, and where a NaN began."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import contextlib
 import contextvars
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxhpo._tree import is_inexact, names
-from jaxhpo._types import LinearInfo, Problem, PyTree
+from jaxhpo._tree import is_inexact, names, norm
+from jaxhpo._types import Adjoint, Info, LinearInfo, LinearStatus, Problem, PyTree
 
 _linear_solves: contextvars.ContextVar[list | None] = contextvars.ContextVar("linear_solves", default=None)
+_solves: contextvars.ContextVar[SolveLog | None] = contextvars.ContextVar("solves", default=None)
 _recorder: contextvars.ContextVar[Recorder | None] = contextvars.ContextVar("recorder", default=None)
 
 
@@ -26,12 +27,21 @@ class Recorder:
         self.forward: set[tuple[int, int, str]] = set()
         self.backward: set[tuple[int, int, str]] = set()
         self.arriving: set[tuple[int, int, str]] = set()  # cotangents of a step's result
+        self.faults: list[str] = []  # what derivative rules know to be wrong
+
+
+class LinearSolve(NamedTuple):
+    """One linear solve that was run, as in `LinearInfo`."""
+
+    status: LinearStatus
+    residual: float
+    num_iterations: int
 
 
 @contextlib.contextmanager
-def recording_linear_solves() -> Iterator[list[tuple[int, float]]]:
-    """While active, every linear solve that is traced reports `(status, residual)` to the list when it runs."""
-    solves: list[tuple[int, float]] = []
+def recording_linear_solves() -> Iterator[list[LinearSolve]]:
+    """While active, every linear solve that is traced reports to the list when it runs."""
+    solves: list[LinearSolve] = []
     token = _linear_solves.set(solves)
     try:
         yield solves
@@ -45,7 +55,85 @@ def report_linear_solve(info: LinearInfo) -> None:
     solves = _linear_solves.get()
     if solves is not None:
         jax.debug.callback(
-            lambda status, residual: solves.append((int(status), float(residual))), info.status, info.residual
+            lambda status, *rest: solves.append(LinearSolve(LinearStatus(int(status)), float(rest[0]), int(rest[1]))),
+            info.status,
+            info.residual,
+            info.num_iterations,
+        )
+
+
+class InnerRun(NamedTuple):
+    """One inner solve that was run.
+
+    Attributes:
+      num_steps: inner steps taken.
+      start: norm of the condition at the initial state.
+      end: the same at the solution, `info.optimality`.
+    """
+
+    num_steps: int
+    start: float
+    end: float
+
+
+class SolveLog:
+    """What `recording_solves` collects.
+
+    Attributes:
+      adjoints: the rule of every solve that was traced.
+      params: the parameters of the largest inner problem traced, without values.
+      symmetric: whether every condition's Jacobian is symmetric.
+      runs: an `InnerRun` for every solve that was run; empty unless asked for.
+    """
+
+    def __init__(self, runs: bool):
+        self.wants_runs = runs
+        self.adjoints: list[Adjoint] = []
+        self.params: PyTree = None
+        self.symmetric = True
+        self.runs: list[InnerRun] = []
+
+    @property
+    def param_bytes(self) -> int:
+        """Bytes of the largest inner problem's parameters."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.params))
+
+    @property
+    def num_params(self) -> int:
+        """Numbers in the largest inner problem's parameters."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.params))
+
+
+@contextlib.contextmanager
+def recording_solves(runs: bool = False) -> Iterator[SolveLog]:
+    """While active, every `solve` that is traced is noted, and with `runs` it reports when it runs."""
+    log = SolveLog(runs)
+    token = _solves.set(log)
+    try:
+        yield log
+        jax.effects_barrier()
+    finally:
+        _solves.reset(token)
+
+
+def report_solve(problem: Problem, adjoint: Adjoint, info: Info) -> None:
+    """Reports to `recording_solves`, where that is active."""
+    log = _solves.get()
+    if log is None:
+        return
+    log.adjoints.append(adjoint)
+    log.symmetric &= problem.solver.symmetric
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), problem.state.params)
+    sizes = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (log.params, params)]
+    log.params = params if sizes[1] > sizes[0] else log.params
+    if log.wants_runs:
+        state, inputs = jax.lax.stop_gradient((problem.state, problem.residual_inputs))
+        start = norm(problem.residual(state.params, state.model_state, inputs))
+        jax.debug.callback(
+            lambda steps, *norms: log.runs.append(InnerRun(int(steps), *map(float, norms))),
+            info.num_steps,
+            start,
+            info.optimality,
         )
 
 
@@ -85,6 +173,18 @@ def watched(problem: Problem) -> Problem:
     return problem._replace(advance=advance, xs=(jnp.arange(problem.num_steps), problem.xs), hoist=hoist)
 
 
+def report_fault(happened: jax.Array, text: str, **values: Any) -> None:
+    """Tells the recorder, where one is active, of a NaN that a derivative rule gave on purpose, and why."""
+    recorder = _recorder.get()
+    if recorder is not None:
+
+        def tell(happened, values):
+            if happened:
+                recorder.faults.append(text.format(**{name: x.item() for name, x in values.items()}))
+
+        jax.debug.callback(tell, happened, jax.tree.map(jnp.asarray, values))
+
+
 def diagnose(fn: Callable, hparams: PyTree) -> str:
     """Runs `jax.value_and_grad(fn)(hparams)` with every inner step reporting; says in words where a NaN began."""
     with recording() as recorder:
@@ -94,6 +194,8 @@ def diagnose(fn: Callable, hparams: PyTree) -> str:
 
 def explain(recorder: Recorder, value_is_finite: bool) -> str:
     """The first inner step that went wrong, the leaves, the likeliest cause and its remedy."""
+    if recorder.faults:
+        return recorder.faults[0]
     if recorder.forward:
         index, step, _ = min(recorder.forward, key=lambda e: (e[1], e[0]))
         leaves = sorted(name for i, t, name in recorder.forward if (i, t) == (index, step))

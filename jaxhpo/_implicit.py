@@ -93,14 +93,15 @@ def _attach_jvp(rule, primals, tangents):
     # stand here, are transposed only if all of it depends on the tangents.
     zero = sum(jnp.sum(dots[i]) * 0 for i in moving)
     rhs = jax.tree.map(lambda r: r + jnp.asarray(zero).astype(r.dtype), rhs)
-    params_dot = _checked_solution(solve(matvec, scaled(-1.0, rhs)), rhs)
+    params_dot = checked_solution(solve(matvec, scaled(-1.0, rhs)), rhs)
     return params, cast_like(params_dot, params)
 
 
 attach.defjvp(_attach_jvp, symbolic_zeros=True)
 
 
-def _checked_solution(out, rhs):
+def checked_solution(out: Any, rhs: PyTree) -> PyTree:
+    """The solution that a linear solver returned; raises unless it returned one, and a report."""
     if not (isinstance(out, tuple) and len(out) == 2):
         raise JaxhpoError(
             f"`linear_solver` returned {describe(out)}, but it must return a solution and a report: write "

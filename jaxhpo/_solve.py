@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxhpo._adjoint._unroll import Unroll
-from jaxhpo._diagnose import watched
+from jaxhpo._diagnose import report_solve, watched
 from jaxhpo._inputs import (
     check_adjoint,
     check_condition_batch,
@@ -81,7 +81,9 @@ def solve(
     """
     problem = watched(make_problem(solver, state, hparams, batches, num_steps, tol, condition_batch, key, adjoint))
     final, steps = adjoint.run(problem)
-    return Solution(*final, info_of(problem, final, steps))
+    info = info_of(problem, final, steps)
+    report_solve(problem, adjoint, info)
+    return Solution(*final, info)
 
 
 def make_problem(solver, state, hparams, batches, num_steps, tol, condition_batch, key, adjoint) -> Problem:

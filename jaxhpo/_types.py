@@ -147,12 +147,14 @@ class HypergradientInfo(NamedTuple):
       metrics: what the outer loss returned beside it, or None.
       solution: the inner solve's `Info`.
       linear: the `LinearInfo` of the backward linear solve; None for methods without one.
+      tolerance: the relative tolerance of the inner run and the linear solve; None for methods without one.
     """
 
     value: jax.Array
     metrics: PyTree
     solution: Info
     linear: LinearInfo | None = None
+    tolerance: jax.Array | None = None
 
 
 @runtime_checkable
@@ -165,20 +167,30 @@ class Adjoint(Protocol):
 
 
 class LinearStatus(enum.IntEnum):
-    """How a linear solve ended."""
+    """How a linear solve ended.
+
+    Attributes:
+      CONVERGED: the measured residual is within the tolerance.
+      MAX_ITERATIONS: all iterations, terms or directions were used: the answer is that of K iterations, which is legal.
+      INDEFINITE: a direction of negative curvature was met, where the method needs a positive definite matrix.
+      NOT_FINITE: products, right-hand side or answer are not finite; the answer is NaN, never zero.
+      STALLED: the residual no longer falls, above the tolerance: rounding, a breakdown, a singular matrix, or a series
+        that does not converge. The answer is the best iterate met.
+    """
 
     CONVERGED = 0
     MAX_ITERATIONS = 1
     INDEFINITE = 2
     NOT_FINITE = 3
+    STALLED = 4
 
 
 class LinearInfo(NamedTuple):
     """Diagnostics of a linear solve A x = b.
 
     Attributes:
-      residual: ‖b − A x‖ / ‖b‖ (0 where b = 0).
-      num_iterations: products with A.
+      residual: ‖b − A x‖ / ‖b‖ (0 where b = 0), measured at the answer.
+      num_iterations: products with A, less those that only measure a residual.
       status: a `LinearStatus` value, int32.
     """
 

@@ -1,15 +1,16 @@
-"""The command line: `jaxhpo demo`."""
+"""The command line: `jaxhpo demo`, `jaxhpo compare`."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
 
 import jaxhpo
-from jaxhpo import _demo
+from jaxhpo import _demo, _problems, plot
 
 QUICK = {"seeds": 2, "outer_steps": 3, "num_steps": 30}
 
@@ -47,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"jaxhpo {jaxhpo.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, dest="name")
     _add_demo(commands)
+    _add_compare(commands)
     return parser
 
 
@@ -84,16 +86,68 @@ def _add_demo(commands) -> None:
         metavar="N",
         help=f"seed of the first repetition; the others follow it (default: {defaults.seed})",
     )
-    parser.add_argument(
-        "--out",
-        type=pathlib.Path,
-        default=pathlib.Path("jaxhpo-demo"),
-        metavar="DIR",
-        help="folder to write into (default: %(default)s)",
-    )
+    _add_out(parser, "jaxhpo-demo")
     short = "{seeds} seeds, {outer_steps} outer and {num_steps} inner steps".format(**QUICK)
     parser.add_argument("--quick", action="store_true", help=f"a few seconds, to see that it runs: {short}")
     parser.set_defaults(command=_run_demo)
+
+
+def _add_compare(commands) -> None:
+    parser = commands.add_parser(
+        "compare",
+        help="measure hypergradient methods on a ready-made problem, and say which one to take",
+        description=(
+            "Measures hypergradient methods on a small ready-made problem: error, time and memory of each, and which "
+            "one to take. Prints a table and writes comparison.json and comparison.png. For a problem of your own, "
+            "call jaxhpo.compare."
+        ),
+        epilog="methods: " + ", ".join(_problems.METHODS),
+    )
+    parser.add_argument(
+        "--problem", required=True, choices=list(_problems.PROBLEMS), help="which problem; mlp needs scikit-learn"
+    )
+    parser.add_argument(
+        "--methods",
+        type=_methods,
+        default=_problems.USUAL,
+        metavar="NAMES",
+        help=f"names with commas between (default: {','.join(_problems.USUAL)})",
+    )
+    parser.add_argument(
+        "--num-steps",
+        type=_integer(1, "it counts inner training steps"),
+        metavar="N",
+        help="inner steps (default: the problem's own)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=_integer(0, "seeds count from zero"),
+        default=0,
+        metavar="N",
+        help="seed of the data and initial weights (default: %(default)s)",
+    )
+    _add_out(parser, "jaxhpo-compare")
+    parser.set_defaults(command=_run_compare)
+
+
+def _add_out(parser, folder: str) -> None:
+    parser.add_argument(
+        "--out",
+        type=pathlib.Path,
+        default=pathlib.Path(folder),
+        metavar="DIR",
+        help="folder to write into (default: %(default)s)",
+    )
+
+
+def _methods(text: str) -> tuple[str, ...]:
+    """An argument type: names of methods."""
+    names = tuple(name for name in text.replace(" ", "").split(",") if name)
+    unknown = [name for name in names if name not in _problems.METHODS]
+    if unknown or not names:
+        got = f"got {unknown[0]!r}, which is no method" if unknown else "got no name"
+        raise argparse.ArgumentTypeError(f"{got}: write some of {', '.join(_problems.METHODS)}, with commas between")
+    return tuple(dict.fromkeys(names))
 
 
 def _integer(minimum: int, why: str) -> Callable[[str], int]:
@@ -115,13 +169,33 @@ def _run_demo(parsed: argparse.Namespace) -> int:
     """`jaxhpo demo`."""
     given = {field.name for field in dataclasses.fields(_demo.Settings)} & set(vars(parsed))
     chosen = (QUICK if parsed.quick else {}) | {name: getattr(parsed, name) for name in given}
-    try:
-        parsed.out.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        message = f"--out got {parsed.out}, a file, but report.json and demo.png are written into it: name a folder."
-        raise jaxhpo.JaxhpoError(message) from None
+    _make_folder(parsed.out, "report.json and demo.png")
     _demo.run(_demo.Settings(**chosen), parsed.out)
     return 0
+
+
+def _run_compare(parsed: argparse.Namespace) -> int:
+    """`jaxhpo compare`."""
+    _make_folder(parsed.out, "comparison.json and comparison.png")
+    plot.figure()  # a missing matplotlib is to be known now, not after the work
+    steps = () if parsed.num_steps is None else (parsed.num_steps,)
+    problem = _problems.PROBLEMS[parsed.problem](parsed.seed, *steps)
+    rules = [_problems.METHODS[name](problem) for name in parsed.methods]
+    comparison = jaxhpo.compare(problem.make_outer_loss, problem.hparams, rules)
+    print(f"{parsed.problem}: {problem.title}.\n{comparison}", flush=True)
+    report = {"problem_name": parsed.problem, "title": problem.title, "seed": parsed.seed} | comparison.to_dict()
+    text = json.dumps(report, indent=2, allow_nan=False)
+    (parsed.out / "comparison.json").write_text(text + "\n", encoding="utf-8")
+    plot.comparison(comparison, parsed.out / "comparison.png")
+    print(f"\nWritten: {parsed.out / 'comparison.json'}, {parsed.out / 'comparison.png'}.")
+    return 0
+
+
+def _make_folder(path: pathlib.Path, files: str) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise jaxhpo.JaxhpoError(f"--out got {path}, a file, but {files} are written into it: name a folder.") from None
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxhpo import Comparison
+
 
 def figure(rows: int = 1, columns: int = 1, *, width: float = 11.0, height: float = 8.0) -> tuple[Any, np.ndarray]:
     """A figure that belongs to nobody else, with a grid of axes.
@@ -183,3 +185,61 @@ def plain_log_ticks(axis: Any) -> None:
     axis.set_major_locator(LogLocator(10, subs=(1.0, 2.0, 5.0)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_locator(NullLocator())
+
+
+def comparison(comparison: Comparison, path: str | os.PathLike | None = None) -> Any:
+    """Error against time of every method in a `Comparison`; the marker's area grows with the logarithm of memory.
+
+    Filled markers are methods that can be trusted on this problem, the recommended one in blue; hollow ones are not.
+    Above the dotted line a hypergradient is not accurate. Methods with nothing to draw are listed all the same.
+
+    Args:
+      comparison: from `jaxhpo.compare`.
+      path: where to write the picture, or None.
+
+    Returns:
+      The matplotlib `Figure`.
+
+    Raises:
+      ImportError: without matplotlib.
+
+    Example:
+      >>> from jaxhpo import plot
+      >>> plot.comparison(jaxhpo.compare(make_outer_loss, hparams), "comparison.png")  # doctest: +SKIP
+    """
+    canvas, axes = figure(width=10.0, height=5.5)
+    axis = axes[0, 0]
+    errors = [row.relative_error for row in comparison.rows if row.relative_error]
+    floor = min([1e-8, *(error / 10 for error in errors)])  # where an error of zero is drawn: the reference itself
+    axis.set(xscale="log", yscale="log", ylabel="relative error of the hypergradient")
+    axis.set_xlabel("time of one hypergradient, in inner steps")
+    axis.set_title(f"recommended here: {comparison.recommended or 'none of these'}", fontsize=11)
+    axis.set_ylim(floor / 5, 10 * max([1.0, *errors]))
+    axis.axhline(1e-2, color="0.6", linestyle=":", zorder=0)
+    for number, row in enumerate(comparison.rows, 1):
+        color = "tab:blue" if row.name == comparison.recommended else "0.4"
+        style = {"color": color if row.accurate else "white", "edgecolors": color, "linewidths": 1.4}
+        area = 120 * (1 + np.log10(1 + (row.copies or 0.0)))
+        at = (row.gradients, max(row.relative_error, floor)) if row.relative_error is not None else (np.nan, np.nan)
+        axis.scatter(*at, s=area, label=f"{number}  {_caption(row)}", alpha=0.9, zorder=3, **style)
+        if row.relative_error is not None:
+            text = {"color": "white" if row.accurate else "0.2", "ha": "center", "va": "center", "zorder": 4}
+            axis.annotate(str(number), at, fontsize=8, **text)
+    plain_log_ticks(axis.xaxis)
+    axis.margins(x=0.1)
+    legend = axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), labelspacing=0.9)
+    for handle in legend.legend_handles:
+        handle.set_sizes([60.0])
+    if path is not None:
+        save(canvas, path)
+    return canvas
+
+
+def _caption(row) -> str:
+    if row.error is not None:
+        return f"{row.name}: raised an error"
+    if not row.finite:
+        return f"{row.name}: not finite"
+    memory = "" if row.copies is None else f", {row.copies:.3g} copies"
+    blind = f",\nblind to {', '.join(row.blind)}" if row.blind else ""
+    return f"{row.name}{' = the reference' if row.relative_error == 0 else ''}{memory}{blind}"

@@ -17,8 +17,11 @@ import jaxhpo.testing
 from jaxhpo import (
     CG,
     GMRES,
+    SAMA,
     BiCGStab,
     Direct,
+    DrMAD,
+    FiniteDifference,
     Forward,
     Identity,
     Implicit,
@@ -67,6 +70,25 @@ def partial_sum(H, step_size, num_terms):
     return np.linalg.inv(H) @ (eye - np.linalg.matrix_power(eye - step_size * H, num_terms))
 
 
+def along_the_line(p, T):
+    """Reverse mode through w ← Φ(w, h) = w − α∇L, by JAX alone, at w_0 + (t/T)(w_T − w_0) in place of w_t."""
+
+    def step(w, h):
+        return w - p.step_size * jax.grad(p.train_loss)(w, h, None)
+
+    def value(w, h):
+        end = jax.lax.fori_loop(0, T, lambda t, w: step(w, h), w)
+
+        def back(i, carry):
+            a, total = carry
+            by_params, by_hparams = jax.jacobian(step, (0, 1))(w + (T - 1 - i) / T * (end - w), h)
+            return by_params.T @ a, total + by_hparams.T @ a
+
+        return jax.lax.fori_loop(0, T, back, (jax.grad(p.val_loss)(end), jnp.zeros_like(h)))[1]
+
+    return np.asarray(jax.jit(value)(p.params, p.hparams))
+
+
 EXACT = _inverse(lambda H, a: np.linalg.inv(H))
 RULES = [
     Case("unroll", lambda p: Unroll(), _unrolled()),
@@ -93,6 +115,10 @@ RULES = [
 MORE_RULES = [
     Case("forward", lambda p: Forward(), _unrolled()),
     Case("forward-chunks", lambda p: Forward(chunk_size=2), _unrolled()),
+    # ∇_h L is quadratic in the weights in every problem that has an `unrolled`, so the difference has no error.
+    Case("finite-difference", lambda p: FiniteDifference(p.step_size), _unrolled(1)),
+    Case("sama", lambda p: SAMA(), _unrolled(1)),
+    Case("drmad", lambda p: DrMAD(), along_the_line),
     Case("gmres", lambda p: Implicit(GMRES()), EXACT, implicit=True),
     Case("bicgstab", lambda p: Implicit(BiCGStab()), EXACT, implicit=True),
     Case("normal-cg", lambda p: Implicit(NormalCG()), EXACT, implicit=True),

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import jaxhpo
-from jaxhpo import _demo, plot
-from jaxhpo._demo import _cost, _experiment, _report
+from jaxhpo import _cost, _demo, plot
+from jaxhpo._demo import _experiment, _report
 from jaxhpo.cli import QUICK, main
 
 METHODS = ["untuned", "grid", "random", "hypergradient", "penalties-only", "schedule-only"]

@@ -18,26 +18,39 @@ LAYERS = [
     ["_errors"],
     ["_tree"],
     ["_validate"],
-    ["_diagnose", "_health", "_inputs", "_progress", "_run_dir", "_tune_inputs"],
+    ["_cost", "_diagnose", "_differences", "_health", "_inputs", "_progress", "_run_dir", "_tune_inputs"],
     ["_solver", "_transforms", "_linear", "_curvature", "_loop"],
     ["_implicit"],
     ["_adjoint"],
     ["_solve"],
     ["_estimator"],
     ["_tune"],
-    ["_check"],
+    ["_check", "_compare"],
     ["__init__"],  # the public names: what follows may `import jaxhpo`, as a user does
-    ["criteria", "search", "models", "data", "plot", "testing"],
-    ["sklearn", "_demo"],
+    ["criteria", "search", "models", "data", "plot", "testing", "_methods"],
+    ["sklearn", "_demo", "_problems"],
     ["cli"],
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 # In these packages a file is a method, and methods know nothing of each other, except for what they share.
 METHODS = {"_linear", "_adjoint", "_estimator"}
-SHARED = {f"jaxhpo.{m}" for m in ("_linear._report", "_linear._system", "_linear._iteration", "_adjoint._directions")}
+SHARED = {
+    f"jaxhpo.{m}"
+    for m in (
+        "_linear._report",
+        "_linear._system",
+        "_linear._iteration",
+        "_adjoint._directions",
+        "_adjoint._exact_arithmetic",
+        "_adjoint._mixed",
+        "_adjoint._pullback",
+        "_estimator._implicit_product",
+        "_estimator._perturbation",
+    )
+}
 
 CORE = {"jax", "jaxlib", "numpy", "chex"}
-OPTAX = {"_solver", "_tune", "_estimator", "search", "_demo", "cli", "testing"}
+OPTAX = {"_solver", "_tune", "_estimator", "search", "_demo", "_problems", "cli", "testing"}
 FLAX = {"models"}
 # Optional extras are imported inside functions, or at the top of the namespace that is about nothing else.
 EXTRAS = {"sklearn", "matplotlib", "tqdm", "pandas", "lineax", "optimistix", "optuna", "pooch", "IPython"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 
@@ -63,6 +64,12 @@ class Implicit:
 
     def run(self, problem: Problem) -> tuple[InnerState, jax.Array]:
         """Runs the inner loop, undifferentiated, and attaches the implicit derivative to the parameters it ends at."""
+        self.check(problem)
+        state, steps = run(self._as_constants(problem))
+        return self._attach(problem, state), steps
+
+    def check(self, problem: Problem) -> None:
+        """Raises where the linear solver does not suit the problem's condition, or has no key to draw from."""
         if getattr(self.linear_solver, "needs_key", False):
             require_key(problem, self)
         symmetric = problem.solver.symmetric or self.curvature != "hessian"
@@ -72,8 +79,6 @@ class Implicit:
                 "is not symmetric in general: use `Neumann(num_terms, 1.0)` or `Direct()`, or give `fixed_point` a "
                 f"`condition` that is the gradient of an objective."
             )
-        state, steps = run(self._as_constants(problem))
-        return self._attach(problem, state), steps
 
     def _as_constants(self, problem):
         """The problem with nothing to differentiate, and a warning for each input that this cuts off altogether."""
@@ -112,13 +117,7 @@ class Implicit:
     def _attach(self, problem, state):
         state = jax.lax.stop_gradient(state)
         condition, hparams = problem.residual, problem.residual_inputs[0]
-        model_state = blind(
-            state.model_state,
-            hparams,
-            f"was trained with hyperparameters that are being differentiated, and {self!r} takes it for a constant: "
-            f"what the outer loss reads of it (batch statistics) has a hypergradient of exactly zero. `Unroll()` sees "
-            "it.",
-        )
+        model_state = blind(state.model_state, hparams, trained_state_is_constant(self))
         args = (state.model_state, problem.residual_inputs)
         leaves, structure = jax.tree.flatten(args)
 
@@ -133,12 +132,6 @@ class Implicit:
             *names(batch, "batch"),
             *map(_closed_over, closed_over),
         ]
-        remedy = (
-            f"does not enter the condition of `{problem.solver.name}`, so under {self!r} its hypergradient through "
-            "this solve is exactly zero. If it is a setting of the optimiser (a learning rate, a momentum), "
-            "`Unroll()` sees it; if nothing uses it, remove it; if it enters the outer loss directly, that part is "
-            "still right."
-        )
         curvature = None
         if problem.curvature is not None:
             apply, consts = problem.curvature
@@ -146,9 +139,29 @@ class Implicit:
             leaves, leaf_names = [*leaves, *jax.lax.stop_gradient(consts)], [*leaf_names, *map(_closed_over, consts)]
             curvature = functools.partial(_curvature_product, apply, structure)
 
+        remedy = not_in_condition(self, problem.solver.name)
         rule = Rule(residual, self.linear_solver, curvature, tuple(leaf_names), remedy)
         key = problem.key if getattr(self.linear_solver, "needs_key", False) else None
         return state._replace(params=attach(rule, state.params, leaves, key), model_state=model_state)
+
+
+def not_in_condition(rule: Any, solver: str) -> str:
+    """What is said of a leaf that the condition cannot see."""
+    return (
+        f"does not enter the condition of `{solver}`, so under {rule!r} its hypergradient through "
+        "this solve is exactly zero. If it is a setting of the optimiser (a learning rate, a momentum), "
+        "`Unroll()` sees it; if nothing uses it, remove it; if it enters the outer loss directly, that part is "
+        "still right."
+    )
+
+
+def trained_state_is_constant(rule: Any) -> str:
+    """What is said of what training leaves behind beside the parameters."""
+    return (
+        f"was trained with hyperparameters that are being differentiated, and {rule!r} takes it for a constant: "
+        f"what the outer loss reads of it (batch statistics) has a hypergradient of exactly zero. `Unroll()` sees "
+        "it."
+    )
 
 
 def _curvature_product(apply, structure, params, leaves, v):

@@ -7,10 +7,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from jaxhpo._adjoint._pullback import in_condition
 from jaxhpo._errors import JaxhpoError
 from jaxhpo._inputs import refuse_tol
 from jaxhpo._loop import scan_steps
-from jaxhpo._tree import constant, differentiable_inputs, is_inexact, names
+from jaxhpo._tree import constant, names
 from jaxhpo._types import InnerState, Problem
 from jaxhpo._validate import check_count, describe
 
@@ -110,23 +111,7 @@ class Unroll:
                 partial=True,
             )
 
-        seen = [*_in_condition(problem, leaves, structure), *problem.in_residual()]
+        seen = in_condition(problem)
         every = [*names(hparams, "hparams"), *(f"a {describe(c)} that is closed over" for c in closed_over)]
         marked = [cut(*row) for row in zip([*leaves, *closed_over], every, seen, strict=True)]
         return state, (jax.tree.unflatten(structure, marked[: len(leaves)]), marked[len(leaves) :])
-
-
-def _in_condition(problem, leaves, structure) -> list[bool]:
-    """For each hyperparameter leaf, whether the condition sees it; if not, it is a setting of the optimiser."""
-    _, *rest = problem.residual_inputs
-    moving = [i for i, leaf in enumerate(leaves) if is_inexact(leaf)]
-
-    def residual(moved):
-        every = list(leaves)
-        for i, leaf in zip(moving, moved, strict=True):
-            every[i] = leaf
-        inputs = (jax.tree.unflatten(structure, every), *rest)
-        return problem.residual(problem.state.params, problem.state.model_state, inputs)
-
-    seen = dict(zip(moving, differentiable_inputs(residual, [leaves[i] for i in moving]), strict=True))
-    return [seen.get(i, True) for i in range(len(leaves))]

@@ -11,8 +11,8 @@ import time
 import jax
 import numpy as np
 
-from jaxhpo import plot
-from jaxhpo._demo import _cost, _experiment, _picture, _report
+from jaxhpo import _cost, plot
+from jaxhpo._demo import _experiment, _picture, _report
 from jaxhpo._demo._experiment import Settings as Settings
 
 

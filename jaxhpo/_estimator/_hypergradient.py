@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 
+from jaxhpo._adjoint._implicit import Implicit
+from jaxhpo._diagnose import watched
 from jaxhpo._errors import JaxhpoError
+from jaxhpo._estimator._implicit_product import implicit_product
 from jaxhpo._inputs import check_adjoint, check_solver
-from jaxhpo._solve import solve
+from jaxhpo._loop import run
+from jaxhpo._solve import make_problem, solve
+from jaxhpo._tree import upcast, varying_axes, zeros_like
 from jaxhpo._types import Adjoint, Hypergradient, HypergradientInfo, InnerState, PyTree, Solver
-from jaxhpo._validate import check_callable, check_count, check_scalar, describe
+from jaxhpo._validate import check_callable, check_count, check_key, check_params, check_scalar, describe
 
 
 def hypergradient(
@@ -28,6 +34,19 @@ def hypergradient(
         pair = hypergradient(HOAG(), solver, outer_loss, num_steps=100)
         state = pair.init(params0, h)
         hypergrad, state, info = pair.update(h, state, batches, outer_batch, key)
+
+    Some combinations have a name in the literature:
+
+    - T1-T2 (Luketina): `Implicit(Identity(learning_rate))` with `num_steps=1`, one step of training and one of the
+      hyperparameters in turn.
+    - Lorraine: `Implicit(Neumann(K, learning_rate))` with a few steps an update.
+    - Greedy, or one-step unrolling: `Unroll()` with `num_steps=1`.
+    - `HOAG()`: `Implicit(CG())` with tolerances that tighten from update to update.
+    - `RealTime()`: `Forward()` that goes on from update to update.
+
+    The pair of an `Implicit` rule reports the linear solve in `info.linear`, and with `warm_start` begins it where the
+    last one ended, unless that failed or the linear solver has no use for a start (`Neumann`, `Identity`, `Direct`,
+    `Nystrom`). (Neither for a data-parallel loss inside `jax.shard_map`, with a `pmean`: there it is `jax.grad`.)
 
     **Cost and bias**: those of the method.
 
@@ -55,6 +74,8 @@ def hypergradient(
       [-4. -4.]
 
     References:
+      Luketina, Berglund, Greff, Raiko. Scalable Gradient-Based Tuning of Continuous Regularization Hyperparameters.
+      2016. arXiv:1511.06727
       Franceschi, Donini, Frasconi, Pontil. Forward and Reverse Gradient-Based Hyperparameter Optimization. 2017.
       arXiv:1703.01785
     """
@@ -62,13 +83,36 @@ def hypergradient(
     check_callable("outer_loss", outer_loss, "outer_loss(solution, hparams, outer_batch)", 3)
     if num_steps is not None:
         check_count("num_steps", num_steps)
-    checked = _checked_outer_loss(outer_loss)
-    if hasattr(method, "pair") and not isinstance(method, type):
-        return method.pair(solver, checked, num_steps, warm_start)
+    if not isinstance(warm_start, bool):
+        raise JaxhpoError(f"`warm_start` got {describe(warm_start)}, but it is a switch: write True or False.")
     if isinstance(method, type):
         raise JaxhpoError(f"`method` got the class {method.__name__}: write `{method.__name__}(...)`.")
-    check_adjoint(method)
-    return _of_rule(method, solver, checked, num_steps, warm_start)
+    checked = _checked_outer_loss(outer_loss)
+    if hasattr(method, "pair"):
+        pair = method.pair(solver, checked, num_steps, warm_start)
+    else:
+        check_adjoint(method)
+        make = _of_implicit if isinstance(method, Implicit) else _of_rule
+        pair = make(method, solver, checked, num_steps, warm_start)
+    return _checked_pair(method, pair)
+
+
+def _checked_pair(method, pair) -> Hypergradient:
+    """The pair with its arguments checked; the method's `state_type`, where it has one, is what `init` returns."""
+    state_type = getattr(method, "state_type", None)
+    if not hasattr(method, "pair"):
+        state_type = ImplicitState if isinstance(method, Implicit) else RuleState
+
+    def update(hparams, state, batches=None, outer_batch=None, key=None):
+        if state_type is not None and not isinstance(state, state_type):
+            raise JaxhpoError(
+                f"`state` got {type(state).__name__}, but the pair of {method!r} keeps a {state_type.__name__}: pass "
+                "what `pair.init(params, hparams)` or its last `update` returned (to `tune`, "
+                "`carry=pair.init(params, hparams)`)."
+            )
+        return pair.update(check_params(hparams, "hparams"), state, batches, outer_batch, check_key(key))
+
+    return Hypergradient(pair.init, update)
 
 
 class RuleState(NamedTuple):
@@ -85,7 +129,7 @@ def _of_rule(adjoint: Adjoint, solver, outer_loss, num_steps, warm_start) -> Hyp
     def init(params, hparams, model_state=None):
         return RuleState(solver.init(params, hparams, model_state))
 
-    def update(hparams, state, batches=None, outer_batch=None, key=None):
+    def update(hparams, state, batches, outer_batch, key):
         def loss(hparams):
             start = state.inner
             if not warm_start:
@@ -97,6 +141,50 @@ def _of_rule(adjoint: Adjoint, solver, outer_loss, num_steps, warm_start) -> Hyp
         (value, (metrics, solution)), grad = jax.value_and_grad(loss, has_aux=True)(hparams)
         after = RuleState(solution.state) if warm_start else state
         return grad, after, HypergradientInfo(value, metrics, solution.info)
+
+    return Hypergradient(init, update)
+
+
+class ImplicitState(NamedTuple):
+    """What the pair of an `Implicit` rule carries.
+
+    Attributes:
+      inner: where the next inner run starts.
+      linear_solution: where the next linear solve starts, like the parameters; None without warm start.
+    """
+
+    inner: InnerState
+    linear_solution: PyTree
+
+
+def _of_implicit(rule: Implicit, solver, outer_loss, num_steps, warm_start) -> Hypergradient:
+    by_grad = _of_rule(rule, solver, outer_loss, num_steps, warm_start)
+
+    def init(params, hparams, model_state=None):
+        inner = solver.init(params, hparams, model_state)
+        return ImplicitState(inner, zeros_like(upcast(inner.params)) if warm_start else None)
+
+    def update(hparams, state, batches, outer_batch, key):
+        start = state.inner
+        if not warm_start:
+            start = solver.init(start.params, hparams, start.model_state)
+        problem = watched(make_problem(solver, start, hparams, batches, num_steps, None, None, key, rule))
+        if varying_axes(problem.residual_inputs) - varying_axes(problem.state.params):
+            # Data-parallel inside `shard_map`, where JAX runs a `custom_linear_solve` only transposed, as by `grad`.
+            grad, after, info = by_grad.update(hparams, RuleState(state.inner), batches, outer_batch, key)
+            return grad, state._replace(inner=after.inner), info
+        linear_solver: Any = rule.linear_solver
+        if getattr(linear_solver, "needs_key", False):
+            if key is None:
+                raise JaxhpoError(f"{rule!r} draws at random, but `update` got no key: write `update(..., key=key)`.")
+            linear_solver = functools.partial(linear_solver, key=key)
+        rule.check(problem)
+        final, steps = run(problem)
+        made = implicit_product(
+            rule, problem, (final, steps), outer_loss, outer_batch, linear_solver, state.linear_solution
+        )
+        after = ImplicitState(final, made.linear_solution) if warm_start else state
+        return made.hypergradient, after, made.info
 
     return Hypergradient(init, update)
 

@@ -18,9 +18,11 @@ class CG:
     Stops at ‖b − (H + δI)x‖ ≤ `tol` ‖b‖, or after `maxiter` products, in which case the hypergradient is that of the
     iterate reached (K iterations and go on is a legal choice). On meeting a direction of non-positive curvature it
     stops there, with status INDEFINITE, at the iterate reached (b itself if that is the first direction): raise
-    `damping`, or train the inner problem further. `check_hypergradient` prints the status of the solves it met.
+    `damping`, or train the inner problem further. Once the residual is down to what rounding of x leaves, or where the
+    matrix is singular, it stops with status STALLED at the best iterate met; where no `tol` was given, a residual up to
+    :math:`\sqrt\epsilon` then passes for convergence. `check_hypergradient` prints the status of the solves it met.
 
-    **Cost and bias**: one Hessian product (two to three gradients) per iteration; memory of four copies of the
+    **Cost and bias**: one Hessian product (two to three gradients) per iteration; memory of five copies of the
     parameters and one linearisation. Exact at convergence with δ = 0; error ∝ the residual otherwise.
 
     Args:

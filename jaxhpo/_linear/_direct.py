@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from jaxhpo._linear._report import report
-from jaxhpo._tree import cast_varying, varying_axes
+from jaxhpo._linear._report import report, residual_of
+from jaxhpo._tree import add_scaled, cast_varying, varying_axes
+from jaxhpo._types import LinearStatus
 from jaxhpo._validate import check_nonnegative
 
 
@@ -17,7 +18,9 @@ from jaxhpo._validate import check_nonnegative
 class Direct:
     r"""Forms the matrix and solves with it, :math:`x = (A + \delta I)^{-1} b`, by LU with partial pivoting.
 
-    Needs no symmetry and no definiteness, so it also serves `fixed_point` solvers and saddle points.
+    Needs no symmetry and no definiteness, so it also serves `fixed_point` solvers and saddle points. A singular matrix
+    gives infinite entries (status NOT_FINITE), or, where rounding hides it, a residual above :math:`\sqrt\epsilon`
+    (STALLED).
 
     **Cost and bias**: P Hessian products and :math:`2P^3/3` multiplications for P parameters; memory :math:`P^2`.
     Exact for δ = 0. For P up to a few thousand, and as a reference for everything else.
@@ -45,7 +48,8 @@ class Direct:
         del x0
         flat, unravel = ravel_pytree(b)
         basis = cast_varying(jnp.eye(flat.size, dtype=flat.dtype), varying_axes(b))
-        columns = jax.vmap(lambda v: ravel_pytree(matvec(unravel(v)))[0])(basis)
-        matrix = columns.T + self.damping * basis
+        damped = lambda v: add_scaled(matvec(v), self.damping, v)  # noqa: E731
+        matrix = jax.vmap(lambda v: ravel_pytree(damped(unravel(v)))[0], out_axes=1)(basis)
         x = unravel(jnp.linalg.solve(matrix, flat))
-        return x, report(matvec, x, b, flat.size)
+        eps = float(jnp.finfo(flat.dtype).eps)
+        return x, report(residual_of(damped, x, b), flat.size, LinearStatus.STALLED, threshold=eps**0.5)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 
-from jaxhpo._linear._report import report
+from jaxhpo._linear._iteration import in_rounds
 from jaxhpo._linear._system import solve_system
-from jaxhpo._tree import norm
+from jaxhpo._tree import cast_varying, norm, varying_axes
 from jaxhpo._validate import check_count, check_positive
 
 
@@ -17,11 +18,12 @@ from jaxhpo._validate import check_count, check_positive
 class GMRES:
     r"""Restarted GMRES, for matrices that need be neither symmetric nor definite.
 
-    Serves `fixed_point` solvers and saddle points, where `CG` cannot. It is JAX's own implementation
-    (`jax.scipy.sparse.linalg.gmres`) with a report, and, as it stands there, not for use inside `jax.shard_map`.
+    Serves `fixed_point` solvers and saddle points, where `CG` cannot. The residual never rises; a round between two
+    restarts in which it falls by less than a fraction :math:`\sqrt\epsilon` would be repeated for ever, and ends the
+    solve with status STALLED: the matrix is singular, `restart` too small, or the residual at its rounding error.
 
-    **Cost and bias**: up to `maxiter * restart` products with the matrix, and as many again in the transposed solve of
-    a reverse-mode derivative; memory of `restart` copies of the parameters. Exact at convergence.
+    **Cost and bias**: up to `maxiter * (restart + 1)` products with the matrix; memory of `restart` copies of the
+    parameters. Exact at convergence.
 
     Args:
       maxiter: restarts.
@@ -50,13 +52,53 @@ class GMRES:
 
     def __call__(self, matvec, b, x0=None):
         """Returns `(x, LinearInfo)`, starting from `x0` (zeros when None)."""
-        tol = self.tol if self.tol is not None else float(jnp.finfo(norm(b).dtype).eps) ** 0.75
 
         def solve(operator, b, x0):
-            x, _ = jax.scipy.sparse.linalg.gmres(
-                operator, b, x0, tol=tol, restart=self.restart, maxiter=self.maxiter, solve_method="batched"
-            )
-            # JAX does not count; this is the most it can have taken.
-            return x, report(operator, x, b, self.maxiter * self.restart, threshold=2 * tol)
+            correct = functools.partial(_minimal_residual, operator, min(self.restart, b.size))
+            return in_rounds(correct, operator, b, x0, self.maxiter, self.tol)
 
         return solve_system(matvec, b, x0, solve)
+
+
+def _minimal_residual(operator, restart, r, most, threshold):
+    r"""Minimises ‖r − A Qy‖ over y, Q an orthonormal basis of span(r, Ar, A²r, …), by Arnoldi's process.
+
+    With A Q = Q₊ H, H of one row more than columns, the residual is the distance of ‖r‖e₁ from H's range, which is the
+    complement of the one vector w with wᵀH = 0, w₁ = 1: ‖r‖/‖w‖.
+
+    Returns:
+      The change of x, the number of products, and one round taken.
+    """
+    del most
+    eps, beta, product = float(jnp.finfo(r.dtype).eps), norm(r), functools.partial(jnp.matmul, precision="highest")
+
+    def unfinished(carry):
+        _, _, w, j, broken = carry
+        return (j < restart) & ~broken & (beta > threshold * norm(w))
+
+    def extend(carry):
+        Q, H, w, j, _ = carry
+        v = operator(Q[j])
+        least = eps * norm(v)
+        h = product(Q, v)
+        v = v - product(h, Q)
+        again = product(Q, v)  # Gram and Schmidt, twice: once is not orthogonal to rounding
+        v, h = v - product(again, Q), h + again
+        rest = norm(v)
+        broken = ~(rest > 10 * least)  # the space is invariant (or not finite): x is as good as it gets
+        rest = jnp.maximum(rest, jnp.where(least > 0, least, 1))
+        return (
+            Q.at[j + 1].set(v / rest),
+            H.at[:, j].set(h.at[j + 1].set(rest)),
+            w.at[j + 1].set(-product(w, h) / rest),
+            j + 1,
+            broken,
+        )
+
+    Q = jnp.zeros((restart + 1, r.size), r.dtype).at[0].set(r / beta)
+    H, w = jnp.zeros((restart + 1, restart), r.dtype), jnp.zeros(restart + 1, r.dtype).at[0].set(1)
+    start = (Q, H, w, jnp.asarray(0, jnp.int32), jnp.asarray(False))
+    Q, H, w, j, _ = jax.lax.while_loop(unfinished, extend, cast_varying(start, varying_axes(r)))
+    # By singular values, since H is singular where A is; columns that were not reached are zero, and so is their y.
+    y = jnp.linalg.lstsq(H, jnp.zeros_like(w).at[0].set(beta))[0]
+    return product(y, Q[:-1]), j, 1

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from jaxhpo._linear._report import report
+import jax.numpy as jnp
+
+from jaxhpo._linear._report import of_series, report, residual_of
 from jaxhpo._tree import scaled
 from jaxhpo._validate import check_positive
 
@@ -17,7 +19,9 @@ class Identity:
     backpropagation through the last step.
 
     **Cost and bias**: no Hessian product at all; memory of the parameters. Exact only for :math:`H = I/s`; the error
-    in an eigendirection of curvature :math:`\lambda` is :math:`1 - s\lambda`.
+    in an eigendirection of curvature :math:`\lambda` is :math:`1 - s\lambda`. The report, at one Hessian product where
+    it is asked for, has status MAX_ITERATIONS as a rule, and STALLED where the residual is no smaller than b: the scale
+    is above 2 / curvature.
 
     Args:
       scale: s above, a positive number in units of a learning rate.
@@ -42,4 +46,5 @@ class Identity:
         """Returns `(scale * b, LinearInfo)`; `x0` is not needed."""
         del x0
         x = scaled(self.scale, b)
-        return x, report(matvec, x, b, 0)
+        residual = residual_of(matvec, x, b)
+        return x, report(residual, 0, of_series(jnp.ones_like(residual), residual))

@@ -6,10 +6,12 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxhpo._errors import JaxhpoError
-from jaxhpo._linear._report import report
+from jaxhpo._linear._report import default_tolerance, report, residual_of
 from jaxhpo._linear._system import solve_system
+from jaxhpo._types import LinearStatus
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,16 +35,30 @@ class FromLineax:
             wrapped = lineax.FunctionLinearOperator(operator, jax.eval_shape(lambda: b), tags)
             options = {} if x0 is None else {"y0": x0}
             solution = lineax.linear_solve(wrapped, b, self.solver, options=options, throw=False)
-            return solution.value, report(operator, solution.value, b, solution.stats.get("num_steps", 0))
+            x, result = solution.value, solution.result
+            ended = jnp.where(
+                result == lineax.RESULTS.max_steps_reached, LinearStatus.MAX_ITERATIONS, LinearStatus.STALLED
+            )
+            # A factorisation, which counts no steps, always thinks itself successful; an iteration has its tolerances.
+            half = float(jnp.finfo(b.dtype).eps) ** 0.5
+            well = 1 - half if "num_steps" in solution.stats else half
+            limit = jnp.where(result == lineax.RESULTS.successful, well, 2 * default_tolerance(b.dtype))
+            num_steps = solution.stats.get("num_steps", b.size)
+            info = report(residual_of(operator, x, b), num_steps, ended, limit)
+            # lineax's `CG` takes NaN products for convergence, at the zeros it started from.
+            return jnp.where(info.status == LinearStatus.NOT_FINITE, jnp.nan, x), info
 
         return solve_system(matvec, b, x0, solve, symmetric=self.needs_symmetry)
 
 
 def from_lineax(solver: Any) -> FromLineax:
-    """Lets a lineax solver solve for the implicit derivative.
+    r"""Lets a lineax solver solve for the implicit derivative.
 
     Matrices are given by their products, so solvers that need entries (`LU`, `QR`) build them, P products. `CG` is told
-    that the matrix is positive definite.
+    that the matrix is positive definite. The right-hand side is scaled to a largest entry of one, so `atol` is relative
+    to that. Status CONVERGED where lineax says so and the residual is below that of x = 0 (for `LU` and other
+    factorisations, below :math:`\sqrt\epsilon`); MAX_ITERATIONS where it used up its `max_steps`; NOT_FINITE where its
+    answer is not; STALLED otherwise. Not for use inside `jax.shard_map`.
 
     **Cost and bias**: the solver's.
 

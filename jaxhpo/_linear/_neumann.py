@@ -6,7 +6,7 @@ import dataclasses
 
 import jax
 
-from jaxhpo._linear._report import report
+from jaxhpo._linear._report import of_series, relative_norm, report, residual_of
 from jaxhpo._tree import add_scaled, scaled
 from jaxhpo._validate import check_count, check_positive
 
@@ -16,9 +16,12 @@ class Neumann:
     r"""Truncated Neumann series for an inverse-Hessian-vector product.
 
     Replaces :math:`H^{-1} b` by :math:`\alpha \sum_{k=0}^{K-1} (I - \alpha H)^k b`, which converges for
-    :math:`0 < \alpha < 2 / \lambda_{\max}(H)` and diverges, silently in most libraries, beyond: `check_hypergradient`
-    tells. At a solution of gradient descent with rate :math:`\alpha` it equals backpropagation through the last K
-    steps. For `fixed_point` solvers take `step_size=1`: the sum is then :math:`\sum_k J^k b`, J the step's Jacobian.
+    :math:`0 < \alpha < 2 / \lambda_{\max}(H)` and diverges beyond. At a solution of gradient descent with rate
+    :math:`\alpha` it equals backpropagation through the last K steps. For `fixed_point` solvers take `step_size=1`: the
+    sum is then :math:`\sum_k J^k b`, J the step's Jacobian.
+
+    The residual is the first term left out, so the report's status is CONVERGED where that is negligible,
+    MAX_ITERATIONS while the terms shrink (a series cut after K terms is legal), and STALLED where the last one did not.
 
     **Cost and bias**: `num_terms - 1` Hessian products of two to three gradients each; memory of one linearisation.
     The relative error in an eigendirection of curvature :math:`\lambda` is :math:`(1 - \alpha\lambda)^K`: biased
@@ -55,6 +58,7 @@ class Neumann:
             term = add_scaled(term, -self.step_size, matvec(term))
             return (term, add_scaled(total, 1.0, term)), None
 
-        (_, total), _ = jax.lax.scan(add_term, (b, b), length=self.num_terms - 1)
+        (last, total), _ = jax.lax.scan(add_term, (b, b), length=self.num_terms - 1)
         x = scaled(self.step_size, total)
-        return x, report(matvec, x, b, self.num_terms - 1)
+        residual = residual_of(matvec, x, b)
+        return x, report(residual, self.num_terms - 1, of_series(relative_norm(last, b), residual))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 
 from jaxhpo._linear._iteration import conjugate_gradients
-from jaxhpo._linear._report import report
+from jaxhpo._linear._report import default_tolerance, residual_of, still_falls
 from jaxhpo._linear._system import solve_system
+from jaxhpo._types import LinearStatus
 from jaxhpo._validate import check_count, check_nonnegative, check_positive
 
 
@@ -19,8 +19,9 @@ class NormalCG:
     r"""Conjugate gradients on :math:`(A^\top A + \delta I) x = A^\top b`, for any matrix, also singular or indefinite.
 
     With δ = 0 the least-squares solution that is nearest to zero. The condition number is squared, so it needs many
-    more iterations than `CG` where that applies: a fallback, not a default. Not for data-parallel losses inside
-    `jax.shard_map`.
+    more iterations than `CG` where that applies: a fallback, not a default. The status is that of the normal equations,
+    which always have a solution; the residual is that of A x = b, and large where b is not in the range of A (STALLED
+    where no part of b is).
 
     **Cost and bias**: one product with A and one with its transpose an iteration; memory of five copies of the
     parameters. Exact at convergence with δ = 0 and A invertible.
@@ -52,24 +53,22 @@ class NormalCG:
 
     def __call__(self, matvec, b, x0=None):
         """Returns `(x, LinearInfo)`, starting from `x0` (zeros when None)."""
-        iterate = functools.partial(conjugate_gradients, maxiter=self.maxiter, tol=self.tol)
-
-        def damped(product, v):
-            return product + self.damping * v
-
-        def transposed(operator, v):
-            return jax.linear_transpose(operator, v)(v)[0]
 
         def solve(operator, b, x0):
-            x, info = iterate(lambda v: damped(transposed(operator, operator(v)), v), transposed(operator, b), x0)
-            measured = report(operator, x, b, info.num_iterations)
-            return x, measured._replace(status=jnp.maximum(info.status, measured.status))
+            def transposed(v):
+                return jax.linear_transpose(operator, v)(v)[0]
 
-        def transpose_solve(operator, b, x0):
-            # ((AᵀA + δ)⁻¹Aᵀ)ᵀ = A (AᵀA + δ)⁻¹; this operator is Aᵀ.
-            y, info = iterate(lambda v: damped(operator(transposed(operator, v)), v), b, x0)
-            x = transposed(operator, y)
-            measured = report(operator, x, b, info.num_iterations)
-            return x, measured._replace(status=jnp.maximum(info.status, measured.status))
+            def normal(v):
+                return transposed(operator(v)) + self.damping * v
 
-        return solve_system(matvec, b, x0, solve, transpose_solve)
+            tol = default_tolerance(b.dtype, self.tol)
+            x, info = conjugate_gradients(normal, transposed(b), x0, self.maxiter, tol)
+            residual = residual_of(operator, x, b)
+            status = jnp.where(residual <= float(jnp.finfo(b.dtype).eps) ** 0.5, LinearStatus.CONVERGED, info.status)
+            nothing = (status == LinearStatus.CONVERGED) & ~still_falls(jnp.ones_like(residual), residual)
+            # AᵀA has no negative curvature but by rounding.
+            stalled = nothing | (status == LinearStatus.INDEFINITE)
+            return x, info._replace(residual=residual, status=jnp.where(stalled, LinearStatus.STALLED, status))
+
+        # Also the transposed system's: ((AᵀA + δ)⁻¹Aᵀ)ᵀ = A (AᵀA + δ)⁻¹ = (AAᵀ + δ)⁻¹A, solvable whatever b is.
+        return solve_system(matvec, b, x0, solve)

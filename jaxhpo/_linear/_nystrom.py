@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import ClassVar
 
 import jax
@@ -10,8 +11,9 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from jaxhpo._errors import JaxhpoError
-from jaxhpo._linear._report import report
-from jaxhpo._tree import cast_varying, varying_axes
+from jaxhpo._linear._report import of_series, report, residual_of
+from jaxhpo._tree import add_scaled, cast_varying, varying_axes
+from jaxhpo._types import LinearStatus
 from jaxhpo._validate import check_count, check_positive
 
 
@@ -60,9 +62,17 @@ class Nystrom:
         rank = min(self.rank, flat.size)
         basis = jnp.linalg.qr(jax.random.normal(key, (flat.size, rank), flat.dtype))[0]
         basis = cast_varying(basis, varying_axes(b))
+        damped = lambda v: add_scaled(matvec(v), self.damping, v)  # noqa: E731
+        product = functools.partial(jnp.matmul, precision="highest")
         image = jax.vmap(lambda v: ravel_pytree(matvec(unravel(v)))[0], in_axes=1, out_axes=1)(basis)
-        small = self.damping * basis.T @ image + image.T @ image
+        core = product(basis.T, image)
+        small = self.damping * core + product(image.T, image)
         # Least squares, since the small matrix is singular where H is of lower rank than asked for.
-        inner = jnp.linalg.pinv((small + small.T) / 2, hermitian=True) @ (image.T @ flat)
-        x = unravel((flat - image @ inner) / self.damping)
-        return x, report(matvec, x, b, rank)
+        inverse = jnp.linalg.pinv((small + small.T) / 2, hermitian=True)
+        x = unravel((flat - product(image, product(inverse, product(image.T, flat)))) / self.damping)
+        eps = float(jnp.finfo(flat.dtype).eps)
+        # Ritz values lie between the eigenvalues of H: one at or below −ρ proves that H + ρI is not positive definite.
+        indefinite = jnp.linalg.eigvalsh(jax.lax.stop_gradient(core + core.T) / 2)[0] <= -self.damping
+        residual = residual_of(damped, x, b)
+        ended = jnp.where(indefinite, LinearStatus.INDEFINITE, of_series(jnp.ones_like(residual), residual))
+        return x, report(residual, rank, ended, threshold=eps**0.5)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from jaxhpo._diagnose import report_linear_solve
+from jaxhpo._linear._report import largest
 from jaxhpo._tree import cast_varying, drop_varying, hoist, varying_axes
 from jaxhpo._types import LinearInfo, PyTree
 
@@ -30,7 +32,7 @@ def solve_system(
       matvec: products with A.
       b: the right-hand side.
       x0: where to start, or None.
-      solve: `(operator, b, x0) -> (x, LinearInfo)` on vectors.
+      solve: `(operator, b, x0) -> (x, LinearInfo)` on vectors, b with a largest entry of one.
       transpose_solve: the same for the transposed system, given its operator; `solve` when None.
       symmetric: A is its own transpose.
 
@@ -45,23 +47,27 @@ def solve_system(
     own = varying_axes(b)
     axes = own | varying_axes(consts)
 
+    @jax.jit  # lowering traces anew what is not inside a call or a loop, with types in which axes are missing
     def operator(v):
         return cast_varying(pure(consts, drop_varying(v, axes - own)), axes)
 
-    def reported(solve, x0):
+    def scaled(solve, x0):
+        # Solved for b scaled to a largest entry of one: squares of very small or large entries would leave the range.
         def run(operator, b):
-            x, info = solve(operator, b, x0)
+            size = largest(b)
+            start = None if x0 is None else jnp.where(jnp.any(b != 0), x0 / size, 0)
+            x, info = solve(operator, b / size, start)
             report_linear_solve(info)
-            return x, info
+            return size * x, info
 
         return run
 
     x, info = jax.lax.custom_linear_solve(
         operator,
         cast_varying(b, axes),
-        reported(solve, cast_varying(x0, axes)),
+        scaled(solve, cast_varying(x0, axes)),
         # A start for A x = b is none for the transposed system of a derivative.
-        reported(transpose_solve or solve, None),
+        scaled(transpose_solve or solve, None),
         symmetric=symmetric,
         has_aux=True,
     )

@@ -1,0 +1,44 @@
+"""What the methods share that move hyperparameters at random, in unconstrained units."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import optax
+
+from jaxhpo._errors import JaxhpoError
+from jaxhpo._transforms import to_unconstrained
+from jaxhpo._tree import add_scaled, zeros_like
+from jaxhpo._types import PyTree
+from jaxhpo._validate import check_key
+
+
+def require_key(key: Any, method: Any) -> jax.Array:
+    """The key; raises where a method has nothing to draw from."""
+    if check_key(key) is None:
+        raise JaxhpoError(
+            f"`{method!r}` draws random perturbations, but `update` got no key: write `pair.update(hparams, state, "
+            f"batches, outer_batch, key)`, with another key at every outer step (`tune` and `from_pair` do that)."
+        )
+    return key
+
+
+def normal(key: jax.Array, like: PyTree) -> PyTree:
+    """Independent standard normal numbers in the tree, shapes and types of `like`."""
+    return optax.tree.random_like(key, like, sampler=jax.random.normal)
+
+
+def mean_of_normals(weights: jax.Array, keys: jax.Array, like: PyTree) -> PyTree:
+    """(1/K) Σ_k weights[k] · normal(keys[k]), drawn again one by one, so that K of them are never held at once."""
+
+    def add(total, x):
+        weight, key = x
+        return add_scaled(total, weight / len(keys), normal(key, like)), None
+
+    return jax.lax.scan(add, zeros_like(like), (weights, keys))[0]
+
+
+def in_natural_units(transforms: PyTree, hparams: PyTree, gradient: PyTree) -> PyTree:
+    """A gradient with respect to unconstrained u as one with respect to h: (du/dh)ᵀ g."""
+    return jax.vjp(lambda h: to_unconstrained(transforms, h), hparams)[1](gradient)[0]

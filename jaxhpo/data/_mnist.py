@@ -1,0 +1,125 @@
+"""MNIST, read from its own archives."""
+
+from __future__ import annotations
+
+import gzip
+import math
+import pathlib
+import zlib
+
+import numpy as np
+
+from jaxhpo._errors import JaxhpoError
+from jaxhpo._validate import check_count
+from jaxhpo.data._download import fetch
+from jaxhpo.data._split import Examples, Split
+
+ADDRESS = "https://ossci-datasets.s3.amazonaws.com/mnist/"
+SHA256 = {
+    "train-images-idx3-ubyte.gz": "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
+    "train-labels-idx1-ubyte.gz": "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
+    "t10k-images-idx3-ubyte.gz": "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
+    "t10k-labels-idx1-ubyte.gz": "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
+}
+
+
+def mnist(seed: int = 0, *, train: int = 10_000, validation: int = 10_000, test: int | None = None) -> Split:
+    """Handwritten digits, 28×28 pixels: 60 000 to train and validate on, and 10 000 others to test on.
+
+    Reads `<JAXHPO_DATA_DIR>/mnist/<file>` where that environment variable is set and the file exists; else downloads
+    the four archives (11 MB) once, into pooch's cache, and verifies their sha256. The parts `train` and `validation`
+    are drawn from the archives' training images, `test` from their test images.
+
+    Args:
+      seed: integer ≥ 0; the same seed gives the same split on every machine.
+      train: number of training images.
+      validation: number of validation images; with `train` at most 60 000.
+      test: number of test images; None takes all 10 000.
+
+    Returns:
+      A `Split` of `Examples`: inputs float32 (n, 784) in [0, 1], row by row; targets int32 (n,) in 0..9.
+
+    Raises:
+      ImportError: a file must be downloaded, and pooch is not installed.
+      JaxhpoError: a size is no positive integer, or too large; a file cannot be had, or is no such archive.
+
+    Example:
+      >>> from jaxhpo.data import mnist
+      >>> parts = mnist(seed=0, train=2000, validation=2000)  # doctest: +SKIP
+      >>> parts.train.inputs.shape, parts.test.targets.shape  # doctest: +SKIP
+      ((2000, 784), (10000,))
+
+    References:
+      LeCun, Bottou, Bengio, Haffner. Gradient-Based Learning Applied to Document Recognition. 1998.
+    """
+    check_count("seed", seed, 0)
+    check_count("train", train)
+    check_count("validation", validation)
+    if test is not None:
+        check_count("test", test)
+    rng = np.random.default_rng(seed)
+    for_training, for_testing = _archive("train"), _archive("t10k")
+    train_part, validation_part = _deal(rng, for_training, "train + validation", train, validation)
+    (test_part,) = _deal(rng, for_testing, "test", len(for_testing.targets) if test is None else test)
+    return Split(train_part, validation_part, test_part)
+
+
+def _archive(name: str) -> Examples:
+    """The images, as bytes, and the labels of one of the two parts upstream."""
+    arrays = []
+    for kind, dimensions in (("images-idx3", 3), ("labels-idx1", 1)):
+        file = f"{name}-{kind}-ubyte.gz"
+        arrays.append(read_idx(fetch("mnist", file, ADDRESS + file, SHA256[file]), dimensions))
+    images, labels = arrays
+    if len(images) != len(labels):
+        raise JaxhpoError(
+            f"The MNIST archives of `{name}` hold {len(images)} images but {len(labels)} labels, so they do not belong "
+            f"together: take all files from one place, such as {ADDRESS}."
+        )
+    return Examples(images.reshape(len(images), -1), labels)
+
+
+def _deal(rng, examples, what, *sizes) -> list[Examples]:
+    """Disjoint parts of the examples, shuffled."""
+    total = len(examples.targets)
+    if sum(sizes) > total:
+        raise JaxhpoError(
+            f"`{what}` got {sum(sizes)} images in all, but the archive holds {total}, and the parts are disjoint: "
+            f"write sizes whose sum is at most {total}."
+        )
+    picks = np.split(rng.permutation(total)[: sum(sizes)], np.cumsum(sizes)[:-1])
+    return [
+        Examples((examples.inputs[pick] / np.float32(255)).astype(np.float32), examples.targets[pick].astype(np.int32))
+        for pick in picks
+    ]
+
+
+def read_idx(path: pathlib.Path, dimensions: int) -> np.ndarray:
+    """The array of bytes in a gzipped idx file: 0, 0, type 8, dimensions; each length, 4 bytes, big-endian; the bytes.
+
+    Args:
+      path: of the file.
+      dimensions: that the array should have.
+
+    Returns:
+      uint8, with that many dimensions.
+
+    Raises:
+      JaxhpoError: the file is something else, or incomplete.
+    """
+    try:
+        content = gzip.decompress(path.read_bytes())
+    except (OSError, EOFError, zlib.error) as error:
+        raise JaxhpoError(f"{path} is no gzip archive, or incomplete ({error}): download it again.") from error
+    head = 4 + 4 * dimensions
+    if len(content) < head or content[:4] != bytes([0, 0, 8, dimensions]):
+        raise JaxhpoError(
+            f"{path} begins with {list(content[:4])}, not with [0, 0, 8, {dimensions}], so it is no idx file of bytes "
+            f"in {dimensions} dimensions: the archives at {ADDRESS} are."
+        )
+    shape = tuple(int(n) for n in np.frombuffer(content, ">u4", dimensions, offset=4))
+    if len(content) - head != math.prod(shape):
+        raise JaxhpoError(
+            f"{path} holds {len(content) - head} bytes, but says that it holds {shape}: download it again."
+        )
+    return np.frombuffer(content, np.uint8, offset=head).reshape(shape)
