@@ -29,6 +29,7 @@ from jaxhpo._methods import METHODS, markdown
 
 NUM_STEPS = 20
 BATCH = 128
+REPEATS = 7
 ITERATIONS = 10  # what a loop that ends at a tolerance is counted as, and may take at most
 
 
@@ -126,21 +127,24 @@ def program(call: str, problem: Problem):
     return update
 
 
-def measure(function, problem, iterations=ITERATIONS) -> dict[str, float]:
-    """Counted operations, allocated bytes, and seconds of the median of five calls."""
+def measure(function, problem, unit=None, iterations=ITERATIONS) -> dict[str, float]:
+    """Counted operations, allocated bytes, and the median ratio of seconds to those of the unit, called in turn."""
     args = (problem.hparams, problem.params, problem.batches)  # all that is data: constants would be folded
     compiled = jax.jit(function).lower(*args).compile()
-    jax.block_until_ready(compiled(*args))
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        jax.block_until_ready(compiled(*args))
-        seconds.append(time.perf_counter() - start)
-    return {
+    measured = {
         "operations": count_arithmetic(function, *args, unknown_length=iterations),
         "bytes": compiled.memory_analysis().temp_size_in_bytes,
-        "seconds": statistics.median(seconds),
     }
+    if unit is None:
+        return measured | {"run": lambda: jax.block_until_ready(compiled(*args))}
+    ratios = []
+    for _ in range(1 + REPEATS):
+        start = time.perf_counter()
+        jax.block_until_ready(compiled(*args))
+        middle = time.perf_counter()
+        unit["run"]()
+        ratios.append((middle - start) / (time.perf_counter() - middle))
+    return measured | {"seconds_ratio": statistics.median(ratios[1:])}  # the first one warms up
 
 
 def main(arguments=None) -> None:
@@ -159,11 +163,11 @@ def main(arguments=None) -> None:
         problem, unit = problems[size], units[size]
         # The only such loop of a reversible run has one pass: it keeps the compiler from merging what is inside.
         iterations = 1 if "Reversible" in method.call else ITERATIONS
-        measured = measure(program(method.call, problem), problem, iterations)
+        measured = measure(program(method.call, problem), problem, unit, iterations)
         copies = measured["bytes"] / sum(leaf.nbytes for leaf in jax.tree.leaves(problem.params))
         rows[method.call] = {
             "time": measured["operations"] / unit["operations"],
-            "seconds_ratio": measured["seconds"] / unit["seconds"],
+            "seconds_ratio": measured["seconds_ratio"],
             "memory": copies,
             "network": size,
         }
@@ -181,11 +185,11 @@ def main(arguments=None) -> None:
     }
     (parsed.out / "methods.json").write_text(json.dumps(report, indent=1) + "\n")
     if parsed.readme:
-        text = parsed.readme.read_text()
-        begin, end = "<!-- methods: begin -->\n", "\n<!-- methods: end -->"
-        before, _, rest = text.partition(begin)
-        _, _, after = rest.partition(end)
-        parsed.readme.write_text(before + begin + markdown(rows) + end + after)
+        text, table = parsed.readme.read_text(), f"<!-- methods: begin -->\n{markdown(rows)}\n<!-- methods: end -->"
+        text, found = re.subn("<!-- methods: begin -->.*<!-- methods: end -->", lambda _: table, text, flags=re.DOTALL)
+        if not found:
+            raise SystemExit(f"{parsed.readme} has no line `<!-- methods: begin -->` with its end")
+        parsed.readme.write_text(text)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from jaxhpo._validate import check_arrays, check_callable, check_count, check_fi
 def check_solver(solver):
     """Raises unless this is a `Solver`."""
     if not isinstance(solver, Solver):
-        is_tx = hasattr(solver, "update")
+        is_tx = hasattr(solver, "update") and not isinstance(solver, type)
         hint = "write `jaxhpo.from_optax(train_loss, tx)`" if is_tx else "make one with `from_optax`"
         raise JaxhpoError(f"`solver` got {type(solver).__name__}, not a `jaxhpo.Solver`: {hint}.")
 

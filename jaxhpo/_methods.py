@@ -1,4 +1,4 @@
-"""What there is to choose from: the registry behind README's table, `jaxhpo methods` and the benchmark of costs."""
+"""What there is to choose from: the registry behind README's table and the benchmark of costs."""
 
 from __future__ import annotations
 
@@ -82,9 +82,9 @@ METHODS = (
         ("Reversible", "momentum_sgd"),
         ALL,
         "forward, backwards, backward",
-        "4 states and T log₂(1/m) bits a parameter",
+        "4 states and T log₂(1/momentum) bits a parameter",
         "always, for the T-step map in fixed point",
-        "any optimiser but `momentum_sgd`; |θ| beyond the fixed point's range",
+        "any optimiser but `momentum_sgd`; weights beyond the fixed point's range",
         "[Maclaurin 2015](https://arxiv.org/abs/1502.03492)",
     ),
     Method(

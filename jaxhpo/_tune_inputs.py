@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 
 from jaxhpo._errors import JaxhpoError
+from jaxhpo._types import Solver
 from jaxhpo._validate import (
     check_arrays,
     check_callable,
@@ -80,7 +81,8 @@ def _accepts(fn, num_args) -> bool:
 
 def check_settings(optimizer, num_steps, transforms, patience, min_delta):
     """Raises for a setting that cannot work."""
-    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")) or isinstance(optimizer, type):
+    has_both = hasattr(optimizer, "init") and hasattr(optimizer, "update")
+    if not has_both or isinstance(optimizer, (type, Solver)):
         raise JaxhpoError(
             f"`optimizer` got {describe(optimizer)}, which is no optax transformation: write `optax.adam(0.1)`, say."
         )
