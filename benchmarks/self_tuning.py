@@ -297,7 +297,7 @@ def draw_picture(runs, path):
             for run in runs:
                 line = np.asarray(run["self-tuning"]["path"][name])[:, layer]
                 axis.plot(spent, line, color=color, alpha=0.8, label=f"layer {layer + 1}" if run is runs[0] else None)
-        axis.set(xlabel="gradients", ylabel=f"{label} of the self-tuning network, a line a seed")
+        axis.set(xlabel="gradients", ylabel=f"{label}, a line a seed")
         axis.legend(frameon=False)
     axes[1, 0].set_ylim(bottom=0)
     axes[1, 1].set_yscale("log")
