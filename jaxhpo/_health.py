@@ -52,7 +52,8 @@ def raise_if_zero(
                 f"depends on it. Remove it, or use it in the train loss or the optimiser. {told}".rstrip()
             )
         if zero:
-            text = "has a hypergradient of exactly zero at this point: start elsewhere if it does not move."
+            text = "has a hypergradient of exactly zero at this point: start elsewhere if it does not move (a count of "
+            text += "errors is flat: take a smooth loss, or `EvolutionStrategies`)."
             warnings.warn(ZeroHypergradientWarning(f"`{name}` {text}", name), stacklevel=3)
 
 

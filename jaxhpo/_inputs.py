@@ -31,7 +31,9 @@ def check_adjoint(adjoint):
         hint = f"`{name}()`" if hasattr(adjoint, "run") else f"`Implicit({name}(...))` if it is a linear solver"
         raise JaxhpoError(f"`adjoint` got the class {name}, not a derivative rule: write {hint}.")
     if not isinstance(adjoint, Adjoint):
-        if callable(adjoint):
+        if hasattr(adjoint, "pair"):
+            hint = f"it keeps state between outer steps, so write `hypergradient({adjoint!r}, solver, outer_loss)`"
+        elif callable(adjoint):
             hint = f"if it is a linear solver, write `Implicit({adjoint!r})`"
         else:
             hint = "write `Unroll()` or `Implicit(CG())`"

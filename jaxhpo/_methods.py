@@ -84,7 +84,7 @@ METHODS = (
         "forward, backwards, backward",
         "4 states and T log₂(1/momentum) bits a parameter",
         "always, for the T-step map in fixed point",
-        "any optimiser but `momentum_sgd`; weights beyond the fixed point's range",
+        "any optimiser but `momentum_sgd`; weights beyond the fixed point's range, steps below its spacing (2⁻²⁸)",
         "[Maclaurin 2015](https://arxiv.org/abs/1502.03492)",
     ),
     Method(
@@ -123,7 +123,7 @@ METHODS = (
         ALL,
         "1 + 2.25 N/T for N points",
         "4 states",
-        "a straight trajectory",
+        "a straight trajectory, walked at constant speed",
         "the trajectory bends; long runs with momentum explode, unless `num_points` is small",
         "[Fu 2016](https://arxiv.org/abs/1601.00917)",
     ),
@@ -134,7 +134,7 @@ METHODS = (
         "two gradients",
         "2 P",
         "as one unrolled step: H = I/α",
-        "curvatures differ; low precision",
+        "curvatures differ; low precision; weights as small as its step ε",
         "[Liu 2019](https://arxiv.org/abs/1806.09055)",
     ),
     Method(
@@ -144,7 +144,7 @@ METHODS = (
         "two gradients, one update",
         "2 P",
         "as one unrolled step of the optimiser",
-        "curvatures differ; low precision",
+        "curvatures differ; low precision; weights as small as its step ε",
         "[Choe 2023](https://arxiv.org/abs/2310.05674)",
     ),
     Method(

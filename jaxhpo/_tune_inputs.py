@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 
 from jaxhpo._errors import JaxhpoError
-from jaxhpo._types import Solver
+from jaxhpo._types import Hypergradient, Solver
 from jaxhpo._validate import (
     check_arrays,
     check_callable,
@@ -53,6 +53,10 @@ def make_evaluator(outer_loss, gradient) -> Evaluator:
 
 
 def _checked_gradient(gradient):
+    if isinstance(gradient, Hypergradient):
+        raise JaxhpoError(
+            "`gradient` got a pair: write `gradient=from_pair(pair)` and `carry=pair.init(params, hparams)`."
+        )
     check_callable("gradient", gradient, "gradient(hparams, carry, key)", 3)
 
     def checked(hparams, carry, key):

@@ -185,7 +185,7 @@ def check_scalar(value, what: str) -> jax.Array:
     if not jnp.issubdtype(value.dtype, jnp.floating):
         raise JaxhpoError(
             f"`{what}` returned {describe(value)}, which has no gradient: return a real floating-point scalar, such as "
-            f"a cross-entropy in place of a count of errors."
+            f"a cross-entropy in place of a count of errors, or that count as a float for `EvolutionStrategies`."
         )
     return value
 

@@ -210,10 +210,12 @@ def comparison(comparison: Comparison, path: str | os.PathLike | None = None) ->
     canvas, axes = figure(width=10.0, height=5.5)
     axis = axes[0, 0]
     errors = [row.relative_error for row in comparison.rows if row.relative_error]
-    floor = min([1e-8, *(error / 10 for error in errors)])  # where an error of zero is drawn: the reference itself
+    floor = min([1.0, *errors]) / 10  # where an error of zero is drawn: the reference itself
     axis.set(xscale="log", yscale="log", ylabel="relative error of the hypergradient")
     axis.set_xlabel("time of one hypergradient, in inner steps")
-    axis.set_title(f"recommended here: {comparison.recommended or 'none of these'}", fontsize=11)
+    best = [row.accurate for row in comparison.rows if row.name == comparison.recommended]
+    told = "nearest, but not accurate" if best == [False] else "recommended here"
+    axis.set_title(f"{told}: {comparison.recommended or 'none of these'}", fontsize=11)
     axis.set_ylim(floor / 5, 10 * max([1.0, *errors]))
     axis.axhline(1e-2, color="0.6", linestyle=":", zorder=0)
     for number, row in enumerate(comparison.rows, 1):

@@ -262,6 +262,18 @@ def test_self_tuning_layer_finds_the_best_response(tuned):
 # --- mistakes ---
 
 
+def test_what_the_train_loss_does_not_read_is_zero_and_said():
+    """The rate of an optimiser that the hypernetwork does not use: its perturbations would give noise."""
+    solver = jaxhpo.from_optax(lambda p, h, batch: jnp.sum((p - h["x"]) ** 2), lambda h: optax.sgd(h["rate"]))
+    method = Hypernetwork(optax.sgd(0.1), 1.0)
+    pair = hypergradient(method, solver, lambda s, h, batch: jnp.sum(s.params) + 5.0 * h["rate"], num_steps=20)
+    h = {"x": jnp.ones(2), "rate": jnp.array(0.1)}
+    with pytest.warns(jaxhpo.ZeroHypergradientWarning, match=r"hparams\['rate'\] does not enter the train loss"):
+        grad, _, _ = pair.update(h, pair.init(jnp.zeros(2), h), key=jax.random.key(0))
+    assert grad["rate"] == 5.0  # of the outer loss itself
+    assert (grad["x"] != 0).all()
+
+
 @pytest.mark.parametrize(
     ("make", "match"),
     [

@@ -808,6 +808,12 @@ MISTAKES = [
         "adjoint-implicit-class", lambda h: train(h, adjoint=Implicit), "`adjoint` got the class", r"`Implicit\(\)`"
     ),
     Mistake("adjoint-string", lambda h: train(h, adjoint="unroll"), "`adjoint` got 'unroll'", r"write `Unroll\(\)`"),
+    Mistake(
+        "adjoint-second-door",
+        lambda h: train(h, adjoint=jaxhpo.HOAG()),
+        r"`adjoint` got HOAG\(.*keeps state",
+        r"write `hypergradient\(HOAG\(",
+    ),
     Mistake("adjoint-none", lambda h: train(h, adjoint=None), "`adjoint` got None", r"write `Unroll\(\)`"),
     Mistake(
         "adjoint-linear-solver",
@@ -1233,6 +1239,13 @@ MISTAKES = [
     Mistake("tune-key-old-style", lambda h: search(key=OLD_KEY), r"`key` got uint32\[2\]", "wrap_key_data", jit=False),
     Mistake(
         "tune-gradient-value", lambda h: search(gradient=1.0), r"`gradient` got 1\.0", "give a function", jit=False
+    ),
+    Mistake(
+        "tune-gradient-pair",
+        lambda h: search(gradient=jaxhpo.hypergradient(jaxhpo.RealTime(), SOLVER, lambda s, h, b: 0.0, num_steps=1)),
+        "`gradient` got a pair",
+        r"write `gradient=from_pair\(pair\)`",
+        jit=False,
     ),
     Mistake(
         "tune-gradient-of-one-argument",

@@ -13,7 +13,7 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jax.flatten_util import ravel_pytree
 
-from jaxhpo._loop import run
+from jaxhpo._loop import map_in_chunks, run
 from jaxhpo._tree import cast_varying, is_inexact, varying_axes
 from jaxhpo._types import InnerState, Problem
 
@@ -80,9 +80,7 @@ def push(fn: Callable, z: jax.Array, directions: jax.Array, chunk_size: int | No
     def along(v):
         return jax.jvp(fn, (z,), (v,))[1]
 
-    if chunk_size is None:
-        return jax.vmap(along)(directions)
-    return jax.lax.map(along, directions, batch_size=chunk_size)
+    return map_in_chunks(along, directions, chunk_size)
 
 
 def combine(weights: jax.Array, columns: list) -> list:

@@ -117,7 +117,7 @@ def _praise(row, accurate) -> str:
         why = "and no other method in the list is accurate"
     else:
         count, gradients = len(accurate), f"{row.gradients:.3g} gradients"
-        why = f"and of the {count} accurate methods none is faster by more than a tenth ({gradients})"
+        why = f"and none of the {count} accurate methods beats its {gradients} by more than a tenth"
     return f"Use `{row.name}`: {right}, {why}.{_thrift(row, accurate)}"
 
 

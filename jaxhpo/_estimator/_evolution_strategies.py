@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jaxhpo._errors import JaxhpoError
 from jaxhpo._estimator._perturbation import in_natural_units, mean_of_normals, normal, require_key
+from jaxhpo._loop import map_in_chunks
 from jaxhpo._solve import solve
 from jaxhpo._transforms import to_natural, to_unconstrained
 from jaxhpo._tree import add_scaled
@@ -134,5 +135,4 @@ class EvolutionStrategies:
         runs_per_draw = 2 if self.antithetic else 1
         keys = jax.random.split(key, 2 * self.num_pairs // runs_per_draw)
         chunk = None if self.chunk_size is None else 2 * self.chunk_size // runs_per_draw
-        slopes = jax.lax.map(slope, keys, batch_size=min(chunk or len(keys), len(keys)))
-        return mean_of_normals(slopes, keys, point)
+        return mean_of_normals(map_in_chunks(slope, keys, chunk), keys, point)

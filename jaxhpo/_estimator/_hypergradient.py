@@ -54,7 +54,9 @@ def hypergradient(
       method: a second-door method (`HOAG()`, `RealTime()`, ...) or a derivative rule (`Implicit(CG())`, ...).
       solver: the inner problem.
       outer_loss: `(solution, hparams, outer_batch) -> scalar`, or `-> (scalar, metrics)`.
-      num_steps: inner steps an update; may be omitted where `batches` is a pytree with a leading axis of steps.
+      num_steps: inner steps an update, which `batches` given as a function of the step index counts from 0 in every
+        update: draw other data in each, as `from_pair(pair, data)` does. May be omitted where `batches` is a
+        pytree with a leading axis of steps.
       warm_start: each update goes on from where the last one ended; otherwise from the parameters given to `init`.
 
     Returns:
@@ -212,8 +214,9 @@ def from_pair(pair: Hypergradient, data: Any = None) -> Callable[[PyTree, PyTree
 
     Args:
       pair: from `hypergradient`.
-      data: `(batches, outer_batch)`, or a function `key -> (batches, outer_batch)` that draws new ones at every outer
-        step; None where the losses close over their data.
+      data: a function `key -> (batches, outer_batch)` that draws new data at every outer step, or `(batches,
+        outer_batch)`, the same at every one (a function of the inner step counts from 0 each time); None where the
+        losses close over their data.
 
     Returns:
       `(hparams, carry, key) -> (value, hypergradient, carry, info)`.

@@ -18,7 +18,7 @@ from jaxhpo._inputs import check_steps, checked_batches_function
 from jaxhpo._solve import solve
 from jaxhpo._solver import from_optax
 from jaxhpo._transforms import to_natural, to_unconstrained
-from jaxhpo._tree import names
+from jaxhpo._tree import differentiable_inputs, names, warn_zero
 from jaxhpo._types import Hypergradient, HypergradientInfo, InnerState, PyTree, Solution
 from jaxhpo._validate import (
     check_callable,
@@ -247,9 +247,11 @@ class Hypernetwork:
             steps = check_steps(batches, num_steps)
             data = _with_keys(batches, train_key, steps)
             trained = solve(inner, start, (hparams, state.origin), data, num_steps=steps)
+            seen = self._seen(solver, trained.params, (hparams, state.origin), data)
 
             def loss(hparams):
                 point, drawn = self._outer_point(outer_key, hparams, outer_batch)
+                point = jax.tree.map(lambda x, s: x if s else jax.lax.stop_gradient(x), point, seen)
                 params = self._respond(trained.params, point, state.origin)
                 value, metrics = outer_loss(Solution(params, None, None, trained.info), drawn, outer_batch)
                 return value - self._bonus(hparams, value), (value, metrics)
@@ -259,6 +261,29 @@ class Hypernetwork:
             return grad, after, HypergradientInfo(value, metrics, trained.info)
 
         return Hypergradient(init, update)
+
+    def _seen(self, solver, phi, carried, data):
+        """For each hyperparameter, whether the train loss reads it; a `ZeroHypergradientWarning` where it does not."""
+        hparams, origin = carried
+        first: Any = data(0) if callable(data) else jax.tree.map(lambda x: x[0], data)
+        batch, key = first
+        point, drawn = self._draw(key, hparams, batch)
+        params, (leaves, structure) = self._respond(phi, point, origin), jax.tree.flatten(drawn)
+
+        def value(leaves):
+            return solver.objective(params, jax.tree.unflatten(structure, leaves), batch, None)
+
+        seen = differentiable_inputs(value, leaves)
+        for name, reads in zip(names(_value_of(hparams), "hparams"), seen, strict=True):
+            if not reads:
+                warn_zero(
+                    name,
+                    "does not enter the train loss, which is all that a hypernetwork learns to respond to, so its "
+                    "hypergradient through the trained parameters is exactly zero. If it is a setting of the optimiser "
+                    "(a learning rate, a momentum), `Unroll()` or `RealTime()` sees it; if nothing uses it, remove it; "
+                    "if it enters the outer loss directly, that part is still right.",
+                )
+        return jax.tree.unflatten(structure, seen)
 
     def _respond(self, phi, point, origin):
         """θ_φ at unconstrained hyperparameters, which may have a leading axis of examples."""

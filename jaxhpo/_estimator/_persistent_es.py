@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxhpo._errors import JaxhpoError
 from jaxhpo._estimator._perturbation import in_natural_units, normal, require_key
 from jaxhpo._inputs import check_steps
+from jaxhpo._loop import map_in_chunks
 from jaxhpo._solve import solve
 from jaxhpo._transforms import to_natural, to_unconstrained
 from jaxhpo._tree import add_scaled, scaled, zeros_like
@@ -121,7 +122,8 @@ class PersistentES:
             require_key(key, self)
             steps = check_steps(batches, num_steps)
             self._check_horizon(steps)
-            anew = state.count == 0
+            # Updates of another length than before may not end at the horizon: none goes past it.
+            anew = (state.count == 0) | (state.count + steps > self.horizon)
             point = to_unconstrained(self.transforms, hparams)
 
             def train(hparams, inner):
@@ -145,12 +147,10 @@ class PersistentES:
 
             solution, value, metrics = train(hparams, state.centre)
             keys = jax.random.split(key, self.num_pairs)
-            chunk = min(self.chunk_size or self.num_pairs, self.num_pairs)
-            total, particles, slopes = jax.lax.map(
-                advance, (keys, state.perturbations, state.particles), batch_size=chunk
-            )
+            each = keys, state.perturbations, state.particles
+            total, particles, slopes = map_in_chunks(advance, each, self.chunk_size)
             grad = jax.tree.map(lambda x: jnp.tensordot(slopes.astype(x.dtype), x, axes=1) / self.num_pairs, total)
-            count = (state.count + steps) % self.horizon
+            count = (jnp.where(anew, 0, state.count) + steps) % self.horizon
             after = PersistentState(state.start, solution.state, particles, total, count)
             info = HypergradientInfo(value, metrics, solution.info)
             return in_natural_units(self.transforms, hparams, grad), after, info

@@ -9,7 +9,7 @@ import optax
 
 from jaxhpo._errors import JaxhpoError
 from jaxhpo._transforms import to_unconstrained
-from jaxhpo._tree import add_scaled, zeros_like
+from jaxhpo._tree import add_scaled, cast_like, upcast, zeros_like
 from jaxhpo._types import PyTree
 from jaxhpo._validate import check_key
 
@@ -36,7 +36,8 @@ def mean_of_normals(weights: jax.Array, keys: jax.Array, like: PyTree) -> PyTree
         weight, key = x
         return add_scaled(total, weight / len(keys), normal(key, like)), None
 
-    return jax.lax.scan(add, zeros_like(like), (weights, keys))[0]
+    # In float32 at least: in bfloat16 a long sum no longer grows.
+    return cast_like(jax.lax.scan(add, upcast(zeros_like(like)), (weights, keys))[0], like)
 
 
 def in_natural_units(transforms: PyTree, hparams: PyTree, gradient: PyTree) -> PyTree:
