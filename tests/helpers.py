@@ -134,11 +134,17 @@ ALL_RULES = RULES + MORE_RULES
 BY_NAME = {case.name: case for case in ALL_RULES}
 
 
+QUICK = ("unroll", "unroll-7", "unroll-truncated", "cg", "neumann-5")  # one of each kind
+
+
+def row(*values, case):
+    """One row of the table as a pytest parameter."""
+    return pytest.param(*values, case, marks=[] if case.name in QUICK else [pytest.mark.slow])
+
+
 def rows(condition=lambda case: True):
-    """The table as pytest parameters; in the quick suite the later rules are held to their closed forms alone."""
-    quick = [case for case in RULES if condition(case)]
-    slow = [pytest.param(case, marks=pytest.mark.slow) for case in MORE_RULES if condition(case)]
-    return pytest.mark.parametrize("case", quick + slow, ids=lambda case: case.name)
+    """The table as pytest parameters; in the quick suite the other rules are held to their closed forms alone."""
+    return pytest.mark.parametrize("case", [row(case=c) for c in ALL_RULES if condition(c)], ids=lambda c: c.name)
 
 
 def outer_loss(problem: BilevelProblem, adjoint, num_steps: int, dtype=jnp.float64, start=None, tx=None):

@@ -67,13 +67,8 @@ def test_links_lead_somewhere():
             assert (ROOT / target).exists(), f"{page.name}: {target}"
 
 
-def notebooks():
-    """The first is in the quick suite; the others are long."""
-    first, *others = sorted((ROOT / "notebooks").glob("*.ipynb"))
-    return [first, *(pytest.param(path, marks=pytest.mark.slow) for path in others)]
-
-
-@pytest.mark.parametrize("path", notebooks(), ids=lambda path: path.stem)
+@pytest.mark.slow
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
 def test_notebook_runs(path):
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     notebook = nbformat.read(path, as_version=4)

@@ -272,6 +272,7 @@ def test_persistent_starts_again_before_it_would_pass_its_horizon():
     np.testing.assert_allclose(reached, [1 - 0.8**t for t in (7, 14, 7, 14, 7)])  # θ ← θ − 0.2 (θ − 1) from 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [PersistentES(3, 0.1, 4, chunk_size=2), EvolutionStrategies(5, 0.1, chunk_size=2)])
 def test_leaves_without_entries(method):
     solver = jaxhpo.from_optax(lambda p, h, batch: jnp.sum((p["w"] - h["x"]) ** 2), optax.sgd(0.1))

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import ALL_RULES, BY_NAME, PROBLEMS, grad, outer_loss, partial_sum, relative_error, rows
+from helpers import ALL_RULES, BY_NAME, PROBLEMS, QUICK, grad, outer_loss, partial_sum, relative_error, rows
 
 import jaxhpo
 from jaxhpo import CG, Direct, Identity, Implicit, Neumann, Nystrom, Unroll
 
 rules = rows()
-SLOW = ("unroll-plain", "gmres", "bicgstab", "normal-cg", "lineax")
+SLOW = ("unroll-plain", "unroll-7", "forward", "direct", "gmres", "bicgstab", "normal-cg", "lineax")
 CONVERGED = 400  # gradient steps after which every problem here is at its solution to 1e-12
 
 
@@ -25,11 +25,16 @@ def steps_for(case):
 
 
 # What is asked of exact rules, 1e-9 in float64 and 1e-4 in float32; approximate ones reach it on their own closed form.
-@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float64, 1e-9), (jnp.float32, 1e-4)], ids=["f64", "f32"])
 @pytest.mark.parametrize(
-    ("case", "problem"),
-    [(case, name) for case in ALL_RULES for name, p in PROBLEMS.items() if case.implicit or p.unrolled],
-    ids=lambda x: getattr(x, "name", x),
+    ("dtype", "tolerance", "problem", "case"),
+    [
+        pytest.param(*precision, name, case, id=f"{name}-{case.name}-f{8 * precision[0].dtype.itemsize}", marks=marks)
+        for precision in ((jnp.float64, 1e-9), (jnp.float32, 1e-4))
+        for case in ALL_RULES
+        for name, p in PROBLEMS.items()
+        if case.implicit or p.unrolled
+        for marks in [[] if precision[0] == jnp.float64 or case.name in QUICK else [pytest.mark.slow]]
+    ],
 )
 def test_closed_form(case, problem, dtype, tolerance):
     problem = PROBLEMS[problem]
@@ -47,7 +52,7 @@ def test_unrolled_logistic(checkpoint):
     assert relative_error(got, problem.hypergradient(problem.hparams)) <= 1e-9
 
 
-@pytest.mark.parametrize("num_steps", [1, 2, 16, 17, 30])
+@pytest.mark.parametrize("num_steps", [1, 17, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 16, 30))])
 @pytest.mark.parametrize("checkpoint", [1, 4, 100, "sqrt"])
 def test_schedules_agree(checkpoint, num_steps):
     """Every checkpoint schedule, dividing the number of steps or not, gives what plain autodiff gives."""
@@ -95,7 +100,7 @@ def ridge_outer(h, problem):
 @pytest.mark.parametrize("outer", [jax.jacfwd, jax.jacrev], ids=["jacfwd", "jacrev"])
 @pytest.mark.parametrize(
     "name",
-    ["unroll", "unroll-7", "forward", "cg", "direct", *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)],
+    ["unroll", "cg", *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)],
 )
 def test_hessian(name, outer):
     """Second derivatives of the outer loss: 1e-8 is the figure asked for."""
@@ -106,8 +111,11 @@ def test_hessian(name, outer):
     assert relative_error(got, want) <= 1e-8
 
 
-@pytest.mark.parametrize("rule", [Unroll(), Implicit(CG(tol=1e-13)), Implicit(Direct())], ids=str)
-@pytest.mark.parametrize("middle_rule", [Unroll(), Implicit(CG(tol=1e-13)), Implicit(Direct())], ids=str)
+LEVELS = [Unroll(), Implicit(CG(tol=1e-13)), pytest.param(Implicit(Direct()), marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("rule", LEVELS, ids=str)
+@pytest.mark.parametrize("middle_rule", LEVELS, ids=str)
 def test_three_levels(rule, middle_rule):
     r"""Inner: w minimises ½(w−h)² + ½ρw², so w = h/(1+ρ); middle: h minimises ½(w(h)−z)² + ½κh²; outer: ½(w−c)² in z.
 

@@ -10,17 +10,26 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxhpo
-from jaxhpo import CG, Direct, Forward, Identity, Implicit, Neumann, Unroll
+from jaxhpo import CG, SAMA, Direct, DrMAD, FiniteDifference, Forward, Identity, Implicit, Neumann, Unroll
 
 RULES = [
     Unroll(),
-    Unroll(checkpoint=None),
-    Unroll(checkpoint=7, truncate=20),
     Implicit(CG(tol=1e-12)),
-    Implicit(Direct()),
-    Implicit(Neumann(30, 0.3)),
-    Implicit(Identity(0.3)),
-    Forward(),
+    *(
+        pytest.param(rule, marks=pytest.mark.slow)
+        for rule in (
+            Unroll(checkpoint=None),
+            Unroll(checkpoint=7, truncate=20),
+            Implicit(Direct()),
+            Implicit(Neumann(30, 0.3)),
+            Implicit(Identity(0.3)),
+            Forward(),
+            FiniteDifference(0.3),
+            SAMA(),
+            DrMAD(),
+            DrMAD(10),
+        )
+    ),
 ]
 RNG = np.random.default_rng(0)
 X = jnp.asarray(RNG.normal(size=(32, 5)))
