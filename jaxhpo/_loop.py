@@ -8,6 +8,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from jaxhpo._gradient import GRADIENT
 from jaxhpo._tree import norm
 from jaxhpo._types import InnerState, Problem, PyTree
 
@@ -30,7 +31,8 @@ def scan_steps(advance: Callable, state: InnerState, xs: PyTree, num_steps: int,
     if k is None:
         return jax.lax.scan(body, state, xs, num_steps)[0]
     # Inside a scan nothing can be merged across iterations, so the barriers of `prevent_cse` are not needed.
-    redo = jax.checkpoint(body, prevent_cse=False)
+    keep = jax.checkpoint_policies.save_only_these_names(GRADIENT)
+    redo = jax.checkpoint(body, prevent_cse=False, policy=keep)
     if k == 1:
         return jax.lax.scan(redo, state, xs, num_steps)[0]
 

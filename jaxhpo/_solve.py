@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jaxhpo._adjoint._unroll import Unroll
 from jaxhpo._diagnose import report_solve, watched
+from jaxhpo._gradient import mixed_value_and_grad
 from jaxhpo._inputs import (
     check_adjoint,
     check_condition_batch,
@@ -98,8 +99,14 @@ def make_problem(solver, state, hparams, batches, num_steps, tol, condition_batc
         check_traceable_number("tol", tol, 0, strict=False)
     xs, take = _slices(batches, num_steps)
 
+    mixed = solver.apply is not None and getattr(adjoint, "mixed_mode", False)
+
     def step(state, hparams, x):
-        return solver.step(state, hparams, take(x))
+        batch = take(x)
+        if not mixed:
+            return solver.step(state, hparams, batch)
+        out, grad = mixed_value_and_grad(solver.loss, state.params, hparams, batch, state.model_state)
+        return solver.apply(state, hparams, batch, out, grad)
 
     first = jax.tree.map(lambda x: x[0], xs)
     state, advance, closed_over = _closed_step(step, state, hparams, first)

@@ -12,7 +12,8 @@ import optax
 from jax.core import Tracer
 
 from jaxhpo._errors import JaxhpoError
-from jaxhpo._tree import add_scaled, cast_like, cast_varying, names, varying_axes, zeros_like
+from jaxhpo._gradient import value_and_grad
+from jaxhpo._tree import add_scaled, names, zeros_like
 from jaxhpo._types import InnerState, PyTree, Solver
 from jaxhpo._validate import (
     check_arrays,
@@ -69,26 +70,16 @@ def from_optax(loss: Callable, tx: Any, *, has_state: bool = False) -> Solver:
         params, hparams = _checked_start(params, hparams)
         return InnerState(params, make_tx(hparams).init(params), _checked_state(model_state, has_state))
 
-    def apply(state, hparams, batch, value, grad):
+    def apply(state, hparams, batch, out, grad):
+        value, model_state = out
         update = optax.with_extra_args_support(make_tx(hparams)).update
         extras = _accepted(
             update, value=value, grad=grad, value_fn=lambda p: evaluate(p, hparams, batch, state.model_state)[0]
         )
         updates, opt_state = update(grad, state.opt_state, state.params, **extras)
-        return optax.apply_updates(state.params, updates), opt_state
+        return InnerState(optax.apply_updates(state.params, updates), opt_state, model_state)
 
-    def step(state, hparams, batch):
-        (value, model_state), grad = _value_and_grad(evaluate, state.params, hparams, batch, state.model_state)
-        params, opt_state = apply(state, hparams, batch, value, grad)
-        return InnerState(params, opt_state, model_state)
-
-    objective = _value_of(evaluate)
-
-    def update(state, hparams, batch, grad):
-        value = objective(state.params, hparams, batch, state.model_state)
-        return apply(state, hparams, batch, value, grad)[0]
-
-    return Solver(init, step, _gradient_of(evaluate), "from_optax", objective=objective, update=update)
+    return _descent(init, evaluate, apply, "from_optax")
 
 
 class MomentumState(NamedTuple):
@@ -151,28 +142,13 @@ def momentum_sgd(loss: Callable, learning_rate: Any, momentum: Any, *, has_state
         alpha = _broadcast_prefix(rate(hparams, count), params, "learning_rate")
         return alpha, _broadcast_prefix(decay(hparams, count), params, "momentum")
 
-    def apply(state, hparams, grad):
+    def apply(state, hparams, batch, out, grad):
         alpha, m = rates(state.params, hparams, state.opt_state.count)
         velocity = jax.tree.map(lambda m, v, g: m * v - (1 - m) * g, m, state.opt_state.velocity, grad)
-        return jax.tree.map(lambda p, a, v: p + a * v, state.params, alpha, velocity), velocity
+        params = jax.tree.map(lambda p, a, v: p + a * v, state.params, alpha, velocity)
+        return InnerState(params, MomentumState(velocity, state.opt_state.count + 1), out[1])
 
-    def step(state, hparams, batch):
-        (_, model_state), grad = _value_and_grad(evaluate, state.params, hparams, batch, state.model_state)
-        params, velocity = apply(state, hparams, grad)
-        return InnerState(params, MomentumState(velocity, state.opt_state.count + 1), model_state)
-
-    def update(state, hparams, batch, grad):
-        return apply(state, hparams, grad)[0]
-
-    return Solver(
-        init,
-        step,
-        _gradient_of(evaluate),
-        "momentum_sgd",
-        objective=_value_of(evaluate),
-        update=update,
-        rates=rates,
-    )
+    return _descent(init, evaluate, apply, "momentum_sgd")._replace(rates=rates)
 
 
 def fixed_point(step: Callable, condition: Callable | None = None) -> Solver:
@@ -238,27 +214,17 @@ def _accepted(update, **offered) -> dict:
     return {name: value for name, value in offered.items() if name in parameters}
 
 
-def _value_and_grad(evaluate, params, hparams, batch, model_state):
-    # Inside `shard_map`, the gradient of a loss that differs from device to device, at parameters that do not, would be
-    # summed over devices: separate inner problems would silently become one. A loss with a `pmean` does not differ.
-    value = jax.eval_shape(lambda: evaluate(params, hparams, batch, model_state)[0])
-    params = cast_varying(params, varying_axes(value))
-    (value, new_state), grad = jax.value_and_grad(evaluate, has_aux=True)(params, hparams, batch, model_state)
-    return (value, new_state), cast_like(grad, params)
+def _descent(init, loss, apply, name) -> Solver:
+    """A solver whose steps are functions of the loss's gradient."""
 
+    def step(state, hparams, batch):
+        out, grad = value_and_grad(loss, state.params, hparams, batch, state.model_state)
+        return apply(state, hparams, batch, out, grad)
 
-def _gradient_of(evaluate):
     def condition(params, hparams, batch, model_state):
-        return _value_and_grad(evaluate, params, hparams, batch, model_state)[1]
+        return value_and_grad(loss, params, hparams, batch, model_state)[1]
 
-    return condition
-
-
-def _value_of(evaluate):
-    def objective(params, hparams, batch, model_state):
-        return evaluate(params, hparams, batch, model_state)[0]
-
-    return objective
+    return Solver(init, step, condition, name, loss=loss, apply=apply)
 
 
 def _checked_loss(loss, has_state):

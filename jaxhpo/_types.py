@@ -72,9 +72,9 @@ class Solver(NamedTuple):
       condition: `(params, hparams, batch, model_state) -> pytree like params`, zero at the solution.
       name: how it was made, for messages.
       symmetric: whether the condition's Jacobian in `params` is symmetric, as a gradient's is.
-      objective: `(params, hparams, batch, model_state) -> scalar`, the train loss; None where there is none.
-      update: `(state, hparams, batch, grad) -> params` after the step that takes `grad` for the gradient of the
-        train loss; None where a step is no function of a gradient.
+      loss: `(params, hparams, batch, model_state) -> (scalar, model_state)`, the train loss; None where there is none.
+      apply: `(InnerState, hparams, batch, (value, model_state), grad) -> InnerState`, the step that takes `grad` for
+        the gradient of the train loss, whose results come with it; None where a step is no function of a gradient.
       rates: `(params, hparams, count) -> (learning rates, momenta)`, two trees like `params` of arrays that broadcast
         to its leaves; None but for `momentum_sgd`.
     """
@@ -84,8 +84,8 @@ class Solver(NamedTuple):
     condition: Callable[[PyTree, PyTree, PyTree, PyTree], PyTree]
     name: str = "Solver"
     symmetric: bool = True
-    objective: Callable[[PyTree, PyTree, PyTree, PyTree], jax.Array] | None = None
-    update: Callable[[InnerState, PyTree, PyTree, PyTree], PyTree] | None = None
+    loss: Callable[[PyTree, PyTree, PyTree, PyTree], tuple[jax.Array, PyTree]] | None = None
+    apply: Callable[[InnerState, PyTree, PyTree, tuple, PyTree], InnerState] | None = None
     rates: Callable[[PyTree, PyTree, jax.Array], tuple[PyTree, PyTree]] | None = None
 
 

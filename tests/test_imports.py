@@ -18,7 +18,7 @@ LAYERS = [
     ["_errors"],
     ["_tree"],
     ["_validate"],
-    ["_cost", "_diagnose", "_differences", "_health", "_inputs", "_progress", "_run_dir", "_tune_inputs"],
+    ["_cost", "_diagnose", "_differences", "_gradient", "_health", "_inputs", "_progress", "_run_dir", "_tune_inputs"],
     ["_solver", "_transforms", "_linear", "_curvature", "_loop"],
     ["_implicit"],
     ["_adjoint"],

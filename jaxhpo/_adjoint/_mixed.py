@@ -102,15 +102,15 @@ def _divided(p, size):
 
 def _hoist_loss(problem, rule):
     """`loss(inputs, state, params)` at the last batch, in float32 at least, and what it closes over."""
-    objective = problem.solver.objective
-    if objective is None:
+    train_loss = problem.solver.loss
+    if train_loss is None:
         raise JaxhpoError(
             f"{rule!r} takes differences of gradients of the train loss, but a `{problem.solver.name}` solver has "
             f"none: make it with `from_optax` or `momentum_sgd`, or use `Unroll(truncate=1)`."
         )
 
     def value(state, hparams, batch, params, own):
-        return upcast(objective(params, own, upcast(batch), upcast(state.model_state)))
+        return upcast(train_loss(params, own, upcast(batch), upcast(state.model_state))[0])
 
     own = problem.state.params, problem.inputs[0]
     low = [x for x in jax.tree.leaves(own) if is_inexact(x) and x.dtype.itemsize < 4]

@@ -67,13 +67,19 @@ class SAMA:
 
     def run(self, problem: Problem) -> tuple[InnerState, jax.Array]:
         """Runs the inner loop; its last step's derivative goes through the optimiser to a difference of gradients."""
-        if problem.solver.update is None:
+        solver = problem.solver
+        if solver.loss is None or solver.apply is None:
             raise JaxhpoError(
                 f"{self!r} differentiates the optimiser's step with respect to the gradient of the train loss, but a "
-                f"`{problem.solver.name}` solver takes no gradient: make it with `from_optax` or `momentum_sgd`, or "
+                f"`{solver.name}` solver takes no gradient: make it with `from_optax` or `momentum_sgd`, or "
                 "use `Unroll(truncate=1)`."
             )
-        update, consts = problem.hoist(problem.solver.update, problem.state.params)
+
+        def after(state, hparams, batch, grad):
+            out = solver.loss(state.params, hparams, batch, state.model_state)  # an optimiser may look at the value
+            return solver.apply(state, hparams, batch, out, grad).params
+
+        update, consts = problem.hoist(after, problem.state.params)
 
         def direction(inputs, moving, loss, before, v):
             grad = jax.grad(lambda w: loss(inputs, before, w))(upcast(before.params))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +51,7 @@ class Unroll:
 
     checkpoint: int | str | None = "sqrt"
     truncate: int | None = None
+    mixed_mode: ClassVar[bool] = True
 
     def __post_init__(self):
         if isinstance(self.checkpoint, str):

@@ -213,7 +213,7 @@ class Hypernetwork:
 
     def pair(self, solver, outer_loss, num_steps, warm_start) -> Hypergradient:
         """The two functions of the method."""
-        if solver.objective is None:
+        if solver.loss is None:
             raise JaxhpoError(
                 f"`{solver.name}` has no train loss, which the hypernetwork descends: make the solver with "
                 "`from_optax(train_loss, tx)`."
@@ -222,7 +222,7 @@ class Hypernetwork:
         def train_loss(phi, carried, x):
             (hparams, origin), (batch, key) = carried, x
             point, drawn = self._draw(key, hparams, batch)
-            return solver.objective(self._respond(phi, point, origin), drawn, batch, None)
+            return solver.loss(self._respond(phi, point, origin), drawn, batch, None)[0]
 
         inner = from_optax(train_loss, self.tx)
 

@@ -1,0 +1,108 @@
+"""The gradient of the train loss, and its derivative in mixed mode."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
+
+from jaxhpo._tree import cast_like, cast_varying, hoist, is_inexact, varying_axes
+from jaxhpo._types import PyTree
+
+GRADIENT = "jaxhpo_gradient"  # what checkpoint policies call a gradient that `mixed_value_and_grad` made
+
+
+def value_and_grad(loss: Callable, params: PyTree, hparams, batch, model_state) -> tuple[tuple, PyTree]:
+    """`((value, new model state), gradient)` of `loss(params, hparams, batch, model_state)`."""
+    params = _cast_to_vary(loss, params, hparams, batch, model_state)
+    out, grad = jax.value_and_grad(loss, has_aux=True)(params, hparams, batch, model_state)
+    return out, cast_like(grad, params)
+
+
+def mixed_value_and_grad(loss: Callable, params: PyTree, hparams, batch, model_state) -> tuple[tuple, PyTree]:
+    r"""The same, to be differentiated in reverse mode: from its inputs alone, in one pass.
+
+    Reverse mode over reverse mode keeps, for :math:`v \mapsto (\partial_\theta \nabla_\theta L\, v, \partial_h
+    \nabla_\theta L\, v)`, all that the gradient's own two passes computed. By the symmetry of second derivatives it is
+    the gradient of the one number :math:`\langle \nabla_\theta L, v\rangle` in θ and h: forward over reverse mode, for
+    which the inputs suffice.
+
+    References:
+      Kemaev et al. Scalable Meta-Learning via Mixed-Mode Differentiation. 2025. arXiv:2505.00793
+    """
+    params = _cast_to_vary(loss, params, hparams, batch, model_state)
+    rest = (hparams, batch, model_state)
+    pure, consts = hoist(lambda params, rest: loss(params, *rest), params, rest)
+    out, grad = _mixed(lambda params, rest: pure(rest[0], params, rest[1]), params, (consts, rest))
+    return out, checkpoint_name(cast_like(grad, params), GRADIENT)
+
+
+def _cast_to_vary(loss, params, *rest):
+    # Inside `shard_map`, the gradient of a loss that differs from device to device, at parameters that do not, would be
+    # summed over devices: separate inner problems would silently become one. A loss with a `pmean` does not differ.
+    value = jax.eval_shape(lambda: loss(params, *rest)[0])
+    return cast_varying(params, varying_axes(value))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _mixed(loss, params, rest):
+    return jax.value_and_grad(loss, has_aux=True)(params, rest)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Flags:
+    values: tuple[bool, ...]
+
+
+def _mixed_fwd(loss, params, rest):
+    moves = _Flags(tuple(bool(x.perturbed) and is_inexact(x.value) for x in jax.tree.leaves(rest, is_leaf=_is_marked)))
+    params, rest = jax.tree.map(lambda x: x.value, (params, rest), is_leaf=_is_marked)
+    return _mixed(loss, params, rest), (params, rest, moves)
+
+
+def _mixed_bwd(loss, residuals, cotangents):
+    params, rest, moves = residuals
+    leaves, structure = jax.tree.flatten(rest)
+    moving = [x for x, m in zip(leaves, moves.values, strict=True) if m]
+
+    def at(params, moving):
+        changed = iter(moving)
+        both = [next(changed) if m else x for x, m in zip(leaves, moves.values, strict=True)]
+        return loss(params, jax.tree.unflatten(structure, both))
+
+    of_loss, of_grad = cotangents
+    pulled = []
+    if not all(map(_is_zero, jax.tree.leaves(of_grad, is_leaf=_is_zero))):
+        direction = jax.tree.map(_dense, of_grad, params, is_leaf=_is_zero)
+        grads = jax.grad(lambda *args: at(*args)[0], argnums=(0, 1))
+        pulled.append(jax.jvp(lambda params: grads(params, moving), (params,), (direction,))[1])
+    if not all(map(_is_zero, jax.tree.leaves(of_loss, is_leaf=_is_zero))):
+        out, pullback = jax.vjp(at, params, moving)
+        pulled.append(pullback(jax.tree.map(_dense, of_loss, out, is_leaf=_is_zero)))
+    grad, more = functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), pulled)
+    more = iter(more)
+    return grad, jax.tree.unflatten(structure, [next(more) if m else None for m in moves.values])
+
+
+_mixed.defvjp(_mixed_fwd, _mixed_bwd, symbolic_zeros=True)
+
+
+def _is_marked(x):
+    return isinstance(x, CustomVJPPrimal)
+
+
+def _is_zero(x):
+    return isinstance(x, SymbolicZero)
+
+
+def _dense(cotangent, primal):
+    """A cotangent as an array that varies over the mesh axes of what it belongs to."""
+    if isinstance(cotangent, SymbolicZero):
+        cotangent = jnp.zeros(cotangent.shape, cotangent.dtype) if is_inexact(primal) else cotangent
+    return cast_varying(cotangent, varying_axes(primal))
