@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
-from jaxhpo._tree import cast_like, cast_varying, hoist, is_inexact, varying_axes
+from jaxhpo._tree import Flags, cast_like, cast_varying, hoist, is_inexact, partition, varying_axes
 from jaxhpo._types import PyTree
 
 GRADIENT = "jaxhpo_gradient"  # what checkpoint policies call a gradient that `mixed_value_and_grad` made
@@ -38,7 +39,8 @@ def mixed_value_and_grad(loss: Callable, params: PyTree, hparams, batch, model_s
     params = _cast_to_vary(loss, params, hparams, batch, model_state)
     rest = (hparams, batch, model_state)
     pure, consts = hoist(lambda params, rest: loss(params, *rest), params, rest)
-    out, grad = _mixed(lambda params, rest: pure(rest[0], params, rest[1]), params, (consts, rest))
+    both: Any = _mixed(lambda params, rest: pure(rest[0], params, rest[1]), params, (consts, rest))
+    out, grad = both
     return out, checkpoint_name(cast_like(grad, params), GRADIENT)
 
 
@@ -54,40 +56,32 @@ def _mixed(loss, params, rest):
     return jax.value_and_grad(loss, has_aux=True)(params, rest)
 
 
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class _Flags:
-    values: tuple[bool, ...]
-
-
 def _mixed_fwd(loss, params, rest):
-    moves = _Flags(tuple(bool(x.perturbed) and is_inexact(x.value) for x in jax.tree.leaves(rest, is_leaf=_is_marked)))
+    moving = Flags(tuple(bool(x.perturbed) and is_inexact(x.value) for x in jax.tree.leaves(rest, is_leaf=_is_marked)))
     params, rest = jax.tree.map(lambda x: x.value, (params, rest), is_leaf=_is_marked)
-    return _mixed(loss, params, rest), (params, rest, moves)
+    return _mixed(loss, params, rest), (params, rest, moving)
 
 
 def _mixed_bwd(loss, residuals, cotangents):
-    params, rest, moves = residuals
-    leaves, structure = jax.tree.flatten(rest)
-    moving = [x for x, m in zip(leaves, moves.values, strict=True) if m]
+    params, rest, flags = residuals
+    moving = jax.tree.unflatten(jax.tree.structure(rest), flags.values)
+    moved, fill = partition(rest, moving)
 
-    def at(params, moving):
-        changed = iter(moving)
-        both = [next(changed) if m else x for x, m in zip(leaves, moves.values, strict=True)]
-        return loss(params, jax.tree.unflatten(structure, both))
+    def at(params, moved):
+        return loss(params, fill(moved))
 
     of_loss, of_grad = cotangents
     pulled = []
     if not all(map(_is_zero, jax.tree.leaves(of_grad, is_leaf=_is_zero))):
         direction = jax.tree.map(_dense, of_grad, params, is_leaf=_is_zero)
         grads = jax.grad(lambda *args: at(*args)[0], argnums=(0, 1))
-        pulled.append(jax.jvp(lambda params: grads(params, moving), (params,), (direction,))[1])
+        pulled.append(jax.jvp(lambda params: grads(params, moved), (params,), (direction,))[1])
     if not all(map(_is_zero, jax.tree.leaves(of_loss, is_leaf=_is_zero))):
-        out, pullback = jax.vjp(at, params, moving)
+        out, pullback = jax.vjp(at, params, moved)
         pulled.append(pullback(jax.tree.map(_dense, of_loss, out, is_leaf=_is_zero)))
-    grad, more = functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), pulled)
-    more = iter(more)
-    return grad, jax.tree.unflatten(structure, [next(more) if m else None for m in moves.values])
+    of_params, of_moved = functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), pulled)
+    of_moved = iter(of_moved)
+    return of_params, jax.tree.map(lambda m: next(of_moved) if m else None, moving)
 
 
 _mixed.defvjp(_mixed_fwd, _mixed_bwd, symbolic_zeros=True)
@@ -103,6 +97,7 @@ def _is_zero(x):
 
 def _dense(cotangent, primal):
     """A cotangent as an array that varies over the mesh axes of what it belongs to."""
-    if isinstance(cotangent, SymbolicZero):
-        cotangent = jnp.zeros(cotangent.shape, cotangent.dtype) if is_inexact(primal) else cotangent
+    if not is_inexact(primal):
+        return np.zeros(primal.shape, jax.dtypes.float0)
+    cotangent = jnp.zeros_like(primal) if _is_zero(cotangent) else cotangent
     return cast_varying(cotangent, varying_axes(primal))

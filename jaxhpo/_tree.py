@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import sys
 import warnings
@@ -77,6 +78,28 @@ def cast_like(a: PyTree, like: PyTree) -> PyTree:
 def names(tree: PyTree, root: str) -> list[str]:
     """The path of every leaf, as a user would write it: `hparams['log_lr']`."""
     return [root + jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+
+
+def partition(tree: PyTree, moving: PyTree) -> tuple[list, Callable[[list], PyTree]]:
+    """The leaves that `moving`, a tree of booleans, marks, and the function that puts others in their place."""
+    leaves, structure = jax.tree.flatten(tree)
+    where = [i for i, m in enumerate(jax.tree.leaves(moving)) if m]
+
+    def fill(moved):
+        every = list(leaves)
+        for i, leaf in zip(where, moved, strict=True):
+            every[i] = leaf
+        return jax.tree.unflatten(structure, every)
+
+    return [leaves[i] for i in where], fill
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """Booleans that are part of a pytree's structure: a derivative rule may keep them among its residuals."""
+
+    values: tuple[bool, ...]
 
 
 # --- closures ----------------------------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ from jaxhpo._adjoint._pullback import (
     Inputs,
     closed_over_names,
     in_condition,
-    partition,
     run_with_pullback,
     used_in_steps,
     warn_moving,
@@ -21,7 +20,7 @@ from jaxhpo._adjoint._pullback import (
 from jaxhpo._diagnose import report_fault
 from jaxhpo._inputs import refuse_tol
 from jaxhpo._loop import run
-from jaxhpo._tree import cast_varying, is_inexact, names, norm, upcast, varying_axes
+from jaxhpo._tree import cast_varying, is_inexact, names, norm, partition, upcast, varying_axes
 from jaxhpo._types import InnerState, Problem, PyTree
 from jaxhpo._validate import check_count, check_positive
 

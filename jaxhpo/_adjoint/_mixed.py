@@ -13,7 +13,6 @@ from jax.extend import core as jex
 from jaxhpo._adjoint._pullback import (
     Inputs,
     closed_over_names,
-    partition,
     run_with_pullback,
     used_in_steps,
     warn_moving,
@@ -21,7 +20,7 @@ from jaxhpo._adjoint._pullback import (
 from jaxhpo._errors import JaxhpoError
 from jaxhpo._inputs import refuse_tol
 from jaxhpo._loop import scan_steps
-from jaxhpo._tree import add_scaled, is_inexact, names, norm, upcast
+from jaxhpo._tree import add_scaled, is_inexact, names, norm, partition, upcast
 from jaxhpo._types import InnerState, Problem, PyTree
 from jaxhpo._validate import describe
 

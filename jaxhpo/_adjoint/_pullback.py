@@ -15,12 +15,14 @@ from jax.extend import core as jex
 
 from jaxhpo._inputs import first_order
 from jaxhpo._tree import (
+    Flags,
     cast_like,
     cast_varying,
     differentiable_inputs,
     drop_varying,
     is_inexact,
     names,
+    partition,
     varying_axes,
     warn_zero,
 )
@@ -91,14 +93,8 @@ def _run(rule, leaves):
     return rule.forward(jax.tree.unflatten(rule.structure, leaves))[0]
 
 
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class _Flags:
-    values: tuple[bool, ...]
-
-
 def _run_fwd(rule, leaves):
-    moving = _Flags(tuple(bool(x.perturbed) and is_inexact(x.value) for x in leaves))
+    moving = Flags(tuple(bool(x.perturbed) and is_inexact(x.value) for x in leaves))
     leaves = [x.value for x in leaves]
     inputs = jax.tree.unflatten(rule.structure, leaves)
     rule.check(inputs, jax.tree.unflatten(rule.structure, moving.values))
@@ -160,20 +156,6 @@ def warn_moving(leaf_names: list[str], moving: PyTree, message: str, partial: bo
 def closed_over_names(values: list) -> list[str]:
     """What closed-over values are called in messages."""
     return [f"a {describe(value)} that is closed over" for value in values]
-
-
-def partition(tree: PyTree, moving: PyTree) -> tuple[list, Callable[[list], PyTree]]:
-    """The moving leaves, and the function that puts others in their place."""
-    leaves, structure = jax.tree.flatten(tree)
-    where = [i for i, m in enumerate(jax.tree.leaves(moving)) if m]
-
-    def fill(moved):
-        every = list(leaves)
-        for i, leaf in zip(where, moved, strict=True):
-            every[i] = leaf
-        return jax.tree.unflatten(structure, every)
-
-    return [leaves[i] for i in where], fill
 
 
 def used_in_steps(problem: Problem, at: Inputs, moving: Inputs) -> list[bool]:

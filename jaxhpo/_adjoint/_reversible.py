@@ -26,11 +26,11 @@ from jaxhpo._adjoint._exact_arithmetic import (
     multiply,
     numerator,
 )
-from jaxhpo._adjoint._pullback import Inputs, partition, run_with_pullback
+from jaxhpo._adjoint._pullback import Inputs, run_with_pullback
 from jaxhpo._diagnose import report_fault
 from jaxhpo._errors import JaxhpoError
 from jaxhpo._inputs import refuse_tol
-from jaxhpo._tree import cast_like, cast_varying, hoist, names, varying_axes
+from jaxhpo._tree import cast_like, cast_varying, hoist, names, partition, varying_axes
 from jaxhpo._types import InnerState, Problem, PyTree
 from jaxhpo._validate import check_positive
 

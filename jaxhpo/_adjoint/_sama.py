@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 
 from jaxhpo._adjoint._mixed import last, run_one_step
-from jaxhpo._adjoint._pullback import partition
 from jaxhpo._diagnose import report_fault
 from jaxhpo._errors import JaxhpoError
-from jaxhpo._tree import all_finite, cast_like, upcast
+from jaxhpo._tree import all_finite, cast_like, partition, upcast
 from jaxhpo._types import InnerState, Problem
 from jaxhpo._validate import check_positive
 
@@ -67,7 +67,7 @@ class SAMA:
 
     def run(self, problem: Problem) -> tuple[InnerState, jax.Array]:
         """Runs the inner loop; its last step's derivative goes through the optimiser to a difference of gradients."""
-        solver = problem.solver
+        solver: Any = problem.solver
         if solver.loss is None or solver.apply is None:
             raise JaxhpoError(
                 f"{self!r} differentiates the optimiser's step with respect to the gradient of the train loss, but a "
