@@ -59,7 +59,8 @@ def _mixed(loss, params, rest):
 def _mixed_fwd(loss, params, rest):
     moving = Flags(tuple(bool(x.perturbed) and is_inexact(x.value) for x in jax.tree.leaves(rest, is_leaf=_is_marked)))
     params, rest = jax.tree.map(lambda x: x.value, (params, rest), is_leaf=_is_marked)
-    return _mixed(loss, params, rest), (params, rest, moving)
+    # Not by calling itself: forward mode over this, as for a Hessian, must find plain operations.
+    return jax.value_and_grad(loss, has_aux=True)(params, rest), (params, rest, moving)
 
 
 def _mixed_bwd(loss, residuals, cotangents):
