@@ -136,11 +136,35 @@ def differentiable_inputs(fn: Callable, leaves: list) -> list[bool]:
         return pullback(jax.tree.map(lambda x: jnp.ones_like(x) * one.astype(x.dtype), out))[0]
 
     closed = jax.make_jaxpr(backward)(leaves, jnp.ones(()))
-    reached = set(closed.jaxpr.invars[-1:])
-    for eqn in closed.jaxpr.eqns:
-        if any(not isinstance(v, jex.Literal) and v in reached for v in eqn.invars):
-            reached.update(eqn.outvars)
-    return [not isinstance(v, jex.Literal) and v in reached for v in closed.jaxpr.outvars]
+    marked = [False] * (len(closed.jaxpr.invars) - 1) + [True]
+    return _reached(closed.jaxpr, marked)
+
+
+def _reached(jaxpr, marked: list[bool]) -> list[bool]:
+    """For each result of a program, whether anything in it depends on a marked input."""
+    reached = {v for v, m in zip(jaxpr.invars, marked, strict=True) if m}
+    for eqn in jaxpr.eqns:
+        ins = [not isinstance(v, jex.Literal) and v in reached for v in eqn.invars]
+        if any(ins):
+            reached.update(v for v, m in zip(eqn.outvars, _reached_by(eqn, ins), strict=True) if m)
+    return [not isinstance(v, jex.Literal) and v in reached for v in jaxpr.outvars]
+
+
+def _reached_by(eqn, marked: list[bool]) -> list[bool]:
+    """The same for an equation: looked into where it runs one program on its inputs, else all its results."""
+    bodies = [getattr(value, "jaxpr", value) for value in eqn.params.values() if hasattr(value, "eqns")]
+    same = [b for b in bodies if len(b.invars) == len(marked) and len(b.outvars) == len(eqn.outvars)]
+    if len(bodies) != 1 or not same:
+        return [True] * len(eqn.outvars)
+    if eqn.primitive.name != "scan":
+        return _reached(same[0], marked)
+    start, end = eqn.params["num_consts"], eqn.params["num_consts"] + eqn.params["num_carry"]
+    while True:  # what a carry depends on after one iteration, it brings into the next
+        out = _reached(same[0], marked)
+        carried = [a or b for a, b in zip(marked[start:end], out, strict=False)]
+        if carried == marked[start:end]:
+            return out
+        marked = [*marked[:start], *carried, *marked[end:]]
 
 
 # --- inputs that a rule treats as constants ------------------------------------------------------------------------

@@ -271,7 +271,7 @@ class Hypernetwork:
         params, (leaves, structure) = self._respond(phi, point, origin), jax.tree.flatten(drawn)
 
         def value(leaves):
-            return solver.objective(params, jax.tree.unflatten(structure, leaves), batch, None)
+            return solver.loss(params, jax.tree.unflatten(structure, leaves), batch, None)[0]
 
         seen = differentiable_inputs(value, leaves)
         for name, reads in zip(names(_value_of(hparams), "hparams"), seen, strict=True):
