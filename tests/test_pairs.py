@@ -2,6 +2,7 @@
 
 import importlib.util
 import pathlib
+import re
 import warnings
 from typing import Any
 
@@ -128,7 +129,7 @@ GAUSS_NEWTON = gauss_newton(
         (Implicit(Identity(0.3)), SOLVER, RIDGE.partial(RIDGE.hparams, lambda A: 0.3 * np.eye(6))),
         (Implicit(lambda matvec, b: (jax.scipy.sparse.linalg.cg(matvec, b, tol=1e-12)[0], None)), SOLVER, EXACT),
     ],
-    ids=lambda value: repr(value) if isinstance(value, Implicit) else getattr(value, "name", ""),
+    ids=lambda value: re.sub(" at 0x[0-9a-f]+", "", repr(value)) if isinstance(value, Implicit) else None,
 )
 def test_implicit_pairs_equal_their_closed_forms(rule, solver, closed_form):
     results = updated(hypergradient(rule, solver, val_loss, num_steps=2), H, SOLVED, 2, key=KEY)
