@@ -4,35 +4,64 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxhpo._gradient import GRADIENT
 from jaxhpo._tree import norm
-from jaxhpo._types import InnerState, Problem, PyTree
+from jaxhpo._types import InnerState, Problem, PyTree, Schedule
+
+EVERYTHING = Schedule()  # what plain autodiff keeps
 
 
-def segment_length(checkpoint, num_steps: int) -> int | None:
-    """Steps between saved states: None keeps whatever plain autodiff keeps, 1 keeps every state."""
-    if checkpoint == "sqrt":
-        # Two levels hold T/k + k states, least at k = √T. Below 17 steps, keeping all is as small and runs faster.
-        return 1 if num_steps <= 16 else math.isqrt(num_steps - 1) + 1
-    return checkpoint
+class Sizes(NamedTuple):
+    """Bytes of an inner state, of its parameters, and of what its loss's gradient keeps between two passes."""
+
+    state: int
+    params: int
+    activations: int
 
 
-def scan_steps(advance: Callable, state: InnerState, xs: PyTree, num_steps: int, checkpoint) -> InnerState:
-    """T inner steps. With segments of k steps the backward pass keeps ⌈T/k⌉ states, and k more while it redoes one."""
+def choose(checkpoint: int | str | None, num_steps: int, sizes: Sizes) -> Schedule:
+    """The schedule that a `checkpoint=` argument stands for.
+
+    With segments of k steps, ⌈T/k⌉ states are kept, and k more, with their gradients g where these are kept, while a
+    segment is redone: least at k = √(T state/(state + g)). A kept gradient saves redoing a third of a step's work, and
+    its memory is nothing beside the activations of the one step that is being differentiated, unless those are small.
+    """
+    if checkpoint is None:
+        return EVERYTHING
+    if checkpoint == 1 or (checkpoint in ("auto", "sqrt") and num_steps <= 16):
+        return Schedule(1, gradients=True)  # every state, for the sake of time
+
+    def affordable(segment):
+        return segment * sizes.params <= max(2 * sizes.activations, 16 * sizes.params)
+
+    if isinstance(checkpoint, int):
+        return Schedule(checkpoint, affordable(min(checkpoint, num_steps)))
+    least = math.isqrt(num_steps - 1) + 1
+    if checkpoint == "auto":
+        with_gradients = max(1, round(math.sqrt(num_steps * sizes.state / (sizes.state + sizes.params))))
+        least = with_gradients if affordable(with_gradients) else least
+    return Schedule(least, affordable(least))
+
+
+def scan_steps(
+    advance: Callable, state: InnerState, xs: PyTree, num_steps: int, schedule: Schedule = EVERYTHING
+) -> InnerState:
+    """T inner steps, to be differentiated by the schedule."""
 
     def body(state, x):
         return advance(state, x), None
 
-    k = segment_length(checkpoint, num_steps)
+    k = schedule.segment
     if k is None:
         return jax.lax.scan(body, state, xs, num_steps)[0]
     # Inside a scan nothing can be merged across iterations, so the barriers of `prevent_cse` are not needed.
-    keep = jax.checkpoint_policies.save_only_these_names(GRADIENT)
-    redo = jax.checkpoint(body, prevent_cse=False, policy=keep)
+    kept = jax.checkpoint_policies.save_only_these_names(*[GRADIENT] * schedule.gradients)
+    redo = jax.checkpoint(body, prevent_cse=False, policy=kept)
     if k == 1:
         return jax.lax.scan(redo, state, xs, num_steps)[0]
 
@@ -72,7 +101,7 @@ def run(problem: Problem) -> tuple[InnerState, jax.Array]:
 
     if problem.tol is not None:
         return _run_until(problem, advance)
-    state = scan_steps(advance, problem.state, problem.xs, problem.num_steps, None)
+    state = scan_steps(advance, problem.state, problem.xs, problem.num_steps)
     return state, jnp.asarray(problem.num_steps, jnp.int32)
 
 

@@ -21,8 +21,9 @@ from jaxhpo._inputs import (
     check_steps,
     checked_batches_function,
 )
-from jaxhpo._tree import all_finite, cast_like, cast_varying, hoist, norm, upcast, varying_axes
-from jaxhpo._types import Adjoint, Info, InnerState, Problem, PyTree, Solution, Solver
+from jaxhpo._loop import EVERYTHING, Sizes
+from jaxhpo._tree import all_finite, cast_like, cast_varying, hoist, norm, num_bytes, upcast, varying_axes
+from jaxhpo._types import Adjoint, Info, InnerState, Problem, PyTree, Schedule, Solution, Solver
 from jaxhpo._validate import check_hparams, check_key, check_residual, check_traceable_number
 
 
@@ -99,16 +100,17 @@ def make_problem(solver, state, hparams, batches, num_steps, tol, condition_batc
         check_traceable_number("tol", tol, 0, strict=False)
     xs, take = _slices(batches, num_steps)
 
-    mixed = solver.apply is not None and getattr(adjoint, "mixed_mode", False)
+    first = jax.tree.map(lambda x: x[0], xs)
+    schedule = _schedule(adjoint, num_steps, solver, state, hparams, lambda: take(first))
 
     def step(state, hparams, x):
         batch = take(x)
-        if not mixed:
+        if not schedule.gradients:
             return solver.step(state, hparams, batch)
+        # Kept gradients are worth their memory only where their derivative needs nothing else of the forward pass.
         out, grad = mixed_value_and_grad(solver.loss, state.params, hparams, batch, state.model_state)
         return solver.apply(state, hparams, batch, out, grad)
 
-    first = jax.tree.map(lambda x: x[0], xs)
     state, advance, closed_over = _closed_step(step, state, hparams, first)
 
     def hoist_own(fn, *more):
@@ -148,9 +150,26 @@ def make_problem(solver, state, hparams, batches, num_steps, tol, condition_batc
         curvature=_curvature(adjoint, state.params, hparams, last, batch_of),
         tol=tol,
         key=check_key(key),
+        schedule=schedule,
         solver=solver,
         hoist=hoist_own,
     )
+
+
+def _schedule(adjoint, num_steps, solver, state, hparams, first_batch) -> Schedule:
+    """What the rule keeps of the steps, chosen by the sizes of what there is to keep."""
+    if not hasattr(adjoint, "schedule"):
+        return EVERYTHING
+    params, activations = num_bytes(state.params), 0
+    if solver.loss is not None:
+
+        def gradient_ahead(params):
+            batch = first_batch()
+            return jax.vjp(lambda p: solver.loss(p, hparams, batch, state.model_state)[0], params)[1]
+
+        activations = max(0, num_bytes(jax.eval_shape(gradient_ahead, state.params)) - params)
+    schedule = adjoint.schedule(num_steps, Sizes(num_bytes(state), params, activations))
+    return schedule if solver.apply is not None else schedule._replace(gradients=False)
 
 
 def _curvature(adjoint, params, hparams, last, batch_of):

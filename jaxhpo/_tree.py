@@ -54,6 +54,11 @@ def is_inexact(x) -> bool:
     return jnp.issubdtype(jnp.result_type(x) if not hasattr(x, "dtype") else x.dtype, jnp.inexact)
 
 
+def num_bytes(a: PyTree) -> int:
+    """Bytes of all leaves, arrays or their shapes."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(a))
+
+
 def all_finite(a: PyTree) -> jax.Array:
     """Whether every floating-point entry is finite."""
     checks = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(a) if is_inexact(x)]

@@ -89,6 +89,18 @@ class Solver(NamedTuple):
     rates: Callable[[PyTree, PyTree, jax.Array], tuple[PyTree, PyTree]] | None = None
 
 
+class Schedule(NamedTuple):
+    """What of the inner steps is kept for the backward pass.
+
+    Attributes:
+      segment: steps between states that are kept; None keeps whatever plain autodiff keeps.
+      gradients: whether the inner gradient is kept of every step whose state is, so that it need not be redone.
+    """
+
+    segment: int | None = None
+    gradients: bool = False
+
+
 class Problem(NamedTuple):
     """One validated inner solve, as a derivative rule receives it: no closure hides an input.
 
@@ -104,6 +116,7 @@ class Problem(NamedTuple):
         in params`, with its closed-over values; None for that Jacobian itself.
       tol: stop when the norm of the residual is below it.
       key: randomness for the rules that need it.
+      schedule: what a rule that differentiates through the steps keeps of them; `advance` is made for it.
       solver: the `Solver`, for its name and symmetry, and for its own functions, to be passed to `hoist`.
       hoist: `(fn, *more) -> (pure, consts)` with `pure(consts, state, hparams, x, *more)` equal to
         `fn(state, hparams, batch, *more)` and nothing closed over; `x` is a slice of `xs`.
@@ -119,6 +132,7 @@ class Problem(NamedTuple):
     curvature: tuple[Callable, list] | None
     tol: Any
     key: Any
+    schedule: Schedule
     solver: Solver
     hoist: Callable[..., tuple[Callable, list]]
 

@@ -12,6 +12,8 @@ import jaxhpo
 from jaxhpo import Unroll
 from jaxhpo._cost import count_arithmetic
 from jaxhpo._gradient import mixed_value_and_grad, value_and_grad
+from jaxhpo._loop import Sizes, choose
+from jaxhpo._types import Schedule
 
 KEYS = jax.random.split(jax.random.key(0), 5)
 X = jax.random.normal(KEYS[0], (6, 7, 5))  # six minibatches
@@ -45,8 +47,21 @@ def outer_loss(h, compute, read_state=True, read_value=True):
     return last + jnp.sum(state["mean"] ** 2) * read_state + total * read_value
 
 
-@pytest.mark.parametrize("read", [(True, True), (False, False), (True, False), (False, True)], ids=str)
-@pytest.mark.parametrize("order", ["grad", "jacrev", "jacfwd"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("order", "read"),
+    [
+        ("grad", (True, True)),
+        ("jacfwd", (True, True)),
+        *(pytest.param("grad", read, marks=SLOW) for read in ((False, False), (True, False), (False, True))),
+        pytest.param("jacrev", (True, True), marks=SLOW),
+        pytest.param("jacrev", (False, False), marks=SLOW),
+        pytest.param("jacfwd", (False, False), marks=SLOW),
+    ],
+    ids=str,
+)
 def test_equals_plain_autodiff(order, read):
     """With and without cotangents for the loss and the model's state."""
     derive = {
@@ -63,6 +78,7 @@ def test_equals_plain_autodiff(order, read):
         np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12 * scale)
 
 
+@pytest.mark.slow
 def test_complex_parameters():
     def complex_loss(params, h, batch, state):
         return jnp.sum(jnp.abs(params**2 - h * batch) ** 2), state
@@ -81,6 +97,7 @@ def test_complex_parameters():
     np.testing.assert_allclose(got, want, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_vmap_over_hyperparameters():
     hs = jax.tree.map(lambda x: jnp.stack([x, 1.1 * x]), H)
     one = jax.grad(functools.partial(outer_loss, compute=mixed_value_and_grad))
@@ -110,9 +127,10 @@ def deep_problem(num_layers=6, width=32, num_steps=12):
     return outer, jnp.full(params.shape, -5.0)
 
 
-# Of twelve units a step (4 gradients) when each step is redone, the primal's weight gradients fall away where those of
-# the forward run are kept; the elementwise rest of so narrow a network counts too: hence the margin of a tenth.
-@pytest.mark.parametrize(("checkpoint", "gradients"), [(None, 11 / 3), (1, 11 / 3), (4, 14 / 3)])
+# A step takes three units forward and six for the derivative of its gradient; redone from its state alone it takes two
+# more where its gradient is kept (the weights' gradients fall away); a segment that is redone, three more. The
+# elementwise rest of so narrow a network counts too: hence the margin of a tenth.
+@pytest.mark.parametrize(("checkpoint", "gradients"), [(None, 9 / 3), (1, 11 / 3), (4, 14 / 3)])
 def test_arithmetic(checkpoint, gradients):
     outer, h = deep_problem()
     plain = count_arithmetic(functools.partial(outer, rule=Unroll()), h)
@@ -127,3 +145,31 @@ def test_what_a_step_keeps():
     scan = next(e for e in jaxpr.eqns if e.primitive.name == "scan" and e.params["length"] == 12)
     stacked = scan.outvars[scan.params["num_carry"] :]
     assert sum(v.aval.size for v in stacked if jnp.issubdtype(v.aval.dtype, jnp.floating)) == 12 * h.size
+
+
+# --- the choice of a schedule ---
+
+NETWORK = Sizes(state=2, params=1, activations=1)  # momentum; few activations
+TRANSFORMER = Sizes(state=3, params=1, activations=25)  # Adam; many
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "num_steps", "sizes", "want"),
+    [
+        (None, 100, NETWORK, Schedule(None, False)),
+        (1, 1000, NETWORK, Schedule(1, True)),
+        ("auto", 16, NETWORK, Schedule(1, True)),
+        ("sqrt", 16, NETWORK, Schedule(1, True)),
+        ("auto", 17, NETWORK, Schedule(3, True)),  # √(17 · 2/3) = 3.4
+        ("auto", 1000, NETWORK, Schedule(32, False)),  # 26 gradients would outweigh what one step takes
+        ("auto", 1000, TRANSFORMER, Schedule(27, True)),  # √(1000 · 3/4) = 27.4
+        ("sqrt", 1000, TRANSFORMER, Schedule(32, True)),
+        ("sqrt", 1000, NETWORK, Schedule(32, False)),
+        (40, 1000, NETWORK, Schedule(40, False)),
+        (10, 1000, NETWORK, Schedule(10, True)),
+        (40, 12, NETWORK, Schedule(40, True)),  # no more than twelve are ever kept
+    ],
+    ids=str,
+)
+def test_schedules(checkpoint, num_steps, sizes, want):
+    assert choose(checkpoint, num_steps, sizes) == want

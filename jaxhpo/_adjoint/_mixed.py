@@ -50,9 +50,7 @@ def run_one_step(
     def forward(at):
         head, before = jax.tree.map(lambda x: x[:-1], at.xs), at.state
         if problem.num_steps > 1:
-            before = scan_steps(
-                lambda s, x: problem.advance(s, at.inputs, x), before, head, problem.num_steps - 1, None
-            )
+            before = scan_steps(lambda s, x: problem.advance(s, at.inputs, x), before, head, problem.num_steps - 1)
         return problem.advance(before, at.inputs, last(at.xs)), before
 
     def pull(at, moving, before, cotangent):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +10,9 @@ import jax.numpy as jnp
 from jaxhpo._adjoint._pullback import in_condition
 from jaxhpo._errors import JaxhpoError
 from jaxhpo._inputs import refuse_tol
-from jaxhpo._loop import scan_steps
+from jaxhpo._loop import Sizes, choose, scan_steps
 from jaxhpo._tree import constant, names
-from jaxhpo._types import InnerState, Problem
+from jaxhpo._types import InnerState, Problem, Schedule
 from jaxhpo._validate import check_count, describe
 
 
@@ -26,14 +25,19 @@ class Unroll:
     Sees everything: losses, learning rates, momenta, schedules, initial parameters, data. With `truncate=K` only the
     last K steps are differentiated (the sum is cut off), so initial parameters and earlier steps get nothing.
 
-    **Cost and bias**: about four plain trainings (forward, redo once or twice, one Hessian product a step); memory of
-    2√T inner states with `"sqrt"`, T with `checkpoint=1`, T steps' activations with None. Exact for the T-step map. The
-    truncated sum errs by :math:`O((1-\alpha\mu)^K)` at a strongly convex solution, and is biased.
+    **Cost and bias**: three to five plain trainings (forward, one more redone between saved states, and per step a
+    Hessian product, with or without the gradient); memory of 2√T inner states, T with `checkpoint=1`, T steps'
+    activations with None, and in every case what one step takes. Exact for the T-step map. The truncated sum errs by
+    :math:`O((1-\alpha\mu)^K)` at a strongly convex solution, and is biased.
+
+    Where inner gradients are kept (`checkpoint=1`, and others where the activations of a step outweigh them), a step
+    is differentiated in mixed mode: the Hessian product and the mixed product in one forward-over-reverse pass.
 
     Args:
-      checkpoint: what the backward pass finds stored. None: whatever plain autodiff stores, all activations of all
-        steps. An integer k: one state every k steps (it need not divide the number of steps); 1 is every state.
-        `"sqrt"`: k ≈ √T for T > 16, else 1.
+      checkpoint: what the backward pass finds stored. `"auto"`: every state up to T = 16, beyond that two levels with
+        as many steps between states as take the least memory. An integer k: one state every k steps (it need not divide
+        the number of steps); 1 is every state. `"sqrt"`: k = √T for T > 16, else 1. None: whatever plain autodiff
+        stores, all activations of all steps.
       truncate: K above, or None for all steps.
 
     Raises:
@@ -47,23 +51,27 @@ class Unroll:
       Franceschi, Donini, Frasconi, Pontil. Forward and Reverse Gradient-Based Hyperparameter Optimization. 2017.
       arXiv:1703.01785
       Shaban, Cheng, Hatch, Boots. Truncated Back-propagation for Bilevel Optimization. 2019. arXiv:1810.10667
+      Kemaev et al. Scalable Meta-Learning via Mixed-Mode Differentiation. 2025. arXiv:2505.00793
     """
 
-    checkpoint: int | str | None = "sqrt"
+    checkpoint: int | str | None = "auto"
     truncate: int | None = None
-    mixed_mode: ClassVar[bool] = True
 
     def __post_init__(self):
         if isinstance(self.checkpoint, str):
-            if self.checkpoint != "sqrt":
+            if self.checkpoint not in ("auto", "sqrt"):
                 raise JaxhpoError(
-                    f"`Unroll(checkpoint=...)` got {self.checkpoint!r}, which is no schedule: write 'sqrt', an integer "
-                    f"(steps between saved states), or None (what plain autodiff keeps)."
+                    f"`Unroll(checkpoint=...)` got {self.checkpoint!r}, which is no schedule: write 'auto', 'sqrt', an "
+                    f"integer (steps between saved states), or None (what plain autodiff keeps)."
                 )
         elif self.checkpoint is not None:
             check_count("Unroll(checkpoint=...)", self.checkpoint)
         if self.truncate is not None:
             check_count("Unroll(truncate=...)", self.truncate)
+
+    def schedule(self, num_steps: int, sizes: Sizes) -> Schedule:
+        """What is kept of the steps that are differentiated."""
+        return choose(self.checkpoint, min(num_steps, self.truncate or num_steps), sizes)
 
     def run(self, problem: Problem) -> tuple[InnerState, jax.Array]:
         """Runs the inner loop; the result is differentiable through the last `truncate` steps."""
@@ -81,10 +89,10 @@ class Unroll:
                 "sees them.",
                 partial=True,
             )
-            state = scan_steps(lambda s, x: problem.advance(s, inputs_early, x), state, head, early, None)
+            state = scan_steps(lambda s, x: problem.advance(s, inputs_early, x), state, head, early)
             state = jax.lax.stop_gradient(state)
             xs = jax.tree.map(lambda x: x[early:], xs)
-        state = scan_steps(lambda s, x: problem.advance(s, inputs, x), state, xs, steps - early, self.checkpoint)
+        state = scan_steps(lambda s, x: problem.advance(s, inputs, x), state, xs, steps - early, problem.schedule)
         return state, jnp.asarray(steps, jnp.int32)
 
     def _cut(self, problem, early):
