@@ -1,0 +1,295 @@
+"""What do unrolled hypergradients cost, in arithmetic, memory and time, by each checkpoint schedule?
+
+Two inner problems: an MLP 784-256-256-10 (gelu, minibatches of 128) and a causal transformer language model (4 layers
+by a scan, width 128, 4 heads, vocabulary 256, 8 sequences of 128, 0.87 million parameters), trained by SGD with
+momentum or Adam. Hyperparameters: a log decay per weight, a log learning rate per step, a log weight per example, alone
+or all together. Beside the library's schedules stand plain JAX, `jax.grad` through a scan of the same step written by
+hand, and the same with `jax.checkpoint` around the step.
+
+Arithmetic: matrix products of the traced program, loops multiplied, in units of T plain steps. Memory: what the
+compiled program allocates, in copies of the parameters P. Neither is noisy. Time (`--repeats`): the median of
+interleaved ratios to the plain training in the same run, with the quartiles.
+
+    python benchmarks/unroll.py [--models mlp lm] [--optimisers sgd adam] [--steps 10 50 200 1000]
+        [--hyperparameters decay rate example all] [--repeats 0] [--out DIR]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.interpreters.partial_eval import dce_jaxpr
+
+import jaxhpo
+from jaxhpo import plot
+
+RATE, BATCHES = {"sgd": 1e-2, "adam": 1e-3}, 20
+RULES = {
+    "plain JAX": None,
+    "jax.checkpoint a step": None,
+    "checkpoint=None": jaxhpo.Unroll(checkpoint=None),
+    "checkpoint=1": jaxhpo.Unroll(checkpoint=1),
+    "checkpoint='sqrt'": jaxhpo.Unroll(checkpoint="sqrt"),
+    "default": jaxhpo.Unroll(),
+}
+# Beyond this many gigabytes a schedule is compiled for its memory, but neither timed nor run.
+MOST = 4.0
+
+
+class Model(NamedTuple):
+    """Parameters, `(params, inputs, labels) -> a loss per example`, and `(key, leading axes) -> (inputs, labels)`."""
+
+    params: Any
+    losses: Callable
+    draw: Callable
+    batch: int
+
+
+def mlp() -> Model:
+    sizes, batch = (784, 256, 256, 10), 128
+    keys = jax.random.split(jax.random.key(0), len(sizes))
+    shapes = zip(keys[1:], sizes[:-1], sizes[1:], strict=True)
+    params = [(jax.random.normal(key, (a, b)) / a**0.5, jnp.zeros(b)) for key, a, b in shapes]
+
+    def losses(params, inputs, labels):
+        *hidden, (last, bias) = params
+        for weights, b in hidden:
+            inputs = jax.nn.gelu(inputs @ weights + b)
+        return optax.softmax_cross_entropy_with_integer_labels(inputs @ last + bias, labels)
+
+    def draw(key, *lead):
+        return jax.random.normal(key, (*lead, batch, 784)), jax.random.randint(key, (*lead, batch), 0, 10)
+
+    return Model(params, losses, draw, batch)
+
+
+def language_model() -> Model:
+    layers, width, heads, vocabulary, length, batch = 4, 128, 4, 256, 128, 8
+    keys = iter(jax.random.split(jax.random.key(0), 8))
+
+    def weights(*shape):
+        return 0.02 * jax.random.normal(next(keys), shape)
+
+    params = {
+        "embedding": weights(vocabulary, width),
+        "position": weights(length, width),
+        "output": weights(width, vocabulary),
+        "layers": {
+            "qkv": weights(layers, width, 3 * width),
+            "out": weights(layers, width, width),
+            "up": weights(layers, width, 4 * width),
+            "down": weights(layers, 4 * width, width),
+        },
+    }
+    causal = jnp.tril(jnp.ones((length, length), bool))
+
+    def normalised(x):
+        x = x - x.mean(-1, keepdims=True)
+        return x * jax.lax.rsqrt(jnp.mean(x**2, -1, keepdims=True) + 1e-5)
+
+    def block(x, w):
+        q, k, v = jnp.moveaxis((normalised(x) @ w["qkv"]).reshape(*x.shape[:2], 3, heads, -1), 2, 0)
+        scores = jnp.einsum("bshd,bthd->bhst", q, k) / (width / heads) ** 0.5
+        scores = jax.nn.softmax(jnp.where(causal, scores, -1e9))
+        x = x + jnp.einsum("bhst,bthd->bshd", scores, v).reshape(x.shape) @ w["out"]
+        return x + jax.nn.gelu(normalised(x) @ w["up"]) @ w["down"], None
+
+    def losses(params, tokens, labels):
+        x, _ = jax.lax.scan(block, params["embedding"][tokens] + params["position"], params["layers"])
+        logits = normalised(x) @ params["output"]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(-1)
+
+    def draw(key, *lead):
+        return tuple(jax.random.randint(k, (*lead, batch, length), 0, vocabulary) for k in jax.random.split(key))
+
+    return Model(params, losses, draw, batch)
+
+
+MODELS = {"mlp": mlp, "lm": language_model}
+
+
+class Case(NamedTuple):
+    """`(hparams, params, batches, val_batch) -> validation loss`, by schedule, and its arguments."""
+
+    losses: dict[str, Callable]
+    training: Callable
+    args: tuple
+
+
+def make_case(model: Model, optimiser: str, num_steps: int, which: str) -> Case:
+    hparams = {
+        "decay": jax.tree.map(lambda x: jnp.full_like(x, -9.0), model.params),
+        "rate": jnp.full(num_steps, jnp.log(RATE[optimiser])),
+        "example": jnp.zeros((BATCHES, model.batch)),
+    }
+    tuned = {name: h for name, h in hparams.items() if which in (name, "all")}
+
+    def train_loss(params, h, batch):
+        data, weights = batch
+        decay = jax.tree.map(lambda log, x: jnp.sum(jnp.exp(log) * x**2), h["decay"], params)
+        return jnp.mean(jnp.exp(weights) * model.losses(params, *data)) + sum(jax.tree.leaves(decay))
+
+    def make_tx(h):
+        schedule = lambda step: jnp.exp(h["rate"][step])  # noqa: E731
+        return optax.adam(schedule, eps_root=1e-8) if optimiser == "adam" else optax.sgd(schedule, momentum=0.9)
+
+    solver = jaxhpo.from_optax(train_loss, make_tx)
+
+    def batch_at(h, batches, t):
+        return jax.tree.map(lambda x: x[t % BATCHES], (batches, h["example"]))
+
+    def trained(adjoint, h, params, batches):
+        start = solver.init(params, h)
+        by_step = lambda t: batch_at(h, batches, t)  # noqa: E731
+        return jaxhpo.solve(solver, start, h, by_step, num_steps=num_steps, adjoint=adjoint).params
+
+    def by_hand(wrap, h, params, batches):
+        tx = make_tx(h)
+
+        def step(carry, t):
+            params, state = carry
+            grad = jax.grad(train_loss)(params, h, batch_at(h, batches, t))
+            updates, state = tx.update(grad, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        return jax.lax.scan(wrap(step), (params, tx.init(params)), jnp.arange(num_steps))[0][0]
+
+    def with_all(train, given, params, batches, val_batch):
+        return model.losses(train({**hparams, **given}, params, batches), *val_batch).mean()
+
+    def outer(train):
+        return lambda *args: with_all(train, *args)
+
+    trainings = {
+        "plain JAX": lambda *args: by_hand(lambda step: step, *args),
+        "jax.checkpoint a step": lambda *args: by_hand(lambda step: jax.checkpoint(step, prevent_cse=False), *args),
+    }
+    for name, rule in RULES.items():
+        if rule is not None:
+            trainings[name] = lambda *args, rule=rule: trained(rule, *args)
+    args = (tuned, model.params, model.draw(jax.random.key(1), BATCHES), model.draw(jax.random.key(2)))
+    return Case({name: outer(train) for name, train in trainings.items()}, outer(trainings["plain JAX"]), args)
+
+
+def matrix_operations(function, *args) -> float:
+    """Multiplications and additions of matrix products, of what the results depend on."""
+    jaxpr = jax.make_jaxpr(function)(*args).jaxpr
+    return _products(dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)[0])
+
+
+def _products(jaxpr) -> float:
+    total = 0.0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            depth = 1
+            for axis in contracted:
+                depth *= eqn.invars[0].aval.shape[axis]
+            total += 2.0 * depth * eqn.outvars[0].aval.size
+        times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
+        for value in eqn.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else (value,):
+                if hasattr(inner, "eqns"):
+                    total += times * _products(getattr(inner, "jaxpr", inner))
+    return total
+
+
+def measure(case: Case, name: str, unit: dict[str, Any], repeats: int) -> dict[str, Any]:
+    function = jax.value_and_grad(case.losses[name])
+    start = time.perf_counter()
+    compiled = jax.jit(function).lower(*case.args).compile()
+    size = sum(x.nbytes for x in jax.tree.leaves(case.args[1]))
+    memory = compiled.memory_analysis().temp_size_in_bytes
+    row = {
+        "arithmetic": matrix_operations(function, *case.args) / unit["operations"],
+        "memory": memory / size,
+        "compile_seconds": time.perf_counter() - start,
+    }
+    if repeats and memory / 2**30 < MOST:
+        ratios = []
+        for _ in range(1 + repeats):
+            seconds = []
+            for program in (compiled, unit["program"]):
+                start = time.perf_counter()
+                jax.block_until_ready(program(*case.args))
+                seconds.append(time.perf_counter() - start)
+            ratios.append(seconds[0] / seconds[1])
+        row["time"] = statistics.quantiles(ratios[1:], n=4) if repeats > 1 else ratios[1:] * 3  # the first warms up
+    return row
+
+
+def draw(rows, path) -> None:
+    """Memory against arithmetic, a panel for each model and optimiser, a line for each schedule over T."""
+    cases = list(dict.fromkeys((row["model"], row["optimiser"]) for row in rows))
+    figure, axes = plot.figure(1, len(cases), width=6 * len(cases), height=5)
+    for axis, case in zip(axes.flat, cases, strict=True):
+        for i, name in enumerate(RULES):
+            mine = [r for r in rows if (r["model"], r["optimiser"]) == case and r["schedule"] == name]
+            mine = [r for r in mine if r["hyperparameters"] == "all"]
+            axis.plot(
+                [r["memory"] for r in mine],
+                [r["arithmetic"] for r in mine],
+                color=f"C{i}",
+                label=name,
+                marker="o",
+                lw=1,
+            )
+            for row in mine:
+                axis.annotate(f"{row['num_steps']}", (row["memory"], row["arithmetic"]), fontsize=7, xytext=(3, 4),
+                              textcoords="offset points", color=f"C{i}")  # fmt: skip
+        axis.set(xscale="log", xlabel="memory, copies of the parameters", ylabel="arithmetic, units of T plain steps")
+        axis.set_title(f"{case[0]}, {case[1]}; labels: T")
+        axis.legend(frameon=False, fontsize=8)
+    plot.save(figure, path)
+
+
+def main(arguments=None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--optimisers", nargs="+", choices=list(RATE), default=["sgd", "adam"])
+    parser.add_argument("--steps", nargs="+", type=int, default=[10, 50, 200, 1000])
+    parser.add_argument("--hyperparameters", nargs="+", choices=["decay", "rate", "example", "all"], default=["all"])
+    parser.add_argument("--repeats", type=int, default=0, help="timed calls of each program (default: none)")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results")
+    parsed = parser.parse_args(arguments)
+    parsed.out.mkdir(parents=True, exist_ok=True)
+    rows = []
+    print(f"{'model':5} {'by':5} {'T':>5} {'tuned':8} {'schedule':22} {'arithmetic':>10} {'memory':>9} {'time':>20}")
+    for name in parsed.models:
+        model = MODELS[name]()
+        for optimiser in parsed.optimisers:
+            for num_steps in parsed.steps:
+                for which in parsed.hyperparameters:
+                    case = make_case(model, optimiser, num_steps, which)
+                    program = jax.jit(case.training).lower(*case.args).compile()
+                    unit = {"operations": matrix_operations(case.training, *case.args), "program": program}
+                    for schedule in RULES:
+                        row = measure(case, schedule, unit, parsed.repeats)
+                        rows.append(
+                            {"model": name, "optimiser": optimiser, "num_steps": num_steps, "hyperparameters": which}
+                            | {"schedule": schedule}
+                            | row
+                        )
+                        low, middle, high = row.get("time", [float("nan")] * 3)
+                        told = f"{middle:.2f} ({low:.2f}, {high:.2f})" if "time" in row else ""
+                        print(
+                            f"{name:5} {optimiser:5} {num_steps:5} {which:8} {schedule:22} {row['arithmetic']:10.3f} "
+                            f"{row['memory']:9.1f} {told:>20}",
+                            flush=True,
+                        )
+    report = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "rows": rows}
+    (parsed.out / "unroll.json").write_text(json.dumps(report, indent=1) + "\n")
+    draw(rows, parsed.out / "unroll.png")
+
+
+if __name__ == "__main__":
+    main()
