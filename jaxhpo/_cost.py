@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.interpreters.partial_eval import dce_jaxpr
 
 from jaxhpo._errors import JaxhpoError
 
@@ -16,8 +17,8 @@ from jaxhpo._errors import JaxhpoError
 def count_arithmetic(function: Callable, *args: Any, unknown_length: int | None = None) -> float:
     """Floating-point operations of `function(*args)`: matrix products in full, one for each other number computed.
 
-    Counted on the traced program, with every loop's body times its length, so nothing is run, and the same versions
-    give the same number on every machine.
+    Counted on the traced program, less what no result depends on, with every loop's body times its length: nothing is
+    run, and the same versions give the same number on every machine.
 
     Args:
       function: any function that JAX can trace, whose loops have fixed lengths.
@@ -35,7 +36,9 @@ def count_arithmetic(function: Callable, *args: Any, unknown_length: int | None 
       >>> count_arithmetic(jnp.dot, jnp.ones((2, 3)), jnp.ones((3, 4)))
       48.0
     """
-    return _count(jax.make_jaxpr(function)(*args).jaxpr, unknown_length)
+    jaxpr = jax.make_jaxpr(function)(*args).jaxpr
+    needed, _ = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
+    return _count(needed, unknown_length)
 
 
 def _count(jaxpr, unknown_length) -> float:
