@@ -163,7 +163,12 @@ def _reached_by(eqn, marked: list[bool]) -> list[bool]:
         return [True] * len(eqn.outvars)
     if eqn.primitive.name != "scan":
         return _reached(same[0], marked)
-    start, end = eqn.params["num_consts"], eqn.params["num_consts"] + eqn.params["num_carry"]
+    # What a scan steps through, or stacks up, has an axis more outside than inside; the names of its parameters differ
+    # from version to version.
+    stacked = [v.aval.ndim > w.aval.ndim for v, w in zip(eqn.outvars, same[0].outvars, strict=True)]
+    stepped = [v.aval.ndim > w.aval.ndim for v, w in zip(eqn.invars, same[0].invars, strict=True)]
+    end = stepped.count(False)
+    start = end - stacked.count(False)
     while True:  # what a carry depends on after one iteration, it brings into the next
         out = _reached(same[0], marked)
         carried = [a or b for a, b in zip(marked[start:end], out, strict=False)]
