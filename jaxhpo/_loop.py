@@ -17,11 +17,17 @@ EVERYTHING = Schedule()  # what plain autodiff keeps
 
 
 class Sizes(NamedTuple):
-    """Bytes of an inner state, of its parameters, and of what its loss's gradient keeps between two passes."""
+    """Bytes of what a schedule may keep.
+
+    Attributes:
+      state: of an inner state.
+      gradient: of the train loss's gradient; 0 where a step is no function of one.
+      activations: asked for when needed, as it takes a trace: what the gradient keeps between its two passes.
+    """
 
     state: int
-    params: int
-    activations: int
+    gradient: int
+    activations: Callable[[], int]
 
 
 def choose(checkpoint: int | str | None, num_steps: int, sizes: Sizes) -> Schedule:
@@ -37,13 +43,13 @@ def choose(checkpoint: int | str | None, num_steps: int, sizes: Sizes) -> Schedu
         return Schedule(1, gradients=True)  # every state, for the sake of time
 
     def affordable(segment):
-        return segment * sizes.params <= max(2 * sizes.activations, 16 * sizes.params)
+        return segment <= 16 or segment * sizes.gradient <= 2 * sizes.activations()
 
     if isinstance(checkpoint, int):
         return Schedule(checkpoint, affordable(min(checkpoint, num_steps)))
     least = math.isqrt(num_steps - 1) + 1
     if checkpoint == "auto":
-        with_gradients = max(1, round(math.sqrt(num_steps * sizes.state / (sizes.state + sizes.params))))
+        with_gradients = max(1, round(math.sqrt(num_steps * sizes.state / (sizes.state + sizes.gradient))))
         least = with_gradients if affordable(with_gradients) else least
     return Schedule(least, affordable(least))
 

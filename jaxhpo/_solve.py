@@ -160,16 +160,17 @@ def _schedule(adjoint, num_steps, solver, state, hparams, first_batch) -> Schedu
     """What the rule keeps of the steps, chosen by the sizes of what there is to keep."""
     if not hasattr(adjoint, "schedule"):
         return EVERYTHING
-    params, activations = num_bytes(state.params), 0
-    if solver.loss is not None:
 
+    def activations():
         def gradient_ahead(params):
             batch = first_batch()
             return jax.vjp(lambda p: solver.loss(p, hparams, batch, state.model_state)[0], params)[1]
 
-        activations = max(0, num_bytes(jax.eval_shape(gradient_ahead, state.params)) - params)
-    schedule = adjoint.schedule(num_steps, Sizes(num_bytes(state), params, activations))
-    return schedule if solver.apply is not None else schedule._replace(gradients=False)
+        return num_bytes(jax.eval_shape(gradient_ahead, state.params)) - num_bytes(state.params)
+
+    if solver.apply is None:
+        return adjoint.schedule(num_steps, Sizes(num_bytes(state), 0, lambda: 0))._replace(gradients=False)
+    return adjoint.schedule(num_steps, Sizes(num_bytes(state), num_bytes(state.params), activations))
 
 
 def _curvature(adjoint, params, hparams, last, batch_of):

@@ -150,8 +150,8 @@ def test_what_a_step_keeps():
 
 # --- the choice of a schedule ---
 
-NETWORK = Sizes(state=2, params=1, activations=1)  # momentum; few activations
-TRANSFORMER = Sizes(state=3, params=1, activations=25)  # Adam; many
+NETWORK = Sizes(2, 1, lambda: 1)  # momentum; few activations
+TRANSFORMER = Sizes(3, 1, lambda: 25)  # Adam; many
 
 
 @pytest.mark.parametrize(
@@ -168,9 +168,10 @@ TRANSFORMER = Sizes(state=3, params=1, activations=25)  # Adam; many
         ("sqrt", 1000, NETWORK, Schedule(32, False)),
         (40, 1000, NETWORK, Schedule(40, False)),
         (10, 1000, NETWORK, Schedule(10, True)),
+        ("auto", 1000, Sizes(2, 0, lambda: 0), Schedule(32, True)),  # no gradient: what is kept of it is nothing
         (40, 12, NETWORK, Schedule(40, True)),  # no more than twelve are ever kept
     ],
-    ids=str,
+    ids=lambda value: "" if isinstance(value, Sizes) else str(value),
 )
 def test_schedules(checkpoint, num_steps, sizes, want):
     assert choose(checkpoint, num_steps, sizes) == want
