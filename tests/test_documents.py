@@ -23,6 +23,7 @@ def test_readme_example_runs_as_printed():
     assert error < 1e-2  # central differences in float32
 
 
+@pytest.mark.slow
 def test_readme_fragments_run():
     """The two shorter pieces of code, in the setting that the text around them describes."""
     _, flax_model, warm_start, *_ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)

@@ -248,6 +248,7 @@ def test_settings_are_values():
         assert eval(repr(method), names) == method
 
 
+@pytest.mark.slow
 def test_sixteen_bits_do_not_shrink_a_long_mean():
     """In bfloat16 a running sum of terms of one size stops growing at 256 of them."""
     solver = jaxhpo.fixed_point(lambda p, h, batch: h + 0 * p)
@@ -259,6 +260,7 @@ def test_sixteen_bits_do_not_shrink_a_long_mean():
     np.testing.assert_allclose(np.asarray(grad, float), 1.0, atol=5 * (4 / 4000) ** 0.5 + 0.02)
 
 
+@pytest.mark.slow
 def test_persistent_starts_again_before_it_would_pass_its_horizon():
     solver = jaxhpo.from_optax(lambda p, h, batch: jnp.sum((p - h) ** 2) + 0 * jnp.sum(batch), optax.sgd(0.1))
     pair = hypergradient(PersistentES(2, 0.1, 14), solver, lambda s, h, batch: jnp.sum(s.params))

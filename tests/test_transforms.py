@@ -21,7 +21,9 @@ each_transform = pytest.mark.parametrize("transform", TRANSFORMS, ids=[*map(str,
 ROWS = hnp.arrays(np.float64, (5,), elements=st.floats(-1e4, 1e4))  # one shape: each transform is compiled once a type
 
 
-@pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [jnp.float64, *(pytest.param(low, marks=pytest.mark.slow) for low in (jnp.float32, jnp.bfloat16))]
+)
 @each_transform
 def test_values_stay_finite_and_inside_and_round_trips_agree(transform, dtype):
     @jax.jit
