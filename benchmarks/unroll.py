@@ -8,7 +8,8 @@ hand, and the same with `jax.checkpoint` around the step.
 
 Arithmetic: matrix products of the traced program, loops multiplied, in units of T plain steps. Memory: what the
 compiled program allocates, in copies of the parameters P. Neither is noisy. Time (`--repeats`): the median of
-interleaved ratios to the plain training in the same run, with the quartiles.
+interleaved ratios to the plain training in the same run, with the quartiles. What the file in DIR already holds of
+other cases is kept.
 
     python benchmarks/unroll.py [--models mlp lm] [--optimisers sgd adam] [--steps 10 50 200 1000]
         [--hyperparameters decay rate example all] [--repeats 0] [--out DIR]
@@ -17,6 +18,7 @@ interleaved ratios to the plain training in the same run, with the quartiles.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import pathlib
 import statistics
@@ -41,6 +43,7 @@ RULES = {
     "checkpoint='sqrt'": jaxhpo.Unroll(checkpoint="sqrt"),
     "default": jaxhpo.Unroll(),
 }
+KEYS = ("model", "optimiser", "num_steps", "hyperparameters", "schedule")
 # Beyond this many gigabytes a schedule is compiled for its memory, but neither timed nor run.
 MOST = 4.0
 
@@ -234,7 +237,7 @@ def draw(rows, path) -> None:
     for axis, case in zip(axes.flat, cases, strict=True):
         for i, name in enumerate(RULES):
             mine = [r for r in rows if (r["model"], r["optimiser"]) == case and r["schedule"] == name]
-            mine = [r for r in mine if r["hyperparameters"] == "all"]
+            mine = sorted((r for r in mine if r["hyperparameters"] == "all"), key=lambda r: r["num_steps"])
             axis.plot(
                 [r["memory"] for r in mine],
                 [r["arithmetic"] for r in mine],
@@ -262,33 +265,31 @@ def main(arguments=None) -> None:
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results")
     parsed = parser.parse_args(arguments)
     parsed.out.mkdir(parents=True, exist_ok=True)
-    rows = []
+    file, device = parsed.out / "unroll.json", jax.devices()[0].device_kind
+    rows = {key(row): row for row in json.loads(file.read_text())["rows"]} if file.exists() else {}
     print(f"{'model':5} {'by':5} {'T':>5} {'tuned':8} {'schedule':22} {'arithmetic':>10} {'memory':>9} {'time':>20}")
-    for name in parsed.models:
-        model = MODELS[name]()
-        for optimiser in parsed.optimisers:
-            for num_steps in parsed.steps:
-                for which in parsed.hyperparameters:
-                    case = make_case(model, optimiser, num_steps, which)
-                    program = jax.jit(case.training).lower(*case.args).compile()
-                    unit = {"operations": matrix_operations(case.training, *case.args), "program": program}
-                    for schedule in RULES:
-                        row = measure(case, schedule, unit, parsed.repeats)
-                        rows.append(
-                            {"model": name, "optimiser": optimiser, "num_steps": num_steps, "hyperparameters": which}
-                            | {"schedule": schedule}
-                            | row
-                        )
-                        low, middle, high = row.get("time", [float("nan")] * 3)
-                        told = f"{middle:.2f} ({low:.2f}, {high:.2f})" if "time" in row else ""
-                        print(
-                            f"{name:5} {optimiser:5} {num_steps:5} {which:8} {schedule:22} {row['arithmetic']:10.3f} "
-                            f"{row['memory']:9.1f} {told:>20}",
-                            flush=True,
-                        )
-    report = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "rows": rows}
-    (parsed.out / "unroll.json").write_text(json.dumps(report, indent=1) + "\n")
-    draw(rows, parsed.out / "unroll.png")
+    asked = itertools.product(parsed.models, parsed.optimisers, parsed.steps, parsed.hyperparameters)
+    for name, optimiser, num_steps, which in asked:
+        case = make_case(MODELS[name](), optimiser, num_steps, which)
+        program = jax.jit(case.training).lower(*case.args).compile()
+        unit = {"operations": matrix_operations(case.training, *case.args), "program": program}
+        for schedule in RULES:
+            row = dict(zip(KEYS, (name, optimiser, num_steps, which, schedule), strict=True))
+            row |= measure(case, schedule, unit, parsed.repeats) | {"device": device, "jax": jax.__version__}
+            rows[key(row)] = row
+            told = "{1:.2f} ({0:.2f}, {2:.2f})".format(*row["time"]) if "time" in row else ""
+            print(
+                f"{name:5} {optimiser:5} {num_steps:5} {which:8} {schedule:22} {row['arithmetic']:10.3f} "
+                f"{row['memory']:9.1f} {told:>20}",
+                flush=True,
+            )
+    ordered = [rows[k] for k in sorted(rows, key=str)]
+    file.write_text(json.dumps({"rows": ordered}, indent=1) + "\n")
+    draw(ordered, parsed.out / "unroll.png")
+
+
+def key(row) -> tuple:
+    return tuple(row[k] for k in KEYS)
 
 
 if __name__ == "__main__":
