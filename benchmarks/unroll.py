@@ -243,8 +243,8 @@ def draw(rows, path) -> None:
                 [r["arithmetic"] for r in mine],
                 color=f"C{i}",
                 label=name,
-                marker="o",
                 lw=1,
+                **({"marker": "s", "ms": 10, "mfc": "none"} if RULES[name] is None else {"marker": "o"}),  # by hand
             )
             for row in mine:
                 axis.annotate(f"{row['num_steps']}", (row["memory"], row["arithmetic"]), fontsize=7, xytext=(3, 4),
