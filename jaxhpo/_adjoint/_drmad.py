@@ -46,7 +46,7 @@ class DrMAD:
     with every step. Once the weights' part of a has grown `max_growth`-fold, the hypergradient is noise and is given as
     NaN; `tune` and `check_hypergradient` say so.
 
-    **Cost and bias**: 1 + 2.25 N/T trainings (operations counted on an MLP 784-256-256-10); memory of four inner
+    **Cost and bias**: 1 + 1.95 N/T trainings (operations counted on an MLP 784-256-256-10); memory of four inner
     states, whatever T. Exact for a uniformly traversed straight trajectory. Cosine with the exact hypergradient of one
     penalty per weight, a network 64-32-10 on 200 digits, momentum 0.9, rate 0.1: 1.00, 0.99 and 0.49 after T = 20, 100
     and 500 steps, where a grew 1-, 1.2- and 20-fold; at rate 0.5 and T = 500, 4e10-fold. With 50 points of 500, a did

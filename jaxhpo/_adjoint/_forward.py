@@ -21,7 +21,7 @@ class Forward:
     :math:`\dot\theta_T = Z_T \dot h`, which reverse mode transposes: `jax.grad`, `jax.jvp`, `jax.jacfwd` and Hessians
     all work. Only the inputs that are being differentiated get a column.
 
-    **Cost and bias**: 2 + 1.25 m trainings for m differentiated numbers (operations counted on an MLP
+    **Cost and bias**: 2 + 1.35 m trainings for m differentiated numbers (operations counted on an MLP
     784-256-256-10, T = 20); memory of m copies of the inner state, whatever T. Exact for the T-step map, as `Unroll()`
     is. Cheaper than it for a single hyperparameter; otherwise for T so long that nothing else fits.
 

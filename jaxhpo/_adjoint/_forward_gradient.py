@@ -19,7 +19,7 @@ class ForwardGradient:
     :math:`\hat g = \frac1K\sum_k (\theta'(h) v_k)^\top v\; v_k` with :math:`v_k \sim N(0, I_m)`, so
     :math:`E[\hat g]` is the exact hypergradient through the solve.
 
-    **Cost and bias**: 2 + 1.25 K trainings (as `Forward`); memory of K copies of the inner state. Unbiased; the
+    **Cost and bias**: 2 + 1.35 K trainings (as `Forward`); memory of K copies of the inner state. Unbiased; the
     variance is
     :math:`(m + 1)/K` times the squared norm, so K must grow with m for the same error.
 
