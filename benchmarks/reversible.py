@@ -150,7 +150,7 @@ def recovery(data, momentum) -> dict[str, Any]:
         plan, problem, consts = reversible.make_plan(problem, None)
         inputs = reversible.Inputs(problem.state, problem.inputs, problem.xs, consts)
         end = reversible.run_forward(plan, inputs)
-        undo = lambda now, tx: (reversible.unstep(plan, now, inputs, *tx), None)  # noqa: E731
+        undo = lambda now, tx: (reversible.unstep(plan, now, inputs, *tx)[0], None)  # noqa: E731
         return end, jax.lax.scan(undo, end, plan.steps(inputs), reverse=True)[0], reversible.beginning(plan, state)
 
     h = hparams(momentum, STEPS, float)

@@ -374,7 +374,7 @@ def test_mnist_is_recovered_bit_for_bit(mnist_data, momentum, bits):
         plan, problem, consts = plan_of(solver, start, h, TRAINED, batches=batches)
         inputs = reversible.Inputs(problem.state, problem.inputs, problem.xs, consts)
         end = reversible.run_forward(plan, inputs)
-        undo = lambda now, tx: (reversible.unstep(plan, now, inputs, *tx), None)  # noqa: E731
+        undo = lambda now, tx: (reversible.unstep(plan, now, inputs, *tx)[0], None)  # noqa: E731
         back = jax.lax.scan(undo, end, plan.steps(inputs), reverse=True)[0]
         return end, back, reversible.beginning(plan, problem.state)
 

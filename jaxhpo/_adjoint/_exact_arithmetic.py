@@ -115,36 +115,43 @@ def numerator(momentum: jax.Array) -> jax.Array:
 
 
 def multiply(v: Velocity, n: jax.Array, buffer: Buffer, step: jax.Array) -> tuple[Velocity, Buffer]:
-    """v n/d, and the buffer with what that loses. `n` is uint32 like `v`; `step` counts the calls."""
+    """v n/d, and the buffer with what that loses. `n` is uint32 like `v`; `step` counts the calls.
+
+    Row by row, so that all that is computed on the way takes the memory of one row.
+    """
 
     def push(row, carry):
-        low, buffer = carry
-        digit, buffer = _push(low[row], n[row], buffer, _place(step, row, n))
-        return low.at[row].set(digit), buffer
+        v, buffer = carry
+        high, n_row = v.high[row], n[row]
+        digit, buffer = _push(v.low[row], n_row, buffer, _place(step, row, n))
+        # high n + s, with high = a 2^16 + b: both parts of a n 2^16 + (b n + s) fit.
+        a, b = high >> DIGIT, (high & LOW).astype(jnp.uint32)
+        rest = b * n_row + digit
+        high = a * n_row.astype(a.dtype) + (rest >> DIGIT).astype(a.dtype)
+        return _with_row(v, row, high, rest & LOW), buffer
 
-    low, buffer = jax.lax.fori_loop(0, len(n), push, (v.low, buffer))
-    # high n + s, with high = a 2^16 + b: both parts of a n 2^16 + (b n + s) fit.
-    a, b = v.high >> DIGIT, (v.high & LOW).astype(jnp.uint32)
-    rest = b * n + low
-    high = a * n.astype(a.dtype) + (rest >> DIGIT).astype(a.dtype)
-    return Velocity(high, (rest & LOW).astype(jnp.uint16)), buffer
+    return jax.lax.fori_loop(0, len(n), push, (v, buffer))
 
 
 def divide(v: Velocity, n: jax.Array, buffer: Buffer, step: jax.Array) -> tuple[Velocity, Buffer]:
     """Undoes `multiply` with the same `n` and `step`."""
-    signed = n.astype(v.high.dtype)
-    a = v.high // signed
-    rest = ((v.high - a * signed).astype(jnp.uint32) << DIGIT) | v.low
-    b, s = _divmod(rest, n)
 
     def pop(i, carry):
-        low, buffer = carry
+        v, buffer = carry
         row = len(n) - 1 - i
-        digit, buffer = _pop(low[row], n[row], buffer, _place(step, row, n))
-        return low.at[row].set(digit), buffer
+        high, n_row = v.high[row], n[row]
+        signed = n_row.astype(high.dtype)
+        a = high // signed
+        rest = ((high - a * signed).astype(jnp.uint32) << DIGIT) | v.low[row]
+        b, s = _divmod(rest, n_row)
+        digit, buffer = _pop(s.astype(jnp.uint16), n_row, buffer, _place(step, row, n))
+        return _with_row(v, row, (a << DIGIT) | b.astype(a.dtype), digit), buffer
 
-    low, buffer = jax.lax.fori_loop(0, len(n), pop, (s.astype(jnp.uint16), buffer))
-    return Velocity((a << DIGIT) | b.astype(a.dtype), low), buffer
+    return jax.lax.fori_loop(0, len(n), pop, (v, buffer))
+
+
+def _with_row(v, row, high, low):
+    return Velocity(v.high.at[row].set(high), v.low.at[row].set(low.astype(jnp.uint16)))
 
 
 def _place(step, row, n):

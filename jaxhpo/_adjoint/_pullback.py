@@ -95,7 +95,7 @@ def _run(rule, leaves):
 
 def _run_fwd(rule, leaves):
     moving = Flags(tuple(bool(x.perturbed) and is_inexact(x.value) for x in leaves))
-    leaves = [x.value for x in leaves]
+    leaves = first_order([x.value for x in leaves], rule.adjoint)  # forward over reverse mode begins here
     inputs = jax.tree.unflatten(rule.structure, leaves)
     rule.check(inputs, jax.tree.unflatten(rule.structure, moving.values))
     state, kept = rule.forward(inputs)

@@ -29,6 +29,7 @@ from jaxhpo._adjoint._exact_arithmetic import (
 from jaxhpo._adjoint._pullback import Inputs, run_with_pullback
 from jaxhpo._diagnose import report_fault
 from jaxhpo._errors import JaxhpoError
+from jaxhpo._gradient import mixed_value_and_grad
 from jaxhpo._inputs import refuse_tol
 from jaxhpo._tree import cast_like, cast_varying, hoist, names, partition, varying_axes
 from jaxhpo._types import InnerState, Problem, PyTree
@@ -36,7 +37,8 @@ from jaxhpo._validate import check_positive
 
 TRACED_BITS = 1.0  # bits per weight and step where the momentum is traced: a geometric mean of one half
 LANE_BITS = 192  # what a lane should hold, next to which the unused bits of its word (16 to 32) and stack (16) are few
-LANES = 256  # no fewer, for the sake of vectorised arithmetic
+ROWS = 8  # no fewer, as what a product computes on its way takes the memory of some ten rows ...
+LANES = 256  # ... unless lanes would be fewer than this, for the sake of vectorised arithmetic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +196,9 @@ def make_plan(problem: Problem, buffer_bits: float | None) -> tuple[Plan, Proble
     """The plan, the problem without what only `advance` closes over, and what the plan's functions close over."""
     (hparams, _), state = problem.inputs, problem.state
     solver: Any = problem.solver
-    pure, consts = problem.hoist(lambda s, h, batch: solver.condition(s.params, h, batch, s.model_state))
+    pure, consts = problem.hoist(
+        lambda s, h, batch: mixed_value_and_grad(solver.loss, s.params, h, batch, s.model_state)[1]
+    )
     pure_rates, rate_consts = hoist(
         lambda h, count: solver.rates(state.params, h, count), hparams, state.opt_state.count
     )
@@ -213,7 +217,7 @@ def make_plan(problem: Problem, buffer_bits: float | None) -> tuple[Plan, Proble
     total = bits * problem.num_steps  # a weight
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state.params)
     size = sum(x.size for x in jax.tree.leaves(params))
-    rows = max(1, min(math.ceil(LANE_BITS / max(total, 1e-3)), size // LANES))
+    rows = max(1, min(max(ROWS, math.ceil(LANE_BITS / max(total, 1e-3))), size // LANES))
     # A word spills from 32 bits to 16 and begins at 16, so a lane spills ⌊total rows / 16⌋ times. One bit for rounding.
     depth = max(1, math.floor((total * rows + 1) / DIGIT))
     plan = Plan(
@@ -288,15 +292,23 @@ def run_backward(plan: Plan, inputs: Inputs, end: End, moving: Inputs, cotangent
 
     def body(carry, tx):
         (now, d_params, d_velocity, sums), (t, x) = carry, tx
-        now = unstep(plan, now, inputs, t, x)
+        now, grad = unstep(plan, now, inputs, t, x)
         data, fill_data = partition(x, moving.xs)
+        params, velocity = _floats(plan, now, inputs.state)
 
-        def step(params, velocity, shared, data):
-            return _float_step(plan, params, velocity, fill(shared), inputs.state.opt_state.count + t, fill_data(data))
+        def apply(params, velocity, grad, shared):
+            return _float_step(plan, params, velocity, grad, fill(shared), inputs.state.opt_state.count + t)
 
-        _, pullback = jax.vjp(step, *_floats(plan, now, inputs.state), shared, data)
-        d_params, d_velocity, more, d_data = pullback((d_params, d_velocity))
-        return (now, d_params, d_velocity, [a + b for a, b in zip(sums, more, strict=True)]), d_data
+        def gradient(params, shared, data):
+            return plan.gradient(fill(shared), params, fill_data(data))
+
+        # Apart, so that the gradient that undid the step is not computed once more: its derivative does without it.
+        _, pullback = jax.vjp(apply, params, velocity, grad, shared)
+        d_params, d_velocity, d_grad, of_rates = pullback((d_params, d_velocity))
+        _, pullback = jax.vjp(gradient, params, shared, data)
+        more, of_loss, d_data = pullback(d_grad)
+        d_params = jax.tree.map(jnp.add, d_params, more)
+        return (now, d_params, d_velocity, [a + b + c for a, b, c in zip(sums, of_rates, of_loss, strict=True)]), d_data
 
     sums = [cast_varying(jnp.zeros_like(leaf), varying_axes(leaf)) for leaf in shared]
     carry = (end, cotangent.params, cotangent.opt_state.velocity, sums)
@@ -330,21 +342,23 @@ def _step(plan, now: End, inputs, t, x) -> End:
     shared = _shared(inputs)
     alpha, m = _rates(plan, shared, inputs.state.opt_state.count, t)
     velocity, buffer = multiply(now.velocity, _numerators(plan, m), now.buffer, t)
-    high, fits = _added(plan.format, velocity.high, _kick(plan, now.weights, m, shared, t, x))
+    grad = _gradient(plan, now.weights, shared, t, x)
+    high, fits = _added(plan.format, velocity.high, _kick(plan, m, grad))
     weights, fit = _added(plan.format, now.weights, _move(plan, high, alpha))
     allowed = jnp.all(jnp.stack([jnp.all((m >= 0) & (m <= 1)) for m in jax.tree.leaves(m)]))
     broken = jnp.where(allowed & fits & fit, now.broken, jnp.minimum(now.broken, t))
     return End(weights, Velocity(high, velocity.low), buffer, broken, now.origin)
 
 
-def unstep(plan: Plan, now: End, inputs: Inputs, t: jax.Array, x: PyTree) -> End:
-    """Undoes step t."""
+def unstep(plan: Plan, now: End, inputs: Inputs, t: jax.Array, x: PyTree) -> tuple[End, PyTree]:
+    """Undoes step t; and the gradient that it took."""
     shared = _shared(inputs)
     alpha, m = _rates(plan, shared, inputs.state.opt_state.count, t)
     weights = now.weights - plan.format.encode(_move(plan, now.velocity.high, alpha))
-    high = now.velocity.high - plan.format.encode(_kick(plan, weights, m, shared, t, x))
+    grad = _gradient(plan, weights, shared, t, x)
+    high = now.velocity.high - plan.format.encode(_kick(plan, m, grad))
     velocity, buffer = divide(Velocity(high, now.velocity.low), _numerators(plan, m), now.buffer, t)
-    return now._replace(weights=weights, velocity=velocity, buffer=buffer)
+    return now._replace(weights=weights, velocity=velocity, buffer=buffer), grad
 
 
 def _shared(inputs):
@@ -362,13 +376,15 @@ def _numerators(plan, m):
     )
 
 
-def _kick(plan, weights, m, shared, t, x):
-    """What is added to the velocity, −(1 − m) g."""
-
+def _gradient(plan, weights, shared, t, x):
     def gradient(weights, shared, x):
         return plan.gradient(shared, plan.layout.unpack(plan.format.decode(weights)), x)
 
-    grad = _apart(gradient, t, weights, shared, x)
+    return _apart(gradient, t, weights, shared, x)
+
+
+def _kick(plan, m, grad):
+    """What is added to the velocity, −(1 − m) g."""
     return plan.layout.pack(jax.tree.map(lambda m, g: (m - 1) * g.astype(plan.format.real), m, grad))
 
 
@@ -403,10 +419,9 @@ def _added(form, fixed, real):
     return fixed + form.encode(real), jnp.all(fits)
 
 
-def _float_step(plan, params, velocity, shared, count, x):
+def _float_step(plan, params, velocity, grad, shared, count):
     """The step as a differentiable function: with the momentum n/d that was used, and the derivative of m itself."""
     alpha, m = plan.rates(shared, count)
-    grad = plan.gradient(shared, params, x)
 
     def kicked(m, v, g):
         used = m + jax.lax.stop_gradient(numerator(m) / D - m)
