@@ -42,6 +42,9 @@ from jaxhpo._linear._lineax import from_lineax as from_lineax
 from jaxhpo._linear._neumann import Neumann as Neumann
 from jaxhpo._linear._normal_cg import NormalCG as NormalCG
 from jaxhpo._linear._nystrom import Nystrom as Nystrom
+from jaxhpo._plan import MemoryPlan as MemoryPlan
+from jaxhpo._plan import PlanRow as PlanRow
+from jaxhpo._plan import memory_plan as memory_plan
 from jaxhpo._solve import solve as solve
 from jaxhpo._solver import fixed_point as fixed_point
 from jaxhpo._solver import from_optax as from_optax

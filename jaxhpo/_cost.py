@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import collections
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.extend import core as jex
 from jax.interpreters.partial_eval import dce_jaxpr
 
 from jaxhpo._errors import JaxhpoError
+from jaxhpo._tree import is_inexact, partition
 
 
 def count_arithmetic(function: Callable, *args: Any, unknown_length: int | None = None) -> float:
@@ -36,20 +41,169 @@ def count_arithmetic(function: Callable, *args: Any, unknown_length: int | None 
       >>> count_arithmetic(jnp.dot, jnp.ones((2, 3)), jnp.ones((3, 4)))
       48.0
     """
-    jaxpr = jax.make_jaxpr(function)(*args).jaxpr
-    needed, _ = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
-    return _count(needed, unknown_length)
+    return count_and_peak(function, *args, unknown_length=unknown_length)[0]
 
 
-def _count(jaxpr, unknown_length) -> float:
+def count_and_peak(function: Callable, *args: Any, unknown_length: int | None = None) -> tuple[float, int]:
+    """`count_arithmetic` and `peak_bytes` from one trace."""
+    closed = jax.make_jaxpr(function)(*args)
+    needed, _ = dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars), instantiate=True)
+    constants = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
+    known = {v: x for v, x in constants.items() if not isinstance(x, jax.core.Tracer)}
+    return _count(needed, unknown_length, known), _peak(needed, own_results=False)
+
+
+def bytes_between_passes(function: Callable, *args: Any) -> int:
+    """Bytes that reverse mode keeps of `function(*args)` between its two passes, less what it was given.
+
+    Neither arguments nor values that the function closes over are counted, as they are there anyway.
+
+    Args:
+      function: any function that JAX can trace; what is not floating point is not differentiated.
+      *args: its arguments, any pytrees.
+
+    Returns:
+      Bytes, from shapes alone.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> bytes_between_passes(lambda x: jnp.sum(jnp.sin(x)), jnp.ones(3, jnp.float32))  # cos(x)
+      12
+    """
+    moved, fill = partition(args, jax.tree.map(is_inexact, args))
+
+    def pullback(moved):
+        def floats(moved):
+            out = function(*fill(moved))
+            return partition(out, jax.tree.map(is_inexact, out))[0]
+
+        return jax.vjp(floats, moved)[1]
+
+    jaxpr = jax.make_jaxpr(pullback)(moved).jaxpr
+    given = {*jaxpr.invars, *jaxpr.constvars}
+    kept = {out for out in jaxpr.outvars if isinstance(out, jex.Var) and out not in given}
+    return sum(out.aval.size * out.aval.dtype.itemsize for out in kept)
+
+
+def peak_bytes(function: Callable, *args: Any) -> int:
+    """Temporary memory that `function(*args)` takes at its peak when it is compiled, estimated on the traced program.
+
+    Equations are taken in their order; a result is live from its own to its last use. A loop takes its carry, its
+    stacked results and the peak of its body. A compiler fuses elementwise operations: such a result is taken to need no
+    memory if one operation uses it, but what it is computed from stays live that long. Arguments and results of the
+    whole are not counted, as a compiled program's own analysis does not.
+
+    Args:
+      function: any function that JAX can trace.
+      *args: its arguments; only shapes and dtypes matter.
+
+    Returns:
+      Bytes.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> peak_bytes(lambda x: jnp.sum(x @ x), jnp.ones((10, 10), jnp.float32))
+      400
+    """
+    return count_and_peak(function, *args, unknown_length=1)[1]
+
+
+def _peak(jaxpr, own_results=True) -> int:
+    results = {v for v in jaxpr.outvars if isinstance(v, jex.Var)}
+    stands = _stand_ins(jaxpr, results, {*jaxpr.invars} if own_results else set())
+    ends = {v: i for i, equation in enumerate(jaxpr.eqns) for var in _variables(equation) for v in stands[var]}
+    ends |= {v: len(jaxpr.eqns) for result in results for v in stands[result]}
+    begin = [{v for out in equation.outvars for v in stands[out] if v == out} for equation in jaxpr.eqns]
+    end: dict[int, list] = {}
+    for v in set().union(*begin):
+        end.setdefault(ends[v], []).append(v)
+    free = set() if own_results else results
+    live = peak = 0
+    for i, equation in enumerate(jaxpr.eqns):
+        live += sum(_bytes(v) for v in begin[i] - free)
+        peak = max(peak, live + _inside(equation))
+        live -= sum(_bytes(v) for v in end.get(i, ()) if v not in free)
+    return peak
+
+
+def _stand_ins(jaxpr, results, ours) -> dict[Any, frozenset]:
+    """What of a value is in memory: itself; what it is computed from, where it is fused; what it is written into.
+
+    `ours` are the arguments that may be written into, as a loop's body may into its carry.
+    """
+    count = collections.Counter(v for equation in jaxpr.eqns for v in _variables(equation) if v not in equation.outvars)
+    last = {v: i for i, equation in enumerate(jaxpr.eqns) for v in _variables(equation)}
+    last |= dict.fromkeys(results, len(jaxpr.eqns))
+    given, owners = [*jaxpr.invars, *jaxpr.constvars], set(ours)
+    stands: dict[Any, frozenset] = dict.fromkeys(given, frozenset())
+    for i, equation in enumerate(jaxpr.eqns):
+        sources = frozenset().union(*(stands[v] for v in _variables(equation) if v not in equation.outvars))
+        name = equation.primitive.name
+        for out in equation.outvars:
+            fused = name in _LAYOUT or (name in _FUSED and count[out] == 1)
+            stands[out] = sources if fused and out not in results else frozenset([out])
+        for out, operand in _written_into(equation):
+            if isinstance(operand, jex.Var) and last[operand] == i and operand in owners:
+                stands[out] = stands[operand]
+        owners.update(out for out in equation.outvars if len(stands[out]) <= 1 and name not in _LAYOUT | _FUSED)
+    return stands
+
+
+def _variables(equation):
+    return [v for v in [*equation.invars, *equation.outvars] if isinstance(v, jex.Var)]
+
+
+def _written_into(equation) -> list:
+    """Results that take the place of an operand, if that is not used again."""
+    if equation.primitive.name in ("scatter", "scatter-add", "dynamic_update_slice"):
+        return [(equation.outvars[0], equation.invars[0])]
+    if equation.primitive.name != "scan":
+        return []
+    # Of a scan's results, the carry alone has inside the shape that it has outside; of its operands, constants as well.
+    inside = getattr(equation.params["jaxpr"], "jaxpr", equation.params["jaxpr"])
+    num_carry = sum(v.aval.shape == w.aval.shape for v, w in zip(inside.outvars, equation.outvars, strict=True))
+    whole = sum(v.aval.shape == w.aval.shape for v, w in zip(inside.invars, equation.invars, strict=True))
+    return list(zip(equation.outvars[:num_carry], equation.invars[whole - num_carry : whole], strict=True))
+
+
+def _inside(equation) -> int:
+    """Bytes that an equation takes besides its results: the peak of one pass through a loop, or of what it calls."""
+    most = max(map(_peak, _executed(equation)), default=0)
+    if equation.primitive.name in ("scan", "while"):
+        return most
+    return max(0, most - sum(map(_bytes, equation.outvars)))
+
+
+def _bytes(v) -> int:
+    aval = v.aval
+    return math.prod(getattr(aval, "shape", ())) * getattr(getattr(aval, "dtype", None), "itemsize", 0)
+
+
+_LAYOUT = {"reshape", "squeeze", "expand_dims", "broadcast_in_dim", "iota", "convert_element_type", "copy"}
+_FUSED = {
+    *("add", "sub", "mul", "div", "neg", "max", "min", "select_n", "add_any", "integer_pow", "square", "sqrt", "rsqrt"),
+    *("eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not", "sign", "abs", "exp", "log", "tanh", "logistic", "erf"),
+    *("sin", "cos", "pow", "log1p", "expm1", "stop_gradient", "transpose", "slice", "dynamic_slice", "rev", "pad"),
+    *("clamp", "floor", "ceil", "round", "is_finite", "erf_inv", "atan2", "rem", "name", "reduce_precision"),
+}
+
+
+def _count(program, unknown_length, values) -> float:
+    """`values`: of what is known of the program's arguments; inside a scan, one a turn."""
+    jaxpr = getattr(program, "jaxpr", program)
+    values = values | dict(zip(jaxpr.constvars, getattr(program, "consts", ()), strict=False))
     total = 0.0
     for equation in jaxpr.eqns:
-        inner = [_count(sub, unknown_length) for sub in _executed(equation)]
-        if equation.primitive.name == "scan":
+        name, parts = equation.primitive.name, _executed(equation)
+        inner = [_count(part, unknown_length, _values_inside(equation, part, values)) for part in parts]
+        if name == "convert_element_type" and equation.invars[0] in values:
+            values[equation.outvars[0]] = values[equation.invars[0]]
+        if name == "scan":
             total += equation.params["length"] * sum(inner)
-        elif equation.primitive.name == "cond":
-            total += max(inner)
-        elif equation.primitive.name == "while":
+        elif name == "cond":
+            taken = np.asarray(values.get(equation.invars[0], ()), int)
+            total += np.mean([inner[i] for i in taken]) if taken.ndim and taken.size else max(inner)
+        elif name == "while":
             if unknown_length is None:
                 raise JaxhpoError(
                     "`function` holds a `while` loop, whose length is not known while tracing: write a scan, or pass "
@@ -58,13 +212,26 @@ def _count(jaxpr, unknown_length) -> float:
             total += unknown_length * sum(inner)
         elif inner:
             total += sum(inner)
-        elif equation.primitive.name == "dot_general":
+        elif name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
             shape = equation.invars[0].aval.shape
             total += 2.0 * math.prod(shape[axis] for axis in contracted) * math.prod(equation.outvars[0].aval.shape)
         else:
             total += sum(math.prod(out.aval.shape) for out in equation.outvars if _is_real(out.aval))
     return total
+
+
+def _values_inside(equation, part, values) -> dict:
+    """What is known of the arguments of what an equation calls: of a scan, those that it scans over, one a turn."""
+    if equation.primitive.name not in ("scan", "jit", "pjit", "closed_call", "core_call"):
+        return {}
+    pairs = zip(equation.invars, getattr(part, "jaxpr", part).invars, strict=False)
+    scanned = equation.primitive.name == "scan"
+    return {
+        var: values[operand]
+        for operand, var in pairs
+        if isinstance(operand, jex.Var) and operand in values and scanned == (operand.aval.shape != var.aval.shape)
+    }
 
 
 def _is_real(aval) -> bool:
@@ -82,6 +249,25 @@ def _subprograms(value) -> list:
     if isinstance(value, (tuple, list)):
         return [sub for item in value for sub in _subprograms(item)]
     return [value] if hasattr(value, "eqns") else []  # open or closed: both list their equations
+
+
+def temporary_bytes(program: Any) -> int | None:
+    """Peak temporary memory of a compiled program; None where the backend does not tell."""
+    try:
+        return program.memory_analysis().temp_size_in_bytes
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return None
+
+
+def available_bytes() -> float:
+    """Bytes of memory of the device, or of the machine."""
+    stats = jax.devices()[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return float("inf")
 
 
 def fastest(functions: Sequence[Callable], *args: Any, repeats: int = 10, seconds: float = 0.0) -> list[float]:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxhpo._tree import is_inexact, names, norm
-from jaxhpo._types import Adjoint, Info, LinearInfo, LinearStatus, Problem, PyTree
+from jaxhpo._types import Adjoint, Info, LinearInfo, LinearStatus, Problem, PyTree, Schedule
 
 _linear_solves: contextvars.ContextVar[list | None] = contextvars.ContextVar("linear_solves", default=None)
 _solves: contextvars.ContextVar[SolveLog | None] = contextvars.ContextVar("solves", default=None)
@@ -76,6 +76,28 @@ class InnerRun(NamedTuple):
     end: float
 
 
+class UnrolledSolve(NamedTuple):
+    """One solve that was traced by a rule which keeps states; sizes in bytes, of one step.
+
+    Attributes:
+      adjoint: the rule.
+      num_steps: inner steps.
+      schedule: what is kept.
+      state: of the inner state.
+      gradient: of the train loss's gradient; 0 where a step is no function of one.
+      activations: what the gradient keeps between its two passes.
+      residuals: what plain autodiff keeps beside the state.
+    """
+
+    adjoint: Adjoint
+    num_steps: int
+    schedule: Schedule
+    state: int
+    gradient: int
+    activations: int
+    residuals: int
+
+
 class SolveLog:
     """What `recording_solves` collects.
 
@@ -84,6 +106,7 @@ class SolveLog:
       params: the parameters of the largest inner problem traced, without values.
       symmetric: whether every condition's Jacobian is symmetric.
       runs: an `InnerRun` for every solve that was run; empty unless asked for.
+      schedules: an `UnrolledSolve` for every solve that keeps states.
     """
 
     def __init__(self, runs: bool):
@@ -92,6 +115,7 @@ class SolveLog:
         self.params: PyTree = None
         self.symmetric = True
         self.runs: list[InnerRun] = []
+        self.schedules: list[UnrolledSolve] = []
 
     @property
     def param_bytes(self) -> int:
@@ -114,6 +138,13 @@ def recording_solves(runs: bool = False) -> Iterator[SolveLog]:
         jax.effects_barrier()
     finally:
         _solves.reset(token)
+
+
+def report_schedule(make_row: Callable[[], UnrolledSolve]) -> None:
+    """Reports to `recording_solves`, where that is active."""
+    log = _solves.get()
+    if log is not None:
+        log.schedules.append(make_row())
 
 
 def report_solve(problem: Problem, adjoint: Adjoint, info: Info) -> None:

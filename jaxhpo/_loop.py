@@ -1,10 +1,8 @@
-"""The scan over inner steps, and what of it is kept for the backward pass."""
+"""The scan over inner steps, by the schedule of what is kept for the backward pass."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,49 +11,13 @@ from jaxhpo._gradient import GRADIENT
 from jaxhpo._tree import norm
 from jaxhpo._types import InnerState, Problem, PyTree, Schedule
 
-EVERYTHING = Schedule()  # what plain autodiff keeps
-
-
-class Sizes(NamedTuple):
-    """Bytes of what a schedule may keep.
-
-    Attributes:
-      state: of an inner state.
-      gradient: of the train loss's gradient; 0 where a step is no function of one.
-      activations: asked for when needed, as it takes a trace: what the gradient keeps between its two passes.
-    """
-
-    state: int
-    gradient: int
-    activations: Callable[[], int]
-
-
-def choose(checkpoint: int | str | None, num_steps: int, sizes: Sizes) -> Schedule:
-    """The schedule that a `checkpoint=` argument stands for.
-
-    With segments of k steps, ⌈T/k⌉ states are kept, and k more, with their gradients g where these are kept, while a
-    segment is redone: least at k = √(T state/(state + g)). A kept gradient saves redoing a third of a step's work, and
-    its memory is nothing beside the activations of the one step that is being differentiated, unless those are small.
-    """
-    if checkpoint is None:
-        return EVERYTHING
-    if checkpoint == 1 or (checkpoint in ("auto", "sqrt") and num_steps <= 16):
-        return Schedule(1, gradients=True)  # every state, for the sake of time
-
-    def affordable(segment):
-        return segment <= 16 or segment * sizes.gradient <= 2 * sizes.activations()
-
-    if isinstance(checkpoint, int):
-        return Schedule(checkpoint, affordable(min(checkpoint, num_steps)))
-    least = math.isqrt(num_steps - 1) + 1
-    if checkpoint == "auto":
-        with_gradients = max(1, round(math.sqrt(num_steps * sizes.state / (sizes.state + sizes.gradient))))
-        least = with_gradients if affordable(with_gradients) else least
-    return Schedule(least, affordable(least))
-
 
 def scan_steps(
-    advance: Callable, state: InnerState, xs: PyTree, num_steps: int, schedule: Schedule = EVERYTHING
+    advance: Callable,
+    state: InnerState,
+    xs: PyTree,
+    num_steps: int,
+    schedule: Schedule = Schedule(),  # noqa: B008 (immutable)
 ) -> InnerState:
     """T inner steps, to be differentiated by the schedule."""
 

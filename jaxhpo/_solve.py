@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxhpo._adjoint._unroll import Unroll
-from jaxhpo._diagnose import report_solve, watched
+from jaxhpo._cost import bytes_between_passes, peak_bytes
+from jaxhpo._diagnose import UnrolledSolve, report_schedule, report_solve, watched
 from jaxhpo._gradient import mixed_value_and_grad
 from jaxhpo._inputs import (
     check_adjoint,
@@ -21,8 +23,19 @@ from jaxhpo._inputs import (
     check_steps,
     checked_batches_function,
 )
-from jaxhpo._loop import EVERYTHING, Sizes
-from jaxhpo._tree import all_finite, cast_like, cast_varying, hoist, norm, num_bytes, upcast, varying_axes
+from jaxhpo._schedule import EVERYTHING, Sizes
+from jaxhpo._tree import (
+    all_finite,
+    cast_like,
+    cast_varying,
+    hoist,
+    is_inexact,
+    norm,
+    num_bytes,
+    partition,
+    upcast,
+    varying_axes,
+)
 from jaxhpo._types import Adjoint, Info, InnerState, Problem, PyTree, Schedule, Solution, Solver
 from jaxhpo._validate import check_hparams, check_key, check_residual, check_traceable_number
 
@@ -88,7 +101,9 @@ def solve(
     return Solution(*final, info)
 
 
-def make_problem(solver, state, hparams, batches, num_steps, tol, condition_batch, key, adjoint) -> Problem:
+def make_problem(
+    solver, state, hparams, batches, num_steps, tol, condition_batch, key, adjoint, schedule=None
+) -> Problem:
     """The inner solve that `solve`'s arguments describe, checked, with nothing closed over."""
     check_solver(solver)
     check_adjoint(adjoint)
@@ -101,13 +116,15 @@ def make_problem(solver, state, hparams, batches, num_steps, tol, condition_batc
     xs, take = _slices(batches, num_steps)
 
     first = jax.tree.map(lambda x: x[0], xs)
-    schedule = _schedule(adjoint, num_steps, solver, state, hparams, lambda: take(first))
+    if schedule is None:
+        rest = (batches, num_steps, tol, condition_batch, key, adjoint)
+        peak = _peak_of(adjoint, state, hparams, lambda s, h, schedule: make_problem(solver, s, h, *rest, schedule))
+        schedule = _schedule(adjoint, num_steps, solver, state, hparams, lambda: take(first), peak)
 
     def step(state, hparams, x):
         batch = take(x)
-        if not schedule.gradients:
+        if not schedule.mixed or solver.apply is None:
             return solver.step(state, hparams, batch)
-        # Kept gradients are worth their memory only where their derivative needs nothing else of the forward pass.
         out, grad = mixed_value_and_grad(solver.loss, state.params, hparams, batch, state.model_state)
         return solver.apply(state, hparams, batch, out, grad)
 
@@ -156,21 +173,47 @@ def make_problem(solver, state, hparams, batches, num_steps, tol, condition_batc
     )
 
 
-def _schedule(adjoint, num_steps, solver, state, hparams, first_batch) -> Schedule:
+def _schedule(adjoint, num_steps, solver, state, hparams, first_batch, peak) -> Schedule:
     """What the rule keeps of the steps, chosen by the sizes of what there is to keep."""
     if not hasattr(adjoint, "schedule"):
         return EVERYTHING
 
     def activations():
-        def gradient_ahead(params):
-            batch = first_batch()
-            return jax.vjp(lambda p: solver.loss(p, hparams, batch, state.model_state)[0], params)[1]
+        def loss(params):
+            return solver.loss(params, hparams, first_batch(), state.model_state)[0]
 
-        return num_bytes(jax.eval_shape(gradient_ahead, state.params)) - num_bytes(state.params)
+        return bytes_between_passes(loss, state.params)
 
-    if solver.apply is None:
-        return adjoint.schedule(num_steps, Sizes(num_bytes(state), 0, lambda: 0))._replace(gradients=False)
-    return adjoint.schedule(num_steps, Sizes(num_bytes(state), num_bytes(state.params), activations))
+    def residuals():
+        return bytes_between_passes(lambda s, h: solver.step(s, h, first_batch()), state, hparams)
+
+    gradient = 0 if solver.apply is None else num_bytes(state.params)
+    sizes = Sizes(num_bytes(state), gradient, activations if gradient else lambda: 0, residuals, peak)
+    schedule = adjoint.schedule(num_steps, sizes)
+    schedule = schedule._replace(gradients=schedule.gradients and gradient > 0)
+    report_schedule(
+        lambda: UnrolledSolve(
+            adjoint, num_steps, schedule, sizes.state, gradient, sizes.activations(), sizes.residuals()
+        )
+    )
+    return schedule
+
+
+def _peak_of(adjoint, state, hparams, make):
+    """What run and backward pass would take, by schedule; `make(state, hparams, schedule)` is the problem."""
+
+    def peak(schedule):
+        def pulled(state, hparams):
+            moved, fill = partition((state, hparams), jax.tree.map(is_inexact, (state, hparams)))
+            run = lambda moved: adjoint.run(make(*fill(moved), schedule))[0].params  # noqa: E731
+            params, pullback = jax.vjp(run, moved)
+            return pullback(params)
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the real run will warn
+            return peak_bytes(pulled, state, hparams)
+
+    return peak
 
 
 def _curvature(adjoint, params, hparams, last, batch_of):

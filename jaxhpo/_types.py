@@ -95,10 +95,21 @@ class Schedule(NamedTuple):
     Attributes:
       segment: steps between states that are kept; None keeps whatever plain autodiff keeps.
       gradients: whether the inner gradient is kept of every step whose state is, so that it need not be redone.
+      slots: the number of states that are kept by binomial checkpointing, in place of segments.
     """
 
     segment: int | None = None
     gradients: bool = False
+    slots: int | None = None
+
+    @property
+    def mixed(self) -> bool:
+        """Whether steps are differentiated in mixed mode.
+
+        A kept gradient is worth its memory only if its derivative needs nothing else of the forward pass; and where
+        memory is tightest, so that states are redone several times over, the activations of two passes are too much.
+        """
+        return self.gradients or self.slots is not None
 
 
 class Problem(NamedTuple):

@@ -95,6 +95,7 @@ RULES = [
     Case("unroll-plain", lambda p: Unroll(checkpoint=None), _unrolled()),
     Case("unroll-every", lambda p: Unroll(checkpoint=1), _unrolled()),
     Case("unroll-7", lambda p: Unroll(checkpoint=7), _unrolled()),
+    Case("unroll-binomial", lambda p: Unroll(checkpoint="binomial"), _unrolled()),
     Case("unroll-truncated", lambda p: Unroll(truncate=5), _unrolled(5)),
     Case("unroll-truncated-1", lambda p: Unroll(truncate=1), _unrolled(1)),
     Case("cg", lambda p: Implicit(CG()), EXACT, implicit=True),

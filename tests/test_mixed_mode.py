@@ -12,8 +12,6 @@ import jaxhpo
 from jaxhpo import Unroll
 from jaxhpo._cost import count_arithmetic
 from jaxhpo._gradient import mixed_value_and_grad, value_and_grad
-from jaxhpo._loop import Sizes, choose
-from jaxhpo._types import Schedule
 
 KEYS = jax.random.split(jax.random.key(0), 5)
 X = jax.random.normal(KEYS[0], (6, 7, 5))  # six minibatches
@@ -146,32 +144,3 @@ def test_what_a_step_keeps():
     inside = getattr(scan.params["jaxpr"], "jaxpr", scan.params["jaxpr"]).outvars
     stacked = [v for v, w in zip(scan.outvars, inside, strict=True) if v.aval.ndim > w.aval.ndim]
     assert sum(v.aval.size for v in stacked if jnp.issubdtype(v.aval.dtype, jnp.floating)) == 12 * h.size
-
-
-# --- the choice of a schedule ---
-
-NETWORK = Sizes(2, 1, lambda: 1)  # momentum; few activations
-TRANSFORMER = Sizes(3, 1, lambda: 25)  # Adam; many
-
-
-@pytest.mark.parametrize(
-    ("checkpoint", "num_steps", "sizes", "want"),
-    [
-        (None, 100, NETWORK, Schedule(None, False)),
-        (1, 1000, NETWORK, Schedule(1, True)),
-        ("auto", 16, NETWORK, Schedule(1, True)),
-        ("sqrt", 16, NETWORK, Schedule(1, True)),
-        ("auto", 17, NETWORK, Schedule(3, True)),  # √(17 · 2/3) = 3.4
-        ("auto", 1000, NETWORK, Schedule(32, False)),  # 26 gradients would outweigh what one step takes
-        ("auto", 1000, TRANSFORMER, Schedule(27, True)),  # √(1000 · 3/4) = 27.4
-        ("sqrt", 1000, TRANSFORMER, Schedule(32, True)),
-        ("sqrt", 1000, NETWORK, Schedule(32, False)),
-        (40, 1000, NETWORK, Schedule(40, False)),
-        (10, 1000, NETWORK, Schedule(10, True)),
-        ("auto", 1000, Sizes(2, 0, lambda: 0), Schedule(32, True)),  # no gradient: what is kept of it is nothing
-        (40, 12, NETWORK, Schedule(40, True)),  # no more than twelve are ever kept
-    ],
-    ids=lambda value: "" if isinstance(value, Sizes) else str(value),
-)
-def test_schedules(checkpoint, num_steps, sizes, want):
-    assert choose(checkpoint, num_steps, sizes) == want

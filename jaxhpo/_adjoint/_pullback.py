@@ -54,6 +54,7 @@ class _Rule:
     pull: Callable[[Inputs, Inputs, PyTree, InnerState], list]
     check: Callable[[Inputs, Inputs], None]
     params_only: bool
+    once: bool
 
 
 def run_with_pullback(
@@ -64,10 +65,11 @@ def run_with_pullback(
     check: Callable,
     consts: PyTree = (),
     params_only: bool = False,
+    once: bool = True,
 ) -> tuple[InnerState, jax.Array]:
     """Runs the inner problem; how a cotangent of the result is pulled back is for the rule to say.
 
-    In reverse mode and of first order alone: a second derivative raises.
+    In reverse mode alone.
 
     Args:
       problem: the inner problem, without `tol`.
@@ -79,12 +81,13 @@ def run_with_pullback(
       check: `(inputs, moving)`, called where a derivative is taken: warns of what the rule cannot see.
       consts: what the rule's own hoisted functions close over.
       params_only: whether `pull` looks at the cotangent of the final parameters alone; then a warning tells of others.
+      once: whether a second derivative raises, as `pull` is not to be differentiated.
 
     Returns:
       The final state, and the number of steps taken.
     """
     leaves, structure = jax.tree.flatten(Inputs(problem.state, problem.inputs, problem.xs, consts))
-    state: Any = _run(_Rule(adjoint, structure, forward, pull, check, params_only), leaves)
+    state: Any = _run(_Rule(adjoint, structure, forward, pull, check, params_only, once), leaves)
     return state, jnp.asarray(problem.num_steps, jnp.int32)
 
 
@@ -95,7 +98,9 @@ def _run(rule, leaves):
 
 def _run_fwd(rule, leaves):
     moving = Flags(tuple(bool(x.perturbed) and is_inexact(x.value) for x in leaves))
-    leaves = first_order([x.value for x in leaves], rule.adjoint)  # forward over reverse mode begins here
+    leaves = [x.value for x in leaves]
+    if rule.once:
+        leaves = first_order(leaves, rule.adjoint)  # forward over reverse mode begins here
     inputs = jax.tree.unflatten(rule.structure, leaves)
     rule.check(inputs, jax.tree.unflatten(rule.structure, moving.values))
     state, kept = rule.forward(inputs)
@@ -108,7 +113,8 @@ def _run_bwd(rule, residuals, cotangent):
         _warn_of_other_results(rule, cotangent)
     axes = varying_axes(jax.tree.unflatten(rule.structure, leaves).state)
     cotangent = jax.tree.map(lambda c: cast_varying(_instantiated(c), axes), cotangent, is_leaf=_is_zero)
-    (leaves, kept), cotangent = first_order(((leaves, kept), cotangent), rule.adjoint)
+    if rule.once:
+        (leaves, kept), cotangent = first_order(((leaves, kept), cotangent), rule.adjoint)
     inputs = jax.tree.unflatten(rule.structure, leaves)
     pulled = iter(rule.pull(inputs, jax.tree.unflatten(rule.structure, moving.values), kept, cotangent))
     return ([_as_cotangent(next(pulled), x) if m else None for x, m in zip(leaves, moving.values, strict=True)],)

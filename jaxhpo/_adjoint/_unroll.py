@@ -7,13 +7,15 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxhpo._adjoint._pullback import in_condition
+from jaxhpo._adjoint._pullback import in_condition, run_with_pullback
+from jaxhpo._binomial import run_backward, run_forward
 from jaxhpo._errors import JaxhpoError
 from jaxhpo._inputs import refuse_tol
-from jaxhpo._loop import Sizes, choose, scan_steps
-from jaxhpo._tree import constant, names
+from jaxhpo._loop import scan_steps
+from jaxhpo._schedule import Sizes, choose
+from jaxhpo._tree import constant, is_inexact, names, partition
 from jaxhpo._types import InnerState, Problem, Schedule
-from jaxhpo._validate import check_count, describe
+from jaxhpo._validate import check_count, check_positive, describe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,22 +58,30 @@ class Unroll:
 
     checkpoint: int | str | None = "auto"
     truncate: int | None = None
+    memory_limit: float | None = None
 
     def __post_init__(self):
         if isinstance(self.checkpoint, str):
-            if self.checkpoint not in ("auto", "sqrt"):
+            if self.checkpoint not in ("auto", "sqrt", "binomial"):
                 raise JaxhpoError(
-                    f"`Unroll(checkpoint=...)` got {self.checkpoint!r}, which is no schedule: write 'auto', 'sqrt', an "
-                    f"integer (steps between saved states), or None (what plain autodiff keeps)."
+                    f"`Unroll(checkpoint=...)` got {self.checkpoint!r}, which is no schedule: write 'auto', 'sqrt', "
+                    f"'binomial', an integer (steps between saved states), or None (what plain autodiff keeps)."
                 )
         elif self.checkpoint is not None:
             check_count("Unroll(checkpoint=...)", self.checkpoint)
         if self.truncate is not None:
             check_count("Unroll(truncate=...)", self.truncate)
+        if self.memory_limit is not None:
+            check_positive("Unroll(memory_limit=...)", self.memory_limit)
+            if self.checkpoint != "auto":
+                raise JaxhpoError(
+                    f"`Unroll(memory_limit={self.memory_limit!r})` chooses the cheapest schedule that fits, but "
+                    f"`checkpoint={self.checkpoint!r}` has chosen one already: write either."
+                )
 
     def schedule(self, num_steps: int, sizes: Sizes) -> Schedule:
         """What is kept of the steps that are differentiated."""
-        return choose(self.checkpoint, min(num_steps, self.truncate or num_steps), sizes)
+        return choose(self.checkpoint, min(num_steps, self.truncate or num_steps), sizes, self.memory_limit)
 
     def run(self, problem: Problem) -> tuple[InnerState, jax.Array]:
         """Runs the inner loop; the result is differentiable through the last `truncate` steps."""
@@ -92,7 +102,11 @@ class Unroll:
             state = scan_steps(lambda s, x: problem.advance(s, inputs_early, x), state, head, early)
             state = jax.lax.stop_gradient(state)
             xs = jax.tree.map(lambda x: x[early:], xs)
-        state = scan_steps(lambda s, x: problem.advance(s, inputs, x), state, xs, steps - early, problem.schedule)
+        if problem.schedule.slots is not None:
+            rest = problem._replace(state=state, inputs=inputs, xs=xs, num_steps=steps - early)
+            state, _ = _run_binomial(self, rest)
+        else:
+            state = scan_steps(lambda s, x: problem.advance(s, inputs, x), state, xs, steps - early, problem.schedule)
         return state, jnp.asarray(steps, jnp.int32)
 
     def _cut(self, problem, early):
@@ -125,3 +139,18 @@ class Unroll:
         every = [*names(hparams, "hparams"), *(f"a {describe(c)} that is closed over" for c in closed_over)]
         marked = [cut(*row) for row in zip([*leaves, *closed_over], every, seen, strict=True)]
         return state, (jax.tree.unflatten(structure, marked[: len(leaves)]), marked[len(leaves) :])
+
+
+def _run_binomial(rule, problem) -> tuple[InnerState, jax.Array]:
+    def forward(inputs):
+        return run_forward(problem.advance, inputs.state, inputs.inputs, inputs.xs, problem.schedule.slots)
+
+    def pull(inputs, moving, kept, cotangent):
+        floats = partition(cotangent, jax.tree.map(is_inexact, inputs.state))[0]
+        of_state, *of_rest = run_backward(
+            problem.advance, kept, inputs.inputs, inputs.xs, (moving.inputs, moving.xs), floats
+        )
+        of_state = partition(inputs.state, jax.tree.map(is_inexact, inputs.state))[1](of_state)
+        return [*partition(of_state, moving.state)[0], *of_rest[0], *of_rest[1]]
+
+    return run_with_pullback(problem, rule, forward, pull, lambda inputs, moving: None, once=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxhpo._cost import available_bytes, temporary_bytes
 from jaxhpo._diagnose import LinearSolve, SolveLog, recording_linear_solves, recording_solves
 from jaxhpo._errors import JaxhpoError
 from jaxhpo._types import Adjoint
@@ -99,29 +99,10 @@ def silent_trace(make: Callable, rule: Adjoint, flat: jax.Array) -> Any:
 def compiled_if_it_fits(traced: Any) -> Any:
     """The compiled program; raises where it asks for more than half of the memory there is."""
     program = traced.lower().compile()
-    needed, limit = temporary_bytes(program), _memory() / 2
+    needed, limit = temporary_bytes(program), available_bytes() / 2
     if needed is not None and needed > limit:
         raise JaxhpoError(
             f"it needs {needed / 2**30:.1f} GiB of temporary memory, more than half of what there is "
             f"({limit / 2**29:.1f} GiB): not run."
         )
     return program
-
-
-def temporary_bytes(program: Any) -> int | None:
-    """Peak temporary memory of a compiled program; None where the backend does not tell."""
-    try:
-        return program.memory_analysis().temp_size_in_bytes
-    except (AttributeError, NotImplementedError, RuntimeError):
-        return None
-
-
-def _memory() -> float:
-    """Bytes of memory of the device, or of the machine."""
-    stats = jax.devices()[0].memory_stats() or {}
-    if "bytes_limit" in stats:
-        return stats["bytes_limit"]
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):
-        return float("inf")
