@@ -19,7 +19,9 @@ from jaxhpo._errors import JaxhpoError
 from jaxhpo._tree import is_inexact, partition
 
 
-def count_arithmetic(function: Callable, *args: Any, unknown_length: int | None = None) -> float:
+def count_arithmetic(
+    function: Callable, *args: Any, unknown_length: int | None = None, elementwise: bool = True
+) -> float:
     """Floating-point operations of `function(*args)`: matrix products in full, one for each other number computed.
 
     Counted on the traced program, less what no result depends on, with every loop's body times its length: nothing is
@@ -29,6 +31,7 @@ def count_arithmetic(function: Callable, *args: Any, unknown_length: int | None 
       function: any function that JAX can trace, whose loops have fixed lengths.
       *args: its arguments; only shapes and dtypes matter.
       unknown_length: how often a loop is taken to run that ends at a condition; None refuses such loops.
+      elementwise: whether other numbers than those of matrix products count.
 
     Returns:
       The number of operations.
@@ -41,16 +44,22 @@ def count_arithmetic(function: Callable, *args: Any, unknown_length: int | None 
       >>> count_arithmetic(jnp.dot, jnp.ones((2, 3)), jnp.ones((3, 4)))
       48.0
     """
-    return count_and_peak(function, *args, unknown_length=unknown_length)[0]
+    needed, known = _traced(function, args)
+    return _count(needed, known, unknown_length, elementwise)
 
 
 def count_and_peak(function: Callable, *args: Any, unknown_length: int | None = None) -> tuple[float, int]:
     """`count_arithmetic` and `peak_bytes` from one trace."""
+    needed, known = _traced(function, args)
+    return _count(needed, known, unknown_length, True), _peak(needed, own_results=False)
+
+
+def _traced(function, args) -> tuple[Any, dict]:
+    """The program less what no result depends on, and the values of its constants."""
     closed = jax.make_jaxpr(function)(*args)
     needed, _ = dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars), instantiate=True)
     constants = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
-    known = {v: x for v, x in constants.items() if not isinstance(x, jax.core.Tracer)}
-    return _count(needed, unknown_length, known), _peak(needed, own_results=False)
+    return needed, {v: x for v, x in constants.items() if not isinstance(x, jax.core.Tracer)}
 
 
 def bytes_between_passes(function: Callable, *args: Any) -> int:
@@ -105,7 +114,7 @@ def peak_bytes(function: Callable, *args: Any) -> int:
       >>> peak_bytes(lambda x: jnp.sum(x @ x), jnp.ones((10, 10), jnp.float32))
       400
     """
-    return count_and_peak(function, *args, unknown_length=1)[1]
+    return _peak(_traced(function, args)[0], own_results=False)
 
 
 def _peak(jaxpr, own_results=True) -> int:
@@ -118,10 +127,10 @@ def _peak(jaxpr, own_results=True) -> int:
     for v in set().union(*begin):
         end.setdefault(ends[v], []).append(v)
     free = set() if own_results else results
-    live = peak = 0
+    live, peak, read = 0, 0, _read(jaxpr)
     for i, equation in enumerate(jaxpr.eqns):
         live += sum(_bytes(v) for v in begin[i] - free)
-        peak = max(peak, live + _inside(equation))
+        peak = max(peak, live + _inside(equation, read))
         live -= sum(_bytes(v) for v in end.get(i, ()) if v not in free)
     return peak
 
@@ -166,9 +175,9 @@ def _written_into(equation) -> list:
     return list(zip(equation.outvars[:num_carry], equation.invars[whole - num_carry : whole], strict=True))
 
 
-def _inside(equation) -> int:
+def _inside(equation, read) -> int:
     """Bytes that an equation takes besides its results: the peak of one pass through a loop, or of what it calls."""
-    most = max(map(_peak, _executed(equation)), default=0)
+    most = max(map(_peak, _executed(equation, read)), default=0)
     if equation.primitive.name in ("scan", "while"):
         return most
     return max(0, most - sum(map(_bytes, equation.outvars)))
@@ -188,14 +197,14 @@ _FUSED = {
 }
 
 
-def _count(program, unknown_length, values) -> float:
+def _count(program, values, unknown_length, elementwise) -> float:
     """`values`: of what is known of the program's arguments; inside a scan, one a turn."""
     jaxpr = getattr(program, "jaxpr", program)
     values = values | dict(zip(jaxpr.constvars, getattr(program, "consts", ()), strict=False))
-    total = 0.0
+    total, read = 0.0, _read(jaxpr)
     for equation in jaxpr.eqns:
-        name, parts = equation.primitive.name, _executed(equation)
-        inner = [_count(part, unknown_length, _values_inside(equation, part, values)) for part in parts]
+        name, parts = equation.primitive.name, _executed(equation, read)
+        inner = [_count(p, _values_inside(equation, p, values), unknown_length, elementwise) for p in parts]
         if name == "convert_element_type" and equation.invars[0] in values:
             values[equation.outvars[0]] = values[equation.invars[0]]
         if name == "scan":
@@ -216,7 +225,7 @@ def _count(program, unknown_length, values) -> float:
             (contracted, _), _ = equation.params["dimension_numbers"]
             shape = equation.invars[0].aval.shape
             total += 2.0 * math.prod(shape[axis] for axis in contracted) * math.prod(equation.outvars[0].aval.shape)
-        else:
+        elif elementwise:
             total += sum(math.prod(out.aval.shape) for out in equation.outvars if _is_real(out.aval))
     return total
 
@@ -238,10 +247,17 @@ def _is_real(aval) -> bool:
     return jnp.issubdtype(getattr(aval, "dtype", jnp.int32), jnp.inexact)
 
 
-def _executed(equation) -> list:
-    """The programs inside an equation that run when it does."""
+def _read(jaxpr) -> set[int]:
+    return {id(v) for equation in jaxpr.eqns for v in equation.invars} | {id(v) for v in jaxpr.outvars}
+
+
+def _executed(equation, read: set[int]) -> list:
+    """The programs inside an equation that run when it does, given the variables that others read."""
     if equation.primitive.name == "custom_linear_solve":
-        return [equation.params["jaxprs"].solve]  # beside it, its transpose and the products with either
+        # Beside it, its transpose and the products with either. JAX removes nothing from it, but a compiler does: the
+        # product for a report that nobody reads.
+        solve = equation.params["jaxprs"].solve.jaxpr
+        return [dce_jaxpr(solve, [id(v) in read for v in equation.outvars], instantiate=True)[0]]
     return [sub for value in equation.params.values() for sub in _subprograms(value)]
 
 
