@@ -82,12 +82,15 @@ def _attach_jvp(rule, primals, tangents):
     for i, seen in zip(moving, differentiable_inputs(lambda m: residual(point, m), moved), strict=True):
         if not seen:
             warn_zero(rule.names[i], rule.remedy)
-    _, rhs = jax.jvp(lambda m: residual(point, m), (moved,), ([dots[i] for i in moving],))
-    if rule.curvature is None:
-        _, matvec = jax.linearize(lambda p: residual(p, moved), point)
-    else:
-        # Linear in v already: linearising leaves what depends on v alone for the iterations.
-        _, matvec = jax.linearize(lambda v: rule.curvature(point, leaves, v), zeros_like(point))
+
+    def linearised(m):
+        # Linearised once, so that what does not depend on v is left out of the iterations; within the mixed product,
+        # so that both share one evaluation at the point.
+        if rule.curvature is None:
+            return jax.linearize(lambda p: residual(p, m), point)
+        return residual(point, m), jax.linearize(lambda v: rule.curvature(point, leaves, v), zeros_like(point))[1]
+
+    _, rhs, matvec = jax.jvp(linearised, (moved,), ([dots[i] for i in moving],), has_aux=True)
     solve = rule.linear_solver if key is None else functools.partial(rule.linear_solver, key=key)
     # A leaf of the right-hand side that no moving input reaches is a constant zero; JAX's own linear solvers, which may
     # stand here, are transposed only if all of it depends on the tangents.

@@ -68,23 +68,27 @@ def implicit_product(
 
     _warn(rule, problem, final, lambda others: outer(final.params, hparams, others)[0], lambda h: residual(point, h))
     (value, metrics), (rhs, direct) = jax.value_and_grad(outer, (0, 1), has_aux=True)(final.params, hparams, final[1:])
-    transposed = _transposed_product(problem, residual, point, hparams)
+    pull, transposed = _linearised(problem, residual, point, hparams)
     q, linear = _solved(linear_solver, transposed, upcast(rhs), start)
-    _, pull = jax.vjp(lambda h: residual(point, h), hparams)
     hypergrad = jax.tree.map(jnp.subtract, direct, pull(q)[0])
     return ImplicitProduct(hypergrad, _next_start(q, linear), HypergradientInfo(value, metrics, info, linear))
 
 
-def _transposed_product(problem, residual, point, hparams):
-    """v ↦ Hᵀ v, linearised once for all iterations."""
-    if problem.curvature is not None:
+def _linearised(problem, residual, point, hparams):
+    """w ↦ (∂g/∂h)ᵀ w and v ↦ Hᵀ v, of one evaluation: linearised once for all iterations."""
+
+    def at(hparams):
+        if problem.curvature is None:
+            return jax.linearize(lambda p: residual(p, hparams), point)
         apply, consts = problem.curvature  # symmetric, as every curvature is
-        return jax.linearize(lambda v: apply(point, problem.residual_inputs, consts, v), zeros_like(point))[1]
-    _, push = jax.linearize(lambda p: residual(p, hparams), point)
-    if problem.solver.symmetric:
-        return push  # forward over reverse, the cheaper way round
-    pull = jax.linear_transpose(push, point)
-    return lambda v: pull(v)[0]
+        product = functools.partial(apply, point, problem.residual_inputs, consts)
+        return residual(point, hparams), jax.linearize(product, zeros_like(point))[1]
+
+    _, pull, product = jax.vjp(at, hparams, has_aux=True)
+    if problem.curvature is not None or problem.solver.symmetric:
+        return pull, product  # forward over reverse, the cheaper way round
+    transposed = jax.linear_transpose(product, point)
+    return pull, lambda v: transposed(v)[0]
 
 
 def _solved(linear_solver, matvec, rhs, start):
