@@ -28,6 +28,9 @@ class Implicit:
     The initial state, the optimiser's state and the model state are constants of the differentiation, and so is every
     setting of the optimiser: a `ZeroHypergradientWarning` says so where one is being differentiated.
 
+    Several outer losses share one training and one linearisation: `jax.jacrev` of a vector of them solves for all
+    right-hand sides at once.
+
     **Cost and bias**: T gradients forward, then one linear solve (see the solver) and one mixed product; memory
     independent of T. Exact where the inner problem has converged (`info.optimality` → 0) and the linear solve is.
 
