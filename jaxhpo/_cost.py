@@ -205,12 +205,13 @@ def _count(program, values, unknown_length, elementwise) -> float:
     for equation in jaxpr.eqns:
         name, parts = equation.primitive.name, _executed(equation, read)
         inner = [_count(p, _values_inside(equation, p, values), unknown_length, elementwise) for p in parts]
-        if name == "convert_element_type" and equation.invars[0] in values:
-            values[equation.outvars[0]] = values[equation.invars[0]]
+        first = next(iter(equation.invars), None)
+        if name == "convert_element_type" and isinstance(first, jex.Var) and first in values:
+            values[equation.outvars[0]] = values[first]
         if name == "scan":
             total += equation.params["length"] * sum(inner)
         elif name == "cond":
-            taken = np.asarray(values.get(equation.invars[0], ()), int)
+            taken = np.asarray(values.get(first, ()) if isinstance(first, jex.Var) else (), int)
             total += np.mean([inner[i] for i in taken]) if taken.ndim and taken.size else max(inner)
         elif name == "while":
             if unknown_length is None:
