@@ -29,11 +29,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.interpreters.partial_eval import dce_jaxpr
 
 import jaxhpo
 from jaxhpo import plot
+from jaxhpo._cost import count_arithmetic
 
+KEY = jax.random.key(3)  # of random parts of minibatches
 RATE, BATCHES = {"sgd": 1e-2, "adam": 1e-3}, 20
 RULES = {
     "plain JAX": None,
@@ -42,6 +43,8 @@ RULES = {
     "checkpoint=1": jaxhpo.Unroll(checkpoint=1),
     "checkpoint='sqrt'": jaxhpo.Unroll(checkpoint="sqrt"),
     "default": jaxhpo.Unroll(),
+    "checkpoint='binomial'": jaxhpo.Unroll(checkpoint="binomial"),
+    "hvp_fraction=0.25": jaxhpo.Unroll(hvp_fraction=0.25),
 }
 KEYS = ("model", "optimiser", "num_steps", "hyperparameters", "schedule")
 # Beyond this many gigabytes a schedule is compiled for its memory, but neither timed nor run.
@@ -128,7 +131,7 @@ class Case(NamedTuple):
     args: tuple
 
 
-def make_case(model: Model, optimiser: str, num_steps: int, which: str) -> Case:
+def make_case(model: Model, optimiser: str, num_steps: int, which: str, rules: dict | None = None) -> Case:
     hparams = {
         "decay": jax.tree.map(lambda x: jnp.full_like(x, -9.0), model.params),
         "rate": jnp.full(num_steps, jnp.log(RATE[optimiser])),
@@ -153,7 +156,7 @@ def make_case(model: Model, optimiser: str, num_steps: int, which: str) -> Case:
     def trained(adjoint, h, params, batches):
         start = solver.init(params, h)
         by_step = lambda t: batch_at(h, batches, t)  # noqa: E731
-        return jaxhpo.solve(solver, start, h, by_step, num_steps=num_steps, adjoint=adjoint).params
+        return jaxhpo.solve(solver, start, h, by_step, num_steps=num_steps, adjoint=adjoint, key=KEY).params
 
     def by_hand(wrap, h, params, batches):
         tx = make_tx(h)
@@ -176,7 +179,7 @@ def make_case(model: Model, optimiser: str, num_steps: int, which: str) -> Case:
         "plain JAX": lambda *args: by_hand(lambda step: step, *args),
         "jax.checkpoint a step": lambda *args: by_hand(lambda step: jax.checkpoint(step, prevent_cse=False), *args),
     }
-    for name, rule in RULES.items():
+    for name, rule in (RULES if rules is None else rules).items():
         if rule is not None:
             trainings[name] = lambda *args, rule=rule: trained(rule, *args)
     args = (tuned, model.params, model.draw(jax.random.key(1), BATCHES), model.draw(jax.random.key(2)))
@@ -185,25 +188,7 @@ def make_case(model: Model, optimiser: str, num_steps: int, which: str) -> Case:
 
 def matrix_operations(function, *args) -> float:
     """Multiplications and additions of matrix products, of what the results depend on."""
-    jaxpr = jax.make_jaxpr(function)(*args).jaxpr
-    return _products(dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)[0])
-
-
-def _products(jaxpr) -> float:
-    total = 0.0
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "dot_general":
-            (contracted, _), _ = eqn.params["dimension_numbers"]
-            depth = 1
-            for axis in contracted:
-                depth *= eqn.invars[0].aval.shape[axis]
-            total += 2.0 * depth * eqn.outvars[0].aval.size
-        times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
-        for value in eqn.params.values():
-            for inner in value if isinstance(value, (tuple, list)) else (value,):
-                if hasattr(inner, "eqns"):
-                    total += times * _products(getattr(inner, "jaxpr", inner))
-    return total
+    return count_arithmetic(function, *args, elementwise=False)
 
 
 def measure(case: Case, name: str, unit: dict[str, Any], repeats: int) -> dict[str, Any]:

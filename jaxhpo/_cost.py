@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.extend import core as jex
 from jax.interpreters.partial_eval import dce_jaxpr
 
@@ -59,7 +60,7 @@ def _traced(function, args) -> tuple[Any, dict]:
     closed = jax.make_jaxpr(function)(*args)
     needed, _ = dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars), instantiate=True)
     constants = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
-    return needed, {v: x for v, x in constants.items() if not isinstance(x, jax.core.Tracer)}
+    return needed, {v: x for v, x in constants.items() if not isinstance(x, Tracer)}
 
 
 def bytes_between_passes(function: Callable, *args: Any) -> int:
@@ -91,7 +92,7 @@ def bytes_between_passes(function: Callable, *args: Any) -> int:
     jaxpr = jax.make_jaxpr(pullback)(moved).jaxpr
     given = {*jaxpr.invars, *jaxpr.constvars}
     kept = {out for out in jaxpr.outvars if isinstance(out, jex.Var) and out not in given}
-    return sum(out.aval.size * out.aval.dtype.itemsize for out in kept)
+    return sum(map(_bytes, kept))
 
 
 def peak_bytes(function: Callable, *args: Any) -> int:
@@ -184,8 +185,11 @@ def _inside(equation, read) -> int:
 
 
 def _bytes(v) -> int:
-    aval = v.aval
-    return math.prod(getattr(aval, "shape", ())) * getattr(getattr(aval, "dtype", None), "itemsize", 0)
+    return math.prod(_shape(v)) * getattr(getattr(v.aval, "dtype", None), "itemsize", 0)
+
+
+def _shape(v) -> tuple:
+    return getattr(v.aval, "shape", ())
 
 
 _LAYOUT = {"reshape", "squeeze", "expand_dims", "broadcast_in_dim", "iota", "convert_element_type", "copy"}
@@ -212,7 +216,7 @@ def _count(program, values, unknown_length, elementwise) -> float:
             total += equation.params["length"] * sum(inner)
         elif name == "cond":
             taken = np.asarray(values.get(first, ()) if isinstance(first, jex.Var) else (), int)
-            total += np.mean([inner[i] for i in taken]) if taken.ndim and taken.size else max(inner)
+            total += float(np.mean([inner[i] for i in taken])) if taken.ndim and taken.size else max(inner)
         elif name == "while":
             if unknown_length is None:
                 raise JaxhpoError(
@@ -240,7 +244,7 @@ def _values_inside(equation, part, values) -> dict:
     return {
         var: values[operand]
         for operand, var in pairs
-        if isinstance(operand, jex.Var) and operand in values and scanned == (operand.aval.shape != var.aval.shape)
+        if isinstance(operand, jex.Var) and operand in values and scanned == (_shape(operand) != _shape(var))
     }
 
 

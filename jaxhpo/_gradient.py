@@ -25,13 +25,15 @@ def value_and_grad(loss: Callable, params: PyTree, hparams, batch, model_state) 
     return out, cast_like(grad, params)
 
 
-def mixed_value_and_grad(loss: Callable, params: PyTree, hparams, batch, model_state) -> tuple[tuple, PyTree]:
+def mixed_value_and_grad(
+    loss: Callable, params: PyTree, hparams, batch, model_state, thin: Callable | None = None
+) -> tuple[tuple, PyTree]:
     r"""The same, to be differentiated in reverse mode: from its inputs alone, in one pass.
 
     Reverse mode over reverse mode keeps, for :math:`v \mapsto (\partial_\theta \nabla_\theta L\, v, \partial_h
     \nabla_\theta L\, v)`, all that the gradient's own two passes computed. By the symmetry of second derivatives it is
     the gradient of the one number :math:`\langle \nabla_\theta L, v\rangle` in θ and h: forward over reverse mode, for
-    which the inputs suffice.
+    which the inputs suffice. Where `thin` is given, that derivative is taken on `thin(batch)` in place of the batch.
 
     References:
       Kemaev et al. Scalable Meta-Learning via Mixed-Mode Differentiation. 2025. arXiv:2505.00793
@@ -39,7 +41,12 @@ def mixed_value_and_grad(loss: Callable, params: PyTree, hparams, batch, model_s
     params = _cast_to_vary(loss, params, hparams, batch, model_state)
     rest = (hparams, batch, model_state)
     pure, consts = hoist(lambda params, rest: loss(params, *rest), params, rest)
-    both: Any = _mixed(lambda params, rest: pure(rest[0], params, rest[1]), params, (consts, rest))
+    on_all = on_part = lambda params, given: pure(given[0], params, given[2])
+    part_consts = []
+    if thin is not None:
+        part, part_consts = hoist(lambda params, h, b, state: loss(params, h, thin(b), state), params, *rest)
+        on_part = lambda params, given: part(given[1], params, *given[2])  # noqa: E731
+    both: Any = _mixed((on_all, on_part), params, (consts, part_consts, rest))
     out, grad = both
     return out, checkpoint_name(cast_like(grad, params), GRADIENT)
 
@@ -52,33 +59,30 @@ def _cast_to_vary(loss, params, *rest):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _mixed(loss, params, rest):
-    return jax.value_and_grad(loss, has_aux=True)(params, rest)
+def _mixed(losses, params, rest):
+    return jax.value_and_grad(losses[0], has_aux=True)(params, rest)
 
 
-def _mixed_fwd(loss, params, rest):
+def _mixed_fwd(losses, params, rest):
     moving = Flags(tuple(bool(x.perturbed) and is_inexact(x.value) for x in jax.tree.leaves(rest, is_leaf=_is_marked)))
     params, rest = jax.tree.map(lambda x: x.value, (params, rest), is_leaf=_is_marked)
     # Not by calling itself: forward mode over this, as for a Hessian, must find plain operations.
-    return jax.value_and_grad(loss, has_aux=True)(params, rest), (params, rest, moving)
+    return jax.value_and_grad(losses[0], has_aux=True)(params, rest), (params, rest, moving)
 
 
-def _mixed_bwd(loss, residuals, cotangents):
+def _mixed_bwd(losses, residuals, cotangents):
     params, rest, flags = residuals
     moving = jax.tree.unflatten(jax.tree.structure(rest), flags.values)
     moved, fill = partition(rest, moving)
-
-    def at(params, moved):
-        return loss(params, fill(moved))
 
     of_loss, of_grad = cotangents
     pulled = []
     if not all(map(_is_zero, jax.tree.leaves(of_grad, is_leaf=_is_zero))):
         direction = jax.tree.map(_dense, of_grad, params, is_leaf=_is_zero)
-        grads = jax.grad(lambda *args: at(*args)[0], argnums=(0, 1))
+        grads = jax.grad(lambda params, moved: losses[1](params, fill(moved))[0], argnums=(0, 1))
         pulled.append(jax.jvp(lambda params: grads(params, moved), (params,), (direction,))[1])
     if not all(map(_is_zero, jax.tree.leaves(of_loss, is_leaf=_is_zero))):
-        out, pullback = jax.vjp(at, params, moved)
+        out, pullback = jax.vjp(lambda params, moved: losses[0](params, fill(moved)), params, moved)
         pulled.append(pullback(jax.tree.map(_dense, of_loss, out, is_leaf=_is_zero)))
     of_params, of_moved = functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), pulled)
     of_moved = iter(of_moved)

@@ -142,7 +142,7 @@ def memory_plan(
         unit = count_arithmetic(outer_loss, hparams, unknown_length=UNKNOWN_LENGTH)
         asked, log = _row(outer_loss, hparams, shape, unit)
         rows = []
-        rules = dict.fromkeys(row.adjoint for row in log.schedules)
+        rules: dict[Any, None] = dict.fromkeys(row.adjoint for row in log.schedules)
         for checkpoint in CHOICES if rules else ():
             calls = [short(dataclasses.replace(rule, checkpoint=checkpoint, memory_limit=None)) for rule in rules]
             with imposing(checkpoint):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxhpo._adjoint._unroll import Unroll
 from jaxhpo._cost import bytes_between_passes, peak_bytes
 from jaxhpo._diagnose import UnrolledSolve, report_schedule, report_solve, watched
+from jaxhpo._fraction import check_fraction, thinned
 from jaxhpo._gradient import mixed_value_and_grad
 from jaxhpo._inputs import (
     check_adjoint,
@@ -121,11 +122,17 @@ def make_problem(
         peak = _peak_of(adjoint, state, hparams, lambda s, h, schedule: make_problem(solver, s, h, *rest, schedule))
         schedule = _schedule(adjoint, num_steps, solver, state, hparams, lambda: take(first), peak)
 
+    fraction = getattr(adjoint, "hvp_fraction", None)
+    if fraction is not None:
+        xs, take, first, thin = _with_keys(adjoint, solver, xs, take, key)
+    else:
+        thin = lambda x: None  # noqa: E731
+
     def step(state, hparams, x):
         batch = take(x)
         if not schedule.mixed or solver.apply is None:
             return solver.step(state, hparams, batch)
-        out, grad = mixed_value_and_grad(solver.loss, state.params, hparams, batch, state.model_state)
+        out, grad = mixed_value_and_grad(solver.loss, state.params, hparams, batch, state.model_state, thin(x))
         return solver.apply(state, hparams, batch, out, grad)
 
     state, advance, closed_over = _closed_step(step, state, hparams, first)
@@ -197,6 +204,17 @@ def _schedule(adjoint, num_steps, solver, state, hparams, first_batch, peak) -> 
         )
     )
     return schedule
+
+
+def _with_keys(adjoint, solver, xs, take, key):
+    """Slices that hold a key each, how to take a batch and its random part from them, and the first of them."""
+    check_fraction(adjoint, solver, key)
+    xs = xs, jax.random.split(key, jax.tree.leaves(xs)[0].shape[0])
+
+    def thin(x):
+        return lambda batch: thinned(batch, x[1], adjoint.hvp_fraction)
+
+    return xs, lambda x: take(x[0]), jax.tree.map(lambda x: x[0], xs), thin
 
 
 def _peak_of(adjoint, state, hparams, make):

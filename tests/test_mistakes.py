@@ -832,7 +832,7 @@ MISTAKES = [
         "checkpoint-unknown",
         lambda h: Unroll(checkpoint="log"),
         r"`Unroll\(checkpoint=.*'log'",
-        "write 'auto', 'sqrt', an integer",
+        "write 'auto', 'sqrt', 'binomial', an integer",
     ),
     Mistake("checkpoint-zero", lambda h: Unroll(checkpoint=0), r"`Unroll\(checkpoint=.*got 0", "write 1 or more"),
     Mistake("checkpoint-float", lambda h: Unroll(checkpoint=2.5), r"`Unroll\(checkpoint=.*got 2\.5", "Python integer"),

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 
 from jaxhpo._adjoint._pullback import in_condition, run_with_pullback
 from jaxhpo._binomial import run_backward, run_forward
+from jaxhpo._diagnose import report_fault
 from jaxhpo._errors import JaxhpoError
+from jaxhpo._fraction import is_mean
 from jaxhpo._inputs import refuse_tol
 from jaxhpo._loop import scan_steps
 from jaxhpo._schedule import Sizes, choose
@@ -59,6 +61,7 @@ class Unroll:
     checkpoint: int | str | None = "auto"
     truncate: int | None = None
     memory_limit: float | None = None
+    hvp_fraction: float | None = None
 
     def __post_init__(self):
         if isinstance(self.checkpoint, str):
@@ -78,14 +81,24 @@ class Unroll:
                     f"`Unroll(memory_limit={self.memory_limit!r})` chooses the cheapest schedule that fits, but "
                     f"`checkpoint={self.checkpoint!r}` has chosen one already: write either."
                 )
+        if self.hvp_fraction is not None:
+            check_positive("Unroll(hvp_fraction=...)", self.hvp_fraction)
+            if self.hvp_fraction > 1:
+                raise JaxhpoError(
+                    f"`Unroll(hvp_fraction={self.hvp_fraction!r})` is a part of each minibatch: write a number up to 1."
+                )
 
     def schedule(self, num_steps: int, sizes: Sizes) -> Schedule:
         """What is kept of the steps that are differentiated."""
-        return choose(self.checkpoint, min(num_steps, self.truncate or num_steps), sizes, self.memory_limit)
+        schedule = choose(self.checkpoint, min(num_steps, self.truncate or num_steps), sizes, self.memory_limit)
+        # Part of a minibatch gives the gradient's derivative, not the gradient: that is kept, or redone.
+        return schedule if self.hvp_fraction is None else schedule._replace(gradients=schedule.slots is None)
 
     def run(self, problem: Problem) -> tuple[InnerState, jax.Array]:
         """Runs the inner loop; the result is differentiable through the last `truncate` steps."""
         refuse_tol(problem, self)
+        if self.hvp_fraction is not None:
+            problem = _nan_unless_mean(problem)
         steps = problem.num_steps
         early = max(0, steps - self.truncate) if self.truncate is not None else 0
         state, inputs, xs = problem.state, problem.inputs, problem.xs
@@ -154,3 +167,26 @@ def _run_binomial(rule, problem) -> tuple[InnerState, jax.Array]:
         return [*partition(of_state, moving.state)[0], *of_rest[0], *of_rest[1]]
 
     return run_with_pullback(problem, rule, forward, pull, lambda inputs, moving: None, once=False)
+
+
+def _nan_unless_mean(problem) -> Problem:
+    """The problem, begun at NaN if its train loss is no mean over the examples: there no part stands for the whole."""
+    solver = problem.solver
+
+    def holds(state, hparams, batch):
+        precision = max(float(jnp.finfo(p.dtype).eps) for p in jax.tree.leaves(state.params))
+        return is_mean(lambda batch: solver.loss(state.params, hparams, batch, state.model_state)[0], batch, precision)
+
+    pure, consts = problem.hoist(holds)
+    first = jax.tree.map(lambda x: x[0], problem.xs)
+    good = pure(consts, *jax.lax.stop_gradient((problem.state, problem.inputs[0])), first)
+    report_fault(~good, _NO_MEAN)
+    params = jax.tree.map(lambda p: jnp.where(good, p, jnp.nan), problem.state.params)
+    return problem._replace(state=problem.state._replace(params=params))
+
+
+_NO_MEAN = (
+    "`Unroll(hvp_fraction=...)`: on two halves of the first minibatch the train loss is not, on average, what it is on "
+    "the whole: it is no mean over the examples (but a sum, or contrastive, or it normalises over the batch), and a "
+    "part of them would give another Hessian. Write a mean, or leave `hvp_fraction` away."
+)
