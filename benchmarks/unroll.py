@@ -12,7 +12,7 @@ interleaved ratios to the plain training in the same run, with the quartiles. Wh
 other cases is kept.
 
     python benchmarks/unroll.py [--models mlp lm] [--optimisers sgd adam] [--steps 10 50 200 1000]
-        [--hyperparameters decay rate example all] [--repeats 0] [--out DIR]
+        [--hyperparameters decay rate example all] [--schedules default checkpoint=1 ...] [--repeats 0] [--out DIR]
 """
 
 from __future__ import annotations
@@ -246,6 +246,7 @@ def main(arguments=None) -> None:
     parser.add_argument("--optimisers", nargs="+", choices=list(RATE), default=["sgd", "adam"])
     parser.add_argument("--steps", nargs="+", type=int, default=[10, 50, 200, 1000])
     parser.add_argument("--hyperparameters", nargs="+", choices=["decay", "rate", "example", "all"], default=["all"])
+    parser.add_argument("--schedules", nargs="+", choices=list(RULES), default=list(RULES), metavar="SCHEDULE")
     parser.add_argument("--repeats", type=int, default=0, help="timed calls of each program (default: none)")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results")
     parsed = parser.parse_args(arguments)
@@ -258,7 +259,7 @@ def main(arguments=None) -> None:
         case = make_case(MODELS[name](), optimiser, num_steps, which)
         program = jax.jit(case.training).lower(*case.args).compile()
         unit = {"operations": matrix_operations(case.training, *case.args), "program": program}
-        for schedule in RULES:
+        for schedule in parsed.schedules:
             row = dict(zip(KEYS, (name, optimiser, num_steps, which, schedule), strict=True))
             row |= measure(case, schedule, unit, parsed.repeats) | {"device": device, "jax": jax.__version__}
             rows[key(row)] = row
