@@ -144,6 +144,9 @@ def memory_plan(
         rows = []
         rules: dict[Any, None] = dict.fromkeys(row.adjoint for row in log.schedules)
         for checkpoint in CHOICES if rules else ():
+            if [*rules] == [dataclasses.replace(rule, checkpoint=checkpoint, memory_limit=None) for rule in rules]:
+                rows.append(asked)
+                continue
             calls = [short(dataclasses.replace(rule, checkpoint=checkpoint, memory_limit=None)) for rule in rules]
             with imposing(checkpoint):
                 rows.append(_row(outer_loss, hparams, shape, unit, ", ".join(dict.fromkeys(calls)))[0])

@@ -56,9 +56,12 @@ def choose(checkpoint: int | str | None, num_steps: int, sizes: Sizes, memory_li
         return Schedule(slots=least_slots(num_steps, MOST_REPEATS))
     if checkpoint == 1 or (checkpoint in ("auto", "sqrt") and num_steps <= FEW):
         return Schedule(1, gradients=True)  # every state, for the sake of time
+    if checkpoint == "auto" and num_steps * (sizes.state + sizes.gradient) <= LITTLE:
+        return Schedule(1, gradients=True)
 
     def affordable(segment):
-        return segment <= FEW or segment * sizes.gradient <= 2 * sizes.activations()
+        kept = segment * sizes.gradient
+        return segment <= FEW or kept <= LITTLE or kept <= 2 * sizes.activations()
 
     if isinstance(checkpoint, int):
         return Schedule(checkpoint, affordable(min(checkpoint, num_steps)))

@@ -177,7 +177,8 @@ TRANSFORMER = Sizes(3 * MB, MB, lambda: 25 * MB, lambda: 90 * MB)  # Adam; many
         ),  # no gradient: what is kept of it is nothing
         (40, 12, NETWORK, Schedule(40, True)),  # no more than twelve are ever kept
         ("auto", 100, Sizes(2**16, 2**15, lambda: 0, lambda: 2**16), EVERYTHING),  # 12.5 MiB in all
-        ("auto", 150, Sizes(2**16, 2**15, lambda: 2**15, lambda: 2**16), Schedule(10, True)),  # 18.75 MiB
+        ("auto", 150, Sizes(2**16, 2**15, lambda: 2**15, lambda: 2**16), Schedule(1, True)),  # 18.75, 14 MiB
+        ("auto", 200, Sizes(2**16, 2**15, lambda: 2**15, lambda: 2**16), Schedule(12, True)),  # √(200 · 2/3) = 11.5
         ("binomial", 1000, NETWORK, Schedule(slots=17)),
     ],
     ids=lambda value: "" if isinstance(value, Sizes) else str(value),

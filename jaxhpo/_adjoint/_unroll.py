@@ -30,22 +30,34 @@ class Unroll:
     last K steps are differentiated (the sum is cut off), so initial parameters and earlier steps get nothing.
 
     **Cost and bias**: three to five plain trainings (forward, one more redone between saved states, and per step a
-    Hessian product, with or without the gradient); memory of 2√T inner states, T with `checkpoint=1`, T steps'
-    activations with None, and in every case what one step takes. Exact for the T-step map. The truncated sum errs by
+    Hessian product, with or without the gradient), six with `"binomial"`; memory of 2√T inner states, T with
+    `checkpoint=1`, 1.8 T^⅓ with `"binomial"`, T steps' activations with None, and in every case what one step takes.
+    `memory_plan` tells what each takes on your problem. Exact for the T-step map. The truncated sum errs by
     :math:`O((1-\alpha\mu)^K)` at a strongly convex solution, and is biased.
 
-    Where inner gradients are kept (`checkpoint=1`, and others where the activations of a step outweigh them), a step
-    is differentiated in mixed mode: the Hessian product and the mixed product in one forward-over-reverse pass.
+    Where inner gradients are kept (`checkpoint=1`, and others where the activations of a step outweigh them) and under
+    `"binomial"`, a step is differentiated in mixed mode: the Hessian product and the mixed product in one
+    forward-over-reverse pass.
+
+    With `hvp_fraction=f` these products are taken on a random part of each minibatch, :math:`\lceil fb \rfloor` of b
+    examples, another part at each step. Steps are linear in their products and the parts independent, so the
+    hypergradient stays unbiased for a train loss that is a mean over the examples (plus what depends on none). Another
+    loss gives NaN, and `tune` and `check_hypergradient` say why. The value is exact; weights of examples get theirs
+    from the steps that drew them.
 
     Args:
-      checkpoint: what the backward pass finds stored. `"auto"`: every state up to T = 16, beyond that two levels with
-        as many steps between states as take the least memory. An integer k: one state every k steps (it need not divide
-        the number of steps); 1 is every state. `"sqrt"`: k = √T for T > 16, else 1. None: whatever plain autodiff
-        stores, all activations of all steps.
+      checkpoint: what the backward pass finds stored. `"auto"`: all that plain autodiff stores, if that is below 16
+        MiB; else every state and gradient if they are, or T ≤ 16; beyond that two levels with as many steps between
+        states as take the least memory. An integer k: one state every k steps (it need not divide the number of steps);
+        1 is every state. `"sqrt"`: k = √T for T > 16, else 1. `"binomial"`: the fewest states with which no step is
+        taken more than three times. None: whatever plain autodiff stores, all activations of all steps.
       truncate: K above, or None for all steps.
+      memory_limit: bytes that run and backward pass may take (estimated, of one member under `vmap`): the fastest
+        schedule that fits is taken, with `checkpoint="auto"`.
+      hvp_fraction: f above, in (0, 1]; needs `solve(..., key=key)` and batches whose leaves lead with the examples.
 
     Raises:
-      JaxhpoError: a setting out of its range.
+      JaxhpoError: a setting out of its range; nothing fits the limit; no key, or no examples, for `hvp_fraction`.
 
     Example:
       >>> adjoint = jaxhpo.Unroll(checkpoint=20, truncate=100)
@@ -55,6 +67,7 @@ class Unroll:
       Franceschi, Donini, Frasconi, Pontil. Forward and Reverse Gradient-Based Hyperparameter Optimization. 2017.
       arXiv:1703.01785
       Shaban, Cheng, Hatch, Boots. Truncated Back-propagation for Bilevel Optimization. 2019. arXiv:1810.10667
+      Griewank, Walther. Algorithm 799: Revolve. 2000.
       Kemaev et al. Scalable Meta-Learning via Mixed-Mode Differentiation. 2025. arXiv:2505.00793
     """
 
