@@ -1,16 +1,22 @@
 """What does an implicit hypergradient cost, and how exact is it, by each linear solver, here and in peers?
 
 Three inner problems in float32: ridge regression (1000 examples of 100 features, a log penalty per weight) and logistic
-regression (1000 of 200, the same), both at their solution; and an MLP 784-256-256-10 (gelu, 128 examples, a log penalty
-per weight and a log weight per example) at random weights, under penalties that make its Hessian positive definite.
-Every iteration stops after 20 steps, in the library, in jaxopt and in lineax's CG under optimistix.
+regression (1000 of 200, the same), both at their solution; and an MLP 784-256-256-10 (gelu, 128 random examples, a log
+penalty per weight and a log weight per example) after 300 steps of Adam under half of its penalty. The other half makes
+the Hessian positive definite there, and ill-conditioned enough for conjugate gradients to be far from done.
+
+Every solver gets 20 iterations, and tolerances that it does not reach: relative ones of 1e-9 (lineax's CG: rtol 1e-9,
+atol 1e-12). The step of Neumann's series and the damping of Nyström's sketch are tuned, for the least error on
+another seed's problem.
 
 Error: of the hypergradient, against a dense solve in float64 (the MLP's 269 322 weights allow none: against conjugate
-gradients in float64 to 1e-12). Arithmetic: matrix products that the program, run step by step, executes, in gradients
-of the train loss; one of them is the outer loss's own. Memory: what the compiled program allocates, in copies of the
-parameters. Time: the processor's on one core, the median of interleaved ratios to a gradient, with the quartiles. Last,
-ten outer losses of the MLP, all at once and one of them. A peer that is not installed is a row that says so.
-What the file in DIR already holds of other problems is kept.
+gradients in float64 to 1e-12). Iterations: turns of the longest loop, counted as it runs (Nyström's products are one
+batch). Arithmetic: matrix products that the program executes, in gradients of the train loss; one of them is the outer
+loss's own. Memory: what the compiled program allocates, in copies of the parameters. Time: wall-clock on one core and
+one thread, in gradients timed before and after, the median of interleaved turns with the quartiles. `CG / it`: the time
+of `CG` over that of a row, turn by turn, by the wall clock and by the processor's, which other work on the machine
+disturbs less. Last, ten outer losses of the MLP, all at once and one of them; there `CG` is the first row. A peer that
+is not installed, or that fails, is a row that says so. What the file in DIR already holds of other problems is kept.
 
     python benchmarks/implicit.py [--problems ridge logistic mlp] [--quick] [--repeats 11] [--out DIR]
 """
@@ -21,6 +27,7 @@ import argparse
 import functools
 import importlib
 import json
+import logging
 import math
 import os
 import pathlib
@@ -31,6 +38,7 @@ from typing import Any, NamedTuple
 
 if hasattr(os, "sched_setaffinity"):  # before JAX counts the cores
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +59,7 @@ PROBLEMS = ["ridge", "logistic", "mlp"]
 class Problem(NamedTuple):
     """`train_loss(params, hparams, data)`, `losses(params, data)`: data closed over would be folded by the compiler.
 
-    `curvature` is about the largest eigenvalue of the train loss's Hessian, `damping` a little of it.
+    `curvature` is about the largest eigenvalue of the train loss's Hessian.
     """
 
     train_loss: Callable
@@ -61,12 +69,11 @@ class Problem(NamedTuple):
     data: Any
     val_data: Any
     curvature: float
-    damping: float
 
 
-def linear(name: str, dim: int) -> Problem:
+def linear(name: str, dim: int, seed: int) -> Problem:
     """Ridge or logistic regression at its solution, found in float64."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     X, Xv = rng.normal(size=(2, 1000, dim)) * np.geomspace(1, 0.1, dim)
     truth = rng.normal(size=dim)
     y, yv = (A @ truth + rng.normal(size=1000) for A in (X, Xv))
@@ -81,16 +88,17 @@ def linear(name: str, dim: int) -> Problem:
 
     h = np.linspace(-6, -4, dim)
     with jax.enable_x64(True):
+        gradient, hessian = (jax.jit(f(train_loss)) for f in (jax.grad, jax.hessian))
         w = jnp.zeros(dim)
         for _ in range(20):  # Newton's method; the first step solves the ridge problem
-            w = w - jnp.linalg.solve(*(f(train_loss)(w, h, (X, y)) for f in (jax.hessian, jax.grad)))
-        largest = float(jnp.linalg.eigvalsh(jax.hessian(train_loss)(w, h, (X, y)))[-1])
+            w = w - jnp.linalg.solve(hessian(w, h, (X, y)), gradient(w, h, (X, y)))
+        largest = float(jnp.linalg.eigvalsh(hessian(w, h, (X, y)))[-1])
     w, h, data, val_data = jax.tree.map(lambda x: jnp.asarray(np.asarray(x), jnp.float32), (w, h, (X, y), (Xv, yv)))
-    return Problem(train_loss, losses, w, h, data, val_data, largest, 0.01 * largest)
+    return Problem(train_loss, losses, w, h, data, val_data, largest)
 
 
-def mlp(sizes=(784, 256, 256, 10)) -> Problem:
-    batch, rng = 128, np.random.default_rng(0)
+def mlp(sizes: tuple[int, ...], seed: int) -> Problem:
+    batch, decay, rng = 128, 0.01, np.random.default_rng(seed)
     shapes = list(zip(sizes[:-1], sizes[1:], strict=True))
     params = [(jnp.asarray(rng.normal(size=s) / s[0] ** 0.5, jnp.float32), jnp.zeros(s[1])) for s in shapes]
 
@@ -109,8 +117,41 @@ def mlp(sizes=(784, 256, 256, 10)) -> Problem:
         penalty = jax.tree.map(lambda log, w: jnp.sum(jnp.exp(log) * w**2) / 2, h["penalty"], params)
         return jnp.mean(jnp.exp(h["example"]) * losses(params, data)) + sum(jax.tree.leaves(penalty))
 
-    h = {"penalty": jax.tree.map(lambda w: jnp.zeros_like(w), params), "example": jnp.zeros(batch)}
-    return Problem(train_loss, losses, params, h, draw(), draw(), 4.0, 0.05)
+    def hparams(penalty):
+        logs = jax.tree.map(lambda w: jnp.full_like(w, math.log(penalty)), params)
+        return {"penalty": logs, "example": jnp.zeros(batch)}
+
+    data, h = draw(), hparams(2 * decay)
+    params = trained(train_loss, params, hparams(decay), data)
+    largest = float(largest_eigenvalue(train_loss, params, h, data))
+    return Problem(train_loss, losses, params, h, data, draw(), largest)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def trained(loss: Callable, params, *args):
+    """By 300 steps of Adam."""
+    optimizer = optax.adam(1e-3)
+
+    def step(carry, _):
+        params, state = carry
+        updates, state = optimizer.update(jax.grad(loss)(params, *args), state)
+        return (optax.apply_updates(params, updates), state), None
+
+    return jax.lax.scan(step, (params, optimizer.init(params)), length=300)[0][0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def largest_eigenvalue(loss: Callable, params, *args) -> jax.Array:
+    """Of the Hessian, by 50 power iterations."""
+
+    def multiply(v):
+        return jax.jvp(lambda params: jax.grad(loss)(params, *args), (params,), (v,))[1]
+
+    def normalised(v):
+        return jax.tree.map(lambda x: x / optax.global_norm(v), v)
+
+    v = jax.grad(loss)(params, *args)
+    return optax.global_norm(multiply(jax.lax.fori_loop(0, 50, lambda _, v: normalised(multiply(v)), normalised(v))))
 
 
 def val_loss(problem, params, val_data):
@@ -142,15 +183,13 @@ def with_jaxopt(solver: str, problem: Problem, **settings) -> Callable:
 
 def with_optimistix(problem: Problem) -> Callable:
     optimistix, lineax = map(importlib.import_module, ("optimistix", "lineax"))
-    # It raises where lineax's iterations run out, so that those are bounded here by a report that is not looked at.
-    cg = lineax.CG(rtol=1e-6, atol=1e-6, max_steps=ITERATIONS)
 
-    class Bounded(type(cg)):
+    class Bounded(lineax.CG):  # as it is, it raises where its iterations run out
         def compute(self, *args):
             x, _, stats = super().compute(*args)
             return x, lineax.RESULTS.successful, stats
 
-    adjoint = optimistix.ImplicitAdjoint(Bounded(rtol=1e-6, atol=1e-6, max_steps=ITERATIONS))
+    adjoint = optimistix.ImplicitAdjoint(Bounded(rtol=1e-9, atol=1e-12, max_steps=ITERATIONS))
     descent = optimistix.GradientDescent(learning_rate=1.0, rtol=1.0, atol=1.0)
 
     def outer(h, params, data, val_data):
@@ -164,41 +203,65 @@ def with_optimistix(problem: Problem) -> Callable:
 
 
 METHODS: dict[str, Callable] = {
-    "CG": lambda p: ours(jaxhpo.CG(ITERATIONS, tol=1e-9), p),
-    "Neumann": lambda p: ours(jaxhpo.Neumann(ITERATIONS + 1, 1 / p.curvature), p),
-    "Nystrom": lambda p: ours(functools.partial(jaxhpo.Nystrom(ITERATIONS, p.damping), key=jax.random.key(0)), p),
-    "GMRES": lambda p: ours(jaxhpo.GMRES(maxiter=1, restart=ITERATIONS, tol=1e-9), p),
+    "CG": functools.partial(ours, jaxhpo.CG(ITERATIONS, tol=1e-9)),
     "jaxopt solve_cg": functools.partial(with_jaxopt, "solve_cg", maxiter=ITERATIONS),
     "jaxopt solve_normal_cg (default)": functools.partial(with_jaxopt, "solve_normal_cg", maxiter=ITERATIONS),
-    "jaxopt solve_gmres": functools.partial(with_jaxopt, "solve_gmres", maxiter=1, restart=ITERATIONS),
     "optimistix, lineax CG": with_optimistix,
+    "GMRES": functools.partial(ours, jaxhpo.GMRES(maxiter=1, restart=ITERATIONS, tol=1e-9)),
+    "jaxopt solve_gmres": functools.partial(with_jaxopt, "solve_gmres", maxiter=1, restart=ITERATIONS),
 }
+
+
+def neumann(setting: float, problem: Problem) -> Callable:
+    return ours(jaxhpo.Neumann(ITERATIONS + 1, setting / problem.curvature), problem)
+
+
+def nystrom(setting: float, problem: Problem) -> Callable:
+    solver = jaxhpo.Nystrom(ITERATIONS, setting * problem.curvature)
+    return ours(functools.partial(solver, key=jax.random.key(0)), problem)
+
+
+# Relative to the curvature, and to be tuned: the step's inverse must exceed half of it.
+TUNED: dict[str, tuple[Callable, list[float]]] = {
+    "Neumann": (neumann, [0.5, 1.0, 1.5, 1.9]),
+    "Nystrom": (nystrom, [1e-4, 1e-3, 1e-2, 1e-1, 1.0]),
+}
+
+
+def tuned(problem: Problem) -> dict[str, float]:
+    """The setting of each such method that has the least error on this problem."""
+    want = reference(problem)
+
+    def error(make, setting):
+        return distance(jax.jit(make(setting, problem))(*arguments(problem)), want)
+
+    return {name: min(grid, key=functools.partial(error, make)) for name, (make, grid) in TUNED.items()}
 
 
 def reference(problem: Problem) -> Any:
     """The hypergradient in float64."""
     with jax.enable_x64(True):
-        wide = jax.tree.map(lambda x: np.asarray(x, float) if x.dtype == jnp.float32 else x, problem[2:6])
-        params, h, data, val_data = jax.tree.map(jnp.asarray, wide)
-        flat, unravel = ravel_pytree(params)
-        v = ravel_pytree(jax.grad(functools.partial(val_loss, problem))(params, val_data))[0]
-
-        def gradient(flat, h):
-            return ravel_pytree(jax.grad(problem.train_loss)(unravel(flat), h, data))[0]
-
-        if flat.size < 1000:
-            q = jnp.linalg.solve(jax.jacfwd(gradient)(flat, h), v)
-        else:
-            q, residual = jax.jit(functools.partial(_solved, gradient))(flat, h, v)
-            assert residual <= 1e-10, f"the reference has a relative residual of {residual}"
-        pulled = jax.vjp(lambda h: gradient(flat, h), h)[1](-q)[0]
-        return jax.tree.map(np.asarray, pulled)
+        wide = jax.tree.map(lambda x: np.asarray(x, float) if x.dtype == jnp.float32 else x, arguments(problem))
+        found, residual = jax.jit(functools.partial(_reference, problem))(*wide)
+        assert residual <= 1e-10, f"the reference has a relative residual of {residual}"
+        return jax.tree.map(np.asarray, found)
 
 
-def _solved(gradient, flat, h, v):
+def _reference(problem, h, params, data, val_data):
+    """And the relative residual of its linear system."""
+    flat, unravel = ravel_pytree(params)
+    v = ravel_pytree(jax.grad(functools.partial(val_loss, problem))(params, val_data))[0]
+
+    def gradient(flat, h):
+        return ravel_pytree(jax.grad(problem.train_loss)(unravel(flat), h, data))[0]
+
     product = jax.linearize(lambda flat: gradient(flat, h), flat)[1]
-    q = jax.scipy.sparse.linalg.cg(product, v, tol=1e-12, maxiter=2000)[0]
-    return q, jnp.linalg.norm(product(q) - v) / jnp.linalg.norm(v)
+    if flat.size < 1000:
+        q = jnp.linalg.solve(jax.vmap(product)(jnp.eye(flat.size, dtype=flat.dtype)), v)
+    else:
+        q = jax.scipy.sparse.linalg.cg(product, v, tol=1e-12, maxiter=2000)[0]
+    residual = jnp.linalg.norm(product(q) - v) / jnp.linalg.norm(v)
+    return jax.vjp(lambda h: gradient(flat, h), h)[1](-q)[0], residual
 
 
 def distance(got, want) -> float:
@@ -210,10 +273,18 @@ def distance(got, want) -> float:
 # --- arithmetic, of loops that end at a condition too ----------------------------------------------------------------
 
 
-def executed(function: Callable, *args) -> float:
-    """Operations of the matrix products that `function(*args)` executes: its open-ended loops are run step by step."""
+class Run(NamedTuple):
+    """Results, operations of matrix products, and turns of the longest loop."""
+
+    results: list
+    operations: float
+    turns: int
+
+
+def executed(function: Callable, *args) -> Run:
+    """What `function(*args)` executes: its open-ended loops are run step by step."""
     closed = jax.make_jaxpr(function)(*args)
-    return _run(_needed(closed, [True] * len(closed.jaxpr.outvars)), jax.tree.leaves(args))[1]
+    return _run(_needed(closed, [True] * len(closed.jaxpr.outvars)), jax.tree.leaves(args))
 
 
 def _needed(closed, used):
@@ -221,11 +292,10 @@ def _needed(closed, used):
     return core.ClosedJaxpr(dce_jaxpr(closed.jaxpr, used, instantiate=True)[0], closed.consts)
 
 
-def _run(closed, args) -> tuple[list, float]:
-    """The results, and the operations."""
-    jaxpr, total = closed.jaxpr, 0.0
+def _run(closed, args) -> Run:
+    jaxpr, total, turns = closed.jaxpr, 0.0, 0
     if not _open_ended(jaxpr):
-        return _compiled(closed)(*args), _products(jaxpr)
+        return Run(_compiled(closed)(*args), _products(jaxpr), _longest(jaxpr))
     values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*closed.consts, *args], strict=True))
     read = {v for eqn in jaxpr.eqns for v in eqn.invars if not hasattr(v, "val")}
     read |= {v for v in jaxpr.outvars if not hasattr(v, "val")}
@@ -234,10 +304,10 @@ def _run(closed, args) -> tuple[list, float]:
         return v.val if hasattr(v, "val") else values[v]
 
     for eqn in jaxpr.eqns:
-        results, operations = _run_equation(eqn, list(map(value, eqn.invars)), [v in read for v in eqn.outvars])
-        values.update(zip(eqn.outvars, results, strict=True))
-        total += operations
-    return [value(v) for v in jaxpr.outvars], total
+        ran = _run_equation(eqn, list(map(value, eqn.invars)), [v in read for v in eqn.outvars])
+        values.update(zip(eqn.outvars, ran.results, strict=True))
+        total, turns = total + ran.operations, max(turns, ran.turns)
+    return Run([value(v) for v in jaxpr.outvars], total, turns)
 
 
 @functools.cache  # a loop's body once
@@ -245,24 +315,18 @@ def _compiled(closed):
     return jax.jit(core.jaxpr_as_fun(closed))
 
 
-def _run_equation(eqn, args, used):
+def _run_equation(eqn, args, used) -> Run:
     name, settings = eqn.primitive.name, eqn.params
     if name == "while":
-        a, b = settings["cond_nconsts"], settings["body_nconsts"]
-        carry, total = args[a + b :], 0.0
-        while _run(settings["cond_jaxpr"], args[:a] + carry)[0][0]:
-            carry, operations = _run(settings["body_jaxpr"], args[a : a + b] + list(carry))
-            carry, total = list(carry), total + operations
-        return carry, total
+        return _run_loop(settings, args)
     if name == "cond":
         return _run(settings["branches"][int(args[0])], args[1:])
     if name == "custom_linear_solve":  # beside the solve, its transpose and the products with either
         lengths = settings["const_lengths"]
         start, end = lengths.matvec + lengths.vecmat, lengths.matvec + lengths.vecmat + lengths.solve
-        solve = _needed(settings["jaxprs"].solve, used)
-        results, total = _run(solve, args[start:end] + args[sum(lengths) :])
-        results = iter(results)
-        return [next(results) if u else None for u in used], total
+        ran = _run(_needed(settings["jaxprs"].solve, used), args[start:end] + args[sum(lengths) :])
+        results = iter(ran.results)
+        return ran._replace(results=[next(results) if u else None for u in used])
     if name == "linear_solve":  # lineax's, which holds no program until it runs
         return _run(jax.make_jaxpr(functools.partial(eqn.primitive.impl, **settings))(*args), args)
     if name in ("jit", "closed_call", "checkpoint", "custom_jvp_call", "custom_vjp_call"):
@@ -270,7 +334,22 @@ def _run_equation(eqn, args, used):
     if any(_open_ended(inner.jaxpr) for inner in _programs(eqn)):
         raise NotImplementedError(f"a loop that ends at a condition inside of `{name}`")
     results = eqn.primitive.bind(*args, **settings)
-    return results if eqn.primitive.multiple_results else [results], _products_of(eqn)
+    return Run(results if eqn.primitive.multiple_results else [results], _products_of(eqn), _longest_of(eqn))
+
+
+def _run_loop(settings, args) -> Run:
+    a, b = settings["cond_nconsts"], settings["body_nconsts"]
+    carry, total, turns, inner = args[a + b :], 0.0, 0, 0
+    while np.any(on := np.asarray(_run(settings["cond_jaxpr"], args[:a] + carry).results[0])):
+        ran = _run(settings["body_jaxpr"], args[a : a + b] + carry)
+        carry = [_where(on, *pair) for pair in zip(ran.results, carry, strict=True)] if on.ndim else list(ran.results)
+        total, turns, inner = total + ran.operations, turns + 1, max(inner, ran.turns)
+    return Run(carry, total, max(turns, inner))
+
+
+def _where(on, new, old):
+    """Of a batch of loops, those that have ended keep their values."""
+    return jnp.where(on.reshape(on.shape + (1,) * (new.ndim - on.ndim)), new, old)
 
 
 def _open_ended(jaxpr) -> bool:
@@ -298,6 +377,15 @@ def _products_of(eqn) -> float:
     return times * sum(_products(inner.jaxpr) for inner in _programs(eqn))
 
 
+def _longest(jaxpr) -> int:
+    return max(map(_longest_of, jaxpr.eqns), default=0)
+
+
+def _longest_of(eqn) -> int:
+    own = eqn.params["length"] if eqn.primitive.name == "scan" else 0
+    return max([own, *(_longest(inner.jaxpr) for inner in _programs(eqn))])
+
+
 def arguments(problem: Problem) -> tuple:
     """What every function here takes."""
     return problem.hparams, problem.params, problem.data, problem.val_data
@@ -306,63 +394,76 @@ def arguments(problem: Problem) -> tuple:
 # --- measuring -------------------------------------------------------------------------------------------------------
 
 
-def compiled(functions: dict[str, Callable], args) -> dict[str, Any]:
-    return {name: jax.jit(function).lower(*args).compile() for name, function in functions.items()}
+def timed(programs: dict[str, Any], unit: Callable, args, repeats: int) -> dict[str, dict[str, list[float]]]:
+    """Quartiles of the time in units, the unit being called before and after, and of the first program's time over it.
 
+    Programs take turns, every other time in the opposite order.
+    """
 
-def timed(programs: dict[str, Any], unit: Callable, args, repeats: int) -> dict[str, list[float]]:
-    """Quartiles of the ratio to the unit, which is called before and after each turn."""
+    def clocks():
+        return np.array([time.perf_counter(), time.process_time()])
 
     def seconds(program):
-        calls, start = 0, time.process_time()
-        while calls == 0 or time.process_time() - start < 5e-3:
+        calls, start = 0, clocks()
+        while calls == 0 or (clocks() - start)[0] < 2e-2:
             jax.block_until_ready(program(*args))
             calls += 1
-        return (time.process_time() - start) / calls
+        return (clocks() - start) / calls
 
-    ratios: dict[str, list[float]] = {name: [] for name in programs}
-    for _ in range(1 + repeats):
-        for name, program in programs.items():
-            before, own, after = seconds(unit), seconds(program), seconds(unit)
-            ratios[name].append(own / ((before + after) / 2))
-    return {name: statistics.quantiles(values[1:], n=4) for name, values in ratios.items()}  # the first warms up
+    turns = []
+    for turn in range(1 + repeats):
+        order = list(programs)[:: 1 - 2 * (turn % 2)]
+        turns.append({name: (seconds(unit), seconds(programs[name]), seconds(unit)) for name in order})
+    del turns[0]  # it warms up
+    first = next(iter(programs))
+
+    def quartiles(values):
+        return [statistics.quantiles(column, n=4, method="inclusive") for column in zip(*values, strict=True)]
+
+    rows = {}
+    for name in programs:
+        units = quartiles([own / ((before + after) / 2) for before, own, after in (turn[name] for turn in turns)])
+        ratios = quartiles([turn[first][1] / turn[name][1] for turn in turns])
+        rows[name] = {"time": units[0], "cg_over_it": ratios[0], "time_cpu": units[1], "cg_over_it_cpu": ratios[1]}
+    return rows
 
 
 def measured(functions: dict[str, Callable], problem: Problem, repeats: int) -> dict[str, dict[str, Any]]:
-    """Arithmetic, memory and time of each."""
+    """Arithmetic, iterations, memory and time of each."""
     args = arguments(problem)
 
     def gradient(h, params, data, val_data):
         return jax.grad(problem.train_loss)(params, h, data)
 
-    operations, size = executed(gradient, *args), sum(x.nbytes for x in jax.tree.leaves(problem.params))
-    programs = compiled(functions, args)
+    operations, size = executed(gradient, *args).operations, sum(x.nbytes for x in jax.tree.leaves(problem.params))
+    programs: dict[str, Any] = {name: jax.jit(function).lower(*args).compile() for name, function in functions.items()}
     times = timed(programs, jax.jit(gradient).lower(*args).compile(), args, repeats)
-    return {
-        name: {
-            "arithmetic": executed(functions[name], *args) / operations,
-            "memory": program.memory_analysis().temp_size_in_bytes / size,
-            "time": times[name],
-        }
-        for name, program in programs.items()
-    }
-
-
-def compare_solvers(name: str, problem: Problem, repeats: int) -> list[dict[str, Any]]:
-    functions, rows, want = {}, [], reference(problem)
-    for method, make in METHODS.items():
-        try:
-            function = make(problem)
-            jax.block_until_ready(jax.jit(function)(*arguments(problem)))
-        except (ImportError, jax.errors.JaxRuntimeError) as error:  # not installed, or it raises as it runs
-            found = [line for line in str(error).splitlines() if "linear solver" in line] or str(error).splitlines()
-            rows.append({"problem": name, "method": method, "missing": found[0]})
-        else:
-            functions[method] = function
-    for method, row in measured(functions, problem, repeats).items():
-        error = distance(jax.jit(functions[method])(*arguments(problem)), want)
-        rows.append({"problem": name, "method": method, "error": error} | row)
+    rows = {}
+    for name, program in programs.items():
+        ran = executed(functions[name], *args)
+        memory = program.memory_analysis().temp_size_in_bytes / size
+        row = {"iterations": ran.turns, "arithmetic": ran.operations / operations, "memory": memory}
+        rows[name] = row | times[name]
     return rows
+
+
+def compare_solvers(name: str, problem: Problem, settings: dict[str, float], repeats: int) -> list[dict[str, Any]]:
+    makers = METHODS | {method: functools.partial(TUNED[method][0], settings[method]) for method in TUNED}
+    functions, rows, want = {}, {}, reference(problem)
+    for method, make in makers.items():
+        rows[method] = {"problem": name, "method": method}
+        try:
+            functions[method] = make(problem)
+            found = jax.jit(functions[method])(*arguments(problem))
+            rows[method]["error"] = distance(found, want)
+        except (ImportError, RuntimeError) as error:  # not installed, or it raises as it runs
+            functions.pop(method, None)
+            lines = str(error).splitlines() or [repr(error)]
+            found = next((line for line in lines if "linear solver" in line), lines[0])
+            rows[method]["missing"] = found.split(". ")[0]
+    for method, row in measured(functions, problem, repeats).items():
+        rows[method] |= row | ({"setting": settings[method]} if method in settings else {})
+    return list(rows.values())
 
 
 def compare_batching(problem: Problem, repeats: int) -> list[dict[str, Any]]:
@@ -386,7 +487,7 @@ def draw(rows, path) -> None:
     names = {"error": "relative error", "arithmetic": "arithmetic, gradients", "time": "time, gradients",
              "memory": "memory, copies of θ"}  # fmt: skip
     figure, axes = plot.figure(1, len(names), width=15, height=4.6)
-    methods = [method for method in METHODS if any(row["method"] == method for row in rows)]
+    methods = [method for method in [*METHODS, *TUNED] if any(row["method"] == method for row in rows)]
     problems = list(dict.fromkeys(row["problem"] for row in rows if "error" in row))
     for axis, (key, label) in zip(axes.flat, names.items(), strict=True):
         for i, problem in enumerate(problems):
@@ -396,13 +497,18 @@ def draw(rows, path) -> None:
             axis.plot(middle, at, "o", color=f"C{i}", label=problem, ms=6)
             if key == "time":
                 axis.hlines(at, [row[key][0] for row in mine], [row[key][2] for row in mine], color=f"C{i}", lw=2)
-        axis.set(
-            xscale="log" if key in ("error", "memory") else "linear", xlabel=label, ylim=(len(methods) - 0.5, -0.5)
-        )
+        ticks = {"arithmetic": [20, 30, 40, 60], "time": [5, 10, 20, 50, 100], "memory": [10, 30, 100, 300]}.get(key)
+        axis.set(xscale="log", xlabel=label, ylim=(len(methods) - 0.5, -0.5))
+        axis.minorticks_off()
+        if ticks:
+            axis.set_xticks(ticks, map(str, ticks))
         axis.set_yticks(range(len(methods)), methods if key == "error" else [""] * len(methods))
         axis.grid(axis="x", alpha=0.3)
-        axis.minorticks_off()
         axis.hlines([k + 0.5 for k in range(len(methods) - 1)], *axis.get_xlim(), color="0.85", lw=0.8)
+    for row in (row for row in rows if "missing" in row):
+        at = methods.index(row["method"]) + 0.22 * (problems.index(row["problem"]) - 1)
+        axes.flat[0].annotate("fails", (0.5, at), xycoords=("axes fraction", "data"), va="center", fontsize=8,
+                              color=f"C{problems.index(row['problem'])}")  # fmt: skip
     axes.flat[0].legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=len(problems))
     plot.save(figure, path)
 
@@ -415,18 +521,19 @@ def main(arguments=None) -> None:
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results")
     parsed = parser.parse_args(arguments)
     parsed.out.mkdir(parents=True, exist_ok=True)
+    logging.getLogger("jax").setLevel(logging.CRITICAL)  # a peer that raises would log pages; its row says so
     repeats = 3 if parsed.quick else parsed.repeats
     sizes = (64, 32, 32, 10) if parsed.quick else (784, 256, 256, 10)
-    makers = {"ridge": lambda: linear("ridge", 100), "logistic": lambda: linear("logistic", 200),
-              "mlp": lambda: mlp(sizes)}  # fmt: skip
+    makers = {"ridge": functools.partial(linear, "ridge", 100), "logistic": functools.partial(linear, "logistic", 200),
+              "mlp": functools.partial(mlp, sizes)}  # fmt: skip
     file, rows = parsed.out / "implicit.json", []
     if file.exists():
         kept = json.loads(file.read_text())["rows"]
         rows = [row for row in kept if row["problem"].split(",")[0] not in parsed.problems]
-    print(f"{'problem':20} {'method':33} {'error':>8} {'arithmetic':>10} {'memory':>7} {'time':>22}", flush=True)
+    print(HEADER, flush=True)
     for name in parsed.problems:
-        problem = makers[name]()
-        rows += told(compare_solvers(name, problem, repeats))
+        problem, settings = makers[name](seed=0), tuned(makers[name](seed=1))
+        rows += told(compare_solvers(name, problem, settings, repeats))
         rows += told(compare_batching(problem, repeats)) if name == "mlp" else []
     rows.sort(key=lambda row: [*makers].index(row["problem"].split(",")[0]))
     report = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "cores": 1, "iterations": ITERATIONS}
@@ -434,16 +541,22 @@ def main(arguments=None) -> None:
     draw(rows, parsed.out / "implicit.png")
 
 
+HEADER = (
+    f"{'problem':20} {'method':33} {'error':>8} {'iterations':>10} {'arithmetic':>10} {'memory':>7} "
+    f"{'time':>22} {'CG / it':>18} {'by processor':>18}"
+)
+
+
 def told(rows):
     for row in rows:
         if "missing" in row:
             print(f"{row['problem']:20} {row['method']:33} {row['missing']}", flush=True)
             continue
-        quartiles = "{1:.1f} ({0:.1f}, {2:.1f})".format(*row["time"])
-        error = row.get("error", row.get("difference"))
+        quartiles = ("{1:.2f} ({0:.2f}, {2:.2f})".format(*row[key]) for key in ("time", "cg_over_it", "cg_over_it_cpu"))
+        error, turns = row.get("error", row.get("difference")), row["iterations"] or "-"
         print(
-            f"{row['problem']:20} {row['method']:33} {error:8.1e} {row['arithmetic']:10.2f} {row['memory']:7.1f} "
-            f"{quartiles:>22}",
+            f"{row['problem']:20} {row['method']:33} {error:8.1e} {turns:>10} {row['arithmetic']:10.2f} "
+            f"{row['memory']:7.1f} {next(quartiles):>22} {next(quartiles):>18} {next(quartiles):>18}",
             flush=True,
         )
     return rows
