@@ -40,8 +40,8 @@ def conjugate_gradients(
         return (carry[-1] == RUNNING) & (carry[-2] < maxiter)
 
     def iterate(carry):
-        x, r, p, best, size, rounding, k, _ = carry
-        ap, rr = operator(p), vdot(r, r)
+        x, r, rr, p, best, size, rounding, k, _ = carry
+        ap = operator(p)
         curvature, pp, apap = vdot(p, ap), vdot(p, p), vdot(ap, ap)
         size = jnp.maximum(size, jnp.sqrt(apap / pp))  # a lower bound of ‖A‖
         # Without negative eigenvalues ‖Ap‖² ≤ ‖A‖ pᵀAp, and rounding makes pᵀAp uncertain by ε ‖A‖ ‖p‖².
@@ -66,13 +66,13 @@ def conjugate_gradients(
         status = jnp.where(ok, status, jnp.where(flat, LinearStatus.STALLED, LinearStatus.INDEFINITE))
         finite = jnp.isfinite(curvature) & jnp.isfinite(rr_new)
         status = jnp.where(finite, status, LinearStatus.NOT_FINITE).astype(jnp.int32)
-        return x, r, r + rr_new / rr * p, best, size, rounding, k + 1, status
+        return x, r, rr_new, r + rr_new / rr * p, best, size, rounding, k + 1, status
 
     x, zero = jnp.zeros_like(b) if x0 is None else x0, jnp.zeros_like(norm(r0))
     best = _Best(x, zero + jnp.inf if x0 is None else norm(r0))  # zeros are no answer
-    start = (x, r0, r0, best, zero, zero, jnp.asarray(0, jnp.int32), initial_status(r0, threshold))
+    start = (x, r0, vdot(r0, r0), r0, best, zero, zero, jnp.asarray(0, jnp.int32), initial_status(r0, threshold))
     out = jax.lax.while_loop(unfinished, iterate, cast_varying(start, varying_axes(b)))
-    x, _, _, best, _, rounding, k, status = out
+    x, _, _, _, best, _, rounding, k, status = out
     # K iterations and an indefinite matrix give the last iterate, unless rounding has made it worse than another.
     x = jnp.where((status == LinearStatus.STALLED) | (rounding > best.bound), best.x, x)
     # What is not finite must not come back as the zeros it started from.
