@@ -23,7 +23,7 @@ import json
 import pathlib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -35,7 +35,8 @@ from jaxhpo import plot
 from jaxhpo._cost import count_arithmetic
 
 KEY = jax.random.key(3)  # of random parts of minibatches
-RATE, BATCHES = {"sgd": 1e-2, "adam": 1e-3}, 20
+RATE, BATCHES = {"sgd": 1e-2, "adam": 1e-3, "momentum": 1e-1}, 20
+MOMENTUM = 0.9
 RULES = {
     "plain JAX": None,
     "jax.checkpoint a step": None,
@@ -78,12 +79,20 @@ def mlp() -> Model:
     return Model(params, losses, draw, batch)
 
 
-def language_model() -> Model:
-    layers, width, heads, vocabulary, length, batch = 4, 128, 4, 256, 128, 8
+def language_model(
+    layers: int = 4,
+    width: int = 128,
+    heads: int = 4,
+    vocabulary: int = 256,
+    length: int = 128,
+    batch: int = 8,
+    dtype: Any = jnp.float32,
+) -> Model:
+    """Weights and activations are of type `dtype`, the losses float32."""
     keys = iter(jax.random.split(jax.random.key(0), 8))
 
     def weights(*shape):
-        return 0.02 * jax.random.normal(next(keys), shape)
+        return 0.02 * jax.random.normal(next(keys), shape, dtype)
 
     params = {
         "embedding": weights(vocabulary, width),
@@ -111,7 +120,7 @@ def language_model() -> Model:
 
     def losses(params, tokens, labels):
         x, _ = jax.lax.scan(block, params["embedding"][tokens] + params["position"], params["layers"])
-        logits = normalised(x) @ params["output"]
+        logits = (normalised(x) @ params["output"]).astype(jnp.float32)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(-1)
 
     def draw(key, *lead):
@@ -131,7 +140,8 @@ class Case(NamedTuple):
     args: tuple
 
 
-def make_case(model: Model, optimiser: str, num_steps: int, which: str, rules: dict | None = None) -> Case:
+def make_case(model: Model, optimiser: str, num_steps: int, which: str, rules: Mapping[str, Any] = RULES) -> Case:
+    """`optimiser`: "sgd" or "adam" of optax, or "momentum", the same as "sgd" by `momentum_sgd`, for `Reversible`."""
     hparams = {
         "decay": jax.tree.map(lambda x: jnp.full_like(x, -9.0), model.params),
         "rate": jnp.full(num_steps, jnp.log(RATE[optimiser])),
@@ -141,14 +151,20 @@ def make_case(model: Model, optimiser: str, num_steps: int, which: str, rules: d
 
     def train_loss(params, h, batch):
         data, weights = batch
-        decay = jax.tree.map(lambda log, x: jnp.sum(jnp.exp(log) * x**2), h["decay"], params)
+        decay = jax.tree.map(lambda log, x: jnp.sum(jnp.exp(log) * x**2, dtype=jnp.float32), h["decay"], params)
         return jnp.mean(jnp.exp(weights) * model.losses(params, *data)) + sum(jax.tree.leaves(decay))
 
     def make_tx(h):
         schedule = lambda step: jnp.exp(h["rate"][step])  # noqa: E731
-        return optax.adam(schedule, eps_root=1e-8) if optimiser == "adam" else optax.sgd(schedule, momentum=0.9)
+        if optimiser == "momentum":
+            return optax.sgd(lambda step: (1 - MOMENTUM) * schedule(step), MOMENTUM)
+        return optax.adam(schedule, eps_root=1e-8) if optimiser == "adam" else optax.sgd(schedule, MOMENTUM)
 
-    solver = jaxhpo.from_optax(train_loss, make_tx)
+    def rate(h, step):
+        return jnp.exp(h["rate"][step])
+
+    reversible = optimiser == "momentum"
+    solver = jaxhpo.momentum_sgd(train_loss, rate, MOMENTUM) if reversible else jaxhpo.from_optax(train_loss, make_tx)
 
     def batch_at(h, batches, t):
         return jax.tree.map(lambda x: x[t % BATCHES], (batches, h["example"]))
@@ -158,7 +174,7 @@ def make_case(model: Model, optimiser: str, num_steps: int, which: str, rules: d
         by_step = lambda t: batch_at(h, batches, t)  # noqa: E731
         return jaxhpo.solve(solver, start, h, by_step, num_steps=num_steps, adjoint=adjoint, key=KEY).params
 
-    def by_hand(wrap, h, params, batches):
+    def by_hand(wrap, h, params, batches, scan=jax.lax.scan):
         tx = make_tx(h)
 
         def step(carry, t):
@@ -167,7 +183,7 @@ def make_case(model: Model, optimiser: str, num_steps: int, which: str, rules: d
             updates, state = tx.update(grad, state, params)
             return (optax.apply_updates(params, updates), state), None
 
-        return jax.lax.scan(wrap(step), (params, tx.init(params)), jnp.arange(num_steps))[0][0]
+        return scan(wrap(step), (params, tx.init(params)), jnp.arange(num_steps))[0][0]
 
     def with_all(train, given, params, batches, val_batch):
         return model.losses(train({**hparams, **given}, params, batches), *val_batch).mean()
@@ -177,13 +193,20 @@ def make_case(model: Model, optimiser: str, num_steps: int, which: str, rules: d
 
     trainings = {
         "plain JAX": lambda *args: by_hand(lambda step: step, *args),
+        "a Python loop": lambda *args: by_hand(lambda step: step, *args, scan=python_loop),
         "jax.checkpoint a step": lambda *args: by_hand(lambda step: jax.checkpoint(step, prevent_cse=False), *args),
     }
-    for name, rule in (RULES if rules is None else rules).items():
+    for name, rule in rules.items():
         if rule is not None:
             trainings[name] = lambda *args, rule=rule: trained(rule, *args)
     args = (tuned, model.params, model.draw(jax.random.key(1), BATCHES), model.draw(jax.random.key(2)))
     return Case({name: outer(train) for name, train in trainings.items()}, outer(trainings["plain JAX"]), args)
+
+
+def python_loop(step, carry, xs):
+    for x in xs:
+        carry, _ = step(carry, x)
+    return carry, None
 
 
 def matrix_operations(function, *args) -> float:
@@ -243,7 +266,7 @@ def draw(rows, path) -> None:
 def main(arguments=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
-    parser.add_argument("--optimisers", nargs="+", choices=list(RATE), default=["sgd", "adam"])
+    parser.add_argument("--optimisers", nargs="+", choices=["sgd", "adam"], default=["sgd", "adam"])
     parser.add_argument("--steps", nargs="+", type=int, default=[10, 50, 200, 1000])
     parser.add_argument("--hyperparameters", nargs="+", choices=["decay", "rate", "example", "all"], default=["all"])
     parser.add_argument("--schedules", nargs="+", choices=list(RULES), default=list(RULES), metavar="SCHEDULE")
