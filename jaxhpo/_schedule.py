@@ -77,12 +77,21 @@ def _little(num_steps, sizes):
 
 
 def _root(num_steps):
-    return math.isqrt(num_steps - 1) + 1
+    return _even(num_steps, math.isqrt(num_steps - 1) + 1)
 
 
 def _segment(num_steps, sizes):
     """The segments that take the least memory where gradients are kept."""
-    return max(1, round(math.sqrt(num_steps * sizes.state / (sizes.state + sizes.gradient))))
+    return _even(num_steps, max(1, round(math.sqrt(num_steps * sizes.state / (sizes.state + sizes.gradient)))))
+
+
+def _even(num_steps, segment):
+    """The length nearest to this one that leaves no shorter segment, which would be compiled once more.
+
+    A third more or less costs at most 5 % of the memory: (1.35 + 1/1.35) / 2 = 1.05.
+    """
+    divisors = [k for k in range(1, num_steps + 1) if num_steps % k == 0 and 1 / 1.35 <= k / segment <= 1.35]
+    return min(divisors, key=lambda k: abs(math.log(k / segment)), default=segment)
 
 
 @contextlib.contextmanager

@@ -163,22 +163,22 @@ TRANSFORMER = Sizes(3 * MB, MB, lambda: 25 * MB, lambda: 90 * MB)  # Adam; many
         ("auto", 16, NETWORK, Schedule(1, True)),
         ("sqrt", 16, NETWORK, Schedule(1, True)),
         ("auto", 17, NETWORK, Schedule(3, True)),  # √(17 · 2/3) = 3.4
-        ("auto", 1000, NETWORK, Schedule(32, False)),  # 26 gradients would outweigh what one step takes
-        ("auto", 1000, TRANSFORMER, Schedule(27, True)),  # √(1000 · 3/4) = 27.4
-        ("sqrt", 1000, TRANSFORMER, Schedule(32, True)),
-        ("sqrt", 1000, NETWORK, Schedule(32, False)),
+        ("auto", 1000, NETWORK, Schedule(40, False)),  # 26 gradients would outweigh what one step takes
+        ("auto", 1000, TRANSFORMER, Schedule(25, True)),  # √(1000 · 3/4) = 27.4, and 25 divides 1000
+        ("sqrt", 1000, TRANSFORMER, Schedule(40, True)),
+        ("sqrt", 1000, NETWORK, Schedule(40, False)),
         (40, 1000, NETWORK, Schedule(40, False)),
         (10, 1000, NETWORK, Schedule(10, True)),
         (
             "auto",
             1000,
             Sizes(2 * MB, 0, lambda: 0, lambda: 0),
-            Schedule(32, True),
+            Schedule(40, True),
         ),  # no gradient: what is kept of it is nothing
         (40, 12, NETWORK, Schedule(40, True)),  # no more than twelve are ever kept
         ("auto", 100, Sizes(2**16, 2**15, lambda: 0, lambda: 2**16), EVERYTHING),  # 12.5 MiB in all
         ("auto", 150, Sizes(2**16, 2**15, lambda: 2**15, lambda: 2**16), Schedule(1, True)),  # 18.75, 14 MiB
-        ("auto", 200, Sizes(2**16, 2**15, lambda: 2**15, lambda: 2**16), Schedule(12, True)),  # √(200 · 2/3) = 11.5
+        ("auto", 200, Sizes(2**16, 2**15, lambda: 2**15, lambda: 2**16), Schedule(10, True)),  # √(200 · 2/3) = 11.5
         ("binomial", 1000, NETWORK, Schedule(slots=17)),
     ],
     ids=lambda value: "" if isinstance(value, Sizes) else str(value),
