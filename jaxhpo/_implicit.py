@@ -92,8 +92,8 @@ def _attach_jvp(rule, primals, tangents):
 
     _, rhs, matvec = jax.jvp(linearised, (moved,), ([dots[i] for i in moving],), has_aux=True)
     solve = rule.linear_solver if key is None else functools.partial(rule.linear_solver, key=key)
-    # A leaf of the right-hand side that no moving input reaches is a constant zero; JAX's own linear solvers, which may
-    # stand here, are transposed only if all of it depends on the tangents.
+    # A leaf of the right-hand side that no moving input reaches is a constant zero; `lax.custom_linear_solve` is
+    # transposed only if all of it depends on the tangents.
     zero = sum(jnp.sum(dots[i]) * 0 for i in moving)
     rhs = jax.tree.map(lambda r: r + jnp.asarray(zero).astype(r.dtype), rhs)
     params_dot = checked_solution(solve(matvec, scaled(-1.0, rhs)), rhs)
