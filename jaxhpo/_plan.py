@@ -64,7 +64,7 @@ class MemoryPlan:
 
     def __str__(self) -> str:
         head = f"{'schedule':34} {'memory':>10} {'copies of θ':>12} {'trainings':>10}  keeps"
-        lines = [head, *(self._line(row) for row in self.rows or (self.asked,))]
+        lines = [head, *(self._line(row) for row in dict.fromkeys((*self.rows, self.asked)))]
         of = f" for a population of {self.population}" if self.population > 1 else ""
         lines.append(f"As written, {self.asked.call}: {human(self.asked.bytes)} of {human(self.limit)}{of}.")
         return "\n".join([*lines, *self.reasons])
@@ -101,7 +101,8 @@ def memory_plan(
 
     **Cost and bias**: six traces (seconds for a large model). Where the states stored are at least half of the memory,
     within 20 % of what the compiler allocates, else within a factor of 1.5 (on CPU, for the problems of the tests);
-    operations are exact. Empties JAX's cache of compiled functions.
+    operations are exact, but for loops to a tolerance, which count as 100 passes. Empties JAX's cache of compiled
+    functions.
 
     Args:
       outer_loss: `hparams -> scalar`, or `-> (N,)` for a population.

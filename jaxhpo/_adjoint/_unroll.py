@@ -50,7 +50,8 @@ class Unroll:
         MiB; else every state and gradient if they are, or T ≤ 16; beyond that two levels with as many steps between
         states as take the least memory. An integer k: one state every k steps (it need not divide the number of steps);
         1 is every state. `"sqrt"`: k = √T for T > 16, else 1. `"binomial"`: the fewest states with which no step is
-        taken more than three times. None: whatever plain autodiff stores, all activations of all steps.
+        taken more than three times. None: whatever plain autodiff stores, all activations of all steps. Under `vmap`
+        the sizes of one member decide.
       truncate: K above, or None for all steps.
       memory_limit: bytes that run and backward pass may take (estimated, of one member under `vmap`): the fastest
         schedule that fits is taken, with `checkpoint="auto"`.
