@@ -12,6 +12,7 @@ which is a one-to-one map of (c, i) to (c', i'), with i' ≈ i d/n and c' = c n/
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +22,7 @@ import numpy as np
 DIGIT = 16  # bits: d = 2^16
 D = 2**DIGIT
 LOW = D - 1  # the mask of the lowest digit
+BLOCKS = 8  # of rows, if they are a multiple of it
 EMPTY = D  # what a lane's word holds at first: below it, the growth of i would not be d/n but what rounding makes of it
 
 
@@ -115,47 +117,64 @@ def numerator(momentum: jax.Array) -> jax.Array:
 
 
 def multiply(v: Velocity, n: jax.Array, buffer: Buffer, step: jax.Array) -> tuple[Velocity, Buffer]:
-    """v n/d, and the buffer with what that loses. `n` is uint32 like `v`; `step` counts the calls.
+    """v n/d, and the buffer with what that loses. `n` is uint32 like `v`; `step` counts the calls."""
 
-    Row by row, so that all that is computed on the way takes the memory of one row.
-    """
+    def push(low, n, places, buffer):
+        def one(i, carry):
+            low, buffer = carry
+            digit, buffer = _push(low[i], n[i], buffer, places[i])
+            return low.at[i].set(digit), buffer
 
-    def push(row, carry):
-        v, buffer = carry
-        high, n_row = v.high[row], n[row]
-        digit, buffer = _push(v.low[row], n_row, buffer, _place(step, row, n))
+        return jax.lax.fori_loop(0, len(n), one, (low, buffer))
+
+    def block(v, n, places, buffer):
+        low, buffer = push(v.low, n, places, buffer)
         # high n + s, with high = a 2^16 + b: both parts of a n 2^16 + (b n + s) fit.
-        a, b = high >> DIGIT, (high & LOW).astype(jnp.uint32)
-        rest = b * n_row + digit
-        high = a * n_row.astype(a.dtype) + (rest >> DIGIT).astype(a.dtype)
-        return _with_row(v, row, high, rest & LOW), buffer
+        a, b = v.high >> DIGIT, (v.high & LOW).astype(jnp.uint32)
+        rest = b * n + low
+        high = a * n.astype(a.dtype) + (rest >> DIGIT).astype(a.dtype)
+        return Velocity(high, (rest & LOW).astype(jnp.uint16)), buffer
 
-    return jax.lax.fori_loop(0, len(n), push, (v, buffer))
+    return _by_blocks(block, v, n, buffer, step, reverse=False)
 
 
 def divide(v: Velocity, n: jax.Array, buffer: Buffer, step: jax.Array) -> tuple[Velocity, Buffer]:
     """Undoes `multiply` with the same `n` and `step`."""
 
-    def pop(i, carry):
+    def pop(low, n, places, buffer):
+        def one(i, carry):
+            low, buffer = carry
+            i = len(n) - 1 - i
+            digit, buffer = _pop(low[i], n[i], buffer, places[i])
+            return low.at[i].set(digit), buffer
+
+        return jax.lax.fori_loop(0, len(n), one, (low, buffer))
+
+    def block(v, n, places, buffer):
+        signed = n.astype(v.high.dtype)
+        a = v.high // signed
+        rest = ((v.high - a * signed).astype(jnp.uint32) << DIGIT) | v.low
+        b, s = _divmod(rest, n)
+        low, buffer = pop(s.astype(jnp.uint16), n, places, buffer)
+        return Velocity((a << DIGIT) | b.astype(a.dtype), low), buffer
+
+    return _by_blocks(block, v, n, buffer, step, reverse=True)
+
+
+def _by_blocks(block, v, n, buffer, step, reverse):
+    """Block of rows by block of rows, so that what is computed on the way takes the memory of one block."""
+    num_blocks = math.gcd(len(n), BLOCKS)
+    size = len(n) // num_blocks
+
+    def body(i, carry):
         v, buffer = carry
-        row = len(n) - 1 - i
-        high, n_row = v.high[row], n[row]
-        signed = n_row.astype(high.dtype)
-        a = high // signed
-        rest = ((high - a * signed).astype(jnp.uint32) << DIGIT) | v.low[row]
-        b, s = _divmod(rest, n_row)
-        digit, buffer = _pop(s.astype(jnp.uint16), n_row, buffer, _place(step, row, n))
-        return _with_row(v, row, (a << DIGIT) | b.astype(a.dtype), digit), buffer
+        begin = size * (num_blocks - 1 - i if reverse else i)
+        taken, its_n = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, begin, size), (v, n))
+        places = step.astype(jnp.int32) * len(n) + begin + jnp.arange(size, dtype=jnp.int32)
+        given, buffer = block(taken, its_n, places, buffer)
+        return jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, begin, 0), v, given), buffer
 
-    return jax.lax.fori_loop(0, len(n), pop, (v, buffer))
-
-
-def _with_row(v, row, high, low):
-    return Velocity(v.high.at[row].set(high), v.low.at[row].set(low.astype(jnp.uint16)))
-
-
-def _place(step, row, n):
-    return step.astype(jnp.int32) * len(n) + jnp.asarray(row, jnp.int32)
+    return jax.lax.fori_loop(0, num_blocks, body, (v, buffer))
 
 
 def _push(r, n, buffer, place):

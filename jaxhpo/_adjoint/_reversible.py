@@ -14,6 +14,7 @@ from jax.core import Tracer
 from jax.extend import core as jex
 
 from jaxhpo._adjoint._exact_arithmetic import (
+    BLOCKS,
     DIGIT,
     Buffer,
     D,
@@ -37,8 +38,7 @@ from jaxhpo._validate import check_positive
 
 TRACED_BITS = 1.0  # bits per weight and step where the momentum is traced: a geometric mean of one half
 LANE_BITS = 192  # what a lane should hold, next to which the unused bits of its word (16 to 32) and stack (16) are few
-ROWS = 8  # no fewer, as what a product computes on its way takes the memory of some ten rows ...
-LANES = 256  # ... unless lanes would be fewer than this, for the sake of vectorised arithmetic
+LANES = 256  # no fewer, for the sake of vectorised arithmetic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,7 +217,7 @@ def make_plan(problem: Problem, buffer_bits: float | None) -> tuple[Plan, Proble
     total = bits * problem.num_steps  # a weight
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state.params)
     size = sum(x.size for x in jax.tree.leaves(params))
-    rows = max(1, min(max(ROWS, math.ceil(LANE_BITS / max(total, 1e-3))), size // LANES))
+    rows = max(1, min(BLOCKS * math.ceil(LANE_BITS / BLOCKS / max(total, 1e-3)), size // LANES))
     # A word spills from 32 bits to 16 and begins at 16, so a lane spills ⌊total rows / 16⌋ times. One bit for rounding.
     depth = max(1, math.floor((total * rows + 1) / DIGIT))
     plan = Plan(
