@@ -47,12 +47,12 @@ val_loss = lambda params: train_loss(params, h, {"image": images, "label": label
 @pytest.mark.slow
 def test_readme_examples_of_methods_run(tmp_path):
     """They go on from the first example."""
-    first, _, _, comparing, pair = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    code = "\n".join([first, comparing, pair, "assert result.status == 'finished'"])
+    first, _, _, comparing, planning, pair = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    code = "\n".join([first, comparing, planning, pair, "assert result.status == 'finished'"])
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     command = [sys.executable, "-c", code]
     out = subprocess.run(command, capture_output=True, text=True, env=env, check=True, cwd=tmp_path).stdout
-    assert "Unroll()" in out and (tmp_path / "comparison.png").exists()
+    assert "Unroll()" in out and "binomial checkpointing" in out and (tmp_path / "comparison.png").exists()
 
 
 def test_readme_names_only_what_exists():
