@@ -15,7 +15,7 @@ from jaxhpo._diagnose import SolveLog, UnrolledSolve, recording_solves
 from jaxhpo._errors import JaxhpoError
 from jaxhpo._schedule import describe, imposing
 from jaxhpo._types import PyTree
-from jaxhpo._validate import check_callable, check_params, check_positive
+from jaxhpo._validate import check_callable, check_params, check_positive, short_name
 
 CHOICES = (None, 1, "sqrt", "auto", "binomial")
 UNKNOWN_LENGTH = 100  # iterations that a loop to a tolerance is counted as
@@ -148,7 +148,7 @@ def memory_plan(
             if [*rules] == [dataclasses.replace(rule, checkpoint=checkpoint, memory_limit=None) for rule in rules]:
                 rows.append(asked)
                 continue
-            calls = [short(dataclasses.replace(rule, checkpoint=checkpoint, memory_limit=None)) for rule in rules]
+            calls = [short_name(dataclasses.replace(rule, checkpoint=checkpoint, memory_limit=None)) for rule in rules]
             with imposing(checkpoint):
                 rows.append(_row(outer_loss, hparams, shape, unit, ", ".join(dict.fromkeys(calls)))[0])
     finally:
@@ -171,30 +171,19 @@ def _row(outer_loss, hparams, shape, unit, call=None) -> tuple[PlanRow, SolveLog
     with warnings.catch_warnings(), recording_solves() as log:
         warnings.simplefilter("ignore")  # they are for the run
         operations, peak = count_and_peak(with_grad, hparams, unknown_length=UNKNOWN_LENGTH)
-    call = call or ", ".join(dict.fromkeys(map(short, log.adjoints))) or "no solve"
+    call = call or ", ".join(dict.fromkeys(map(short_name, log.adjoints))) or "no solve"
     return PlanRow(call, peak, operations / unit, tuple(describe(row.schedule) for row in log.schedules)), log
 
 
 def _reason(row: UnrolledSolve) -> str:
     steps = row.num_steps
     text = (
-        f"{short(row.adjoint)} keeps {describe(row.schedule)}: a state is {human(row.state)}, {steps} of them "
+        f"{short_name(row.adjoint)} keeps {describe(row.schedule)}: a state is {human(row.state)}, {steps} of them "
         f"{human(steps * row.state)}, and all that plain autodiff keeps {human(steps * (row.state + row.residuals))}"
     )
     if row.gradient:
         text += f"; a gradient is {human(row.gradient)}, the activations of a step {human(row.activations)}"
     return text + "."
-
-
-def short(rule: Any) -> str:
-    """The call that makes a rule, less the settings that are the default ones.
-
-    Example:
-      >>> short(jaxhpo.Unroll(checkpoint=7))
-      'Unroll(checkpoint=7)'
-    """
-    given = [f for f in dataclasses.fields(rule) if getattr(rule, f.name) != f.default]
-    return f"{type(rule).__name__}({', '.join(f'{f.name}={getattr(rule, f.name)!r}' for f in given)})"
 
 
 def _too_much(plan) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
 import numbers
@@ -220,3 +221,22 @@ def check_residual(out: PyTree, params: PyTree, what: str = "condition", root: s
                 f"and floating-point."
             )
     return out
+
+
+def short_name(value: Any) -> str:
+    """As one would write the call: settings at their default are left out, required ones are positional."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return getattr(value, "__name__", None) or repr(value)
+    parts = []
+    for field in dataclasses.fields(value):
+        setting = getattr(value, field.name)
+        nested = dataclasses.is_dataclass(setting)
+        if not nested and field.default is not dataclasses.MISSING and setting == field.default:
+            continue
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        first = field.name == dataclasses.fields(value)[0].name
+        text = short_name(setting)
+        parts.append(text if required or (nested and first) else f"{field.name}={text}")
+    return f"{type(value).__name__}({', '.join(parts)})"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -39,7 +38,7 @@ from jaxhpo._linear._neumann import Neumann
 from jaxhpo._progress import Progress
 from jaxhpo._tree import names
 from jaxhpo._types import Adjoint, LinearStatus, PyTree
-from jaxhpo._validate import check_callable, check_count, check_key, check_params, check_scalar, describe
+from jaxhpo._validate import check_callable, check_count, check_key, check_params, check_scalar, describe, short_name
 
 
 def compare(
@@ -181,25 +180,6 @@ def _named(adjoints) -> dict[str, Adjoint]:
     for rule in methods.values():
         check_adjoint(rule)
     return methods
-
-
-def short_name(value: Any) -> str:
-    """As one would write the call: settings at their default are left out, required ones are positional."""
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if not dataclasses.is_dataclass(value) or isinstance(value, type):
-        return getattr(value, "__name__", None) or repr(value)
-    parts = []
-    for field in dataclasses.fields(value):
-        setting = getattr(value, field.name)
-        nested = dataclasses.is_dataclass(setting)
-        if not nested and field.default is not dataclasses.MISSING and setting == field.default:
-            continue
-        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        first = field.name == dataclasses.fields(value)[0].name
-        text = short_name(setting)
-        parts.append(text if required or (nested and first) else f"{field.name}={text}")
-    return f"{type(value).__name__}({', '.join(parts)})"
 
 
 def default_adjoints(log: SolveLog, num_hparams: int, unrolls: bool) -> list[Adjoint]:
