@@ -60,9 +60,10 @@ class Reversible:
     or 4e-9 in 32 bits) is lost without a word: scale a loss up whose gradients are that small, and the rate down.
 
     **Cost and bias**: 3.9 plain trainings (matrix products counted on an MLP 784-256-256-10, T = 1000; by the clock
-    several more, since exact products take time that is not counted); memory of about thirteen copies of θ there, and :math:`\log_2(d/n)` bits per weight and inner step: 0.15 at a
-    momentum of 0.9, 0.029 at 0.98, where `Unroll(checkpoint=1)` stores 64; but 16 at 0. Exact for the fixed-point run,
-    in which a momentum is rounded up by at most 2⁻¹⁶.
+    several more, since exact products take time that is not counted); memory of about thirteen copies of θ there, and
+    :math:`\log_2(d/n)` bits per weight and inner step: 0.15 at a momentum of 0.9, 0.029 at 0.98, where
+    `Unroll(checkpoint=1)` stores 64; but 16 at 0. Exact for the fixed-point run, in which a momentum is rounded up by
+    at most 2⁻¹⁶.
 
     Args:
       buffer_bits: memory for the buffer, in bits per weight and inner step: a mean over the steps, in each of which
