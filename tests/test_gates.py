@@ -4,7 +4,9 @@ import pathlib
 import sys
 
 import jax
+import numpy as np
 import pytest
+from jax.flatten_util import ravel_pytree
 
 import jaxhpo
 from jaxhpo._cost import count_arithmetic, temporary_bytes
@@ -51,3 +53,27 @@ def test_reversal(unroll):
     """The same, run backwards: a buffer of 5.0 copies (152 bits a weight, and words), four of state, the step's own."""
     arithmetic, memory = cost(unroll.make_case(unroll.mlp(), "momentum", 1000, "all", RULES), "reversible")
     assert arithmetic <= 4.2 and memory <= 20
+
+
+def test_a_quarter_of_each_minibatch(unroll):
+    """Of the transformer, with memory for two levels: two passes forward and a quarter of 8/3 are 2.67 trainings."""
+    case = unroll.make_case(unroll.language_model(), "adam", 200, "all", {"f": jaxhpo.Unroll(hvp_fraction=0.25)})
+    counted = count_arithmetic(jax.grad(case.losses["f"]), *case.args, elementwise=False)
+    assert counted / count_arithmetic(case.training, *case.args, elementwise=False) <= 3.0
+
+
+def test_a_quarter_of_each_minibatch_is_unbiased(unroll, monkeypatch):
+    """200 draws for a small transformer: within 3 standard errors along the exact hypergradient and 8 directions."""
+    model = unroll.language_model(layers=2, width=32, heads=2, vocabulary=64, length=16, batch=8)
+
+    def hypergradient(rule, key):
+        monkeypatch.setattr(unroll, "KEY", key)
+        case = unroll.make_case(model, "adam", 6, "all", {"f": rule})
+        return ravel_pytree(jax.grad(case.losses["f"])(*case.args))[0]
+
+    exact = np.asarray(jax.jit(lambda: hypergradient(jaxhpo.Unroll(), None))(), np.float64)
+    draw = jax.jit(lambda key: hypergradient(jaxhpo.Unroll(checkpoint=2, hvp_fraction=0.25), key))
+    draws = np.stack([np.asarray(draw(key), np.float64) for key in jax.random.split(jax.random.key(5), 200)])
+    directions = np.concatenate([exact[None], np.random.default_rng(0).normal(size=(8, exact.size))])
+    errors = (draws - exact) @ directions.T
+    assert (np.abs(errors.mean(0)) <= 3 * errors.std(0, ddof=1) / 200**0.5).all()
