@@ -53,9 +53,9 @@ from jaxhpo._transforms import box as box
 from jaxhpo._transforms import positive as positive
 from jaxhpo._transforms import simplex as simplex
 from jaxhpo._transforms import unit_interval as unit_interval
-from jaxhpo._tune import TuneResult as TuneResult
-from jaxhpo._tune import TuneStep as TuneStep
-from jaxhpo._tune import tune as tune
+from jaxhpo._tune._record import TuneStep as TuneStep
+from jaxhpo._tune._tune import TuneResult as TuneResult
+from jaxhpo._tune._tune import tune as tune
 from jaxhpo._types import Hypergradient as Hypergradient
 from jaxhpo._types import HypergradientInfo as HypergradientInfo
 from jaxhpo._types import Info as Info

@@ -27,8 +27,6 @@ LAYERS = [
         "_health",
         "_inputs",
         "_progress",
-        "_run_dir",
-        "_tune_inputs",
     ],
     ["_binomial"],
     ["_solver", "_transforms", "_linear", "_curvature", "_loop", "_schedule"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import inspect
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from jaxhpo._validate import (
     check_callable,
     check_count,
     check_nonnegative,
+    check_positive,
     check_residual,
     check_scalar,
     describe,
@@ -83,7 +85,7 @@ def _accepts(fn, num_args) -> bool:
     return sum(p.kind in positional and p.default is p.empty for p in parameters) == num_args
 
 
-def check_settings(optimizer, num_steps, transforms, patience, min_delta):
+def check_settings(optimizer, num_steps, transforms, patience, min_delta, save_every, max_seconds):
     """Raises for a setting that cannot work."""
     has_both = hasattr(optimizer, "init") and hasattr(optimizer, "update")
     if not has_both or isinstance(optimizer, (type, Solver)):
@@ -94,6 +96,15 @@ def check_settings(optimizer, num_steps, transforms, patience, min_delta):
     check_nonnegative("min_delta", min_delta)
     if patience is not None:
         check_count("patience", patience)
+    if max_seconds is not None:
+        check_positive("max_seconds", max_seconds)
+    if isinstance(save_every, float):
+        raise JaxhpoError(
+            f"`save_every` got {save_every!r}, which may be steps or seconds: write an integer for outer steps, "
+            f"`datetime.timedelta(seconds={save_every!r})` for time."
+        )
+    if not isinstance(save_every, datetime.timedelta):
+        check_count("save_every", save_every)
     for transform in jax.tree.leaves(transforms):
         if isinstance(transform, type):
             name = transform.__name__

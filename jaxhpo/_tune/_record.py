@@ -1,0 +1,179 @@
+"""The record of a run: where it stands, and how it came there. What an interruption must not lose."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import re
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxhpo._errors import JaxhpoError
+from jaxhpo._tune._history import summary, to_numpy
+from jaxhpo._tune._run_dir import RunDir
+from jaxhpo._tune._search import Report, Search, State
+from jaxhpo._types import PyTree
+
+
+class TuneStep(NamedTuple):
+    """What a callback is given after each outer step.
+
+    Attributes:
+      step: 0, 1, …
+      value: the outer loss at `hparams`.
+      hparams: the hyperparameters at which it was evaluated.
+      hypergradient_norm: Euclidean norm in unconstrained units.
+      info: what the outer loss reported, or None.
+      best_value: the lowest outer loss so far.
+      seconds: since the start.
+    """
+
+    step: int
+    value: float
+    hparams: PyTree
+    hypergradient_norm: float
+    info: PyTree
+    best_value: float
+    seconds: float
+
+
+class Standing(NamedTuple):
+    """Where a run stands: replaced whole, so that an interruption finds the one before or the one after.
+
+    Attributes:
+      state: what the next step depends on.
+      rows: of history that belong to it.
+      best: lowest outer loss so far.
+      best_hparams: where that was.
+      waited: steps since an improvement.
+    """
+
+    state: State
+    rows: int
+    best: float
+    best_hparams: PyTree
+    waited: int
+
+
+class Record:
+    """A run's standing and history, in memory and in `run_dir`.
+
+    Args:
+      search: the compiled step.
+      state: the first.
+      run_dir: the folder, or None.
+      settings: of this call, to be compared with those of the call that goes on.
+    """
+
+    def __init__(self, search: Search, state: State, run_dir: RunDir | None, settings: dict[str, Any]):
+        self.search, self.run_dir, self.settings = search, run_dir, settings
+        self.now = Standing(state, 0, np.inf, None, 0)
+        # What must be the same when the run goes on: the numbers on disk mean nothing else.
+        text = re.sub(r" at 0x[0-9a-f]+", "", repr(search.transforms))  # an address differs from process to process
+        transforms = np.frombuffer(text.encode(), np.uint8)
+        self.fixed = {"hparams": state.point, "key": state.key, "transforms": transforms}
+        self.rows: list[dict[str, Any]] = []
+        self.origin, self.notes = "started", list[str]()
+        self.started = self.saved = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Since the start, without the time between a stop and its resumption."""
+        return time.perf_counter() - self.started
+
+    def accept(self, after: State, report: Report, min_delta: float) -> TuneStep:
+        """Takes a step into the record."""
+        step, seconds = self.now.rows, self.seconds
+        value, grad_norm = float(report.value), float(report.hypergradient_norm)
+        row = _row(report, seconds)
+        if self.rows and jax.tree.structure(row) != jax.tree.structure(self.rows[0]):
+            raise JaxhpoError(
+                f"`outer_loss` returned an info of tree {jax.tree.structure(row['info'])} at outer step {step}, but "
+                f"{jax.tree.structure(self.rows[0]['info'])} before: return the same tree at every step."
+            )
+        best, best_hparams, waited = self.now.best, self.now.best_hparams, self.now.waited
+        waited = 0 if value < best - min_delta else waited + 1
+        best, best_hparams = (value, report.hparams) if value < best else (best, best_hparams)
+        del self.rows[step:]  # of a step that an interruption cut off
+        self.rows.append(row)
+        self.now = Standing(after, step + 1, best, best_hparams, waited)
+        return TuneStep(step, value, report.hparams, grad_norm, report.info, best, seconds)
+
+    def history(self) -> dict[str, Any]:
+        """The rows so far, stacked."""
+        return jax.tree.map(lambda *x: np.stack(x), *self.rows[: self.now.rows])
+
+    def save(self, every: int | datetime.timedelta | None = None) -> None:
+        """Writes the history, and a checkpoint: always, or if one is due."""
+        if self.run_dir is None:
+            return
+        for row in self.rows[self.run_dir.num_rows : self.now.rows]:
+            self.run_dir.append(row)
+        if every is None or _is_due(every, self.now.rows - self.run_dir.saved_rows, time.perf_counter() - self.saved):
+            self.run_dir.save(self._tree(self.now), self.settings)
+            self.saved = time.perf_counter()
+
+    def resume(self) -> None:
+        """Goes on from what is in `run_dir`, if there is something."""
+        if self.run_dir is None:
+            return
+        after, report = jax.eval_shape(self.search.step, self.now.state)
+        row = _row(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), report), 0.0)
+        after = after._replace(key=self.now.state.key)  # a shape does not tell which kind of key
+        like = self._tree(Standing(after, 0, 0.0, report.hparams, 0))
+        found = self.run_dir.resume(like, row, "run['fixed']")
+        if found is None:
+            return
+        tree = found.tree
+        best_hparams = jax.tree.map(jnp.asarray, tree["best_hparams"])
+        state = _placed(tree["state"], self.now.state)
+        self.now = Standing(state, len(found.rows), float(tree["best"]), best_hparams, int(tree["waited"]))
+        self.rows = found.rows
+        self.started -= float(self.rows[-1]["seconds"])
+        self.origin = f"resumed from {os.fspath(self.run_dir.folder)!r} after {len(self.rows)} outer steps"
+        self.notes = [*found.notes, *_differences(found.settings, self.settings)]
+
+    def _tree(self, now: Standing):
+        best = {"best": np.asarray(now.best), "best_hparams": now.best_hparams, "waited": np.asarray(now.waited)}
+        return {"state": now.state, "fixed": self.fixed, **best}
+
+
+def _is_due(every, steps, seconds) -> bool:
+    return seconds >= every.total_seconds() if isinstance(every, datetime.timedelta) else steps >= every
+
+
+def _placed(state, like):
+    """On the devices on which the first state lies."""
+    if jax.tree.structure(state) != jax.tree.structure(like):
+        return jax.tree.map(jnp.asarray, state)
+
+    def put(x, first):
+        sharding = getattr(first, "sharding", None)
+        spread = sharding is not None and len(sharding.device_set) > 1 and np.shape(x) == first.shape
+        return jax.device_put(x, sharding) if spread else jnp.asarray(x)
+
+    return jax.tree.map(put, state, like)
+
+
+def _differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """In words, which settings are others than those of the call that saved."""
+    before, after = before | before.pop("optimizer"), after | after["optimizer"]
+    return [
+        f"{name} is {after.get(name, 'absent')}, was {before.get(name, 'absent')}"
+        for name in sorted((before.keys() | after.keys()) - {"optimizer"})
+        if before.get(name) != after.get(name)
+    ]
+
+
+def _row(report, seconds) -> dict[str, Any]:
+    return {
+        "value": np.asarray(report.value),
+        "hypergradient_norm": np.asarray(report.hypergradient_norm),
+        "seconds": np.asarray(seconds),
+        "hparams": jax.tree.map(summary, report.hparams),
+        "info": jax.tree.map(to_numpy, report.info),
+    }

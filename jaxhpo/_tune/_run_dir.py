@@ -1,0 +1,343 @@
+"""A run on disk: two checkpoints and a history. No moment at which it is stopped leaves one that cannot go on."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+import warnings
+import zipfile
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxhpo._errors import JaxhpoError
+from jaxhpo._tree import names
+from jaxhpo._tune._history import decode, encode
+from jaxhpo._types import PyTree
+
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing keeps a second process out
+    fcntl = None
+
+SCHEMA = 1  # of what a checkpoint holds; another number is refused
+KEPT = 2  # checkpoints, the newest
+PLAIN = ("schema", "rows", "history", "settings")  # arrays beside the leaves of the state
+
+
+class Resumed(NamedTuple):
+    """What `RunDir.resume` found.
+
+    Attributes:
+      tree: the state, with NumPy arrays and keys for leaves.
+      rows: of the history.
+      settings: those of the call that saved it.
+      notes: what was damaged, and passed over.
+    """
+
+    tree: PyTree
+    rows: list[PyTree]
+    settings: dict[str, Any]
+    notes: list[str]
+
+
+class _Log(NamedTuple):
+    """Of the history: replaced whole, so that an interruption finds the one before or the one after.
+
+    Attributes:
+      rows: how many there are.
+      digest: of their lines.
+      written: bytes of them in the file.
+      pending: lines that are still to be written.
+    """
+
+    rows: int
+    digest: Any
+    written: int
+    pending: bytes
+
+
+class RunDir:
+    """The folder of a run, held by one process at a time. A context manager.
+
+    `state-ROWS-SHA256.npz` holds the state after so many rows of history, and in its name the checksum of its bytes.
+    It is written under another name, synced, and renamed; the two newest are kept. `history.jsonl` grows by a line a
+    row. A checkpoint knows the length and the checksum of the history that belongs to it; lines beyond are those of
+    steps that will be taken again.
+
+    Args:
+      path: the folder, made where it does not exist.
+
+    Raises:
+      JaxhpoError: nothing can be written there, or another process holds it.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        try:
+            self.folder = pathlib.Path(path)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.folder / "lock", "a+b")  # noqa: SIM115 (held until `close`)
+        except (OSError, TypeError) as error:
+            raise JaxhpoError(
+                f"`run_dir` got {path!r}, where no file can be written ({error}): name a folder."
+            ) from error
+        self._take_lock()
+        self._history = _open(self.folder / "history.jsonl")
+        self._log = _Log(0, hashlib.sha256(), 0, b"")
+        self.saved_rows = 0
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the history so far."""
+        return self._log.rows
+
+    def _take_lock(self):
+        if fcntl is None:
+            return
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.seek(0)
+            holder = self._lock.read().decode(errors="replace").strip()
+            self._lock.close()
+            raise JaxhpoError(
+                f"`run_dir`: {self.folder} is in use by process {holder}, and two runs in one folder would spoil each "
+                "other: wait for it, stop it, or name another folder."
+            ) from None
+        except OSError as error:
+            warnings.warn(
+                f"`run_dir`: {self.folder} cannot be locked ({error}): see to it that no other process uses it.",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+            return
+        # That of a process that was killed is freed with it; its number stays behind, and is replaced.
+        with contextlib.suppress(OSError):
+            self._lock.truncate(0)
+            self._lock.write(f"{os.getpid()} on {os.uname().nodename}".encode())
+            self._lock.flush()
+
+    def __enter__(self) -> RunDir:
+        """The folder itself."""
+        return self
+
+    def __exit__(self, *_) -> None:
+        """Lets another process have it."""
+        self._history.close()
+        self._lock.close()
+
+    def append(self, row: PyTree) -> None:
+        """Adds a row to the history; where the disk refuses, it is kept for the next time."""
+        line, digest = encode(self.num_rows, row), self._log.digest.copy()
+        digest.update(line)
+        self._log = _Log(self.num_rows + 1, digest, self._log.written, self._log.pending + line)
+        with contextlib.suppress(OSError):  # `save` tells
+            self._flush()
+
+    def _flush(self):
+        while self._log.pending:
+            # Where the last whole write ended: an interrupted one is written over.
+            self._history.seek(self._log.written)
+            count = self._history.write(self._log.pending)
+            self._log = self._log._replace(written=self._log.written + count, pending=self._log.pending[count:])
+
+    def save(self, tree: PyTree, settings: dict[str, Any]) -> bool:
+        """Writes a checkpoint of the state after the rows so far; warns where the disk refuses, and says whether not.
+
+        Args:
+          tree: arrays and keys.
+          settings: numbers and strings, to be compared with those of the call that resumes.
+        """
+        if self.num_rows == self.saved_rows:
+            return True
+        temporary = self.folder / "state.tmp"
+        try:
+            self._flush()
+            os.fsync(self._history.fileno())
+            digest = _write(temporary, self._arrays(tree, settings))
+            os.replace(temporary, self.folder / f"state-{self.num_rows:08d}-{digest}.npz")
+            _sync_folder(self.folder)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            warnings.warn(
+                f"`run_dir`: the state after {self.num_rows} outer steps could not be saved in {self.folder} "
+                f"({error}). The run goes on, and tries again; on disk it is at step {self.saved_rows}.",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+            return False
+        self.saved_rows = self.num_rows
+        for old in self._checkpoints()[KEPT:]:
+            with contextlib.suppress(OSError):
+                old.unlink()
+        return True
+
+    def _arrays(self, tree, settings):
+        history = f"{self._log.written} {self._log.digest.hexdigest()}"
+        plain = (str(SCHEMA), str(self.num_rows), history, json.dumps(settings, sort_keys=True))
+        arrays = {name: np.frombuffer(text.encode(), np.uint8) for name, text in zip(PLAIN, plain, strict=True)}
+        return arrays | {f"{i} {name}": _to_numpy(x) for i, (name, x) in enumerate(_rows(tree))}
+
+    def _checkpoints(self) -> list[pathlib.Path]:
+        """The newest first."""
+        return sorted(self.folder.glob("state-*.npz"), reverse=True)
+
+    def resume(self, like: PyTree, row: PyTree, fixed: str) -> Resumed | None:
+        """Reads the newest checkpoint that is whole; None where there is none yet.
+
+        Args:
+          like: a tree of the state's structure and shapes.
+          row: the same of a row of history.
+          fixed: leaves whose names begin with this must hold the same values.
+
+        Raises:
+          JaxhpoError: there are checkpoints, but all are damaged, or they are those of another run.
+        """
+        notes: list[str] = []
+        damaged = []
+        for path in self._checkpoints():
+            try:
+                arrays = _read(path)
+                rows, settings, log = self._belonging(arrays, row)
+            except _DamagedError as error:
+                damaged.append(path)
+                notes.append(f"{path.name[:14]}….npz is damaged ({error})")
+                continue
+            tree = _matched(path, arrays, like, fixed)
+            self._go_on(log, damaged)
+            return Resumed(tree, rows, settings, notes)
+        if notes:
+            raise JaxhpoError(
+                f"`run_dir`: {self.folder} holds no checkpoint that can be read: {'; '.join(notes)}. Move the folder "
+                "away, or name another, to start anew."
+            )
+        self._history.truncate(0)  # of steps that were never saved
+        return None
+
+    def _go_on(self, log, damaged):
+        """Takes up a checkpoint's history; newer ones that are damaged make way for those that will follow."""
+        for path in damaged:
+            path.rename(path.with_suffix(".damaged"))
+        self._history.truncate(log.written)
+        self._log, self.saved_rows = log, log.rows
+
+    def _belonging(self, arrays, row) -> tuple[list[PyTree], dict[str, Any], _Log]:
+        """The history and the settings of a checkpoint."""
+        schema, count, history, settings = (arrays.pop(name, np.zeros(0, np.uint8)).tobytes() for name in PLAIN)
+        if int(schema or 0) != SCHEMA:
+            raise JaxhpoError(
+                f"`run_dir`: {self.folder} was written by another version of jaxhpo (schema {int(schema or 0)}, where "
+                f"this one reads {SCHEMA}): go on with that version, or name another folder."
+            )
+        length, checksum = history.split()
+        self._history.seek(0)
+        text = self._history.read(int(length))
+        digest = hashlib.sha256(text)
+        if digest.hexdigest() != checksum.decode():
+            raise _DamagedError("history.jsonl is not the one that it was saved with")
+        log = _Log(int(count), digest, int(length), b"")
+        try:
+            return [decode(line, row) for line in text.splitlines()], json.loads(settings), log
+        except KeyError as error:
+            raise JaxhpoError(
+                f"`run_dir`: the history in {self.folder} has no {error}, so it belongs to a run of another structure: "
+                "use another folder, or the hyperparameters and the info of that run."
+            ) from error
+
+
+class _DamagedError(Exception):
+    """A checkpoint that cannot be used."""
+
+
+def _open(path):
+    try:
+        return open(path, "r+b", buffering=0)
+    except FileNotFoundError:
+        return open(path, "w+b", buffering=0)
+
+
+def _write(path, arrays) -> str:
+    """Writes and syncs the arrays; their checksum."""
+    with open(path, "w+b") as file:
+        np.savez(file, allow_pickle=False, **arrays)
+        file.flush()
+        os.fsync(file.fileno())
+        file.seek(0)
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read(path) -> dict[str, np.ndarray]:
+    try:
+        with open(path, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() not in path.name:
+                raise _DamagedError("its checksum does not match")
+            file.seek(0)
+            with np.load(file) as arrays:
+                return {name: arrays[name] for name in arrays.files}
+    except (zipfile.BadZipFile, ValueError, OSError, EOFError) as error:
+        raise _DamagedError(str(error)) from error
+
+
+def _sync_folder(folder):
+    # The new name, too, must survive a power cut. Windows cannot open a folder.
+    with contextlib.suppress(PermissionError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _matched(path, arrays, like, fixed) -> PyTree:
+    """The arrays in the structure of `like`; raises where names, shapes or fixed values are others."""
+    rows = _rows(like)
+    # Two leaves may have one name; their place tells them apart.
+    found = {(name.split(" ", 1)[1], name): array for name, array in arrays.items()}
+    if [name for name, _ in found] != [name for name, _ in rows]:
+        other = sorted({name for name, _ in found} ^ {name for name, _ in rows})
+        raise JaxhpoError(
+            f"`run_dir`: {path.parent} belongs to a run of another structure; they differ in {', '.join(other[:5])}. "
+            f"Use another folder, or the hyperparameters, carry and optimiser of that run."
+        )
+    for (name, x), array in zip(rows, found.values(), strict=True):
+        if name.startswith(fixed) and not np.array_equal(array, _to_numpy(x)):
+            raise JaxhpoError(
+                f"`run_dir`: the run in {path.parent} began with another value of `{name}`, so its numbers mean "
+                f"something else: use another folder, or the start (`hparams`), `key` and `transforms` of that run."
+            )
+        data = jax.eval_shape(jax.random.key_data, x) if _is_key(x) else x
+        shape, dtype = np.shape(data), np.dtype(getattr(data, "dtype", array.dtype))
+        # Types that NumPy does not know (bfloat16) come back as raw bytes.
+        same = dtype == array.dtype or (array.dtype.kind == "V" and dtype.itemsize == array.dtype.itemsize)
+        if array.shape != shape or not same:
+            raise JaxhpoError(
+                f"`run_dir`: `{name}` is {array.dtype}{list(array.shape)} in {path.parent}, but {dtype}{list(shape)} "
+                "here: use another folder, or the precision (`jax_enable_x64`) and shapes of that run."
+            )
+    leaves = [_from_numpy(array, x) for (_, x), array in zip(rows, found.values(), strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def _rows(tree):
+    return list(zip(names(tree, "run"), jax.tree.leaves(tree), strict=True))
+
+
+def _is_key(x) -> bool:
+    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _to_numpy(x):
+    return np.asarray(jax.random.key_data(x) if _is_key(x) else x)
+
+
+def _from_numpy(array, like):
+    if _is_key(like):
+        impl = None if isinstance(like, jax.ShapeDtypeStruct) else jax.random.key_impl(like)
+        return jax.random.wrap_key_data(array, impl=impl)
+    return array.view(like.dtype) if array.dtype.kind == "V" else array

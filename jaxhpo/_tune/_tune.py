@@ -1,0 +1,234 @@
+"""The outer loop, for those who do not want to write it."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import functools
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxhpo._errors import NonFiniteError, ZeroHypergradientWarning
+from jaxhpo._health import forget_if_jitted, raise_if_zero, what_is_not_finite
+from jaxhpo._progress import Progress
+from jaxhpo._transforms import to_natural, to_unconstrained
+from jaxhpo._tree import names
+from jaxhpo._tune._fingerprint import fingerprint
+from jaxhpo._tune._inputs import check_callbacks, check_settings, make_evaluator
+from jaxhpo._tune._record import Record, TuneStep
+from jaxhpo._tune._run_dir import RunDir
+from jaxhpo._tune._search import Search, State
+from jaxhpo._tune._signals import noting_sigterm
+from jaxhpo._types import PyTree
+from jaxhpo._validate import check_arrays, check_key, check_params
+
+TEN_SECONDS = datetime.timedelta(seconds=10)
+
+
+class TuneResult(NamedTuple):
+    """What `tune` found. Everything is in natural units.
+
+    Attributes:
+      hparams: the last hyperparameters, after the last update.
+      carry: the last carry.
+      best_hparams: the hyperparameters of lowest outer loss. (Where the outer loss is random, the luckiest step.)
+      best_value: that loss, a float.
+      history: a dict of NumPy arrays with one row per outer step: `value`, `hypergradient_norm` (in unconstrained
+        units, those of the search), `seconds`, `hparams` (a tree; leaves of more than 1024 entries are kept as their
+        minimum, quartiles and maximum), `info`.
+      status: "finished", "patience", "budget", "callback", "interrupted", "preempted" or "not_finite".
+      message: why it stopped, in words.
+    """
+
+    hparams: PyTree
+    carry: PyTree
+    best_hparams: PyTree
+    best_value: float
+    history: dict[str, Any]
+    status: str
+    message: str
+
+    def __repr__(self) -> str:
+        steps = len(self.history["value"])
+        return f"TuneResult(best_value={self.best_value:.6g}, steps={steps}, status={self.status!r}: {self.message})"
+
+
+def tune(
+    outer_loss: Callable | None,
+    hparams: PyTree,
+    optimizer: optax.GradientTransformation,
+    *,
+    num_steps: int,
+    transforms: PyTree = None,
+    gradient: Callable | None = None,
+    key: jax.Array | None = None,
+    carry: PyTree = None,
+    run_dir: str | os.PathLike | None = None,
+    save_every: int | datetime.timedelta = TEN_SECONDS,
+    callbacks: Iterable[Callable[[TuneStep], Any]] = (),
+    patience: int | None = None,
+    min_delta: float = 0.0,
+    max_seconds: float | None = None,
+    progress: bool = True,
+) -> TuneResult:
+    r"""Moves hyperparameters down their hypergradient with an optax optimiser.
+
+    With h = forward(u), each outer step is
+    :math:`u \leftarrow u + \mathrm{optimizer}(\nabla_u F(\mathrm{forward}(u)))`.
+    The step is compiled once. Ctrl-C returns what there is.
+
+    **Cost and bias**: one hypergradient a step, and whatever bias its rule has; memory of the hyperparameters, the
+    optimiser's state and one row of history a step.
+
+    Args:
+      outer_loss: `hparams -> scalar`, or `(hparams, carry, key) -> (scalar, carry, info)`: `carry` is handed from step
+        to step (a solution's `.state`, for a warm start), `key` is new at every step, and `info` (any pytree, such as a
+        solution's `.info`) is recorded. None where `gradient` is given.
+      hparams: the start, in natural units.
+      optimizer: any optax transformation, `optax.lbfgs()` too.
+      num_steps: outer steps, in all (with those of earlier calls on the same `run_dir`).
+      transforms: a prefix tree of transforms such as `{"penalty": positive, "momentum": unit_interval}`; None where a
+        hyperparameter is unconstrained.
+      gradient: `(hparams, carry, key) -> (value, hypergradient, carry, info)`, in natural units, in place of
+        differentiating `outer_loss`.
+      key: `jax.random.key(0)` when None.
+      carry: the first carry.
+      run_dir: a folder that keeps the run: the state in its two newest checkpoints, each checked when it is read, and
+        the history as `history.jsonl`, a line a step. The same call with the same folder goes on to the bit where the
+        last checkpoint stood, or returns at once if it had finished. More steps or another setting of the optimiser are
+        taken as given, and the difference printed; another start, key, transform or tree is refused, and so is a
+        folder in use. A full disk is warned of, and does not end the run. SIGTERM ends it after the step in hand, with
+        status "preempted", for the caller to exit with 143. None keeps nothing.
+      save_every: outer steps, or a `datetime.timedelta`, between checkpoints; the last state is always saved.
+      callbacks: each is called with a `TuneStep` after every step; a true result stops the run.
+      patience: stop after this many steps without an improvement of more than `min_delta`; None never stops early.
+      min_delta: the least improvement that counts for `patience`.
+      max_seconds: stop after this long, with the time of earlier calls on the same `run_dir`; None never does.
+      progress: a tqdm bar where tqdm is installed and the output is a terminal or a notebook, else a line every 5 s.
+
+    Returns:
+      A `TuneResult`.
+
+    Raises:
+      ZeroHypergradientError: at the first step a leaf's hypergradient is exactly zero, or the rule cuts entries off.
+      NonFiniteError: the first step is not finite; says where that began. (Later on, the run ends with a warning that
+        says so, status "not_finite", and the last finite state.)
+      JaxhpoError: an input that cannot work.
+
+    Example:
+      >>> solver = jaxhpo.from_optax(lambda p, h, batch: jnp.sum((p - 2.0) ** 2) + h * jnp.sum(p**2), optax.sgd(0.05))
+      >>> def outer_loss(h):
+      ...     sol = jaxhpo.solve(solver, solver.init(jnp.zeros(2), h), h, num_steps=100)
+      ...     return jnp.sum((sol.params - 1.0) ** 2)
+      >>> result = jaxhpo.tune(
+      ...     outer_loss, jnp.array(0.1), optax.adam(0.2), num_steps=100, transforms=jaxhpo.positive, progress=False
+      ... )
+      >>> print(round(float(result.best_hparams), 2))  # the minimiser of the penalised loss is 2 / (1 + h)
+      1.0
+
+    References:
+      Pedregosa. Hyperparameter optimization with approximate gradient. 2016. arXiv:1602.02355
+    """
+    hparams = check_params(hparams, "hparams")
+    callbacks = check_callbacks(callbacks)
+    check_settings(optimizer, num_steps, transforms, patience, min_delta, save_every, max_seconds)
+    first_key = jax.random.key(0) if key is None else check_key(key)
+    carry = jax.tree.map(jnp.asarray, check_arrays(carry, "carry"))
+    forget_if_jitted(outer_loss)
+    search = Search(make_evaluator(outer_loss, gradient), optimizer, transforms)
+    point = to_unconstrained(transforms, hparams)
+    state = State(point, optimizer.init(point), carry, first_key, jnp.zeros((), jnp.int32))
+    limits = _Limits(num_steps, patience, min_delta, max_seconds)
+    with contextlib.ExitStack() as stack:
+        folder = None if run_dir is None else stack.enter_context(RunDir(run_dir))
+        preempted = stack.enter_context(noting_sigterm(folder is not None))
+        record = Record(search, state, folder, limits._asdict() | {"optimizer": fingerprint(optimizer)})
+        record.resume()
+        if progress and record.rows:
+            print("; ".join([record.origin, *record.notes, "another folder starts anew"]), file=sys.stderr)
+        bar = stack.enter_context(Progress(num_steps, "step", progress, done=record.now.rows))
+        try:
+            status, message = _advance(record, limits, callbacks, save_every, preempted, bar)
+        except KeyboardInterrupt:
+            if not record.now.rows:
+                raise
+            status, message = "interrupted", f"interrupted after {record.now.rows} outer steps"
+        finally:
+            record.save()
+    return _result(record, status, message)
+
+
+class _Limits(NamedTuple):
+    """When to stop."""
+
+    num_steps: int
+    patience: int | None
+    min_delta: float
+    max_seconds: float | None
+
+    def reached(self, record) -> tuple[str, str] | None:
+        """Status and message of a run that is to go no further."""
+        if record.now.rows >= self.num_steps:
+            return "finished", f"{record.now.rows} outer steps were taken, of {self.num_steps} asked for"
+        if self.patience is not None and record.now.waited >= self.patience:
+            return "patience", f"no improvement of more than {self.min_delta} in {self.patience} outer steps"
+        if self.max_seconds is not None and record.seconds >= self.max_seconds:
+            return "budget", f"{record.seconds:.3g} of {self.max_seconds} seconds are spent"
+        return None
+
+
+def _advance(record, limits, callbacks, save_every, preempted, bar) -> tuple[str, str]:
+    """Takes the outer steps; returns why it stopped."""
+    while (reached := limits.reached(record)) is None:
+        step = record.now.rows
+        take = record.search.step if step else functools.partial(_first_step, record.search)
+        after, report = take(record.now.state)
+        if not bool(report.finite):
+            return "not_finite", _not_finite(record.search, record.now.state, report, step)
+        told = record.accept(after, report, limits.min_delta)
+        bar.update(f"loss {told.value:.4g}, best {told.best_value:.4g}, |hypergradient| {told.hypergradient_norm:.2g}")
+        record.save(save_every)
+        if any([callback(told) for callback in callbacks]):
+            return "callback", f"a callback stopped the run after outer step {step}"
+        if preempted():
+            return "preempted", f"SIGTERM came; stopped after {record.now.rows} outer steps"
+    return reached
+
+
+def _result(record, status, message) -> TuneResult:
+    hparams = jax.jit(lambda u: to_natural(record.search.transforms, u))(record.now.state.point)
+    message = "; ".join([*([] if record.origin == "started" else [record.origin, *record.notes]), message])
+    now = record.now
+    return TuneResult(hparams, now.state.carry, now.best_hparams, now.best, record.history(), status, message)
+
+
+def _first_step(search, state):
+    """The step that traces: what the rules warned of while tracing is held against the hypergradient."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        after, report = search.step(state)
+    leaf_names = names(report.hparams, "hparams")
+    for w in caught:
+        # Of a leaf that is judged below by its value, nothing need be said twice.
+        if not (isinstance(w.message, ZeroHypergradientWarning) and w.message.leaf in leaf_names):
+            warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
+    if bool(report.finite):
+        messages = [w.message for w in caught]
+        raise_if_zero(report.hypergradient, messages, leaf_names, search.structure(state))
+    return after, report
+
+
+def _not_finite(search, state, report, step) -> str:
+    what = what_is_not_finite(report.value, report.hypergradient)
+    message = f"Outer step {step}: {what} {search.diagnosis(state)}"
+    if step == 0:
+        raise NonFiniteError(message)
+    warnings.warn(f"{message} The run ends; the last finite state is returned.", RuntimeWarning, stacklevel=4)
+    return message
