@@ -17,7 +17,7 @@ from jax.extend import core as jex
 from jax.interpreters.partial_eval import dce_jaxpr
 
 from jaxhpo._errors import JaxhpoError
-from jaxhpo._tree import is_inexact, partition
+from jaxhpo._tree import is_inexact, partition, subprograms
 
 
 def count_arithmetic(
@@ -263,13 +263,7 @@ def _executed(equation, read: set[int]) -> list:
         # product for a report that nobody reads.
         solve = equation.params["jaxprs"].solve.jaxpr
         return [dce_jaxpr(solve, [id(v) in read for v in equation.outvars], instantiate=True)[0]]
-    return [sub for value in equation.params.values() for sub in _subprograms(value)]
-
-
-def _subprograms(value) -> list:
-    if isinstance(value, (tuple, list)):
-        return [sub for item in value for sub in _subprograms(item)]
-    return [value] if hasattr(value, "eqns") else []  # open or closed: both list their equations
+    return [sub for value in equation.params.values() for sub in subprograms(value)]
 
 
 def temporary_bytes(program: Any) -> int | None:

@@ -95,7 +95,7 @@ class UnrolledSolve(NamedTuple):
     state: int
     gradient: int
     activations: int
-    residuals: int
+    residuals: float
 
 
 class SolveLog:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxhpo._errors import JaxhpoError
 from jaxhpo._tree import names
 from jaxhpo._types import PyTree, Solver
+from jaxhpo._validate import check_key
 
 
 def check_fraction(rule: Any, solver: Solver, key: Any) -> None:
@@ -20,6 +21,7 @@ def check_fraction(rule: Any, solver: Solver, key: Any) -> None:
             f"{rule!r} estimates Hessian products of a train loss, and `{solver.name}` has none: write "
             "`from_optax(loss, tx)`, or leave `hvp_fraction` away."
         )
+    check_key(key)
     if key is None:
         raise JaxhpoError(
             f"{rule!r} draws a part of each minibatch, but `solve` got no key: write `solve(..., key=key)`, with "
@@ -68,8 +70,11 @@ def is_mean(loss: Callable[[PyTree], jax.Array], batch: PyTree, precision: float
     half = total // 2
     parts = jnp.stack([loss(_rows(batch, slice(None, half))), loss(_rows(batch, slice(half, None)))])
     weighted = parts * jnp.asarray([half, total - half], parts.dtype) / total
-    error, size = jnp.abs(loss(batch) - jnp.sum(weighted)), jnp.sum(jnp.abs(weighted))
-    return error <= min(0.05, 100 * max(precision, float(jnp.finfo(parts.dtype).eps))) * size
+    whole = loss(batch)
+    error, size = jnp.abs(whole - jnp.sum(weighted)), jnp.sum(jnp.abs(weighted))
+    close = error <= min(0.05, 100 * max(precision, float(jnp.finfo(parts.dtype).eps))) * size
+    # A loss that is not finite has another fault, which is told elsewhere.
+    return close | ~jnp.isfinite(whole) | ~jnp.isfinite(size)
 
 
 def _rows(batch, index):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -12,9 +13,13 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
-from jaxhpo._tree import Flags, cast_like, cast_varying, hoist, is_inexact, partition, varying_axes
+from jaxhpo._errors import JaxhpoError
+from jaxhpo._tree import Flags, cast_like, cast_varying, equations, hoist, is_inexact, partition, varying_axes
 from jaxhpo._types import PyTree
 
+OWN = os.path.join(os.path.dirname(__file__), "")
+# JAX's functions have true derivatives; those that it has for reverse mode alone cannot always be differentiated again.
+TRUSTED = {"custom_vjp_call": (OWN,), "custom_jvp_call": (OWN, os.path.join(os.path.dirname(jax.__file__), ""))}
 GRADIENT = "jaxhpo_gradient"  # what checkpoint policies call a gradient that `mixed_value_and_grad` made
 
 
@@ -35,11 +40,23 @@ def mixed_value_and_grad(
     the gradient of the one number :math:`\langle \nabla_\theta L, v\rangle` in θ and h: forward over reverse mode, for
     which the inputs suffice. Where `thin` is given, that derivative is taken on `thin(batch)` in place of the batch.
 
+    A gradient that a user's own derivative rule has made (one that reverses or clips it) need be that of no function,
+    and its derivative not symmetric: then plain reverse mode over reverse mode it is.
+
     References:
       Kemaev et al. Scalable Meta-Learning via Mixed-Mode Differentiation. 2025. arXiv:2505.00793
     """
-    params = _cast_to_vary(loss, params, hparams, batch, model_state)
     rest = (hparams, batch, model_state)
+    rule = own_rule(loss, params, *rest)
+    if rule is not None:
+        if thin is not None:
+            raise JaxhpoError(
+                f"`Unroll(hvp_fraction=...)` takes Hessian products of the train loss, but that holds {rule}, with a "
+                "derivative rule of its own, of which there may be no Hessian: leave `hvp_fraction` away."
+            )
+        out, grad = value_and_grad(loss, params, *rest)
+        return out, checkpoint_name(grad, GRADIENT)
+    params = _cast_to_vary(loss, params, *rest)
     pure, consts = hoist(lambda params, rest: loss(params, *rest), params, rest)
     on_all = on_part = lambda params, given: pure(given[0], params, given[2])
     part_consts = []
@@ -49,6 +66,19 @@ def mixed_value_and_grad(
     both: Any = _mixed((on_all, on_part), params, (consts, part_consts, rest))
     out, grad = both
     return out, checkpoint_name(cast_like(grad, params), GRADIENT)
+
+
+def own_rule(fn: Callable, *args) -> str | None:
+    """What in `fn(*args)` has a `custom_vjp` or `custom_jvp` of the user's: its name and place, or None."""
+    for equation in equations(jax.make_jaxpr(fn)(*args).jaxpr):
+        trusted = TRUSTED.get(equation.primitive.name)
+        if trusted is not None:
+            call = equation.params["call_jaxpr"]
+            info = getattr(getattr(call, "jaxpr", call), "debug_info", None)
+            name, _, place = (getattr(info, "func_src_info", None) or "a function").partition(" at ")
+            if not place.startswith(trusted):
+                return f"`{name}` ({place or 'of an unknown file'})"
+    return None
 
 
 def _cast_to_vary(loss, params, *rest):

@@ -16,6 +16,7 @@ from jaxhpo._linear._cg import CG
 from jaxhpo._tree import (
     cast_like,
     differentiable_inputs,
+    equations,
     hoist,
     is_inexact,
     names,
@@ -91,6 +92,13 @@ def _attach_jvp(rule, primals, tangents):
         return residual(point, m), jax.linearize(lambda v: rule.curvature(point, leaves, v), zeros_like(point))[1]
 
     _, rhs, matvec = jax.jvp(linearised, (moved,), ([dots[i] for i in moving],), has_aux=True)
+    # What JAX leaves in place of a product that it cannot take, to fail when it is run.
+    if any(equation.primitive.name == "custom_lin" for equation in equations(jax.make_jaxpr(matvec)(point).jaxpr)):
+        raise JaxhpoError(
+            "The condition holds a `jax.custom_vjp` function whose forward rule calls the function itself, or that has "
+            "no second derivative, so its products with a vector cannot be taken. Let the forward rule compute the "
+            "value without that call, write the function with `jax.custom_jvp`, or take `Unroll()`."
+        )
     solve = rule.linear_solver if key is None else functools.partial(rule.linear_solver, key=key)
     # A leaf of the right-hand side that no moving input reaches is a constant zero; `lax.custom_linear_solve` is
     # transposed only if all of it depends on the tangents.

@@ -140,7 +140,11 @@ def memory_plan(
                 f"`outer_loss` returned {shape}; it must return one number, or for a population a vector of them: "
                 "`memory_plan(jax.vmap(outer_loss), hparams)`."
             )
-        unit = count_arithmetic(outer_loss, hparams, unknown_length=UNKNOWN_LENGTH)
+        if not jnp.issubdtype(shape.dtype, jnp.floating):
+            raise JaxhpoError(
+                f"`outer_loss` returned {shape.dtype}, which has no derivative: return a floating-point loss."
+            )
+        unit = max(count_arithmetic(outer_loss, hparams, unknown_length=UNKNOWN_LENGTH), 1.0)
         asked, log = _row(outer_loss, hparams, shape, unit)
         rows = []
         rules: dict[Any, None] = dict.fromkeys(row.adjoint for row in log.schedules)

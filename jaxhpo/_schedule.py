@@ -14,6 +14,7 @@ from jaxhpo._types import Schedule
 
 EVERYTHING = Schedule()  # what plain autodiff keeps
 MOST_REPEATS = 3  # of a step under "binomial"
+MOST_TIMES, LONGEST = 20, 200_000  # that a step is taken for the sake of a memory limit, unless the table stays short
 FEW = 16  # steps, or kept gradients, that are not worth saving memory on
 LITTLE = 2**24  # nor are 16 MiB, about what a processor caches
 
@@ -27,14 +28,14 @@ class Sizes(NamedTuple):
       state: of an inner state.
       gradient: of the train loss's gradient; 0 where a step is no function of one.
       activations: asked for when needed, as it takes a trace: what the gradient keeps between its two passes.
-      residuals: likewise: what plain autodiff keeps of a step.
+      residuals: likewise: what plain autodiff keeps of a step; infinite where that has no derivative.
       peak: likewise: `Schedule -> bytes`, what run and backward pass take at their peak.
     """
 
     state: int
     gradient: int
     activations: Callable[[], int]
-    residuals: Callable[[], int]
+    residuals: Callable[[], float]
     peak: Callable[[Schedule], int] = lambda schedule: 0
 
 
@@ -63,8 +64,8 @@ def choose(checkpoint: int | str | None, num_steps: int, sizes: Sizes, memory_li
         kept = segment * sizes.gradient
         return segment <= FEW or kept <= LITTLE or kept <= 2 * sizes.activations()
 
-    if isinstance(checkpoint, int):
-        return Schedule(checkpoint, affordable(min(checkpoint, num_steps)))
+    if not isinstance(checkpoint, str):
+        return Schedule(int(checkpoint), affordable(min(checkpoint, num_steps)))
     least = _root(num_steps)
     if checkpoint == "auto":
         with_gradients = _segment(num_steps, sizes)
@@ -129,7 +130,7 @@ def _by_time(num_steps: int, sizes: Sizes) -> Iterator[Schedule]:
             yield Schedule(_segment(num_steps, sizes), gradients=True)
         yield Schedule(_root(num_steps))
     slots = num_steps
-    for repeats in range(2, num_steps):
+    for repeats in range(2, min(num_steps, max(MOST_TIMES, LONGEST // num_steps))):
         fewer = least_slots(num_steps, repeats)
         if fewer < min(slots, _root(num_steps)):
             yield Schedule(slots=fewer)
@@ -138,10 +139,10 @@ def _by_time(num_steps: int, sizes: Sizes) -> Iterator[Schedule]:
 
 def describe(schedule: Schedule) -> str:
     """What a schedule keeps, in words."""
-    if schedule == EVERYTHING:
-        return "what plain autodiff keeps of every step"
     if schedule.slots is not None:
         return f"{schedule.slots} state{'s' * (schedule.slots > 1)}, by binomial checkpointing"
+    if schedule.segment is None:
+        return "what plain autodiff keeps of every step"
     if schedule.segment == 1:
         return f"every state{' and gradient' * schedule.gradients}"
     within = " and gradient" if schedule.gradients else ""

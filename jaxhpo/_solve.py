@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -122,8 +123,7 @@ def make_problem(
         peak = _peak_of(adjoint, state, hparams, lambda s, h, schedule: make_problem(solver, s, h, *rest, schedule))
         schedule = _schedule(adjoint, num_steps, solver, state, hparams, lambda: take(first), peak)
 
-    fraction = getattr(adjoint, "hvp_fraction", None)
-    if fraction is not None:
+    if getattr(adjoint, "thins", False):
         xs, take, first, thin = _with_keys(adjoint, solver, xs, take, key)
     else:
         thin = lambda x: None  # noqa: E731
@@ -192,7 +192,10 @@ def _schedule(adjoint, num_steps, solver, state, hparams, first_batch, peak) -> 
         return bytes_between_passes(loss, state.params)
 
     def residuals():
-        return bytes_between_passes(lambda s, h: solver.step(s, h, first_batch()), state, hparams)
+        try:
+            return bytes_between_passes(lambda s, h: solver.step(s, h, first_batch()), state, hparams)
+        except (TypeError, ValueError, NotImplementedError):  # a step that has no derivative can be taken all the same
+            return math.inf
 
     gradient = 0 if solver.apply is None else num_bytes(state.params)
     sizes = Sizes(num_bytes(state), gradient, activations if gradient else lambda: 0, residuals, peak)

@@ -6,7 +6,8 @@ import dataclasses
 import functools
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -126,6 +127,22 @@ def hoist(fn: Callable, *args) -> tuple[Callable, list]:
         return jax.tree.unflatten(structure, leaves)
 
     return pure, consts
+
+
+def subprograms(value: Any) -> list:
+    """The programs in an equation's parameter, open or closed: both list their equations."""
+    if isinstance(value, (tuple, list)):
+        return [sub for item in value for sub in subprograms(item)]
+    return [value] if hasattr(value, "eqns") else []
+
+
+def equations(program: Any) -> Iterator:
+    """Those of a traced program, and of all that it calls."""
+    for equation in program.eqns:
+        yield equation
+        for value in equation.params.values():
+            for inner in subprograms(value):
+                yield from equations(inner)
 
 
 def differentiable_inputs(fn: Callable, leaves: list) -> list[bool]:

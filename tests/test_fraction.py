@@ -84,6 +84,53 @@ def test_what_is_no_mean_is_refused(reduce):
     assert jnp.isnan(jax.jit(outer)(h, jax.random.key(0)))
 
 
+def test_weights_of_zero_hide_nothing():
+    """At them, a loss that normalises over the batch is what a mean would be."""
+    x = jax.random.normal(jax.random.key(0), (3, 8, 4))
+
+    def normalising(p, h, b):
+        b = (b - b.mean(0, keepdims=True)) / jnp.sqrt(b.var(0, keepdims=True) + 0.01)
+        return jnp.mean(jnp.logaddexp(0, b @ p)) + h * jnp.sum(p**2)
+
+    solver, h = jaxhpo.from_optax(normalising, optax.sgd(0.1)), jnp.ones(())
+    rule, key = Unroll(hvp_fraction=0.5), jax.random.key(0)
+    assert jnp.isnan(jaxhpo.solve(solver, solver.init(jnp.zeros(4), h), h, x, adjoint=rule, key=key).params).all()
+
+
+def test_dropout():
+    """One mask for the batch is another for half of it; a key for each example is a mean."""
+    x, key = jax.random.normal(jax.random.key(0), (3, 8, 4)), jax.random.key(1)
+
+    def loss(p, h, b):
+        x, key = b
+        if key.shape:
+            mask = jax.vmap(lambda key: jax.random.bernoulli(key, 0.5, (4,)))(key)
+        else:
+            mask = jax.random.bernoulli(key, 0.5, x.shape)
+        return jnp.mean(((x * mask) @ p - 1.0) ** 2)
+
+    solver = jaxhpo.from_optax(loss, optax.sgd(0.1))
+    run = functools.partial(jaxhpo.solve, solver, solver.init(jnp.ones(4), None), None, key=key)
+    rule = Unroll(hvp_fraction=0.5)
+    assert jnp.isnan(run((x, jax.random.split(key, 3)), adjoint=rule).params).all()
+    assert jnp.isfinite(run((x, jax.random.split(key, (3, 8))), adjoint=rule).params).all()
+    assert jnp.isfinite(run((x, jax.random.split(key, 3)), adjoint=Unroll(hvp_fraction=1.0)).params).all()
+
+
+@slow
+def test_a_loss_that_is_not_finite_is_told_as_such():
+    solver = jaxhpo.from_optax(lambda p, h, b: jnp.mean(jnp.sqrt(b @ p)) + h * jnp.sum(p**2), optax.sgd(0.1))
+
+    def outer(h):
+        x = -jnp.ones((3, 4, 2))
+        rule = Unroll(hvp_fraction=0.5)
+        start = solver.init(jnp.ones(2), h)
+        return jnp.sum(jaxhpo.solve(solver, start, h, x, adjoint=rule, key=jax.random.key(0)).params)
+
+    with pytest.raises(jaxhpo.NonFiniteError, match="not finite after inner step 0"):
+        jaxhpo.check_hypergradient(outer, jnp.ones(()))
+
+
 @slow
 def test_the_check_says_why():
     outer, h = network(Unroll(hvp_fraction=0.5), jnp.sum)
@@ -106,6 +153,8 @@ def test_mistakes():
     run = functools.partial(jaxhpo.solve, solver, start, h, num_steps=3, adjoint=rule)
     with pytest.raises(jaxhpo.JaxhpoError, match=r"got no key: write `solve\(\.\.\., key=key\)`"):
         run(jnp.ones((3, 4)))
+    with pytest.raises(jaxhpo.JaxhpoError, match="`key` got 0"):
+        run(jnp.ones((3, 4)), key=0)
     with pytest.raises(jaxhpo.JaxhpoError, match="hold no examples.*leading axis"):
         run(key=jax.random.key(0))
     with pytest.raises(jaxhpo.JaxhpoError, match=r"`batch\[0\]` has 4 examples and `batch\[1\]` has 5"):

@@ -144,3 +144,98 @@ def test_what_a_step_keeps():
     inside = getattr(scan.params["jaxpr"], "jaxpr", scan.params["jaxpr"]).outvars
     stacked = [v for v, w in zip(scan.outvars, inside, strict=True) if v.aval.ndim > w.aval.ndim]
     assert sum(v.aval.size for v in stacked if jnp.issubdtype(v.aval.dtype, jnp.floating)) == 12 * h.size
+
+
+# --- losses with derivative rules of their own -----------------------------------------------------------------------
+
+
+@jax.custom_vjp
+def reversed_gradient(x):
+    """Domain-adversarial training's layer: no function has such a gradient."""
+    return x
+
+
+reversed_gradient.defvjp(lambda x: (x, None), lambda _, g: (-g,))
+
+
+@jax.custom_jvp
+def reversed_tangent(x):
+    """The same, by the other rule."""
+    return x
+
+
+reversed_tangent.defjvp(lambda primals, tangents: (primals[0], -tangents[0]))
+
+
+@jax.custom_vjp
+def documented(x):
+    """x sin x, as JAX's documentation writes such rules: the forward rule calls the function itself."""
+    return x * jnp.sin(x)
+
+
+documented.defvjp(lambda x: (documented(x), x), lambda x, g: (g * (jnp.sin(x) + x * jnp.cos(x)),))
+
+
+def through(layer, adjoint, make_solver=lambda loss: jaxhpo.from_optax(loss, optax.sgd(0.1))):
+    """The hypergradient of two penalties, where one half of the parameters meets the other behind the layer."""
+
+    def train_loss(p, h, b):
+        meeting = jnp.sum(jnp.sin(p["b"] * layer(p["a"]))) + jnp.sum((p["a"] - 1.0) ** 2)
+        return 0.5 * meeting + jnp.exp(h[0]) * jnp.sum(p["a"] ** 2) + jnp.exp(h[1]) * jnp.sum(p["b"] ** 2)
+
+    solver = make_solver(train_loss)
+
+    def outer(h):
+        start = solver.init({"a": jnp.ones(3), "b": jnp.full(3, 0.5)}, h)
+        params = jaxhpo.solve(solver, start, h, num_steps=6, adjoint=adjoint).params
+        return sum(jnp.sum((x - 0.3) ** 2) for x in jax.tree.leaves(params))
+
+    h = jnp.array([-2.0, -1.0])
+    return jax.grad(outer)(h), outer, h
+
+
+@pytest.mark.parametrize("layer", [reversed_gradient, reversed_tangent, documented])
+def test_a_rule_of_the_users_need_be_no_derivative(layer):
+    """Products with such a Jacobian are none with its transpose, so mixed mode would be wrong."""
+    want, outer, h = through(layer, Unroll(checkpoint=None))
+    for checkpoint in (1, 3, "binomial"):
+        np.testing.assert_allclose(through(layer, Unroll(checkpoint=checkpoint))[0], want, rtol=1e-12)
+    if layer is documented:  # the gradient of the others is that of no loss
+        assert jaxhpo.check_hypergradient(outer, h).relative_error < 1e-6
+    by_momentum = functools.partial(jaxhpo.momentum_sgd, learning_rate=0.1, momentum=0.5)
+    back, want = (through(layer, rule, by_momentum)[0] for rule in (jaxhpo.Reversible(), Unroll(checkpoint=None)))
+    np.testing.assert_allclose(back, want, rtol=1e-3)  # the momentum is 0.5 + 2**-16
+
+
+def test_a_part_of_the_minibatch_has_no_hessian_then():
+    solver = jaxhpo.from_optax(lambda p, h, b: jnp.mean((b @ reversed_gradient(p)) ** 2) * h, optax.sgd(0.1))
+    run = functools.partial(jaxhpo.solve, solver, solver.init(jnp.ones(3), jnp.ones(())), jnp.ones(()))
+    with pytest.raises(jaxhpo.JaxhpoError, match=r"holds `reversed_gradient`.*leave `hvp_fraction` away"):
+        run(jnp.ones((2, 4, 3)), key=jax.random.key(0), adjoint=Unroll(hvp_fraction=0.5))
+
+
+def test_conjugate_gradients_warn_of_such_a_rule():
+    with pytest.warns(RuntimeWarning, match=r"holds `reversed_gradient`.*takes the Hessian to be symmetric"):
+        through(reversed_gradient, jaxhpo.Implicit())
+
+
+@pytest.mark.filterwarnings("ignore:The train loss holds")
+def test_implicit_products_that_cannot_be_taken_are_refused():
+    with pytest.raises(jaxhpo.JaxhpoError, match=r"forward rule calls the function itself.*`Unroll\(\)`"):
+        through(documented, jaxhpo.Implicit())
+
+
+def test_a_step_without_second_derivatives_can_be_taken():
+    """The size of what would be kept is not known then; nothing is."""
+
+    @jax.custom_vjp
+    def outside(x):
+        return on_host(np.sin, x)
+
+    def on_host(fn, x):
+        return jax.pure_callback(fn, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+
+    outside.defvjp(lambda x: (outside(x), x), lambda x, g: (g * on_host(np.cos, x),))
+    solver = jaxhpo.from_optax(lambda p, h, b: jnp.sum(outside(p) ** 2), optax.sgd(0.1))
+    got = jaxhpo.solve(solver, solver.init(jnp.ones(3), None), None, num_steps=1).params
+    np.testing.assert_allclose(got, 1.0 - 0.1 * np.sin(2.0), rtol=1e-12)  # d(sin² x)/dx = sin 2x

@@ -167,3 +167,28 @@ def test_mistakes():
     with pytest.raises(jaxhpo.JaxhpoError, match="memory_limit"):
         jaxhpo.memory_plan(outer, h, memory_limit=-1.0)
     assert dataclasses.is_dataclass(jaxhpo.MemoryPlan)
+
+
+def test_what_costs_nothing():
+    plan = jaxhpo.memory_plan(lambda h: h["a"], {"a": jnp.ones(())})
+    assert plan.asked.call == "no solve" and plan.asked.bytes == 0
+    with pytest.raises(jaxhpo.JaxhpoError, match="returned int.*no derivative"):
+        jaxhpo.memory_plan(lambda h: jnp.sum(h > 0), jnp.ones(3))
+
+
+def test_parts_of_minibatches_are_described_and_held_to_a_limit():
+    solver = jaxhpo.from_optax(lambda p, h, b: jnp.mean((b @ p) ** 2) + jnp.exp(h) * jnp.sum(p**2), optax.sgd(0.1))
+
+    def plan(**settings):
+        def outer(h):
+            rule, start = Unroll(hvp_fraction=0.5, **settings), solver.init(jnp.ones(300), h)
+            x = jnp.ones((24, 4, 300))
+            return jnp.sum(jaxhpo.solve(solver, start, h, x, key=jax.random.key(0), adjoint=rule).params)
+
+        return jaxhpo.memory_plan(outer, jnp.zeros(()))
+
+    rows = plan().rows
+    assert not [row for row in rows if "None" in row.keeps[0]]
+    least = min(row.bytes for row in rows)
+    for limit in (1.1 * least, 1.5 * least, 3 * least):
+        assert plan(memory_limit=limit).asked.bytes <= limit

@@ -678,3 +678,29 @@ def test_one_inner_problem_per_device():
         lambda data: shared(data, lambda v: jax.lax.pmean(v, "data")), mesh=mesh, in_specs=P("data"), out_specs=P()
     )
     assert relative_error(jax.jit(together)(targets), shared(targets, lambda v: v)) < 1e-12
+
+
+@slow
+def test_a_warm_start_under_jit_has_room_for_a_falling_momentum():
+    """There the step at which a run begins is not known while the buffer is sized."""
+    h, x = jnp.array([-2.0, -1.0, -0.5]), jax.random.normal(jax.random.key(0), (6, 3))
+
+    def loss(p, h, b):
+        return jnp.mean((x @ jnp.tanh(p) - jnp.arange(6.0) / 3) ** 2) + jnp.sum(jnp.exp(h) * p**2)
+
+    solver = jaxhpo.momentum_sgd(loss, 0.05, lambda h, t: jnp.maximum(0.99 - 0.99 * t / 400, 0.01))
+    warm = jaxhpo.solve(solver, solver.init(jnp.ones(3), h), h, num_steps=200).state
+
+    def outer(h, start):
+        return jnp.sum((jaxhpo.solve(solver, start, h, num_steps=200, adjoint=Reversible()).params - 0.3) ** 2)
+
+    np.testing.assert_allclose(jax.jit(jax.grad(outer))(h, warm), jax.grad(outer)(h, warm), rtol=1e-9)
+
+
+def test_a_leaf_without_entries():
+    params = {"a": jnp.zeros(3), "none": jnp.zeros((0, 2))}
+    decay = {"a": jnp.full(3, 0.9), "none": jnp.zeros((0, 2))}
+    solver = jaxhpo.momentum_sgd(lambda p, h, b: jnp.sum((p["a"] - h) ** 2), 0.1, lambda h, t: decay)
+    h = jnp.ones(3)
+    final = jaxhpo.solve(solver, solver.init(params, h), h, num_steps=3, adjoint=Reversible()).params
+    assert final["none"].shape == (0, 2) and (final["a"] > 0).all()

@@ -2,9 +2,11 @@
 
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -185,3 +187,17 @@ TRANSFORMER = Sizes(3 * MB, MB, lambda: 25 * MB, lambda: 90 * MB)  # Adam; many
 )
 def test_schedules(checkpoint, num_steps, sizes, want):
     assert choose(checkpoint, num_steps, sizes) == want
+
+
+def test_a_numpy_integer_is_an_integer():
+    sizes = Sizes(8, 8, lambda: 0, lambda: 0)
+    assert Unroll(checkpoint=np.int64(7)).schedule(100, sizes) == Unroll(checkpoint=7).schedule(100, sizes)
+
+
+def test_a_limit_that_nothing_keeps_is_refused_without_delay():
+    """With one slot the table of actions would be 8 million entries long; it stays below 200 000."""
+    sizes = Sizes(8, 8, lambda: 0, lambda: 0, lambda schedule: schedule.slots or 4000)
+    with pytest.raises(jaxhpo.JaxhpoError, match=r"memory_limit=1\)`: 4000 inner steps.* by binomial") as error:
+        choose("auto", 4000, sizes, memory_limit=1.0)
+    slots = int(re.search(r"kept is (\d+) states", str(error.value)).group(1))
+    assert len(make_actions(4000, slots)[1].load) <= 200_000

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import warnings
 from typing import Any
 
 import jax
 
 from jaxhpo._curvature import GaussNewton, OuterProduct
 from jaxhpo._errors import JaxhpoError
+from jaxhpo._gradient import own_rule
 from jaxhpo._implicit import Rule, attach
 from jaxhpo._inputs import require_key
 from jaxhpo._linear._cg import CG
@@ -75,8 +77,11 @@ class Implicit:
         """Raises where the linear solver does not suit the problem's condition, or has no key to draw from."""
         if getattr(self.linear_solver, "needs_key", False):
             require_key(problem, self)
+        needs_symmetry = getattr(self.linear_solver, "needs_symmetry", False)
+        if needs_symmetry and self.curvature == "hessian":
+            _warn_of_own_rule(self, problem)
         symmetric = problem.solver.symmetric or self.curvature != "hessian"
-        if getattr(self.linear_solver, "needs_symmetry", False) and not symmetric:
+        if needs_symmetry and not symmetric:
             raise JaxhpoError(
                 f"{self!r} needs a symmetric matrix, but the Jacobian of `{problem.solver.name}`'s condition θ − Φ(θ) "
                 "is not symmetric in general: use `Neumann(num_terms, 1.0)` or `Direct()`, or give `fixed_point` a "
@@ -146,6 +151,22 @@ class Implicit:
         rule = Rule(residual, self.linear_solver, curvature, tuple(leaf_names), remedy)
         key = problem.key if getattr(self.linear_solver, "needs_key", False) else None
         return state._replace(params=attach(rule, state.params, leaves, key), model_state=model_state)
+
+
+def _warn_of_own_rule(rule, problem):
+    loss = problem.solver.loss
+    if loss is None:
+        return
+    pure, consts = problem.hoist(lambda state, h, batch: loss(state.params, h, batch, state.model_state)[0])
+    own = own_rule(pure, consts, problem.state, problem.inputs[0], jax.tree.map(lambda x: x[-1], problem.xs))
+    if own is not None:
+        warnings.warn(
+            f"The train loss holds {own}, with a derivative rule of its own, and {rule!r} takes the Hessian to be "
+            "symmetric. Where that rule is not the derivative (where it reverses or clips a gradient, say) it is not, "
+            "and the hypergradient is wrong: take `Implicit(GMRES())`, `Implicit(Direct())` or `Unroll()`.",
+            RuntimeWarning,
+            stacklevel=5,
+        )
 
 
 def not_in_condition(rule: Any, solver: str) -> str:

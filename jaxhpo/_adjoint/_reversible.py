@@ -38,6 +38,7 @@ from jaxhpo._validate import check_positive
 
 TRACED_BITS = 1.0  # bits per weight and step where the momentum is traced: a geometric mean of one half
 LANE_BITS = 192  # what a lane should hold, next to which the unused bits of its word (16 to 32) and stack (16) are few
+WINDOWS = 7  # of as many steps as the run, from 1 to 64 runs on, in which a momentum schedule is looked at
 LANES = 256  # no fewer, for the sake of vectorised arithmetic
 
 
@@ -234,7 +235,8 @@ def _static_bits(problem: Problem) -> float:
 
     def largest(count, params, hparams):
         momenta = jax.tree.leaves(solver.rates(params, hparams, count)[1])
-        return jnp.max(jnp.stack([jnp.max(-jnp.log2(numerator(jnp.asarray(m)) / D)) for m in momenta]))
+        bits = [jnp.max(-jnp.log2(numerator(jnp.asarray(m)) / D), initial=0) for m in momenta]
+        return jnp.max(jnp.stack(bits))
 
     count = jax.ShapeDtypeStruct((), jnp.int32)
     closed = jax.make_jaxpr(largest)(count, state.params, hparams)
@@ -250,13 +252,15 @@ def _static_bits(problem: Problem) -> float:
         return TRACED_BITS
     at = jex.jaxpr_as_fun(jex.ClosedJaxpr(closed.jaxpr.replace(eqns=eqns), closed.consts))
     unread = jax.tree.leaves((state.params, hparams))
-    # A traced count is one that was made under `jit`: most likely 0.
-    start = 0 if isinstance(state.opt_state.count, Tracer) else state.opt_state.count
+    start, steps = state.opt_state.count, problem.num_steps
+    # Where a traced count stands is not known: at 0, or in a run that was warm-started. The most of several windows.
+    starts = [0, *(steps * 2**k for k in range(WINDOWS))] if isinstance(start, Tracer) else [start]
     with jax.ensure_compile_time_eval():
         if closed.jaxpr.invars[0] not in needed:
-            return float(at(start, *unread)[0])
-        counts = start + jnp.arange(problem.num_steps, dtype=jnp.int32)
-        return float(jnp.mean(jax.lax.map(lambda count: at(count, *unread)[0], counts)))
+            return float(at(jnp.int32(0), *unread)[0])
+        counts = jnp.asarray(starts)[:, None] + jnp.arange(steps, dtype=jnp.int32)[None]
+        bits = jax.lax.map(lambda count: at(count, *unread)[0], counts.ravel().astype(jnp.int32))
+        return float(jnp.max(jnp.mean(bits.reshape(counts.shape), 1)))
 
 
 # --- the run, and the run backwards ----------------------------------------------------------------------------------

@@ -42,8 +42,8 @@ class Unroll:
     With `hvp_fraction=f` these products are taken on a random part of each minibatch, :math:`\lceil fb \rfloor` of b
     examples, another part at each step. Steps are linear in their products and the parts independent, so the
     hypergradient stays unbiased for a train loss that is a mean over the examples (plus what depends on none). Another
-    loss gives NaN, and `tune` and `check_hypergradient` say why. The value is exact; weights of examples get theirs
-    from the steps that drew them.
+    loss, as two halves of the first minibatch tell, gives NaN, and `tune` and `check_hypergradient` say why. The value
+    is exact; weights of examples get theirs from the steps that drew them.
 
     Args:
       checkpoint: what the backward pass finds stored. `"auto"`: all that plain autodiff stores, if that is below 16
@@ -104,14 +104,24 @@ class Unroll:
 
     def schedule(self, num_steps: int, sizes: Sizes) -> Schedule:
         """What is kept of the steps that are differentiated."""
-        schedule = choose(self.checkpoint, min(num_steps, self.truncate or num_steps), sizes, self.memory_limit)
-        # Part of a minibatch gives the gradient's derivative, not the gradient: that is kept, or redone.
-        return schedule if self.hvp_fraction is None else schedule._replace(gradients=schedule.slots is None)
+        peak = sizes.peak
+
+        def own(schedule):
+            # Part of a minibatch gives the gradient's derivative, not the gradient: that is kept, or redone.
+            return schedule._replace(gradients=schedule.slots is None) if self.thins else schedule
+
+        sizes = sizes._replace(peak=lambda schedule: peak(own(schedule)))
+        return own(choose(self.checkpoint, min(num_steps, self.truncate or num_steps), sizes, self.memory_limit))
+
+    @property
+    def thins(self) -> bool:
+        """Whether Hessian products are taken on a part of each minibatch."""
+        return self.hvp_fraction is not None and self.hvp_fraction < 1
 
     def run(self, problem: Problem) -> tuple[InnerState, jax.Array]:
         """Runs the inner loop; the result is differentiable through the last `truncate` steps."""
         refuse_tol(problem, self)
-        if self.hvp_fraction is not None:
+        if self.thins:
             problem = _nan_unless_mean(problem)
         steps = problem.num_steps
         early = max(0, steps - self.truncate) if self.truncate is not None else 0
@@ -120,7 +130,7 @@ class Unroll:
             state, inputs_early = self._cut(problem, early)
             head = constant(
                 jax.tree.map(lambda x: x[:early], xs),
-                names(xs, "batches"),
+                names(xs[0], "batches") + ["key"] if self.thins else names(xs, "batches"),
                 f"is being differentiated, and {self!r} differentiates only the last {self.truncate} of {steps} inner "
                 f"steps: the hypergradient of the first {early} batches is exactly zero. `Unroll()` without `truncate` "
                 "sees them.",
@@ -189,7 +199,13 @@ def _nan_unless_mean(problem) -> Problem:
 
     def holds(state, hparams, batch):
         precision = max(float(jnp.finfo(p.dtype).eps) for p in jax.tree.leaves(state.params))
-        return is_mean(lambda batch: solver.loss(state.params, hparams, batch, state.model_state)[0], batch, precision)
+
+        def holds_at(params):
+            loss = lambda batch: solver.loss(params, hparams, batch, state.model_state)[0]  # noqa: E731
+            return is_mean(loss, batch, precision)
+
+        # Weights that are all zero may hide what the batch has to do with the loss.
+        return holds_at(state.params) & holds_at(_moved(state.params))
 
     pure, consts = problem.hoist(holds)
     first = jax.tree.map(lambda x: x[0], problem.xs)
@@ -199,8 +215,17 @@ def _nan_unless_mean(problem) -> Problem:
     return problem._replace(state=problem.state._replace(params=params))
 
 
+def _moved(params):
+    """Parameters in a place like any other: a tenth of a standard normal number away."""
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    moved = [x + 0.1 * jax.random.normal(key, x.shape, x.dtype) for x, key in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(structure, moved)
+
+
 _NO_MEAN = (
     "`Unroll(hvp_fraction=...)`: on two halves of the first minibatch the train loss is not, on average, what it is on "
-    "the whole: it is no mean over the examples (but a sum, or contrastive, or it normalises over the batch), and a "
-    "part of them would give another Hessian. Write a mean, or leave `hvp_fraction` away."
+    "the whole: it is no mean over the examples (but a sum, or contrastive, or it normalises over the batch, or draws "
+    "random numbers for the batch as a whole), and a part of them would give another Hessian. Write a mean, with a key "
+    "for each example where there is dropout, or leave `hvp_fraction` away."
 )
