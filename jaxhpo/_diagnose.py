@@ -107,15 +107,17 @@ class SolveLog:
       symmetric: whether every condition's Jacobian is symmetric.
       runs: an `InnerRun` for every solve that was run; empty unless asked for.
       schedules: an `UnrolledSolve` for every solve that keeps states.
+      num_steps: inner steps of all solves that were traced, at most.
     """
 
-    def __init__(self, runs: bool):
-        self.wants_runs = runs
+    def __init__(self, runs: bool, schedules: bool):
+        self.wants_runs, self.wants_schedules = runs, schedules
         self.adjoints: list[Adjoint] = []
         self.params: PyTree = None
         self.symmetric = True
         self.runs: list[InnerRun] = []
         self.schedules: list[UnrolledSolve] = []
+        self.num_steps = 0
 
     @property
     def param_bytes(self) -> int:
@@ -129,9 +131,12 @@ class SolveLog:
 
 
 @contextlib.contextmanager
-def recording_solves(runs: bool = False) -> Iterator[SolveLog]:
-    """While active, every `solve` that is traced is noted, and with `runs` it reports when it runs."""
-    log = SolveLog(runs)
+def recording_solves(runs: bool = False, schedules: bool = True) -> Iterator[SolveLog]:
+    """While active, every `solve` that is traced is noted, and with `runs` it reports when it runs.
+
+    `schedules`, which take further traces, may be left out.
+    """
+    log = SolveLog(runs, schedules)
     token = _solves.set(log)
     try:
         yield log
@@ -143,7 +148,7 @@ def recording_solves(runs: bool = False) -> Iterator[SolveLog]:
 def report_schedule(make_row: Callable[[], UnrolledSolve]) -> None:
     """Reports to `recording_solves`, where that is active."""
     log = _solves.get()
-    if log is not None:
+    if log is not None and log.wants_schedules:
         log.schedules.append(make_row())
 
 
@@ -153,6 +158,7 @@ def report_solve(problem: Problem, adjoint: Adjoint, info: Info) -> None:
     if log is None:
         return
     log.adjoints.append(adjoint)
+    log.num_steps += problem.num_steps
     log.symmetric &= problem.solver.symmetric
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), problem.state.params)
     sizes = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (log.params, params)]

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxhpo._errors import NonFiniteError, ZeroHypergradientError, ZeroHypergradientWarning
-from jaxhpo._tree import all_finite, names
+from jaxhpo._tree import all_finite, is_inexact, names
 from jaxhpo._types import PyTree
 
 
@@ -64,13 +64,20 @@ def raise_unless_finite(value: jax.Array, hypergrad: PyTree, diagnosis: Callable
     raise NonFiniteError(f"{what_is_not_finite(value, hypergrad)} {diagnosis()}")
 
 
-def what_is_not_finite(value: jax.Array, hypergrad: PyTree) -> str:
-    """Names the outer loss, or the leaves of the hypergradient, that are not finite."""
+def what_is_not_finite(value: jax.Array, hypergrad: PyTree, point: PyTree = None, carry: PyTree = None) -> str:
+    """Names the outer loss, or the leaves of the hypergradient, the updated point or the carry, that are not finite."""
     if not bool(jnp.isfinite(value)):
         return f"The outer loss is {float(value)}."
-    bad = [
-        name
-        for name, leaf in zip(names(hypergrad, "hparams"), jax.tree.leaves(hypergrad), strict=True)
-        if not bool(jnp.all(jnp.isfinite(leaf)))
-    ]
-    return f"The outer loss is finite, but the hypergradient of `{'`, `'.join(bad)}` is not."
+    found = [_not_finite(hypergrad, "hparams"), _not_finite(carry, "carry"), _not_finite(point, "hparams")]
+    if found[0]:
+        return f"The outer loss is finite, but the hypergradient of `{'`, `'.join(found[0])}` is not."
+    if found[1]:
+        return f"The outer loss is finite, but `{'`, `'.join(found[1])}` is not."
+    if found[2]:
+        return f"The outer loss is finite, but the optimiser's update of `{'`, `'.join(found[2])}` is not."
+    return "The outer loss is finite, but an inner solve that `info` reports is not."
+
+
+def _not_finite(tree, root) -> list[str]:
+    leaves = zip(names(tree, root), jax.tree.leaves(tree), strict=True)
+    return [name for name, leaf in leaves if is_inexact(leaf) and not bool(jnp.all(jnp.isfinite(leaf)))]

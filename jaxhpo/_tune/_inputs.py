@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 
 from jaxhpo._errors import JaxhpoError
+from jaxhpo._tune._remedies import Remedies
 from jaxhpo._types import Hypergradient, Solver
 from jaxhpo._validate import (
     check_arrays,
@@ -110,6 +111,29 @@ def check_settings(optimizer, num_steps, transforms, patience, min_delta, save_e
             name = transform.__name__
             raise JaxhpoError(
                 f"`transforms` got the class {name}, not an instance: write `{name}(...)`, as `box(0.0, 1.0)`."
+            )
+
+
+def check_policies(remedies, on_not_finite, monitor, max_inner_steps, outer_loss, gradient):
+    """Raises for a policy that cannot work."""
+    if not isinstance(remedies, Remedies):
+        raise JaxhpoError(f"`remedies` got {describe(remedies)}: write `jaxhpo.Remedies(clip=0.5)`, say.")
+    if on_not_finite not in ("stop", "skip", "backtrack"):
+        raise JaxhpoError(f"`on_not_finite` got {on_not_finite!r}: write 'stop', 'skip' or 'backtrack'.")
+    if monitor is not None:
+        check_callable("monitor", monitor, "monitor(info)", 1)
+    if max_inner_steps is not None:
+        check_count("max_inner_steps", max_inner_steps)
+    if gradient is None and outer_loss is not None and not _accepts(outer_loss, 3):
+        if remedies.accumulate > 1:
+            raise JaxhpoError(
+                f"`{remedies!r}` takes the mean over outer losses of different keys, but `outer_loss(hparams)` takes "
+                "none, and all would be the same: write `outer_loss(hparams, carry, key) -> (value, carry, info)`."
+            )
+        if monitor is not None:
+            raise JaxhpoError(
+                "`monitor(info)` needs an info, but `outer_loss(hparams)` returns none: write `outer_loss(hparams, "
+                "carry, key) -> (value, carry, info)`, with what is monitored in info."
             )
 
 

@@ -6,6 +6,7 @@ import datetime
 import os
 import re
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ from jaxhpo._tune._history import summary, to_numpy
 from jaxhpo._tune._run_dir import RunDir
 from jaxhpo._tune._search import Report, Search, State
 from jaxhpo._types import PyTree
+from jaxhpo._validate import describe
 
 
 class TuneStep(NamedTuple):
@@ -28,7 +30,7 @@ class TuneStep(NamedTuple):
       hparams: the hyperparameters at which it was evaluated.
       hypergradient_norm: Euclidean norm in unconstrained units.
       info: what the outer loss reported, or None.
-      best_value: the lowest outer loss so far.
+      best_value: the lowest outer loss so far; with a `monitor`, the lowest of its numbers.
       seconds: since the start.
     """
 
@@ -47,9 +49,11 @@ class Standing(NamedTuple):
     Attributes:
       state: what the next step depends on.
       rows: of history that belong to it.
-      best: lowest outer loss so far.
+      best: lowest score so far.
       best_hparams: where that was.
       waited: steps since an improvement.
+      halvings: of the last move, since the last step.
+      failures: steps in a row that were not finite, and skipped.
     """
 
     state: State
@@ -57,6 +61,8 @@ class Standing(NamedTuple):
     best: float
     best_hparams: PyTree
     waited: int
+    halvings: int = 0
+    failures: int = 0
 
 
 class Record:
@@ -67,10 +73,18 @@ class Record:
       state: the first.
       run_dir: the folder, or None.
       settings: of this call, to be compared with those of the call that goes on.
+      monitor: `info -> score`, or None, for which the outer loss is the score.
     """
 
-    def __init__(self, search: Search, state: State, run_dir: RunDir | None, settings: dict[str, Any]):
-        self.search, self.run_dir, self.settings = search, run_dir, settings
+    def __init__(
+        self,
+        search: Search,
+        state: State,
+        run_dir: RunDir | None,
+        settings: dict[str, Any],
+        monitor: Callable[[PyTree], Any] | None,
+    ):
+        self.search, self.run_dir, self.settings, self.monitor = search, run_dir, settings, monitor
         self.now = Standing(state, 0, np.inf, None, 0)
         # What must be the same when the run goes on: the numbers on disk mean nothing else.
         text = re.sub(r" at 0x[0-9a-f]+", "", repr(search.transforms))  # an address differs from process to process
@@ -89,23 +103,44 @@ class Record:
         """Takes a step into the record."""
         step, seconds = self.now.rows, self.seconds
         value, grad_norm = float(report.value), float(report.hypergradient_norm)
-        row = _row(report, seconds)
+        score = value if self.monitor is None else _score(self.monitor, report.info)
+        row = _row(report, seconds, score, self.now.halvings)
         if self.rows and jax.tree.structure(row) != jax.tree.structure(self.rows[0]):
             raise JaxhpoError(
                 f"`outer_loss` returned an info of tree {jax.tree.structure(row['info'])} at outer step {step}, but "
                 f"{jax.tree.structure(self.rows[0]['info'])} before: return the same tree at every step."
             )
         best, best_hparams, waited = self.now.best, self.now.best_hparams, self.now.waited
-        waited = 0 if value < best - min_delta else waited + 1
-        best, best_hparams = (value, report.hparams) if value < best else (best, best_hparams)
-        del self.rows[step:]  # of a step that an interruption cut off
-        self.rows.append(row)
-        self.now = Standing(after, step + 1, best, best_hparams, waited)
+        waited = 0 if score < best - min_delta else waited + 1
+        best, best_hparams = (score, report.hparams) if score < best else (best, best_hparams)
+        self._go_on(row, Standing(after, step + 1, best, best_hparams, waited))
         return TuneStep(step, value, report.hparams, grad_norm, report.info, best, seconds)
+
+    def _go_on(self, row, now):
+        del self.rows[self.now.rows :]  # of a step that an interruption cut off
+        self.rows.append(row)
+        self.now = now
+
+    def skip(self, report: Report) -> None:
+        """Takes a step that was not finite into the record, and stays where it was taken, with another key."""
+        now = self.now
+        row = _row(report, self.seconds, np.nan, now.halvings, skipped=1)
+        state = now.state._replace(step=now.state.step + 1)
+        standing = now._replace(state=state, rows=now.rows + 1, waited=now.waited + 1, failures=now.failures + 1)
+        self._go_on(row, standing)
+
+    def retreat(self) -> None:
+        """Goes half of the last move back, to take the step from there."""
+        self.now = self.now._replace(state=self.search.retreat(self.now.state), halvings=self.now.halvings + 1)
 
     def history(self) -> dict[str, Any]:
         """The rows so far, stacked."""
         return jax.tree.map(lambda *x: np.stack(x), *self.rows[: self.now.rows])
+
+    def still_falls(self, steps: int) -> bool:
+        """Whether, with a monitor, the least outer loss is that of one of the last steps."""
+        values = [float(row["value"]) for row in self.rows[: self.now.rows]]
+        return self.monitor is not None and bool(np.nanmin(values[-steps:]) < np.nanmin(values[:-steps] or [np.inf]))
 
     def save(self, every: int | datetime.timedelta | None = None) -> None:
         """Writes the history, and a checkpoint: always, or if one is due."""
@@ -122,7 +157,7 @@ class Record:
         if self.run_dir is None:
             return
         after, report = jax.eval_shape(self.search.step, self.now.state)
-        row = _row(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), report), 0.0)
+        row = _row(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), report), 0.0, 0.0, 0)
         after = after._replace(key=self.now.state.key)  # a shape does not tell which kind of key
         like = self._tree(Standing(after, 0, 0.0, report.hparams, 0))
         found = self.run_dir.resume(like, row, "run['fixed']")
@@ -131,15 +166,17 @@ class Record:
         tree = found.tree
         best_hparams = jax.tree.map(jnp.asarray, tree["best_hparams"])
         state = _placed(tree["state"], self.now.state)
-        self.now = Standing(state, len(found.rows), float(tree["best"]), best_hparams, int(tree["waited"]))
+        counts = [int(tree[name]) for name in ("waited", "halvings", "failures")]
+        self.now = Standing(state, len(found.rows), float(tree["best"]), best_hparams, *counts)
         self.rows = found.rows
         self.started -= float(self.rows[-1]["seconds"])
         self.origin = f"resumed from {os.fspath(self.run_dir.folder)!r} after {len(self.rows)} outer steps"
         self.notes = [*found.notes, *_differences(found.settings, self.settings)]
 
     def _tree(self, now: Standing):
-        best = {"best": np.asarray(now.best), "best_hparams": now.best_hparams, "waited": np.asarray(now.waited)}
-        return {"state": now.state, "fixed": self.fixed, **best}
+        best = {"best": np.asarray(now.best), "best_hparams": now.best_hparams}
+        counts = {name: np.asarray(getattr(now, name)) for name in ("waited", "halvings", "failures")}
+        return {"state": now.state, "fixed": self.fixed, **best, **counts}
 
 
 def _is_due(every, steps, seconds) -> bool:
@@ -169,8 +206,24 @@ def _differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     ]
 
 
-def _row(report, seconds) -> dict[str, Any]:
+def _score(monitor, info) -> float:
+    score = monitor(info)
+    try:
+        return float(score)
+    except (TypeError, ValueError):
+        raise JaxhpoError(
+            f"`monitor(info)` returned {describe(score)}, but the best step is that of its lowest number: return one."
+        ) from None
+
+
+def _row(report, seconds, score, halvings, skipped=0) -> dict[str, Any]:
     return {
+        "score": np.asarray(score, float),
+        "remedies": {
+            **jax.tree.map(np.asarray, report.remedies),
+            "halvings": np.asarray(halvings, np.int32),
+            "skipped_steps": np.asarray(skipped, np.int32),
+        },
         "value": np.asarray(report.value),
         "hypergradient_norm": np.asarray(report.hypergradient_norm),
         "seconds": np.asarray(seconds),

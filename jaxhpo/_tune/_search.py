@@ -8,20 +8,24 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxhpo._diagnose import diagnose
+from jaxhpo._diagnose import diagnose, recording_solves
+from jaxhpo._errors import JaxhpoError
 from jaxhpo._transforms import to_natural
-from jaxhpo._tree import all_finite, differentiable_inputs, norm, upcast
-from jaxhpo._types import PyTree
+from jaxhpo._tree import add_scaled, all_finite, differentiable_inputs, is_inexact, norm, upcast, zeros_like
+from jaxhpo._tune._inputs import Evaluator
+from jaxhpo._tune._remedies import Remedies, clipped, halved, projected, shrunk
+from jaxhpo._types import Info, PyTree
 
 
 class State(NamedTuple):
-    """All that an outer step depends on."""
+    """All that an outer step depends on, and the last move, to be taken back where it led nowhere."""
 
     point: PyTree  # unconstrained hyperparameters
     opt_state: PyTree
     carry: PyTree
     key: jax.Array
     step: Any
+    moved: PyTree
 
 
 class Report(NamedTuple):
@@ -32,20 +36,35 @@ class Report(NamedTuple):
     hypergradient: PyTree
     hypergradient_norm: jax.Array
     finite: jax.Array
+    remedies: dict[str, jax.Array]
     info: PyTree
 
 
 class Search:
-    """The compiled outer step."""
+    """The compiled outer step.
 
-    def __init__(self, evaluate, optimizer, transforms):
-        self.evaluate, self.transforms = evaluate, transforms
+    Attributes:
+      step: `State -> (State, Report)`.
+      inner_steps: those of all solves that were traced for a step; under `vmap` or a scan each counts once.
+    """
+
+    def __init__(
+        self, evaluate: Evaluator, optimizer: Any, transforms: PyTree, projections: PyTree, remedies: Remedies
+    ):
+        self.evaluate, self.transforms, self.projections, self.remedies = evaluate, transforms, projections, remedies
         self.optimizer = optax.with_extra_args_support(optimizer)
         self.step = jax.jit(self._step)
+        self.retreat = jax.jit(self._retreat)
+        self.inner_steps = 0
+
+    def start(self, point: PyTree, carry: PyTree, key: jax.Array) -> State:
+        """The state of no steps."""
+        return State(point, self.optimizer.init(point), carry, key, jnp.zeros((), jnp.int32), zeros_like(point))
 
     def objective(self, point, carry, key):
         """`(point, carry, key) -> (value, (carry, info))` where it can be differentiated."""
-        value, carry, info = self.evaluate.loss(to_natural(self.transforms, point), carry, key)
+        loss: Any = self.evaluate.loss
+        value, carry, info = loss(to_natural(self.transforms, point), carry, key)
         return value, (carry, info)
 
     def _value_and_grad(self, point, carry, key):
@@ -56,22 +75,52 @@ class Search:
         value, grad, carry, info = self.evaluate.gradient(hparams, carry, key)
         return value, pullback(grad)[0], carry, info
 
+    def _counted(self, point, carry, key):
+        with recording_solves(schedules=False) as log:
+            out = self._value_and_grad(point, carry, key)
+        self.inner_steps = self.remedies.accumulate * log.num_steps
+        return out
+
+    def _accumulated(self, point, carry, key):
+        """The mean over several outer losses, one after the other."""
+        times = self.remedies.accumulate
+        if times == 1:
+            return self._counted(point, carry, key)
+
+        def body(sums, key):
+            value, grad, after, info = self._counted(point, carry, key)
+            return add_scaled(sums, 1 / times, (value, grad)), (after, info)
+
+        shapes = jax.eval_shape(self._value_and_grad, point, carry, key)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[:2])
+        (value, grad), (carries, infos) = jax.lax.scan(body, zeros, jax.random.split(key, times))
+        return value, grad, jax.tree.map(lambda x: x[-1], carries), infos
+
     def _step(self, state):
         key = jax.random.fold_in(state.key, state.step)
-        value, grad, carry, info = self._value_and_grad(state.point, state.carry, key)
+        value, grad, carry, info = self._accumulated(state.point, state.carry, key)
+        safe, counts = clipped(self.remedies, grad)
         updates, opt_state = self.optimizer.update(
-            grad,
+            safe,
             state.opt_state,
             state.point,
             value=value,
-            grad=grad,
+            grad=safe,
             value_fn=lambda u: self.objective(u, state.carry, key)[0],
         )
         point = optax.apply_updates(state.point, updates)
-        after = State(point, opt_state, carry, state.key, state.step + 1)
-        finite = jnp.isfinite(value) & all_finite(grad) & all_finite(point)
+        point, counts["shrunk_leaves"] = shrunk(self.remedies, self.transforms, safe, point)
+        point, counts["projected_entries"] = projected(self.projections, point)
+        after = State(point, opt_state, carry, state.key, state.step + 1, add_scaled(point, -1.0, state.point))
         grad_norm = norm(upcast(grad))  # squares of float16 overflow
-        return after, Report(value, to_natural(self.transforms, state.point), grad, grad_norm, finite, info)
+        finite = jnp.isfinite(value) & all_finite((grad, point)) & ~_has_nan(carry) & _solves_finite(info)
+        hparams = to_natural(self.transforms, state.point)
+        return after, Report(value, hparams, grad, grad_norm, finite, counts, info)
+
+    def _retreat(self, state):
+        """The state half of its last move back."""
+        point, moved = halved(state.point, state.moved)
+        return state._replace(point=point, moved=moved)
 
     def structure(self, state):
         """A function that tells for each leaf whether its derivative can be non-zero; None where that is unknown."""
@@ -89,4 +138,20 @@ class Search:
         if self.evaluate.gradient is not None:
             return "It comes from the `gradient` function that was given."
         key = jax.random.fold_in(state.key, state.step)
-        return diagnose(lambda u: self.objective(u, state.carry, key)[0], state.point)
+        try:
+            return diagnose(lambda u: self.objective(u, state.carry, key)[0], state.point)
+        except JaxhpoError as error:  # of values that are only met outside compiled code
+            return str(error)
+
+
+def _has_nan(tree) -> jax.Array:
+    # An infinity may be meant, as the least so far.
+    found = [jnp.any(jnp.isnan(x)) for x in jax.tree.leaves(tree) if is_inexact(x)]
+    return jnp.any(jnp.stack([jnp.asarray(False), *found]))
+
+
+def _solves_finite(info) -> jax.Array:
+    """What the reports of inner solves say, where they are among what is recorded."""
+    is_report = lambda x: isinstance(x, Info)  # noqa: E731
+    reports = [x for x in jax.tree.leaves(info, is_leaf=is_report) if is_report(x)]
+    return jnp.all(jnp.stack([jnp.asarray(True), *(jnp.all(jnp.asarray(report.finite)) for report in reports)]))

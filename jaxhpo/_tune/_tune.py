@@ -15,21 +15,24 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxhpo._errors import NonFiniteError, ZeroHypergradientWarning
+from jaxhpo._errors import JaxhpoError, NonFiniteError, ZeroHypergradientWarning
 from jaxhpo._health import forget_if_jitted, raise_if_zero, what_is_not_finite
 from jaxhpo._progress import Progress
 from jaxhpo._transforms import to_natural, to_unconstrained
 from jaxhpo._tree import names
 from jaxhpo._tune._fingerprint import fingerprint
-from jaxhpo._tune._inputs import check_callbacks, check_settings, make_evaluator
+from jaxhpo._tune._inputs import check_callbacks, check_policies, check_settings, make_evaluator
 from jaxhpo._tune._record import Record, TuneStep
+from jaxhpo._tune._remedies import Remedies, check_projections
 from jaxhpo._tune._run_dir import RunDir
-from jaxhpo._tune._search import Search, State
+from jaxhpo._tune._search import Search
 from jaxhpo._tune._signals import noting_sigterm
 from jaxhpo._types import PyTree
 from jaxhpo._validate import check_arrays, check_key, check_params
 
 TEN_SECONDS = datetime.timedelta(seconds=10)
+NO_REMEDIES = Remedies()
+MOST_FAILURES = 10  # in a row: 2**-10 of a move is as good as none
 
 
 class TuneResult(NamedTuple):
@@ -38,12 +41,13 @@ class TuneResult(NamedTuple):
     Attributes:
       hparams: the last hyperparameters, after the last update.
       carry: the last carry.
-      best_hparams: the hyperparameters of lowest outer loss. (Where the outer loss is random, the luckiest step.)
-      best_value: that loss, a float.
-      history: a dict of NumPy arrays with one row per outer step: `value`, `hypergradient_norm` (in unconstrained
-        units, those of the search), `seconds`, `hparams` (a tree; leaves of more than 1024 entries are kept as their
-        minimum, quartiles and maximum), `info`.
-      status: "finished", "patience", "budget", "callback", "interrupted", "preempted" or "not_finite".
+      best_hparams: the hyperparameters of lowest score: the outer loss, or what `monitor` makes of the info. (Where
+        that is random, the luckiest step.)
+      best_value: that score, a float.
+      history: a dict of NumPy arrays with one row per outer step: `value`, `score`, `hypergradient_norm` (in
+        unconstrained units, those of the search, before any remedy), `seconds`, `hparams` (a tree; leaves of more than
+        1024 entries are kept as their minimum, quartiles and maximum), `info`, and `remedies`, counts of what each did.
+      status: "finished", "patience", "overfitting", "budget", "callback", "interrupted", "preempted" or "not_finite".
       message: why it stopped, in words.
     """
 
@@ -67,6 +71,9 @@ def tune(
     *,
     num_steps: int,
     transforms: PyTree = None,
+    projections: PyTree = None,
+    remedies: Remedies = NO_REMEDIES,
+    on_not_finite: str = "stop",
     gradient: Callable | None = None,
     key: jax.Array | None = None,
     carry: PyTree = None,
@@ -75,7 +82,9 @@ def tune(
     callbacks: Iterable[Callable[[TuneStep], Any]] = (),
     patience: int | None = None,
     min_delta: float = 0.0,
+    monitor: Callable[[PyTree], Any] | None = None,
     max_seconds: float | None = None,
+    max_inner_steps: int | None = None,
     progress: bool = True,
 ) -> TuneResult:
     r"""Moves hyperparameters down their hypergradient with an optax optimiser.
@@ -96,6 +105,12 @@ def tune(
       num_steps: outer steps, in all (with those of earlier calls on the same `run_dir`).
       transforms: a prefix tree of transforms such as `{"penalty": positive, "momentum": unit_interval}`; None where a
         hyperparameter is unconstrained.
+      projections: a prefix tree of functions, such as `optax.projections.projection_simplex`, that bring the
+        hyperparameters back onto their set after each step; they act in natural units, on leaves without a transform.
+      remedies: `Remedies(...)`, for hypergradients that explode, vanish or are noise.
+      on_not_finite: what to do where the outer loss, its hypergradient, the carry or an inner solve in the info is not
+        finite. "stop" ends the run with the last finite state; "skip" takes the step again with the next key,
+        "backtrack" from half of the last move back (both at most ten times in a row).
       gradient: `(hparams, carry, key) -> (value, hypergradient, carry, info)`, in natural units, in place of
         differentiating `outer_loss`.
       key: `jax.random.key(0)` when None.
@@ -110,7 +125,12 @@ def tune(
       callbacks: each is called with a `TuneStep` after every step; a true result stops the run.
       patience: stop after this many steps without an improvement of more than `min_delta`; None never stops early.
       min_delta: the least improvement that counts for `patience`.
+      monitor: `info -> number`, of which the lowest is the best step, and by which `patience` goes: the loss on a part
+        of the validation set that the outer loss does not see, say. A run out of patience while the outer loss still
+        fell has the status "overfitting". None takes the outer loss.
       max_seconds: stop after this long, with the time of earlier calls on the same `run_dir`; None never does.
+      max_inner_steps: stop before the inner steps of all outer steps (those of `solve`, the most that a `tol` allows)
+        would exceed this number; None never does.
       progress: a tqdm bar where tqdm is installed and the output is a terminal or a notebook, else a line every 5 s.
 
     Returns:
@@ -139,23 +159,26 @@ def tune(
     hparams = check_params(hparams, "hparams")
     callbacks = check_callbacks(callbacks)
     check_settings(optimizer, num_steps, transforms, patience, min_delta, save_every, max_seconds)
+    check_policies(remedies, on_not_finite, monitor, max_inner_steps, outer_loss, gradient)
     first_key = jax.random.key(0) if key is None else check_key(key)
     carry = jax.tree.map(jnp.asarray, check_arrays(carry, "carry"))
     forget_if_jitted(outer_loss)
-    search = Search(make_evaluator(outer_loss, gradient), optimizer, transforms)
     point = to_unconstrained(transforms, hparams)
-    state = State(point, optimizer.init(point), carry, first_key, jnp.zeros((), jnp.int32))
-    limits = _Limits(num_steps, patience, min_delta, max_seconds)
+    remedies.check(transforms, point)
+    check_projections(projections, transforms, point)
+    search = Search(make_evaluator(outer_loss, gradient), optimizer, transforms, projections, remedies)
+    limits = _Limits(num_steps, patience, min_delta, max_seconds, max_inner_steps)
+    settings = {**limits._asdict(), "remedies": repr(remedies), "optimizer": fingerprint(optimizer)}
     with contextlib.ExitStack() as stack:
         folder = None if run_dir is None else stack.enter_context(RunDir(run_dir))
         preempted = stack.enter_context(noting_sigterm(folder is not None))
-        record = Record(search, state, folder, limits._asdict() | {"optimizer": fingerprint(optimizer)})
+        record = Record(search, search.start(point, carry, first_key), folder, settings, monitor)
         record.resume()
         if progress and record.rows:
             print("; ".join([record.origin, *record.notes, "another folder starts anew"]), file=sys.stderr)
         bar = stack.enter_context(Progress(num_steps, "step", progress, done=record.now.rows))
         try:
-            status, message = _advance(record, limits, callbacks, save_every, preempted, bar)
+            status, message = _advance(record, limits, on_not_finite, callbacks, save_every, preempted, bar)
         except KeyboardInterrupt:
             if not record.now.rows:
                 raise
@@ -172,26 +195,45 @@ class _Limits(NamedTuple):
     patience: int | None
     min_delta: float
     max_seconds: float | None
+    max_inner_steps: int | None
 
     def reached(self, record) -> tuple[str, str] | None:
         """Status and message of a run that is to go no further."""
         if record.now.rows >= self.num_steps:
             return "finished", f"{record.now.rows} outer steps were taken, of {self.num_steps} asked for"
         if self.patience is not None and record.now.waited >= self.patience:
-            return "patience", f"no improvement of more than {self.min_delta} in {self.patience} outer steps"
+            status = "overfitting" if record.still_falls(self.patience) else "patience"
+            more = ", while the outer loss still fell" if status == "overfitting" else ""
+            return status, f"no improvement of more than {self.min_delta} in {self.patience} outer steps{more}"
         if self.max_seconds is not None and record.seconds >= self.max_seconds:
             return "budget", f"{record.seconds:.3g} of {self.max_seconds} seconds are spent"
+        steps = record.search.inner_steps
+        if self.max_inner_steps is not None and record.now.rows and not steps:
+            raise JaxhpoError(
+                f"`max_inner_steps={self.max_inner_steps}` counts the steps of `solve`, and none was called: write "
+                "`num_steps` or `max_seconds`."
+            )
+        if self.max_inner_steps is not None and (record.now.rows + 1) * steps > self.max_inner_steps:
+            taken = record.now.rows * steps
+            return "budget", f"{taken} of {self.max_inner_steps} inner steps are taken, and an outer step takes {steps}"
         return None
 
 
-def _advance(record, limits, callbacks, save_every, preempted, bar) -> tuple[str, str]:
+def _advance(record, limits, on_not_finite, callbacks, save_every, preempted, bar) -> tuple[str, str]:
     """Takes the outer steps; returns why it stopped."""
     while (reached := limits.reached(record)) is None:
         step = record.now.rows
         take = record.search.step if step else functools.partial(_first_step, record.search)
         after, report = take(record.now.state)
         if not bool(report.finite):
-            return "not_finite", _not_finite(record.search, record.now.state, report, step)
+            if on_not_finite == "skip" and record.now.failures < MOST_FAILURES:
+                record.skip(report)
+                record.save(save_every)
+                continue
+            if on_not_finite == "backtrack" and step and record.now.halvings < MOST_FAILURES:
+                record.retreat()
+                continue
+            return "not_finite", _not_finite(record.search, record.now.state, report, after, step)
         told = record.accept(after, report, limits.min_delta)
         bar.update(f"loss {told.value:.4g}, best {told.best_value:.4g}, |hypergradient| {told.hypergradient_norm:.2g}")
         record.save(save_every)
@@ -225,8 +267,8 @@ def _first_step(search, state):
     return after, report
 
 
-def _not_finite(search, state, report, step) -> str:
-    what = what_is_not_finite(report.value, report.hypergradient)
+def _not_finite(search, state, report, after, step) -> str:
+    what = what_is_not_finite(report.value, report.hypergradient, after.point, after.carry)
     message = f"Outer step {step}: {what} {search.diagnosis(state)}"
     if step == 0:
         raise NonFiniteError(message)
