@@ -1,6 +1,7 @@
 """The outer loop: it descends, remembers, stops, and can be interrupted."""
 
 import io
+import json
 import sys
 
 import jax
@@ -10,6 +11,7 @@ import optax
 import pytest
 
 import jaxhpo
+from jaxhpo._tune import _run_dir
 
 SOLVER = jaxhpo.from_optax(lambda p, h, b: jnp.sum((p - h["target"]) ** 2), lambda h: optax.sgd(h["lr"]))
 START = {"target": jnp.full(3, 0.1), "lr": jnp.asarray(0.02)}
@@ -214,6 +216,45 @@ def test_run_dir_of_other_settings_is_refused(tmp_path):
     assert "resumed" in more.message and len(more.history["value"]) == 4
     fewer = run(num_steps=3, run_dir=tmp_path, transforms=TRANSFORMS)
     assert len(fewer.history["value"]) == 4 and "4 outer steps were taken, of 3 asked for" in fewer.message
+
+
+def test_run_dir_says_which_settings_are_new(tmp_path):
+    run(num_steps=2, run_dir=tmp_path, optimizer=optax.sgd(0.002, momentum=0.9))
+    more = run(num_steps=4, run_dir=tmp_path, optimizer=optax.sgd(0.001, momentum=0.9))
+    assert "num_steps is 4, was 2" in more.message
+    assert "scale.step_size is -0.001, was -0.002" in more.message
+    assert "momentum" not in more.message
+
+
+def test_run_dir_is_readable_meanwhile(tmp_path):
+    """A line of JSON a step, with numbers as they are, and strings for those that JSON lacks."""
+
+    def loss(h, carry, key):
+        return outer_loss(h), carry, {"odd": jnp.array([jnp.nan, jnp.inf, 1.5]), "half": jnp.ones((), jnp.bfloat16) / 3}
+
+    result = run(loss, num_steps=3, run_dir=tmp_path, save_every=1)
+    rows = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert rows[0]["info['odd']"] == ["nan", "inf", 1.5] and rows[2]["value"] == result.history["value"][2]
+    again = run(loss, num_steps=3, run_dir=tmp_path)
+    for got, want in zip(jax.tree.leaves(again.history), jax.tree.leaves(result.history), strict=True):
+        np.testing.assert_array_equal(got, want)
+        assert got.dtype == want.dtype
+
+
+def test_run_dir_of_another_schema_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(_run_dir, "SCHEMA", 99)
+    run(num_steps=2, run_dir=tmp_path)
+    monkeypatch.undo()
+    with pytest.raises(jaxhpo.JaxhpoError, match=r"schema 99, where this one reads 1"):
+        run(num_steps=2, run_dir=tmp_path)
+
+
+def test_run_dir_of_another_precision_is_refused(tmp_path):
+    run(num_steps=2, run_dir=tmp_path)
+    with jax.enable_x64(False), pytest.raises(jaxhpo.JaxhpoError, match=r"is float64.*but float32.*jax_enable_x64"):
+        start = jax.tree.map(lambda x: x.astype(jnp.float32), START)
+        jaxhpo.tune(outer_loss, start, optax.adam(0.1), num_steps=3, run_dir=tmp_path, progress=False)
 
 
 def test_run_dir_with_a_transform_of_ones_own(tmp_path):
