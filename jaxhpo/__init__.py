@@ -55,6 +55,7 @@ from jaxhpo._transforms import simplex as simplex
 from jaxhpo._transforms import unit_interval as unit_interval
 from jaxhpo._tune._record import TuneStep as TuneStep
 from jaxhpo._tune._remedies import Remedies as Remedies
+from jaxhpo._tune._table import history_table as history_table
 from jaxhpo._tune._tune import TuneResult as TuneResult
 from jaxhpo._tune._tune import tune as tune
 from jaxhpo._types import Hypergradient as Hypergradient

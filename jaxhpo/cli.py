@@ -1,4 +1,4 @@
-"""The command line: `jaxhpo demo`, `jaxhpo compare`."""
+"""The command line: `jaxhpo demo`, `jaxhpo compare`, `jaxhpo show`, `jaxhpo plot`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ import pathlib
 import sys
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 import jaxhpo
 from jaxhpo import _demo, _problems, plot
+from jaxhpo._tune import _table
 
 QUICK = {"seeds": 2, "outer_steps": 3, "num_steps": 30}
 
@@ -49,6 +52,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, dest="name")
     _add_demo(commands)
     _add_compare(commands)
+    _add_show(commands)
+    _add_plot(commands)
     return parser
 
 
@@ -130,6 +135,31 @@ def _add_compare(commands) -> None:
     parser.set_defaults(command=_run_compare)
 
 
+def _add_show(commands) -> None:
+    parser = commands.add_parser(
+        "show",
+        help="print how a run of tune stands, also while it is going on",
+        description="Prints the last outer steps of a run, its best one, and what remedies did.",
+    )
+    parser.add_argument("run_dir", type=pathlib.Path, metavar="RUN_DIR", help="the run_dir of jaxhpo.tune")
+    rows = _integer(1, "it counts rows")
+    parser.add_argument("--rows", type=rows, default=10, metavar="N", help="of the table (default: %(default)s)")
+    parser.set_defaults(command=_run_show)
+
+
+def _add_plot(commands) -> None:
+    parser = commands.add_parser(
+        "plot",
+        help="draw how a run of tune went, also while it is going on",
+        description="Draws convergence, the norm of the hypergradient, and the paths of the hyperparameters.",
+    )
+    parser.add_argument("run_dir", type=pathlib.Path, metavar="RUN_DIR", help="the run_dir of jaxhpo.tune")
+    parser.add_argument(
+        "--out", type=pathlib.Path, metavar="FILE", help="a .png, .pdf or .svg (default: RUN_DIR/run.png)"
+    )
+    parser.set_defaults(command=_run_plot)
+
+
 def _add_out(parser, folder: str) -> None:
     parser.add_argument(
         "--out",
@@ -188,6 +218,30 @@ def _run_compare(parsed: argparse.Namespace) -> int:
     (parsed.out / "comparison.json").write_text(text + "\n", encoding="utf-8")
     plot.comparison(comparison, parsed.out / "comparison.png")
     print(f"\nWritten: {parsed.out / 'comparison.json'}, {parsed.out / 'comparison.png'}.")
+    return 0
+
+
+def _run_show(parsed: argparse.Namespace) -> int:
+    """`jaxhpo show`."""
+    columns = _table.history_columns(parsed.run_dir)
+    steps, best = len(columns["value"]), int(np.nanargmin(columns["score"]))
+    shown = {name: x for name, x in columns.items() if x.ndim == 1 and not name.startswith("remedies")}
+    widths = {name: max(12, len(name)) for name in shown}
+    print(f"{'step':>6}  " + "  ".join(f"{name:>{widths[name]}}" for name in shown))
+    for step in range(max(0, steps - parsed.rows), steps):
+        print(f"{step:6}  " + "  ".join(f"{x[step]:{widths[name]}.6g}" for name, x in shown.items()))
+    print(f"\n{steps} outer steps in {columns['seconds'][-1]:.3g} s; best: {columns['score'][best]:.6g} at step {best}")
+    counts = {name[len("remedies['") : -2]: int(x.sum()) for name, x in columns.items() if name.startswith("remedies")}
+    if any(counts.values()):
+        print("remedies: " + ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in counts.items() if n))
+    return 0
+
+
+def _run_plot(parsed: argparse.Namespace) -> int:
+    """`jaxhpo plot`."""
+    path = parsed.out or parsed.run_dir / "run.png"
+    plot.run(parsed.run_dir, path)
+    print(f"Written: {path}.")
     return 0
 
 

@@ -8,7 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from jaxhpo import Comparison
+from jaxhpo import Comparison, TuneResult
+from jaxhpo._tune import _table
+
+FEW = 8  # entries of a hyperparameter that are drawn as lines of their own
 
 
 def figure(rows: int = 1, columns: int = 1, *, width: float = 11.0, height: float = 8.0) -> tuple[Any, np.ndarray]:
@@ -245,3 +248,101 @@ def _caption(row) -> str:
     memory = "" if row.copies is None else f", {row.copies:.3g} copies"
     blind = f",\nblind to {', '.join(row.blind)}" if row.blind else ""
     return f"{row.name}{' = the reference' if row.relative_error == 0 else ''}{memory}{blind}"
+
+
+def run(source: TuneResult | str | os.PathLike, path: str | os.PathLike | None = None) -> Any:
+    """How a run of `tune` went: convergence, the hypergradient's health, the paths of the hyperparameters.
+
+    A hyperparameter of up to eight entries has a line for each, a larger one its median, quartiles and extremes. Of
+    each vector with 9 to 1024 entries (a schedule) the first, the middle and the last step are drawn over the index, of
+    each matrix the last step as a heat map; at most six of them.
+
+    Args:
+      source: what `tune` returned, or its `run_dir`, also while the run is going on.
+      path: where to write the picture, or None.
+
+    Returns:
+      The matplotlib `Figure`.
+
+    Raises:
+      ImportError: without matplotlib.
+      JaxhpoError: a folder without a history.
+
+    Example:
+      >>> from jaxhpo import plot
+      >>> plot.run("runs/1", "run.png")  # doctest: +SKIP
+    """
+    columns = _table.history_columns(source)
+    hparams = {name: values for name, values in columns.items() if name.startswith("hparams")}
+    large = [name for name, x in hparams.items() if x.ndim > 1 and x[0].size > FEW][:6]
+    panels = 3 + len(large)
+    canvas, axes = figure(-(-panels // 3), 3, width=14.0, height=4.0 * -(-panels // 3))
+    free = iter(axes.flat)
+    _convergence(next(free), columns)
+    _health(next(free), columns)
+    _paths(next(free), hparams)
+    for name in large:
+        _last_values(next(free), name, hparams[name])
+    for axis in free:
+        axis.set_visible(False)
+    if path is not None:
+        save(canvas, path)
+    return canvas
+
+
+def _convergence(axis, columns) -> None:
+    value, score = columns["value"], columns["score"]
+    axis.plot(value, lw=1, color="tab:blue", label="outer loss")
+    if not np.array_equal(value, score, equal_nan=True):
+        axis.plot(score, lw=1, color="tab:orange", label="monitored")
+    best = np.fmin.accumulate(score)
+    axis.plot(best, lw=1, color="0.3", ls="--", label="best so far")
+    skipped = np.flatnonzero(columns["remedies['skipped_steps']"])
+    if skipped.size:
+        axis.plot(skipped, best[skipped], "x", color="tab:red", label="skipped")
+    if np.nanmin(value) > 0 and np.nanmax(value) > 20 * np.nanmin(value):
+        axis.set_yscale("log")
+    axis.set(xlabel="outer step", title="Convergence")
+    axis.legend(frameon=False)
+
+
+def _health(axis, columns) -> None:
+    axis.semilogy(columns["hypergradient_norm"], lw=1, color="tab:blue")
+    counts = {name[len("remedies['") : -2]: x for name, x in columns.items() if name.startswith("remedies")}
+    for i, (name, x) in enumerate((n, x) for n, x in counts.items() if x.any()):
+        at = np.flatnonzero(x)
+        label = f"{name.replace('_', ' ')}: {int(x.sum())}"
+        axis.plot(at, np.full(at.size, 0.03 + 0.05 * i), "|", ms=8, color=f"C{i + 1}", label=label,
+                  transform=axis.get_xaxis_transform())  # fmt: skip
+        axis.legend(frameon=False)
+    axis.set(xlabel="outer step", title="Norm of the hypergradient")
+
+
+def _paths(axis, hparams) -> None:
+    for i, (name, values) in enumerate(hparams.items()):
+        short, flat = name.removeprefix("hparams") or "hparams", values.reshape(len(values), -1)
+        if flat.shape[1] <= FEW:
+            axis.plot(flat[:, 0], lw=1, color=f"C{i}", label=short)
+            axis.plot(flat[:, 1:], lw=1, color=f"C{i}")
+            continue
+        low, first, median, third, high = np.quantile(flat, [0, 0.25, 0.5, 0.75, 1], axis=1)
+        axis.plot(median, lw=1, color=f"C{i}", label=f"{short}, {flat.shape[1]} entries")
+        for bounds, alpha in (((first, third), 0.3), ((low, high), 0.12)):
+            axis.fill_between(np.arange(len(flat)), *bounds, color=f"C{i}", alpha=alpha, linewidth=0)
+    everything = np.concatenate([x.ravel() for x in hparams.values()])
+    if everything.min() > 0 and everything.max() > 20 * everything.min():
+        axis.set_yscale("log")
+    axis.set(xlabel="outer step", title="Hyperparameters")
+    axis.legend(frameon=False, fontsize=8)
+
+
+def _last_values(axis, name, values) -> None:
+    if values.ndim == 3:
+        image(axis, values[-1], label=name, colormap="viridis")
+        axis.set_title(f"{name} at the last step")
+        return
+    for step in sorted({0, len(values) // 2, len(values) - 1}):
+        axis.plot(values[step].ravel(), lw=1, label=f"step {step}")
+    axis.set(xlabel="index", title=name)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.legend(frameon=False)

@@ -36,6 +36,6 @@ def digits(seed: int = 0, *, train: int = 200, validation: int = 300, test: int 
             "`jaxhpo.data.digits` reads the images that come with scikit-learn, which cannot be imported "
             f"({error}). Install it: pip install 'jaxhpo[demo]'"
         ) from error
-    pixels, labels = load_digits(return_X_y=True)
+    pixels, labels = map(np.asarray, load_digits(return_X_y=True))
     everything = Examples((pixels / 16).astype(np.float32), labels.astype(np.int32))
     return split(everything, seed, train=train, validation=validation, test=test)
