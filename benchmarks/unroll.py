@@ -286,15 +286,14 @@ def main(arguments=None) -> None:
             row = dict(zip(KEYS, (name, optimiser, num_steps, which, schedule), strict=True))
             row |= measure(case, schedule, unit, parsed.repeats) | {"device": device, "jax": jax.__version__}
             rows[key(row)] = row
+            file.write_text(json.dumps({"rows": [rows[k] for k in sorted(rows, key=str)]}, indent=1) + "\n")
             told = "{1:.2f} ({0:.2f}, {2:.2f})".format(*row["time"]) if "time" in row else ""
             print(
                 f"{name:5} {optimiser:5} {num_steps:5} {which:8} {schedule:22} {row['arithmetic']:10.3f} "
                 f"{row['memory']:9.1f} {told:>20}",
                 flush=True,
             )
-    ordered = [rows[k] for k in sorted(rows, key=str)]
-    file.write_text(json.dumps({"rows": ordered}, indent=1) + "\n")
-    draw(ordered, parsed.out / "unroll.png")
+    draw([rows[k] for k in sorted(rows, key=str)], parsed.out / "unroll.png")
 
 
 def key(row) -> tuple:

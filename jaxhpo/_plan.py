@@ -99,10 +99,10 @@ def memory_plan(
     followed, and its operations counted. The memory is that of intermediate results, beside arguments and results. For
     a population give `jax.vmap(outer_loss)` and stacked hyperparameters: what is traced is what will run.
 
-    **Cost and bias**: six traces (seconds for a large model). Where the states stored are at least half of the memory,
-    within 20 % of what the compiler allocates, else within a factor of 1.5 (on CPU, for the problems of the tests);
-    operations are exact, but for loops to a tolerance, which count as 100 passes. Empties JAX's cache of compiled
-    functions.
+    **Cost and bias**: six traces (half a minute for a transformer). Where the states stored are at least half of the
+    memory, within 20 % of what the compiler allocates, else within a factor of 1.5 (on CPU, for the problems of the
+    tests); operations are exact, but for loops to a tolerance, which count as 100 passes. Empties JAX's cache of
+    compiled functions.
 
     Args:
       outer_loss: `hparams -> scalar`, or `-> (N,)` for a population.
@@ -155,6 +155,8 @@ def memory_plan(
             calls = [short_name(dataclasses.replace(rule, checkpoint=checkpoint, memory_limit=None)) for rule in rules]
             with imposing(checkpoint):
                 rows.append(_row(outer_loss, hparams, shape, unit, ", ".join(dict.fromkeys(calls)))[0])
+        if rules and all(row.bytes > limit for row in (asked, *rows)):
+            rows += _within(outer_loss, hparams, shape, unit, rules, limit)
     finally:
         jax.clear_caches()  # a function that the user jitted would go on with the schedule that was tried last
     population = shape.shape[0] if shape.shape else 1
@@ -179,11 +181,22 @@ def _row(outer_loss, hparams, shape, unit, call=None) -> tuple[PlanRow, SolveLog
     return PlanRow(call, peak, operations / unit, tuple(describe(row.schedule) for row in log.schedules)), log
 
 
+def _within(outer_loss, hparams, shape, unit, rules, limit) -> list[PlanRow]:
+    """The row of `memory_limit`, which knows more schedules, if one of them fits."""
+    calls = [short_name(dataclasses.replace(rule, checkpoint="auto", memory_limit=limit)) for rule in rules]
+    try:
+        with imposing("auto", limit):
+            return [_row(outer_loss, hparams, shape, unit, ", ".join(dict.fromkeys(calls)))[0]]
+    except JaxhpoError:  # none does
+        return []
+
+
 def _reason(row: UnrolledSolve) -> str:
     steps = row.num_steps
     text = (
         f"{short_name(row.adjoint)} keeps {describe(row.schedule)}: a state is {human(row.state)}, {steps} of them "
-        f"{human(steps * row.state)}, and all that plain autodiff keeps {human(steps * (row.state + row.residuals))}"
+        f"{human(steps * row.state)}, with all that plain autodiff may keep at most "
+        f"{human(steps * (row.state + row.residuals))}"
     )
     if row.gradient:
         text += f"; a gradient is {human(row.gradient)}, the activations of a step {human(row.activations)}"

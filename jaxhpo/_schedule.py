@@ -18,7 +18,8 @@ MOST_TIMES, LONGEST = 20, 200_000  # that a step is taken for the sake of a memo
 FEW = 16  # steps, or kept gradients, that are not worth saving memory on
 LITTLE = 2**24  # nor are 16 MiB, about what a processor caches
 
-_imposed: contextvars.ContextVar[tuple | None] = contextvars.ContextVar("imposed", default=None)
+Choice = tuple[int | str | None, float | None]  # `checkpoint=` and `memory_limit=`
+_imposed: contextvars.ContextVar[Choice | None] = contextvars.ContextVar("imposed", default=None)
 
 
 class Sizes(NamedTuple):
@@ -48,7 +49,7 @@ def choose(checkpoint: int | str | None, num_steps: int, sizes: Sizes, memory_li
     """
     imposed = _imposed.get()
     if imposed is not None:
-        (checkpoint,), memory_limit = imposed, None
+        checkpoint, memory_limit = imposed
     if memory_limit is not None:
         return _cheapest(num_steps, sizes, memory_limit)
     if checkpoint is None or checkpoint == "auto" and _little(num_steps, sizes):
@@ -96,9 +97,9 @@ def _even(num_steps, segment):
 
 
 @contextlib.contextmanager
-def imposing(checkpoint: int | str | None) -> Iterator[None]:
+def imposing(checkpoint: int | str | None, memory_limit: float | None = None) -> Iterator[None]:
     """While active, every unrolled solve that is traced takes this schedule, whatever it asked for."""
-    token = _imposed.set((checkpoint,))
+    token = _imposed.set((checkpoint, memory_limit))
     try:
         yield
     finally:

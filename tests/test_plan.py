@@ -192,3 +192,11 @@ def test_parts_of_minibatches_are_described_and_held_to_a_limit():
     least = min(row.bytes for row in rows)
     for limit in (1.1 * least, 1.5 * least, 3 * least):
         assert plan(memory_limit=limit).asked.bytes <= limit
+
+
+def test_where_no_row_fits_the_limit_is_tried():
+    """Fewer states than those of "binomial" may do."""
+    outer, h = matrix(Unroll(), 300)
+    least = min(row.bytes for row in jaxhpo.memory_plan(outer, h).rows)
+    with pytest.raises(jaxhpo.JaxhpoError, match=r"What would fit: `Unroll\(memory_limit="):
+        jaxhpo.memory_plan(outer, h, memory_limit=0.9 * least)

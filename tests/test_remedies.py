@@ -219,6 +219,20 @@ def test_budget_of_inner_steps():
         jaxhpo.tune(lambda h: h**2, jnp.asarray(0.5), optax.sgd(0.1), max_inner_steps=10, **settings)
 
 
+def test_skipping_from_the_start_can_be_resumed(tmp_path):
+    """Whatever is skipped, the best hyperparameters are some: those of the start."""
+
+    def gradient(h, carry, key):
+        value, grad = jax.value_and_grad(toy_loss)(h)
+        return jnp.full_like(value, jnp.nan), grad, carry, None
+
+    for steps in (1, 4):
+        settings = {"run_dir": tmp_path, "num_steps": steps, "on_not_finite": "skip"}
+        result = search(gradient, 0, optax.sgd(0.2), **settings)
+    assert "resumed" in result.message and float(result.best_hparams) == 0.5
+    assert np.isnan(result.history["value"]).sum() == 4
+
+
 def test_budget_of_seconds():
     result = jaxhpo.tune(toy_loss, jnp.asarray(0.5), optax.sgd(0.1), num_steps=10**6, max_seconds=1.5, progress=False)
     assert result.status == "budget" and (result.history["seconds"][:-1] < 1.5).all()
@@ -249,6 +263,8 @@ def test_a_broken_carry_and_a_broken_inner_solve_are_seen():
         ({"remedies": Remedies(shrink=0.5)}, r"no leaf of `hparams` is: write `transforms=positive`"),
         ({"remedies": 0.5}, r"write `jaxhpo.Remedies\(clip=0.5\)`"),
         ({"monitor": lambda info: info}, "with what is monitored in info"),
+        ({"on_not_finite": "skip"}, "would be what it was"),
+        ({"max_inner_steps": 99}, "an outer step takes 100"),
         ({"on_not_finite": "ignore"}, "write 'stop', 'skip' or 'backtrack'"),
         ({"max_inner_steps": 0}, "max_inner_steps"),
         ({"max_seconds": -1.0}, "max_seconds"),

@@ -130,6 +130,11 @@ def check_policies(remedies, on_not_finite, monitor, max_inner_steps, outer_loss
                 f"`{remedies!r}` takes the mean over outer losses of different keys, but `outer_loss(hparams)` takes "
                 "none, and all would be the same: write `outer_loss(hparams, carry, key) -> (value, carry, info)`."
             )
+        if on_not_finite == "skip":
+            raise JaxhpoError(
+                "`on_not_finite='skip'` takes the step again with another key, but `outer_loss(hparams)` takes none, "
+                "and it would be what it was: write 'backtrack', or `outer_loss(hparams, carry, key)`."
+            )
         if monitor is not None:
             raise JaxhpoError(
                 "`monitor(info)` needs an info, but `outer_loss(hparams)` returns none: write `outer_loss(hparams, "

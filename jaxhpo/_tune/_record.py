@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import os
 import re
 import time
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxhpo._errors import JaxhpoError
+from jaxhpo._transforms import to_natural
 from jaxhpo._tune._history import summary, to_numpy
 from jaxhpo._tune._run_dir import RunDir
 from jaxhpo._tune._search import Report, Search, State
@@ -85,10 +87,10 @@ class Record:
         monitor: Callable[[PyTree], Any] | None,
     ):
         self.search, self.run_dir, self.settings, self.monitor = search, run_dir, settings, monitor
-        self.now = Standing(state, 0, np.inf, None, 0)
+        self.now = Standing(state, 0, np.inf, to_natural(search.transforms, state.point), 0)
         # What must be the same when the run goes on: the numbers on disk mean nothing else.
         text = re.sub(r" at 0x[0-9a-f]+", "", repr(search.transforms))  # an address differs from process to process
-        transforms = np.frombuffer(text.encode(), np.uint8)
+        transforms = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
         self.fixed = {"hparams": state.point, "key": state.key, "transforms": transforms}
         self.rows: list[dict[str, Any]] = []
         self.origin, self.notes = "started", list[str]()
@@ -140,7 +142,8 @@ class Record:
     def still_falls(self, steps: int) -> bool:
         """Whether, with a monitor, the least outer loss is that of one of the last steps."""
         values = [float(row["value"]) for row in self.rows[: self.now.rows]]
-        return self.monitor is not None and bool(np.nanmin(values[-steps:]) < np.nanmin(values[:-steps] or [np.inf]))
+        values = [value if np.isfinite(value) else np.inf for value in values]
+        return self.monitor is not None and min(values[-steps:]) < min(values[:-steps], default=np.inf)
 
     def save(self, every: int | datetime.timedelta | None = None) -> None:
         """Writes the history, and a checkpoint: always, or if one is due."""
@@ -149,7 +152,7 @@ class Record:
         for row in self.rows[self.run_dir.num_rows : self.now.rows]:
             self.run_dir.append(row)
         if every is None or _is_due(every, self.now.rows - self.run_dir.saved_rows, time.perf_counter() - self.saved):
-            self.run_dir.save(self._tree(self.now), self.settings)
+            self.run_dir.save(self._tree(self.now), {**self.settings, "inner_steps": self.search.inner_steps})
             self.saved = time.perf_counter()
 
     def resume(self) -> None:
@@ -171,7 +174,8 @@ class Record:
         self.rows = found.rows
         self.started -= float(self.rows[-1]["seconds"])
         self.origin = f"resumed from {os.fspath(self.run_dir.folder)!r} after {len(self.rows)} outer steps"
-        self.notes = [*found.notes, *_differences(found.settings, self.settings)]
+        here = {**self.settings, "inner_steps": self.search.inner_steps}
+        self.notes = [*found.notes, *_differences(found.settings, here)]
 
     def _tree(self, now: Standing):
         best = {"best": np.asarray(now.best), "best_hparams": now.best_hparams}

@@ -147,7 +147,8 @@ def check_projections(projections: PyTree, transforms: PyTree, point: PyTree) ->
     except (ValueError, TypeError) as error:
         raise JaxhpoError(
             f"`projections` got {projections!r}, which does not fit `hparams`: write a function such as "
-            f"`optax.projections.projection_non_negative` or None, for all of it or for each part under its own name."
+            f"`optax.projections.projection_non_negative` or None, for all of it or for each part under its own name "
+            f"({str(error).splitlines()[0]})."
         ) from error
     del parts
     for function in jax.tree.leaves(projections, is_leaf=_is_projection):

@@ -306,11 +306,6 @@ def _matched(path, arrays, like, fixed) -> PyTree:
             f"Use another folder, or the hyperparameters, carry and optimiser of that run."
         )
     for (name, x), array in zip(rows, found.values(), strict=True):
-        if name.startswith(fixed) and not np.array_equal(array, _to_numpy(x)):
-            raise JaxhpoError(
-                f"`run_dir`: the run in {path.parent} began with another value of `{name}`, so its numbers mean "
-                f"something else: use another folder, or the start (`hparams`), `key` and `transforms` of that run."
-            )
         data = jax.eval_shape(jax.random.key_data, x) if _is_key(x) else x
         shape, dtype = np.shape(data), np.dtype(getattr(data, "dtype", array.dtype))
         # Types that NumPy does not know (bfloat16) come back as raw bytes.
@@ -320,6 +315,18 @@ def _matched(path, arrays, like, fixed) -> PyTree:
                 f"`run_dir`: `{name}` is {array.dtype}{list(array.shape)} in {path.parent}, but {dtype}{list(shape)} "
                 "here: use another folder, or the precision (`jax_enable_x64`) and shapes of that run."
             )
+    others = [
+        name.removeprefix(fixed)
+        for (name, x), array in zip(rows, found.values(), strict=True)
+        if name.startswith(fixed) and not np.array_equal(array, _to_numpy(x))
+    ]
+    if others:
+        # Another transform has another start, too.
+        what = next((name for name in others if "transforms" in name), ", ".join(others))
+        raise JaxhpoError(
+            f"`run_dir`: the run in {path.parent} began with another value of {what}, so its numbers mean something "
+            "else: use another folder, or the start (`hparams`), `key` and `transforms` of that run."
+        )
     leaves = [_from_numpy(array, x) for (_, x), array in zip(rows, found.values(), strict=True)]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 

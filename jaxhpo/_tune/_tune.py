@@ -91,7 +91,7 @@ def tune(
 
     With h = forward(u), each outer step is
     :math:`u \leftarrow u + \mathrm{optimizer}(\nabla_u F(\mathrm{forward}(u)))`.
-    The step is compiled once. Ctrl-C returns what there is.
+    The step is compiled once. Ctrl-C returns what there is, after the first step.
 
     **Cost and bias**: one hypergradient a step, and whatever bias its rule has; memory of the hyperparameters, the
     optimiser's state and one row of history a step.
@@ -118,9 +118,9 @@ def tune(
       run_dir: a folder that keeps the run: the state in its two newest checkpoints, each checked when it is read, and
         the history as `history.jsonl`, a line a step. The same call with the same folder goes on to the bit where the
         last checkpoint stood, or returns at once if it had finished. More steps or another setting of the optimiser are
-        taken as given, and the difference printed; another start, key, transform or tree is refused, and so is a
-        folder in use. A full disk is warned of, and does not end the run. SIGTERM ends it after the step in hand, with
-        status "preempted", for the caller to exit with 143. None keeps nothing.
+        taken as given, and the difference printed (losses and data are not compared); another start, key, transform or
+        tree is refused, and so is a folder in use. A full disk is warned of, and does not end the run. SIGTERM ends it
+        after the step in hand, with status "preempted", for the caller to exit with 143. None keeps nothing.
       save_every: outer steps, or a `datetime.timedelta`, between checkpoints; the last state is always saved.
       callbacks: each is called with a `TuneStep` after every step; a true result stops the run.
       patience: stop after this many steps without an improvement of more than `min_delta`; None never stops early.
@@ -128,7 +128,8 @@ def tune(
       monitor: `info -> number`, of which the lowest is the best step, and by which `patience` goes: the loss on a part
         of the validation set that the outer loss does not see, say. A run out of patience while the outer loss still
         fell has the status "overfitting". None takes the outer loss.
-      max_seconds: stop after this long, with the time of earlier calls on the same `run_dir`; None never does.
+      max_seconds: stop after the first step that ends so late, compilation and earlier calls on the same `run_dir`
+        included; None never does.
       max_inner_steps: stop before the inner steps of all outer steps (those of `solve`, the most that a `tol` allows)
         would exceed this number; None never does.
       progress: a tqdm bar where tqdm is installed and the output is a terminal or a notebook, else a line every 5 s.
@@ -174,6 +175,8 @@ def tune(
         preempted = stack.enter_context(noting_sigterm(folder is not None))
         record = Record(search, search.start(point, carry, first_key), folder, settings, monitor)
         record.resume()
+        if max_inner_steps is not None:
+            _check_budget(record, max_inner_steps)
         if progress and record.rows:
             print("; ".join([record.origin, *record.notes, "another folder starts anew"]), file=sys.stderr)
         bar = stack.enter_context(Progress(num_steps, "step", progress, done=record.now.rows))
@@ -205,25 +208,34 @@ class _Limits(NamedTuple):
             status = "overfitting" if record.still_falls(self.patience) else "patience"
             more = ", while the outer loss still fell" if status == "overfitting" else ""
             return status, f"no improvement of more than {self.min_delta} in {self.patience} outer steps{more}"
-        if self.max_seconds is not None and record.seconds >= self.max_seconds:
+        if self.max_seconds is not None and record.now.rows and record.seconds >= self.max_seconds:
             return "budget", f"{record.seconds:.3g} of {self.max_seconds} seconds are spent"
         steps = record.search.inner_steps
-        if self.max_inner_steps is not None and record.now.rows and not steps:
-            raise JaxhpoError(
-                f"`max_inner_steps={self.max_inner_steps}` counts the steps of `solve`, and none was called: write "
-                "`num_steps` or `max_seconds`."
-            )
         if self.max_inner_steps is not None and (record.now.rows + 1) * steps > self.max_inner_steps:
             taken = record.now.rows * steps
             return "budget", f"{taken} of {self.max_inner_steps} inner steps are taken, and an outer step takes {steps}"
         return None
 
 
+def _check_budget(record, max_inner_steps):
+    """Raises where inner steps cannot be counted, or do not suffice for one outer step."""
+    jax.eval_shape(record.search.step, record.now.state)
+    steps = record.search.inner_steps
+    if not steps:
+        raise JaxhpoError(
+            f"`max_inner_steps={max_inner_steps}` counts the steps of `solve`, and none was called: write `num_steps` "
+            "or `max_seconds`."
+        )
+    if steps > max_inner_steps:
+        raise JaxhpoError(f"`max_inner_steps={max_inner_steps}` is too few, as an outer step takes {steps}.")
+
+
 def _advance(record, limits, on_not_finite, callbacks, save_every, preempted, bar) -> tuple[str, str]:
     """Takes the outer steps; returns why it stopped."""
     while (reached := limits.reached(record)) is None:
         step = record.now.rows
-        take = record.search.step if step else functools.partial(_first_step, record.search)
+        begun = record.now.failures < step
+        take = record.search.step if begun else functools.partial(_first_step, record.search)
         after, report = take(record.now.state)
         if not bool(report.finite):
             if on_not_finite == "skip" and record.now.failures < MOST_FAILURES:
