@@ -220,6 +220,21 @@ def test_run_dir_of_other_settings_is_refused(tmp_path):
     assert len(fewer.history["value"]) == 4 and "4 outer steps were taken, of 3 asked for" in fewer.message
 
 
+@pytest.mark.parametrize("settings", [{"run_dir": True}, {"max_inner_steps": 10_000}])
+def test_what_traces_beforehand_hides_no_zero(settings, tmp_path):
+    """Rates of the early steps are cut off by the rule, which says so while it is traced."""
+    settings = {name: tmp_path if name == "run_dir" else value for name, value in settings.items()}
+    solver = jaxhpo.from_optax(lambda p, h, b: jnp.sum((p - 1.0) ** 2), lambda h: optax.sgd(lambda t: h[t]))
+
+    @jax.jit
+    def loss(h):
+        rule = jaxhpo.Unroll(truncate=2)
+        return jnp.sum(jaxhpo.solve(solver, solver.init(jnp.zeros(2), h), h, num_steps=4, adjoint=rule).params ** 2)
+
+    with pytest.raises(jaxhpo.ZeroHypergradientError, match="exactly zero in some entries"):
+        jaxhpo.tune(loss, jnp.full(4, 0.1), optax.sgd(0.1), num_steps=3, progress=False, **settings)
+
+
 def test_run_dir_says_which_settings_are_new(tmp_path):
     run(num_steps=2, run_dir=tmp_path, optimizer=optax.sgd(0.002, momentum=0.9))
     more = run(num_steps=4, run_dir=tmp_path, optimizer=optax.sgd(0.001, momentum=0.9))

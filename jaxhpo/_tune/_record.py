@@ -157,15 +157,13 @@ class Record:
 
     def resume(self) -> None:
         """Goes on from what is in `run_dir`, if there is something."""
-        if self.run_dir is None:
+        if self.run_dir is None or not self.run_dir.begun:
             return
-        after, report = jax.eval_shape(self.search.step, self.now.state)
+        after, report = self.search.shapes(self.now.state)
         row = _row(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), report), 0.0, 0.0, 0)
         after = after._replace(key=self.now.state.key)  # a shape does not tell which kind of key
         like = self._tree(Standing(after, 0, 0.0, report.hparams, 0))
         found = self.run_dir.resume(like, row, "run['fixed']")
-        if found is None:
-            return
         tree = found.tree
         best_hparams = jax.tree.map(jnp.asarray, tree["best_hparams"])
         state = _placed(tree["state"], self.now.state)

@@ -88,6 +88,8 @@ class RunDir:
             ) from error
         self._take_lock()
         self._history = _open(self.folder / "history.jsonl")
+        if not self.begun:
+            self._history.truncate(0)  # of steps that were never saved
         self._log = _Log(0, hashlib.sha256(), 0, b"")
         self.saved_rows = 0
 
@@ -180,7 +182,7 @@ class RunDir:
 
     def _arrays(self, tree, settings):
         history = f"{self._log.written} {self._log.digest.hexdigest()}"
-        plain = (str(SCHEMA), str(self.num_rows), history, json.dumps(settings, sort_keys=True))
+        plain = (str(SCHEMA), str(self.num_rows), history, json.dumps(settings, sort_keys=True, default=float))
         arrays = {name: np.frombuffer(text.encode(), np.uint8) for name, text in zip(PLAIN, plain, strict=True)}
         return arrays | {f"{i} {name}": _to_numpy(x) for i, (name, x) in enumerate(_rows(tree))}
 
@@ -188,8 +190,13 @@ class RunDir:
         """The newest first."""
         return sorted(self.folder.glob("state-*.npz"), reverse=True)
 
-    def resume(self, like: PyTree, row: PyTree, fixed: str) -> Resumed | None:
-        """Reads the newest checkpoint that is whole; None where there is none yet.
+    @property
+    def begun(self) -> bool:
+        """Whether there is a checkpoint."""
+        return bool(self._checkpoints())
+
+    def resume(self, like: PyTree, row: PyTree, fixed: str) -> Resumed:
+        """Reads the newest checkpoint that is whole.
 
         Args:
           like: a tree of the state's structure and shapes.
@@ -197,7 +204,7 @@ class RunDir:
           fixed: leaves whose names begin with this must hold the same values.
 
         Raises:
-          JaxhpoError: there are checkpoints, but all are damaged, or they are those of another run.
+          JaxhpoError: all checkpoints are damaged, or they are those of another run.
         """
         notes: list[str] = []
         damaged = []
@@ -212,13 +219,10 @@ class RunDir:
             tree = _matched(path, arrays, like, fixed)
             self._go_on(log, damaged)
             return Resumed(tree, rows, settings, notes)
-        if notes:
-            raise JaxhpoError(
-                f"`run_dir`: {self.folder} holds no checkpoint that can be read: {'; '.join(notes)}. Move the folder "
-                "away, or name another, to start anew."
-            )
-        self._history.truncate(0)  # of steps that were never saved
-        return None
+        raise JaxhpoError(
+            f"`run_dir`: {self.folder} holds no checkpoint that can be read: {'; '.join(notes)}. Move the folder away, "
+            "or name another, to start anew."
+        )
 
     def _go_on(self, log, damaged):
         """Takes up a checkpoint's history; newer ones that are damaged make way for those that will follow."""

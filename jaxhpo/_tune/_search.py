@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, NamedTuple
 
 import jax
@@ -121,6 +122,14 @@ class Search:
         """The state half of its last move back."""
         point, moved = halved(state.point, state.moved)
         return state._replace(point=point, moved=moved)
+
+    def shapes(self, state: State) -> tuple[State, Report]:
+        """Shapes of what `step` returns, and the count of inner steps; the first step traces, and warns, once more."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = jax.eval_shape(self._step, state)
+        jax.clear_caches()  # of functions that the user jitted
+        return found
 
     def structure(self, state):
         """A function that tells for each leaf whether its derivative can be non-zero; None where that is unknown."""

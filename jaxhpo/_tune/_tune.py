@@ -219,7 +219,7 @@ class _Limits(NamedTuple):
 
 def _check_budget(record, max_inner_steps):
     """Raises where inner steps cannot be counted, or do not suffice for one outer step."""
-    jax.eval_shape(record.search.step, record.now.state)
+    record.search.shapes(record.now.state)
     steps = record.search.inner_steps
     if not steps:
         raise JaxhpoError(
@@ -234,12 +234,15 @@ def _advance(record, limits, on_not_finite, callbacks, save_every, preempted, ba
     """Takes the outer steps; returns why it stopped."""
     while (reached := limits.reached(record)) is None:
         step = record.now.rows
+        if step and preempted():
+            return "preempted", f"SIGTERM came; stopped after {step} outer steps"
         begun = record.now.failures < step
         take = record.search.step if begun else functools.partial(_first_step, record.search)
         after, report = take(record.now.state)
         if not bool(report.finite):
             if on_not_finite == "skip" and record.now.failures < MOST_FAILURES:
                 record.skip(report)
+                bar.update("skipped")
                 record.save(save_every)
                 continue
             if on_not_finite == "backtrack" and step and record.now.halvings < MOST_FAILURES:
@@ -251,8 +254,6 @@ def _advance(record, limits, on_not_finite, callbacks, save_every, preempted, ba
         record.save(save_every)
         if any([callback(told) for callback in callbacks]):
             return "callback", f"a callback stopped the run after outer step {step}"
-        if preempted():
-            return "preempted", f"SIGTERM came; stopped after {record.now.rows} outer steps"
     return reached
 
 
