@@ -47,7 +47,7 @@ val_loss = lambda params: train_loss(params, h, {"image": images, "label": label
 @pytest.mark.slow
 def test_readme_examples_of_methods_run(tmp_path):
     """They go on from the first example."""
-    first, _, _, comparing, planning, pair = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    first, _, _, _, comparing, planning, pair = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     code = "\n".join([first, comparing, planning, pair, "assert result.status == 'finished'"])
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     command = [sys.executable, "-c", code]

@@ -1,6 +1,8 @@
 """What a run leaves to look at: the table, the picture, `jaxhpo show` and `jaxhpo plot`, callbacks that log."""
 
 import builtins
+import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -98,16 +100,12 @@ class FakeWriter:
 
 def test_callbacks_of_the_readme():
     """TensorBoard's and Weights & Biases', as README has them."""
-    writer = wandb = FakeWriter()
-
-    def to_tensorboard(step):
-        writer.add_scalar("outer loss", step.value, step.step)
-        writer.add_scalar("hypergradient", step.hypergradient_norm, step.step)
-
-    def to_wandb(step):
-        wandb.log({"outer loss": step.value, "hypergradient": step.hypergradient_norm}, step=step.step)
-
-    for callback in (to_tensorboard, to_wandb):
+    readme = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "to_tensorboard" in block]
+    writer = FakeWriter()
+    found = {"writer": writer, "wandb": writer}
+    exec(code, found)
+    for callback in (found["to_tensorboard"], found["to_wandb"]):
         writer.rows.clear()
         history = jaxhpo.tune(
             lambda h: jnp.sum(h**2), jnp.ones(2), optax.sgd(0.1), num_steps=3, callbacks=[callback], progress=False
