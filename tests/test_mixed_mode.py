@@ -52,7 +52,7 @@ SLOW = pytest.mark.slow
     ("order", "read"),
     [
         ("grad", (True, True)),
-        ("jacfwd", (True, True)),
+        pytest.param("jacfwd", (True, True), marks=SLOW),
         *(pytest.param("grad", read, marks=SLOW) for read in ((False, False), (True, False), (False, True))),
         pytest.param("jacrev", (True, True), marks=SLOW),
         pytest.param("jacrev", (False, False), marks=SLOW),
@@ -194,7 +194,10 @@ def through(layer, adjoint, make_solver=lambda loss: jaxhpo.from_optax(loss, opt
     return jax.grad(outer)(h), outer, h
 
 
-@pytest.mark.parametrize("layer", [reversed_gradient, reversed_tangent, documented])
+@pytest.mark.parametrize(
+    "layer",
+    [reversed_gradient, pytest.param(reversed_tangent, marks=SLOW), pytest.param(documented, marks=SLOW)],
+)
 def test_a_rule_of_the_users_need_be_no_derivative(layer):
     """Products with such a Jacobian are none with its transpose, so mixed mode would be wrong."""
     want, outer, h = through(layer, Unroll(checkpoint=None))

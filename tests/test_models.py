@@ -219,7 +219,10 @@ class NnxNet(nnx.Module):
 
 @pytest.mark.parametrize(
     "running",
-    [pytest.param(False, id="batch statistics"), pytest.param(True, id="running statistics", marks=pytest.mark.slow)],
+    [
+        pytest.param(False, id="batch statistics", marks=pytest.mark.slow),
+        pytest.param(True, id="running statistics", marks=pytest.mark.slow),
+    ],
 )
 def test_nnx_batch_norm_and_dropout(running):
     """nnx: parameters are trained, batch statistics are model state, and dropout draws from a key of the batch.

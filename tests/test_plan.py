@@ -69,7 +69,7 @@ def network(adjoint, num_steps):
 
 PROBLEMS = {"matrix": matrix, "regression": regression, "network": network}
 CHECKPOINTS = (None, 1, "sqrt", "binomial")
-QUICK = {("matrix", "sqrt", 200), ("network", 1, 200), ("regression", None, 200), ("matrix", "binomial", 200)}
+QUICK = {("matrix", "sqrt", 200), ("network", 1, 20), ("regression", None, 200), ("matrix", "binomial", 200)}
 
 
 @pytest.mark.parametrize(
@@ -176,6 +176,7 @@ def test_what_costs_nothing():
         jaxhpo.memory_plan(lambda h: jnp.sum(h > 0), jnp.ones(3))
 
 
+@slow
 def test_parts_of_minibatches_are_described_and_held_to_a_limit():
     solver = jaxhpo.from_optax(lambda p, h, b: jnp.mean((b @ p) ** 2) + jnp.exp(h) * jnp.sum(p**2), optax.sgd(0.1))
 
@@ -194,6 +195,7 @@ def test_parts_of_minibatches_are_described_and_held_to_a_limit():
         assert plan(memory_limit=limit).asked.bytes <= limit
 
 
+@slow
 def test_where_no_row_fits_the_limit_is_tried():
     """Fewer states than those of "binomial" may do."""
     outer, h = matrix(Unroll(), 300)

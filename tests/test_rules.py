@@ -101,7 +101,7 @@ def ridge_outer(h, problem):
 @pytest.mark.parametrize("outer", [jax.jacfwd, jax.jacrev], ids=["jacfwd", "jacrev"])
 @pytest.mark.parametrize(
     "name",
-    ["unroll", "cg", *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)],
+    [pytest.param("unroll", marks=pytest.mark.slow), "cg", *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)],
 )
 def test_hessian(name, outer):
     """Second derivatives of the outer loss: 1e-8 is the figure asked for."""

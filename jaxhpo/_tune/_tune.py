@@ -46,7 +46,8 @@ class TuneResult(NamedTuple):
       best_value: that score, a float.
       history: a dict of NumPy arrays with one row per outer step: `value`, `score`, `hypergradient_norm` (in
         unconstrained units, those of the search, before any remedy), `seconds`, `hparams` (a tree; leaves of more than
-        1024 entries are kept as their minimum, quartiles and maximum), `info`, and `remedies`, counts of what each did.
+        1024 entries are kept as minimum, quartiles, of every k-th entry, and maximum), `info`, and `remedies`, counts
+        of what each did.
       status: "finished", "patience", "overfitting", "budget", "callback", "interrupted", "preempted" or "not_finite".
       message: why it stopped, in words.
     """

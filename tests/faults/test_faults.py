@@ -26,7 +26,7 @@ def test_preempted_again_and_again(reference):
     assert faults.chains(5, seconds, want, random.Random(1), number=signal.SIGTERM) == (0, 0)
 
 
-QUICK = {"sigterm", "full_disk", "truncated"}
+QUICK = {"sigterm", "full_disk"}
 
 
 @pytest.mark.parametrize(
