@@ -37,7 +37,7 @@ class Unroll:
 
     Where inner gradients are kept (`checkpoint=1`, and others where the activations of a step outweigh them) and under
     `"binomial"`, a step is differentiated in mixed mode: the Hessian product and the mixed product in one
-    forward-over-reverse pass.
+    forward-over-reverse pass, unless the train loss holds a derivative rule of the user's (`jax.custom_vjp`).
 
     With `hvp_fraction=f` these products are taken on a random part of each minibatch, :math:`\lceil fb \rfloor` of b
     examples, another part at each step. Steps are linear in their products and the parts independent, so the

@@ -115,17 +115,22 @@ def shrunk(remedies: Remedies, transforms: PyTree, grad: PyTree, point: PyTree) 
 
 def under_positive(transforms: PyTree, point: PyTree) -> list[bool]:
     """For each leaf, whether its transform is `positive`."""
-    return jax.tree.leaves(to_natural(jax.tree.map(_Marker, transforms), jax.tree.map(lambda x: False, point)))
+    return jax.tree.leaves(_marked(transforms, point, lambda transform: transform is positive))
+
+
+def _marked(transforms, point, test):
+    """For each leaf, what `test` says of its transform; False where it has none."""
+    return to_natural(jax.tree.map(lambda t: _Marker(test(t)), transforms), jax.tree.map(lambda x: False, point))
 
 
 class _Marker:
-    """A transform whose values say which one it stands for."""
+    """A transform whose values say something of the one that it stands for."""
 
-    def __init__(self, transform):
-        self.is_positive = transform is positive
+    def __init__(self, mark):
+        self.mark = mark
 
     def forward(self, leaf):
-        return self.is_positive
+        return self.mark
 
 
 def projected(projections: PyTree, point: PyTree) -> tuple[PyTree, jax.Array]:
@@ -143,21 +148,20 @@ def check_projections(projections: PyTree, transforms: PyTree, point: PyTree) ->
     if projections is None:
         return
     try:
-        parts = jax.tree.map(lambda f, part: part, projections, point, is_leaf=_is_projection)
+        jax.tree.map(lambda f, part: part, projections, point, is_leaf=_is_projection)
     except (ValueError, TypeError) as error:
         raise JaxhpoError(
             f"`projections` got {projections!r}, which does not fit `hparams`: write a function such as "
             f"`optax.projections.projection_non_negative` or None, for all of it or for each part under its own name "
             f"({str(error).splitlines()[0]})."
         ) from error
-    del parts
     for function in jax.tree.leaves(projections, is_leaf=_is_projection):
         if function is not None and not callable(function):
             raise JaxhpoError(
                 f"`projections` got {describe(function)}, which is no function: write "
                 "`optax.projections.projection_simplex`, say."
             )
-    marks = to_natural(jax.tree.map(_Transformed, transforms), jax.tree.map(lambda x: False, point))
+    marks = _marked(transforms, point, lambda transform: True)
     both = jax.tree.map(
         lambda f, part: jax.tree.map(lambda m: f is not None and m, part), projections, marks, is_leaf=_is_projection
     )
@@ -176,16 +180,6 @@ def check_projections(projections: PyTree, transforms: PyTree, point: PyTree) ->
 
 def _is_projection(x: Any) -> bool:
     return x is None or callable(x)
-
-
-class _Transformed:
-    """A transform whose values say that there is one."""
-
-    def __init__(self, transform):
-        del transform
-
-    def forward(self, leaf):
-        return True
 
 
 def halved(point: PyTree, moved: PyTree) -> tuple[PyTree, PyTree]:
