@@ -17,7 +17,7 @@ from jax.extend import core as jex
 from jax.interpreters.partial_eval import dce_jaxpr
 
 from jaxhpo._errors import JaxhpoError
-from jaxhpo._tree import is_inexact, partition, subprograms
+from jaxhpo._tree import is_inexact, partition, scan_layout, subprograms
 
 
 def count_arithmetic(
@@ -169,11 +169,8 @@ def _written_into(equation) -> list:
         return [(equation.outvars[0], equation.invars[0])]
     if equation.primitive.name != "scan":
         return []
-    # Of a scan's results, the carry alone has inside the shape that it has outside; of its operands, constants as well.
-    inside = getattr(equation.params["jaxpr"], "jaxpr", equation.params["jaxpr"])
-    num_carry = sum(v.aval.shape == w.aval.shape for v, w in zip(inside.outvars, equation.outvars, strict=True))
-    whole = sum(v.aval.shape == w.aval.shape for v, w in zip(inside.invars, equation.invars, strict=True))
-    return list(zip(equation.outvars[:num_carry], equation.invars[whole - num_carry : whole], strict=True))
+    start, num_carry = scan_layout(equation)
+    return list(zip(equation.outvars[:num_carry], equation.invars[start : start + num_carry], strict=True))
 
 
 def _inside(equation, read) -> int:

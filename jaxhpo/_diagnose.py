@@ -5,14 +5,18 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxhpo._tree import is_inexact, names, norm
+from jaxhpo._origin import find_origin
+from jaxhpo._tree import all_finite, is_inexact, names, norm, partition, scaled, upcast, vdot
 from jaxhpo._types import Adjoint, Info, LinearInfo, LinearStatus, Problem, PyTree, Schedule
+
+POWER_ITERATIONS = 40
 
 _linear_solves: contextvars.ContextVar[list | None] = contextvars.ContextVar("linear_solves", default=None)
 _solves: contextvars.ContextVar[SolveLog | None] = contextvars.ContextVar("solves", default=None)
@@ -20,14 +24,40 @@ _recorder: contextvars.ContextVar[Recorder | None] = contextvars.ContextVar("rec
 
 
 class Recorder:
-    """Collects which leaves were not finite: `(inner problem, inner step, name)`, forward and backward."""
+    """Collects what was not finite, as `(inner problem, inner step, name)`.
+
+    Attributes:
+      num_problems: how many were traced.
+      before: leaves of what a step was given.
+      forward: leaves of its result, or the train loss.
+      backward: cotangents of what a step was given.
+      arriving: cotangents of its result.
+      faults: what derivative rules know to be wrong.
+      steps: `(inner problem, inner step, growth)` of first steps, and of those that broke.
+    """
 
     def __init__(self):
         self.num_problems = 0
+        self.before: set[tuple[int, int, str]] = set()
         self.forward: set[tuple[int, int, str]] = set()
         self.backward: set[tuple[int, int, str]] = set()
-        self.arriving: set[tuple[int, int, str]] = set()  # cotangents of a step's result
-        self.faults: list[str] = []  # what derivative rules know to be wrong
+        self.arriving: set[tuple[int, int, str]] = set()
+        self.faults: list[str] = []
+        self.steps: list[tuple[int, int, Callable[[], Growth | None]]] = []
+
+
+class Growth(NamedTuple):
+    """What an inner step does to a small error.
+
+    Attributes:
+      factor: by which it multiplies one along its worst direction.
+      turns: whether it turns it round, as too long a step does.
+      drivers: hyperparameters by which the factor can be changed most.
+    """
+
+    factor: float
+    turns: bool
+    drivers: list[str]
 
 
 class LinearSolve(NamedTuple):
@@ -195,19 +225,44 @@ def watched(problem: Problem) -> Problem:
         return problem
     index = recorder.num_problems
     recorder.num_problems += 1
+    train_loss = _train_loss(problem)
 
     def advance(state: Any, inputs, x):
         t, x = x
-        state = _report(_Tap(recorder, index, names(state, "state"), forward=False), state, t)
-        hparams = _report(_Tap(recorder, index, names(inputs[0], "hparams"), forward=False), inputs[0], t)
-        after = problem.advance(state, (hparams, *inputs[1:]), x)
-        return _report(_Tap(recorder, index, names(after, "state")), after, t)
+        tap = functools.partial(_Tap, recorder, index)
+        state = _report(tap(names(state, "state"), forward="before"), state, t)
+        hparams = _report(tap(names(inputs[0], "hparams"), forward="before"), inputs[0], t)
+        inputs = (hparams, *inputs[1:])
+        after = problem.advance(state, inputs, x)
+        given = jax.lax.stop_gradient((state, inputs, x))
+        jax.debug.callback(tap(names(x, "batches"), forward="before").forward, t, _finite(given[2]))
+        jax.debug.callback(tap(["the train loss"]).forward, t, _finite(train_loss(*given)))
+        broke = all_finite(given[0]) & ~all_finite(jax.lax.stop_gradient(after))
+        jax.debug.callback(functools.partial(_note_step, recorder, index, problem.advance), t, broke, *given)
+        return _report(tap(names(after, "state")), after, t)
 
     def hoist(fn, *more):
         pure, consts = problem.hoist(fn, *more)
         return lambda consts, state, hparams, x, *more: pure(consts, state, hparams, x[1], *more), consts
 
     return problem._replace(advance=advance, xs=(jnp.arange(problem.num_steps), problem.xs), hoist=hoist)
+
+
+def _train_loss(problem) -> Callable:
+    """`(state, inputs, x) -> loss`, with nothing closed over; of a step that has none, zero."""
+    if problem.solver.loss is None:
+        return lambda state, inputs, x: jnp.zeros(())
+    pure, consts = problem.hoist(lambda s, h, batch: problem.solver.loss(s.params, h, batch, s.model_state)[0])
+    closed_over = problem.inputs[1]
+    where = [next((i for i, c in enumerate(closed_over) if c is const), None) for const in consts]
+    if None in where:
+        return lambda state, inputs, x: jnp.zeros(())
+
+    def loss(state, inputs, x):
+        state, inputs, x = jax.lax.stop_gradient((state, inputs, x))
+        return pure([inputs[1][i] for i in where], state, inputs[0], x)
+
+    return loss
 
 
 def report_fault(happened: jax.Array, text: str, **values: Any) -> None:
@@ -223,56 +278,143 @@ def report_fault(happened: jax.Array, text: str, **values: Any) -> None:
 
 
 def diagnose(fn: Callable, hparams: PyTree) -> str:
-    """Runs `jax.value_and_grad(fn)(hparams)` with every inner step reporting; says in words where a NaN began."""
+    """Runs `jax.value_and_grad(fn)(hparams)` with every inner step reporting; says in words where a NaN began, and why.
+
+    Costs a run that reports, and another in which the number is followed back to the operation that made it.
+    """
     with recording() as recorder:
-        value, _ = jax.block_until_ready(jax.value_and_grad(fn)(hparams))
-    return explain(recorder, bool(jnp.isfinite(value)))
-
-
-def explain(recorder: Recorder, value_is_finite: bool) -> str:
-    """The first inner step that went wrong, the leaves, the likeliest cause and its remedy."""
+        try:
+            value, _ = jax.block_until_ready(jax.jit(jax.value_and_grad(fn))(hparams))
+        except TypeError:  # of a rule that pushes directions forward, where there is no backward pass to be watched
+            value = jax.block_until_ready(jax.jit(fn)(hparams))
     if recorder.faults:
         return recorder.faults[0]
+    where, why = _place(recorder, bool(jnp.isfinite(value)))
+    try:
+        origin = find_origin(jax.value_and_grad(fn), hparams)
+    except (TypeError, ValueError, NotImplementedError):  # a program that cannot be run in pieces
+        origin = None
+    if recorder.forward and (origin is None or origin.overflows):
+        why = _growing(recorder) or (f"It began {origin}" if origin else why)
+    elif origin is not None:
+        why = f"It began {origin}"
+    return f"{where} {why}"
+
+
+def _place(recorder, value_is_finite) -> tuple[str, str]:
+    """The first inner step that went wrong and the leaf; and the likeliest cause, where no more is known."""
+    entered = {(i, t) for i, t, _ in recorder.before} - {(i, t + 1) for i, t, _ in recorder.forward}
+    if entered:
+        index, step = min(entered, key=lambda e: (e[1], e[0]))
+        leaves = sorted(name for i, t, name in recorder.before if (i, t) == (index, step))
+        leaf = _first(leaves, "batches", "hparams", "state.params")
+        return (
+            f"{_which(recorder, index)}`{leaf}` is not finite before inner step {step}: `solve` was given it so.",
+            "Mend what makes it in the outer loss.",
+        )
     if recorder.forward:
         index, step, _ = min(recorder.forward, key=lambda e: (e[1], e[0]))
         leaves = sorted(name for i, t, name in recorder.forward if (i, t) == (index, step))
+        leaf = _first(leaves, "the train loss", "state.params")
+        where = f"the train loss is not finite at inner step {step}"
+        if leaf != "the train loss":
+            where = f"`{leaf}` is not finite after inner step {step}"
         return (
-            f"{_which(recorder, index)}`{_first(leaves, 'state.params')}` is not finite after inner step {step}: the "
-            f"inner run diverges. The likeliest cause is an inner learning rate above 2 / curvature, where a penalty "
-            f"in the train loss adds to the curvature: lower the rate, bound the penalty, or clip the inner gradients."
+            f"{_which(recorder, index)}{where[0].upper() + where[1:]}.",
+            "The inner run diverges. The likeliest cause is an inner learning rate above 2 / curvature, to which a "
+            "penalty in the train loss adds: lower the rate, bound the penalty, or clip the inner gradients.",
         )
     # The backward pass meets the last step first; what already arrives there broken was broken by the outer loss.
     broken = {(i, t) for i, t, _ in recorder.backward} - {(i, t) for i, t, _ in recorder.arriving}
     if broken and value_is_finite:
         index, step = max(broken, key=lambda e: (e[1], -e[0]))
         leaves = sorted(name for i, t, name in recorder.backward if (i, t) == (index, step))
+        leaf = _first(leaves, "state.opt_state")
         return (
             f"{_which(recorder, index)}The inner run is finite, but the derivative of inner step {step} with respect "
-            f"to `{_first(leaves, 'state.opt_state')}` is not. The likeliest cause is a square root at zero, whose "
-            f"derivative is infinite (Adam, RMSProp, Adagrad, a norm): write `optax.adam(..., eps_root=1e-8)`, or "
-            f"`sqrt(x + eps)`."
+            f"to `{leaf}` is not.",
+            "The likeliest cause is a square root at zero, whose derivative is infinite (Adam, RMSProp, Adagrad, a "
+            "norm): write `optax.adam(..., eps_root=1e-8)`, or `sqrt(x + eps)`.",
         )
     return (
-        "No inner step is at fault, so the outer loss itself, or the linear solve of an implicit rule, is: look for a "
-        "logarithm or a square root at zero, or an overflow, in the outer loss, or raise the solver's `damping`."
+        "No inner step is at fault, so the outer loss itself, or the linear solve of an implicit rule, is.",
+        "Look for a logarithm or a square root at zero, or an overflow, in the outer loss, or raise the solver's "
+        "`damping`.",
     )
+
+
+def _growing(recorder) -> str | None:
+    """In words, by how much inner steps multiply an error, where that is more than one, and what drives it."""
+    found = [growth for index, step, measure in recorder.steps if (growth := measure()) is not None]
+    worst = max(found, key=lambda growth: growth.factor, default=None)
+    if worst is None or worst.factor <= 1:
+        return None
+    factor = -worst.factor if worst.turns else worst.factor
+    text = f"The inner run diverges: a step multiplies an error along the worst direction by {factor:.3g}"
+    if worst.turns:
+        text += f" (in gradient descent, learning rate x curvature is {1 + worst.factor:.3g}, above 2)"
+    if worst.drivers:
+        text += f". That is driven by `{'` and `'.join(worst.drivers)}`"
+    return f"{text}: lower the inner learning rate, bound the penalty, or clip the inner gradients."
+
+
+def measure_growth(advance: Callable, state: PyTree, inputs: PyTree, x: PyTree) -> Growth | None:
+    r"""The step's spectral radius, by power iteration :math:`v \leftarrow J^\top v` on its Jacobian in the state.
+
+    Its drivers are the leaves h of the hyperparameters with the largest :math:`|h\, \partial_h \log \|J^\top v\||`,
+    down to half of the largest.
+    """
+    floats = jax.tree.map(is_inexact, state)
+    moving, fill = partition(state, floats)
+    if not moving or not bool(all_finite((moving, inputs))):
+        return None
+
+    def pulled(hparams, v):
+        def step(moving):
+            return partition(advance(fill(moving), (hparams, *inputs[1:]), x), floats)[0]
+
+        return jax.vjp(step, moving)[1](v)[0]
+
+    def turn(v, _):
+        after = pulled(inputs[0], v)
+        size = norm(upcast(after))
+        return scaled(1 / size, after), (size, vdot(v, after))
+
+    keys = jax.random.split(jax.random.key(0), len(moving))
+    v = [jax.random.normal(key, m.shape, m.dtype) for key, m in zip(keys, moving, strict=True)]
+    v, (sizes, products) = jax.lax.scan(turn, v, None, POWER_ITERATIONS)
+    # Complex eigenvalues make the norms swing; their mean over many turns does not.
+    factor = float(jnp.exp(jnp.mean(jnp.log(sizes[POWER_ITERATIONS // 2 :]))))
+    if not math.isfinite(factor):
+        return None
+    slopes = jax.grad(lambda h: jnp.log(norm(upcast(pulled(h, v)))))(inputs[0])
+    shares = [float(jnp.sum(jnp.abs(h * g))) for h, g in zip(*map(jax.tree.leaves, (inputs[0], slopes)), strict=True)]
+    leaf_names = names(inputs[0], "hparams")
+    drivers = [name for name, s in zip(leaf_names, shares, strict=True) if s > 0 and s >= max(shares) / 2]
+    return Growth(factor, bool(products[-1] < 0), drivers)
 
 
 def _which(recorder, index) -> str:
     return f"Inner problem {index}: " if recorder.num_problems > 1 else ""
 
 
-def _first(leaves, preferred) -> str:
-    return next((name for name in leaves if name.startswith(preferred)), leaves[0])
+def _first(leaves, *preferred) -> str:
+    return next((name for start in preferred for name in leaves if name.startswith(start)), leaves[0])
+
+
+def _note_step(recorder, index, advance, step, broke, state, inputs, x) -> None:
+    """Keeps what a run's first step was given, and one that broke."""
+    if step == 0 or broke:
+        recorder.steps.append((index, int(step), functools.partial(measure_growth, advance, state, inputs, x)))
 
 
 class _Tap:
-    """Says to whom a leaf's state is reported, and in which direction."""
+    """Says to whom a leaf's state is reported, in each direction."""
 
-    def __init__(self, recorder, index, leaf_names, forward=True):
+    def __init__(self, recorder, index, leaf_names, forward="forward"):
         self.names = leaf_names
-        self.forward = functools.partial(self._record, recorder.forward, index) if forward else None
-        behind = recorder.arriving if forward else recorder.backward
+        self.forward = functools.partial(self._record, getattr(recorder, forward), index)
+        behind = recorder.arriving if forward == "forward" else recorder.backward
         self.backward = functools.partial(self._record, behind, index)
 
     def _record(self, events, index, step, finite):
@@ -281,8 +423,7 @@ class _Tap:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _report(tap, tree, step):
-    if tap.forward:
-        jax.debug.callback(tap.forward, step, _finite(tree))
+    jax.debug.callback(tap.forward, step, _finite(tree))
     return tree
 
 

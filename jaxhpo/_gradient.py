@@ -24,10 +24,20 @@ GRADIENT = "jaxhpo_gradient"  # what checkpoint policies call a gradient that `m
 
 
 def value_and_grad(loss: Callable, params: PyTree, hparams, batch, model_state) -> tuple[tuple, PyTree]:
-    """`((value, new model state), gradient)` of `loss(params, hparams, batch, model_state)`."""
+    """`((value, new model state), gradient)` of `loss(params, hparams, batch, model_state)`.
+
+    Where the value is not finite, neither is the gradient.
+    """
     params = _cast_to_vary(loss, params, hparams, batch, model_state)
     out, grad = jax.value_and_grad(loss, has_aux=True)(params, hparams, batch, model_state)
-    return out, cast_like(grad, params)
+    return out, _broken_with(out[0], cast_like(grad, params))
+
+
+def _broken_with(value, grad):
+    """The gradient, not finite where the loss is not: log x has one at -1. No training goes on from such a loss."""
+    value = jax.lax.stop_gradient(value)
+    add = jnp.where(jnp.isfinite(value), 0, value)
+    return jax.tree.map(lambda g: g + add.astype(g.dtype), grad)
 
 
 def mixed_value_and_grad(
@@ -65,7 +75,8 @@ def mixed_value_and_grad(
         on_part = lambda params, given: part(given[1], params, *given[2])  # noqa: E731
     both: Any = _mixed((on_all, on_part), params, (consts, part_consts, rest))
     out, grad = both
-    return out, checkpoint_name(cast_like(grad, params), GRADIENT)
+    # Broken first: where the gradient is kept, the loss need not be taken again.
+    return out, checkpoint_name(_broken_with(out[0], cast_like(grad, params)), GRADIENT)
 
 
 def own_rule(fn: Callable, *args) -> str | None:

@@ -180,18 +180,27 @@ def _reached_by(eqn, marked: list[bool]) -> list[bool]:
         return [True] * len(eqn.outvars)
     if eqn.primitive.name != "scan":
         return _reached(same[0], marked)
-    # What a scan steps through, or stacks up, has an axis more outside than inside; the names of its parameters differ
-    # from version to version.
-    stacked = [v.aval.ndim > w.aval.ndim for v, w in zip(eqn.outvars, same[0].outvars, strict=True)]
-    stepped = [v.aval.ndim > w.aval.ndim for v, w in zip(eqn.invars, same[0].invars, strict=True)]
-    end = stepped.count(False)
-    start = end - stacked.count(False)
+    start, num_carry = scan_layout(eqn)
+    end = start + num_carry
     while True:  # what a carry depends on after one iteration, it brings into the next
         out = _reached(same[0], marked)
         carried = [a or b for a, b in zip(marked[start:end], out, strict=False)]
         if carried == marked[start:end]:
             return out
         marked = [*marked[:start], *carried, *marked[end:]]
+
+
+def scan_layout(eqn) -> tuple[int, int]:
+    """How many constants, and how many carried values, are the first operands of a scan.
+
+    What a scan steps through, or stacks up, has an axis more outside than inside; the names of its parameters differ
+    from version to version.
+    """
+    body = getattr(eqn.params["jaxpr"], "jaxpr", eqn.params["jaxpr"])
+    stacked = [v.aval.ndim > w.aval.ndim for v, w in zip(eqn.outvars, body.outvars, strict=True)]
+    stepped = [v.aval.ndim > w.aval.ndim for v, w in zip(eqn.invars, body.invars, strict=True)]
+    num_carry = stacked.count(False)
+    return stepped.count(False) - num_carry, num_carry
 
 
 # --- inputs that a rule treats as constants ------------------------------------------------------------------------

@@ -17,7 +17,7 @@ LAYERS = [
     ["_types"],
     ["_errors"],
     ["_tree"],
-    ["_validate"],
+    ["_validate", "_origin"],
     [
         "_cost",
         "_diagnose",

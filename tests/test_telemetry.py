@@ -12,6 +12,7 @@ import pytest
 
 import jaxhpo
 from jaxhpo import cli, plot
+from jaxhpo._tune import _history
 
 START = {"scale": jnp.asarray(1.0), "vector": jnp.ones(12), "matrix": jnp.ones((4, 5)), "many": jnp.ones(2000)}
 
@@ -52,6 +53,53 @@ def test_table(result, monkeypatch):
         np.testing.assert_array_equal(column, frames[1][name])
     assert {"value", "hparams['vector'][11]", "hparams['matrix'][3, 4]", "hparams['many'][4]"} <= set(plain)
     assert np.isnan(plain["value"]).sum() == plain["remedies['skipped_steps']"].sum() > 0
+
+
+def test_large_leaves_are_kept_as_quantiles_and_norm():
+    """Of 2000 numbers 0, 1, …: minimum, quartiles, maximum; the norm is sqrt(n (n + 1) (2n + 1) / 6)."""
+    n = 1999
+    result = jaxhpo.tune(
+        lambda h: jnp.sum(h**2),
+        jnp.arange(n + 1.0),
+        optax.sgd(0.1),
+        num_steps=1,
+        record=["hypergradient"],
+        progress=False,
+    )
+    want = [0, n // 4, n // 2, 3 * n // 4, n, (n * (n + 1) * (2 * n + 1) / 6) ** 0.5]
+    np.testing.assert_allclose(result.history["hparams"][0], want, rtol=1e-14)
+    np.testing.assert_array_equal(result.history["hypergradient"][0], 2 * np.arange(n + 1.0))
+
+
+@pytest.mark.parametrize("run_dir", [False, True])
+def test_record(tmp_path, run_dir):
+    """One CG solve a step, of a quadratic with the curvatures 2, 4 and 6: three products; on disk as in memory."""
+    curvature = jnp.array([1.0, 2.0, 3.0])
+    solver = jaxhpo.from_optax(lambda p, h, b: jnp.sum(curvature * (p - h) ** 2), optax.sgd(0.1))
+
+    def loss(h):
+        start = solver.init(jnp.zeros(3), h)
+        sol = jaxhpo.solve(solver, start, h, num_steps=10, adjoint=jaxhpo.Implicit(jaxhpo.CG(maxiter=2)))
+        return jnp.sum((sol.params - curvature) ** 2)
+
+    settings = {
+        "record": _history.EXTRAS,
+        "progress": False,
+        "run_dir": tmp_path / "run" if run_dir else None,
+    }
+    result = jaxhpo.tune(loss, jnp.asarray(0.5), optax.sgd(0.1), num_steps=3, **settings)
+    if run_dir:
+        result = jaxhpo.tune(loss, jnp.asarray(0.5), optax.sgd(0.1), num_steps=4, **settings)
+    solves = result.history["linear_solves"]
+    assert solves["num_iterations"].tolist() == [2] * len(result.history["value"])
+    assert (solves["residual"] > 1e-3).all() and (solves["not_converged"] == 1).all()
+    np.testing.assert_allclose(np.abs(result.history["hypergradient"]), result.history["hypergradient_norm"])
+    assert (np.diff(result.history["peak_bytes"]) >= 0).all() and result.history["peak_bytes"][0] > 1e6
+
+
+def test_record_of_an_unknown_name():
+    with pytest.raises(jaxhpo.JaxhpoError, match=r"`record` got 'weights'.*'hypergradient'"):
+        run(record=["weights"])
 
 
 def test_table_of_what_is_no_run(tmp_path):

@@ -13,23 +13,26 @@ import numpy as np
 from jaxhpo._tree import names
 from jaxhpo._types import PyTree
 
-LARGE = 1024  # entries: larger leaves are kept as their extremes and quartiles
+EXTRAS = ("hparams", "hypergradient", "linear_solves")  # what a row may hold beside
+LARGE = 1024  # entries: larger leaves are kept as their extremes, quartiles and norm
 SAMPLE = 4096  # entries, evenly spread, of which quartiles are taken: those of all would cost milliseconds a step
 
 
 def summary(leaf: Any) -> np.ndarray:
-    """A leaf as it is recorded: the whole of a small one, of a large one minimum, quartiles and maximum."""
+    """A leaf as it is recorded: the whole of a small one; of a large one minimum, quartiles, maximum and norm."""
     leaf = np.asarray(leaf)
     if leaf.size <= LARGE:
-        return leaf
+        return leaf.copy()
     flat = leaf.ravel()
-    quartiles = np.quantile(flat[:: -(-flat.size // SAMPLE)], (0.25, 0.5, 0.75))
-    return np.array([flat.min(), *quartiles, flat.max()], quartiles.dtype)
+    ordered = np.sort(flat[:: -(-flat.size // SAMPLE)])
+    quartiles = ordered[np.arange(1, 4) * (len(ordered) - 1) // 4]
+    length = np.sqrt(np.sum(np.square(flat, dtype=np.float64)))
+    return np.array([flat.min(), *quartiles, flat.max(), length], flat.dtype)
 
 
 def to_numpy(x: Any) -> np.ndarray:
     """An array, or a key's data."""
-    return np.asarray(jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x)
+    return np.array(jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x)
 
 
 def encode(step: int, row: dict[str, Any]) -> bytes:

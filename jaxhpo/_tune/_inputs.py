@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 
 from jaxhpo._errors import JaxhpoError
+from jaxhpo._tune._history import EXTRAS
 from jaxhpo._tune._remedies import Remedies
 from jaxhpo._types import Hypergradient, Solver
 from jaxhpo._validate import (
@@ -140,6 +141,15 @@ def check_policies(remedies, on_not_finite, monitor, max_inner_steps, outer_loss
                 "`monitor(info)` needs an info, but `outer_loss(hparams)` returns none: write `outer_loss(hparams, "
                 "carry, key) -> (value, carry, info)`, with what is monitored in info."
             )
+
+
+def check_wanted(record) -> tuple[str, ...]:
+    """What is recorded beside, as a tuple; raises for another name."""
+    wanted = (record,) if isinstance(record, str) else tuple(record) if isinstance(record, Iterable) else (record,)
+    unknown = [name for name in wanted if name not in EXTRAS]
+    if unknown:
+        raise JaxhpoError(f"`record` got {unknown[0]!r}, of which nothing is known: write some of {EXTRAS}.")
+    return wanted
 
 
 def check_callbacks(callbacks) -> tuple:

@@ -6,6 +6,7 @@ import datetime
 import hashlib
 import os
 import re
+import sys
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,13 +15,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxhpo._diagnose import LinearSolve
 from jaxhpo._errors import JaxhpoError
 from jaxhpo._transforms import to_natural
 from jaxhpo._tune._history import summary, to_numpy
 from jaxhpo._tune._run_dir import RunDir
 from jaxhpo._tune._search import Report, Search, State
-from jaxhpo._types import PyTree
+from jaxhpo._types import LinearStatus, PyTree
 from jaxhpo._validate import describe
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 
 class TuneStep(NamedTuple):
@@ -76,6 +83,8 @@ class Record:
       run_dir: the folder, or None.
       settings: of this call, to be compared with those of the call that goes on.
       monitor: `info -> score`, or None, for which the outer loss is the score.
+      wanted: what is recorded beside, some of `EXTRAS`.
+      solves: to which linear solves report, where they are wanted.
     """
 
     def __init__(
@@ -85,8 +94,11 @@ class Record:
         run_dir: RunDir | None,
         settings: dict[str, Any],
         monitor: Callable[[PyTree], Any] | None,
+        wanted: tuple[str, ...] = (),
+        solves: list[LinearSolve] | None = None,
     ):
         self.search, self.run_dir, self.settings, self.monitor = search, run_dir, settings, monitor
+        self.wanted, self.solves = wanted, solves
         self.now = Standing(state, 0, np.inf, to_natural(search.transforms, state.point), 0)
         # What must be the same when the run goes on: the numbers on disk mean nothing else.
         text = re.sub(r" at 0x[0-9a-f]+", "", repr(search.transforms))  # an address differs from process to process
@@ -106,7 +118,7 @@ class Record:
         step, seconds = self.now.rows, self.seconds
         value, grad_norm = float(report.value), float(report.hypergradient_norm)
         score = value if self.monitor is None else _score(self.monitor, report.info)
-        row = _row(report, seconds, score, self.now.halvings)
+        row = self._row(report, seconds, score)
         if self.rows and jax.tree.structure(row) != jax.tree.structure(self.rows[0]):
             raise JaxhpoError(
                 f"`outer_loss` returned an info of tree {jax.tree.structure(row['info'])} at outer step {step}, but "
@@ -118,6 +130,29 @@ class Record:
         self._go_on(row, Standing(after, step + 1, best, best_hparams, waited))
         return TuneStep(step, value, report.hparams, grad_norm, report.info, best, seconds)
 
+    def _row(self, report, seconds, score, skipped=0) -> dict[str, Any]:
+        """One row of history. Copies: a view would keep the device's array, and kilobytes with it."""
+        row = {
+            "score": np.asarray(score, float),
+            "remedies": {
+                **jax.tree.map(np.array, report.remedies),
+                "halvings": np.asarray(self.now.halvings, np.int32),
+                "skipped_steps": np.asarray(skipped, np.int32),
+            },
+            "value": np.array(report.value),
+            "hypergradient_norm": np.array(report.hypergradient_norm),
+            "seconds": np.asarray(seconds),
+            "peak_bytes": np.asarray(peak_bytes(), np.int64),
+            "hparams": jax.tree.map(np.array if "hparams" in self.wanted else summary, report.hparams),
+            "info": jax.tree.map(to_numpy, report.info),
+        }
+        if "hypergradient" in self.wanted:
+            row["hypergradient"] = jax.tree.map(np.array, report.hypergradient)
+        if self.solves is not None:
+            row["linear_solves"] = _summed_up(self.solves)
+            self.solves.clear()
+        return row
+
     def _go_on(self, row, now):
         del self.rows[self.now.rows :]  # of a step that an interruption cut off
         self.rows.append(row)
@@ -126,7 +161,7 @@ class Record:
     def skip(self, report: Report) -> None:
         """Takes a step that was not finite into the record, and stays where it was taken, with another key."""
         now = self.now
-        row = _row(report, self.seconds, np.nan, now.halvings, skipped=1)
+        row = self._row(report, self.seconds, np.nan, skipped=1)
         state = now.state._replace(step=now.state.step + 1)
         standing = now._replace(state=state, rows=now.rows + 1, waited=now.waited + 1, failures=now.failures + 1)
         self._go_on(row, standing)
@@ -160,7 +195,7 @@ class Record:
         if self.run_dir is None or not self.run_dir.begun:
             return
         after, report = self.search.shapes(self.now.state)
-        row = _row(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), report), 0.0, 0.0, 0)
+        row = self._row(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), report), 0.0, 0.0)
         after = after._replace(key=self.now.state.key)  # a shape does not tell which kind of key
         like = self._tree(Standing(after, 0, 0.0, report.hparams, 0))
         found = self.run_dir.resume(like, row, "run['fixed']")
@@ -179,6 +214,27 @@ class Record:
         best = {"best": np.asarray(now.best), "best_hparams": now.best_hparams}
         counts = {name: np.asarray(getattr(now, name)) for name in ("waited", "halvings", "failures")}
         return {"state": now.state, "fixed": self.fixed, **best, **counts}
+
+
+def peak_bytes() -> int:
+    """The most that has been in use: on the accelerator where it tells, else the process's resident set."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"]
+    if resource is None:
+        return 0
+    # Kibibytes, but for macOS.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _summed_up(solves) -> dict[str, np.ndarray]:
+    """Of an outer step's linear solves the largest residual, all iterations, and the number that did not converge."""
+    jax.effects_barrier()
+    return {
+        "residual": np.asarray(max((s.residual for s in solves), default=0.0)),
+        "num_iterations": np.asarray(sum(s.num_iterations for s in solves), np.int32),
+        "not_converged": np.asarray(sum(s.status != LinearStatus.CONVERGED for s in solves), np.int32),
+    }
 
 
 def _is_due(every, steps, seconds) -> bool:
@@ -216,19 +272,3 @@ def _score(monitor, info) -> float:
         raise JaxhpoError(
             f"`monitor(info)` returned {describe(score)}, but the best step is that of its lowest number: return one."
         ) from None
-
-
-def _row(report, seconds, score, halvings, skipped=0) -> dict[str, Any]:
-    return {
-        "score": np.asarray(score, float),
-        "remedies": {
-            **jax.tree.map(np.asarray, report.remedies),
-            "halvings": np.asarray(halvings, np.int32),
-            "skipped_steps": np.asarray(skipped, np.int32),
-        },
-        "value": np.asarray(report.value),
-        "hypergradient_norm": np.asarray(report.hypergradient_norm),
-        "seconds": np.asarray(seconds),
-        "hparams": jax.tree.map(summary, report.hparams),
-        "info": jax.tree.map(to_numpy, report.info),
-    }

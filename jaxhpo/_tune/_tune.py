@@ -15,13 +15,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxhpo._diagnose import recording_linear_solves
 from jaxhpo._errors import JaxhpoError, NonFiniteError, ZeroHypergradientWarning
 from jaxhpo._health import forget_if_jitted, raise_if_zero, what_is_not_finite
 from jaxhpo._progress import Progress
 from jaxhpo._transforms import to_natural, to_unconstrained
 from jaxhpo._tree import names
 from jaxhpo._tune._fingerprint import fingerprint
-from jaxhpo._tune._inputs import check_callbacks, check_policies, check_settings, make_evaluator
+from jaxhpo._tune._inputs import check_callbacks, check_policies, check_settings, check_wanted, make_evaluator
 from jaxhpo._tune._record import Record, TuneStep
 from jaxhpo._tune._remedies import Remedies, check_projections
 from jaxhpo._tune._run_dir import RunDir
@@ -45,9 +46,10 @@ class TuneResult(NamedTuple):
         that is random, the luckiest step.)
       best_value: that score, a float.
       history: a dict of NumPy arrays with one row per outer step: `value`, `score`, `hypergradient_norm` (in
-        unconstrained units, those of the search, before any remedy), `seconds`, `hparams` (a tree; leaves of more than
-        1024 entries are kept as minimum, quartiles, of every k-th entry, and maximum), `info`, and `remedies`, counts
-        of what each did.
+        unconstrained units, those of the search, before any remedy), `seconds`, `peak_bytes` (so far: of the
+        accelerator, or of the process's resident set), `hparams` (a tree; leaves of more than 1024 entries are kept as
+        minimum, quartiles, of every k-th entry, maximum and Euclidean norm), `info`, `remedies`, counts of what each
+        did, and what `record` asks for.
       status: "finished", "patience", "overfitting", "budget", "callback", "interrupted", "preempted" or "not_finite".
       message: why it stopped, in words.
     """
@@ -86,6 +88,7 @@ def tune(
     monitor: Callable[[PyTree], Any] | None = None,
     max_seconds: float | None = None,
     max_inner_steps: int | None = None,
+    record: Iterable[str] = (),
     progress: bool = True,
 ) -> TuneResult:
     r"""Moves hyperparameters down their hypergradient with an optax optimiser.
@@ -133,6 +136,10 @@ def tune(
         included; None never does.
       max_inner_steps: stop before the inner steps of all outer steps (those of `solve`, the most that a `tol` allows)
         would exceed this number; None never does.
+      record: what is to be recorded beside: "hparams", large leaves whole; "hypergradient", its leaves, in the units of
+        the search; "linear_solves", which tells by a callback from the device of those of implicit rules the largest
+        `residual`, the `num_iterations`, and how many were `not_converged`. (An inner solve's optimality is recorded
+        where the info holds its `sol.info`.)
       progress: a tqdm bar where tqdm is installed and the output is a terminal or a notebook, else a line every 5 s.
 
     Returns:
@@ -159,7 +166,7 @@ def tune(
       Pedregosa. Hyperparameter optimization with approximate gradient. 2016. arXiv:1602.02355
     """
     hparams = check_params(hparams, "hparams")
-    callbacks = check_callbacks(callbacks)
+    callbacks, wanted = check_callbacks(callbacks), check_wanted(record)
     check_settings(optimizer, num_steps, transforms, patience, min_delta, save_every, max_seconds)
     check_policies(remedies, on_not_finite, monitor, max_inner_steps, outer_loss, gradient)
     first_key = jax.random.key(0) if key is None else check_key(key)
@@ -174,22 +181,23 @@ def tune(
     with contextlib.ExitStack() as stack:
         folder = None if run_dir is None else stack.enter_context(RunDir(run_dir))
         preempted = stack.enter_context(noting_sigterm(folder is not None))
-        record = Record(search, search.start(point, carry, first_key), folder, settings, monitor)
-        record.resume()
+        solves = stack.enter_context(recording_linear_solves()) if "linear_solves" in wanted else None
+        run = Record(search, search.start(point, carry, first_key), folder, settings, monitor, wanted, solves)
+        run.resume()
         if max_inner_steps is not None:
-            _check_budget(record, max_inner_steps)
-        if progress and record.rows:
-            print("; ".join([record.origin, *record.notes, "another folder starts anew"]), file=sys.stderr)
-        bar = stack.enter_context(Progress(num_steps, "step", progress, done=record.now.rows))
+            _check_budget(run, max_inner_steps)
+        if progress and run.rows:
+            print("; ".join([run.origin, *run.notes, "another folder starts anew"]), file=sys.stderr)
+        bar = stack.enter_context(Progress(num_steps, "step", progress, done=run.now.rows))
         try:
-            status, message = _advance(record, limits, on_not_finite, callbacks, save_every, preempted, bar)
+            status, message = _advance(run, limits, on_not_finite, callbacks, save_every, preempted, bar)
         except KeyboardInterrupt:
-            if not record.now.rows:
+            if not run.now.rows:
                 raise
-            status, message = "interrupted", f"interrupted after {record.now.rows} outer steps"
+            status, message = "interrupted", f"interrupted after {run.now.rows} outer steps"
         finally:
-            record.save()
-    return _result(record, status, message)
+            run.save()
+    return _result(run, status, message)
 
 
 class _Limits(NamedTuple):

@@ -28,7 +28,7 @@ import jaxhpo
 
 STEPS = 40
 PAUSE = 0.02  # seconds after a step, so that a strike finds the run between any two
-TIMES = {"seconds"}  # what differs from run to run
+TIMES = {"seconds", "peak_bytes"}  # what differs from run to run
 BIG = 30_000  # entries of the carry: a checkpoint of some 240 kB is written in more than one go
 SOLVER = jaxhpo.from_optax(lambda p, h, b: jnp.sum((p - h["goal"]) ** 2), lambda h: optax.sgd(h["rate"], momentum=0.9))
 START = {"goal": jnp.full(3, 0.1), "rate": jnp.asarray(0.02)}
@@ -167,7 +167,7 @@ def ctrl_c(folder, rng) -> None:
 
 def full_disk(folder, rng) -> None:
     """No file may grow beyond so many bytes: the run warns, goes on, and ends; what was saved before remains."""
-    small = rng.randrange(1, 200_000)
+    small = rng.randrange(1, 100_000)  # less than the carry takes, in 32 bits too
     at = rng.randrange(1, STEPS)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = []

@@ -1,0 +1,180 @@
+"""NaN and infinity, put into every part of a run at its first, a middle and its last step: each is found and named."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxhpo
+from jaxhpo._diagnose import diagnose
+from jaxhpo._origin import find_origin
+
+slow = pytest.mark.slow
+STEPS, INNER = 5, 3
+BAD_INNER = 1  # the inner step at which the loss, the gradient or the data break
+HPARAMS = {"goal": jnp.array([0.5, 1.0]), "penalty": jnp.asarray(0.1)}
+# Where a number is put, and the leaf and the inner step at which it is to be reported.
+PLACES = {
+    "inner loss": f"train loss is not finite at inner step {BAD_INNER}",
+    "gradient": rf"`state\.params\['w'\]` is not finite after inner step {BAD_INNER}",
+    "parameters": r"`state\.params\['w'\]` is not finite before inner step 0",
+    "data": rf"`batches\['x'\]` is not finite before inner step {BAD_INNER}",
+    "hyperparameters": r"`hparams\['goal'\]` is not finite before inner step 0",
+    "outer loss": r"The outer loss is (nan|inf)\. No inner step is at fault",
+}
+
+
+@jax.custom_vjp
+def spoil(params, add):
+    """The identity, whose gradient is off by `add`."""
+    return params
+
+
+spoil.defvjp(lambda params, add: (params, add), lambda add, g: (jax.tree.map(lambda x: x + add, g), jnp.zeros(())))
+
+
+def outer_loss(place, when, number, adjoint):
+    """The validation loss of a short training, with `number` in `place` at the outer step `when`."""
+
+    def loss(h, step, key):
+        def put(where, t=BAD_INNER):
+            return jnp.where((step == when) & (t == BAD_INNER), number, 0.0) if place == where else 0.0 * t
+
+        def train_loss(params, h, batch):
+            w = spoil(params["w"], put("gradient", batch["t"])) if place == "gradient" else params["w"]
+            residual = w - h["goal"] * batch["x"]
+            return jnp.sum(residual**2) + h["penalty"] * jnp.sum(w**2) + put("inner loss", batch["t"])
+
+        solver = jaxhpo.from_optax(train_loss, optax.sgd(0.1))
+        turns = jnp.arange(INNER)
+        batches = {"x": 1.0 + put("data", turns), "t": turns}
+        h = {"goal": h["goal"] + put("hyperparameters"), "penalty": h["penalty"]}
+        start = solver.init({"w": jnp.zeros(2) + put("parameters")}, h)
+        sol = jaxhpo.solve(solver, start, h, batches, adjoint=adjoint)
+        return jnp.sum((sol.params["w"] - 2.0) ** 2) + put("outer loss"), step + 1, None
+
+    return loss
+
+
+def check(place, when, number, adjoint):
+    def run():
+        return jaxhpo.tune(
+            outer_loss(place, when, number, adjoint),
+            HPARAMS,
+            optax.sgd(0.01),
+            num_steps=STEPS,
+            carry=jnp.zeros((), jnp.int32),
+            progress=False,
+        )
+
+    said = rf"Outer step {when}: .*{PLACES[place]}"
+    if when == 0:
+        with pytest.raises(jaxhpo.NonFiniteError, match=said):
+            run()
+        return
+    with pytest.warns(RuntimeWarning, match=said):
+        result = run()
+    assert result.status == "not_finite" and len(result.history["value"]) == when
+    assert re.search(said, result.message)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(result.hparams))
+
+
+QUICK = [("inner loss", 2, np.inf), ("outer loss", 0, np.nan)]
+
+
+@pytest.mark.parametrize(("place", "when", "number"), QUICK)
+def test_found(place, when, number):
+    check(place, when, number, jaxhpo.Unroll())
+
+
+@slow
+@pytest.mark.filterwarnings("ignore:`Implicit:RuntimeWarning")  # has a derivative rule of its own, as `spoil` has
+@pytest.mark.parametrize("adjoint", [jaxhpo.Unroll(), jaxhpo.Implicit()], ids=["unroll", "implicit"])
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+@pytest.mark.parametrize("when", [0, STEPS // 2, STEPS - 1])
+@pytest.mark.parametrize("place", PLACES)
+def test_every_place_and_time(place, when, number, adjoint):
+    """72 cases: six places, three outer steps, two numbers, two rules."""
+    check(place, when, number, adjoint)
+
+
+def training(loss, optimizer=lambda h: optax.sgd(0.1), num_steps=3, outer=jnp.sum, **settings):
+    solver = jaxhpo.from_optax(loss, optimizer)
+
+    def value(h):
+        sol = jaxhpo.solve(solver, solver.init(jnp.ones(2), h), h, num_steps=num_steps, **settings)
+        return outer(sol.params)
+
+    return value
+
+
+def test_the_operation_is_named_with_its_line():
+    fn = training(lambda p, h, b: jnp.sum((p - h) ** 2) + jnp.sum(jnp.log(p - 0.9)))
+    said = diagnose(fn, jnp.asarray(0.5))
+    # The first step, of gradient 2 (1 - .5) + 1 / .1 = 11, leads to 1 - .1 * 11 = -.1, and -.1 - .9 = -1.
+    assert "train loss is not finite at inner step 1" in said
+    assert re.search(r"`log` \(test_not_finite\.py:\d+, in <lambda>\) took the logarithm of -1:", said)
+
+
+QUADRATIC = {"penalty": jnp.asarray(30.0), "shift": jnp.asarray(0.1), "rate": jnp.asarray(0.1)}
+
+
+@pytest.mark.parametrize("adjoint", [jaxhpo.Unroll(), pytest.param(jaxhpo.Unroll(checkpoint="sqrt"), marks=slow)])
+def test_divergence_is_traced_to_the_curvature_and_its_driver(adjoint):
+    """Rate 0.1 and curvature 2 * 30: a step multiplies an error by 1 - 6."""
+    fn = training(
+        lambda p, h, b: h["penalty"] * jnp.sum(p**2) + jnp.sum(h["shift"] * p), num_steps=500, adjoint=adjoint
+    )
+    said = diagnose(fn, QUADRATIC)
+    assert "multiplies an error along the worst direction by -5 " in said
+    assert "learning rate x curvature is 6, above 2" in said
+    assert "driven by `hparams['penalty']`:" in said
+
+
+@slow
+def test_a_tuned_rate_drives_it_too():
+    fn = training(
+        lambda p, h, b: h["penalty"] * jnp.sum(p**2) + jnp.sum(h["shift"] * p), lambda h: optax.sgd(h["rate"]), 500
+    )
+    assert "driven by `hparams['penalty']` and `hparams['rate']`:" in diagnose(fn, QUADRATIC)
+
+
+@slow
+@pytest.mark.parametrize(
+    ("fn", "at", "said"),
+    [
+        (lambda x: jnp.sqrt(x), -1.0, "square root of -1"),
+        (lambda x: jnp.sqrt(x * x), 0.0, "derivative of a square root at zero"),
+        (lambda x: jnp.linalg.norm(x * jnp.ones(2)), 0.0, "derivative of a square root at zero"),
+        (lambda x: jnp.where(x > 0, jnp.log(x), 0.0), 0.0, "divided by zero.*put one around its argument"),
+        (lambda x: x**0.5, 0.0, r"raised 0 to the power -0\.5"),
+        (lambda x: x**-2, 0.0, "raised zero to a negative power"),
+        (lambda x: jnp.exp(1000 * x), 1.0, "exponential of 1000"),
+        (lambda x: x**300, 1e3, r"overflowed"),
+        (lambda x: jnp.sum(jax.nn.softmax(jnp.where(jnp.zeros(2, bool), x, -jnp.inf))), 1.0, "infinities that cancel"),
+        (lambda x: x + jnp.array([1.0, jnp.nan])[1], 1.0, "a constant of the program.*data"),
+        (lambda x: jax.lax.fori_loop(0, 4, lambda i, y: jnp.log(y), x), 2.0, "logarithm of -0.3665"),  # log log 2
+        (lambda x: jax.lax.cond(x > 0, jnp.log, jnp.sin, x - 1.0), 0.5, "logarithm of -0.5"),
+        (jax.jit(jax.checkpoint(lambda x: jnp.log(x))), -1.0, "logarithm of -1"),
+        (lambda x: jax.vmap(jnp.log)(jnp.array([1.0, -3.0]) * x).sum(), 1.0, "logarithm of -3"),
+    ],
+)
+def test_origins(fn, at, said):
+    assert re.search(said, str(find_origin(jax.value_and_grad(fn), jnp.asarray(at))))
+
+
+def test_what_is_finite_has_no_origin():
+    assert find_origin(jnp.log, 2.0) is None
+
+
+@slow
+@pytest.mark.parametrize(
+    "adjoint", [jaxhpo.Unroll(), jaxhpo.Unroll(checkpoint=1), jaxhpo.Unroll(checkpoint="sqrt"), jaxhpo.Forward()]
+)
+def test_no_training_goes_on_from_a_loss_that_is_not_finite(adjoint):
+    """The logarithm of -1 has a derivative of -1: without a check, the parameters would be finite."""
+    fn = training(lambda p, h, b: jnp.sum(jnp.log(h * p)), num_steps=2, adjoint=adjoint)
+    assert not np.isfinite(fn(jnp.asarray(-1.0)))
