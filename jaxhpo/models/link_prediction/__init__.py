@@ -3,7 +3,10 @@
 Everything is a pure function of `params`, a dict of tables with one row per entity or relation. A penalty's weight for
 every embedding of the Nations graph, tuned by its hypergradient:
 
-    graph = jaxhpo.data.knowledge_graph("nations")
+    from jaxhpo.data import knowledge_graph
+    from jaxhpo.models import link_prediction
+
+    graph = knowledge_graph("nations")
     model = link_prediction.DistMult(rank=200)
     start = model.init(jax.random.key(0), *graph.sizes)
     train = link_prediction.group(graph.train, *graph.sizes)
