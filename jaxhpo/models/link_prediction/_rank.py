@@ -103,6 +103,5 @@ def _count(model, params, triples, mask, side):
     answers = triples[:, SIDES.index(side), None]
     truth = jnp.take_along_axis(scores, answers, axis=1)
     others = ~mask & (jnp.arange(scores.shape[1])[None] != answers)
-    return jnp.stack(
-        [jnp.sum(others & ~(scores <= truth), axis=1), jnp.sum(others & ~(scores < truth), axis=1)], axis=1
-    )
+    above = ~(scores <= truth), ~(scores < truth)  # true where either is NaN
+    return jnp.stack([jnp.sum(others & higher, axis=1) for higher in above], axis=1)
