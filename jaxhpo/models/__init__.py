@@ -1,5 +1,6 @@
-"""Small flax models for examples and benchmarks. flax is imported only here."""
+"""Small flax models for examples and benchmarks, and link prediction. flax is imported only here."""
 
+from jaxhpo.models import link_prediction as link_prediction
 from jaxhpo.models._mlp import MLP as MLP
 from jaxhpo.models._self_tuning import SelfTuningConv as SelfTuningConv
 from jaxhpo.models._self_tuning import SelfTuningDense as SelfTuningDense

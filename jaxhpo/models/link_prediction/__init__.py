@@ -1,0 +1,45 @@
+"""Link prediction in knowledge graphs: models, losses, penalties with a weight per embedding, filtered ranks.
+
+Everything is a pure function of `params`, a dict of tables with one row per entity or relation. A penalty's weight for
+every embedding of the Nations graph, tuned by its hypergradient:
+
+    from jaxhpo.data import knowledge_graph
+    from jaxhpo.models import link_prediction
+
+    graph = knowledge_graph("nations")
+    model = link_prediction.DistMult(rank=200)
+    start = model.init(jax.random.key(0), *graph.sizes)
+    train = link_prediction.group(graph.train, *graph.sizes)
+    masks = link_prediction.masks(graph.validation, graph.known, *graph.sizes)
+
+    def train_loss(params, weights, batch):
+        fit = link_prediction.cross_entropy(model, params, train)
+        return fit + link_prediction.penalty(model, params, weights, train)
+
+    # A start of Adagrad at 1e-10 keeps its derivatives finite where a gradient is zero.
+    solver = jaxhpo.from_optax(train_loss, optax.adagrad(0.1, initial_accumulator_value=1e-10, eps=0.0))
+
+    def outer_loss(weights):
+        params = jaxhpo.solve(solver, solver.init(start, weights), weights, num_steps=20).params
+        return link_prediction.cross_entropy(model, params, graph.validation, masks=masks)
+
+    weights = {name: jnp.full(n, 0.006) for name, n in zip(("entities", "relations"), graph.sizes)}
+    result = jaxhpo.tune(outer_loss, weights, optax.adam(0.05), num_steps=60, transforms=jaxhpo.positive)
+
+`link_prediction.ranks(model, params, graph.test, graph.triples).metrics()` is how good a model is.
+"""
+
+from jaxhpo.models.link_prediction._loss import Grouped as Grouped
+from jaxhpo.models.link_prediction._loss import cross_entropy as cross_entropy
+from jaxhpo.models.link_prediction._loss import group as group
+from jaxhpo.models.link_prediction._loss import minibatches as minibatches
+from jaxhpo.models.link_prediction._loss import penalty as penalty
+from jaxhpo.models.link_prediction._model import CP as CP
+from jaxhpo.models.link_prediction._model import ComplEx as ComplEx
+from jaxhpo.models.link_prediction._model import DistMult as DistMult
+from jaxhpo.models.link_prediction._model import Model as Model
+from jaxhpo.models.link_prediction._model import TransE as TransE
+from jaxhpo.models.link_prediction._rank import Metrics as Metrics
+from jaxhpo.models.link_prediction._rank import Ranks as Ranks
+from jaxhpo.models.link_prediction._rank import ranks as ranks
+from jaxhpo.models.link_prediction._triples import masks as masks

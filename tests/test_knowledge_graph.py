@@ -1,0 +1,164 @@
+"""Knowledge graphs are read from archives and folders; what is wrong with a file is named with its line."""
+
+import io
+import tarfile
+
+import numpy as np
+import pytest
+
+import jaxhpo
+from jaxhpo.data import knowledge_graph
+
+TRAIN = "b\tlikes\ta\na\tlikes\tb\nb\tis\tb\n"
+VALID = "a\tis\tb\n"
+TEST = "a\tis\ta\nb\tlikes\tb\n"
+
+
+def write_folder(folder, train=TRAIN, valid=VALID, test=TEST):
+    for name, text in (("train", train), ("valid", valid), ("test", test)):
+        if text is not None:
+            (folder / f"{name}.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
+    return folder
+
+
+def write_archive(path, train=TRAIN, valid=VALID, test=TEST, inside=""):
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w:gz") as archive:
+        for name, text in (("train", train), ("valid", valid), ("test", test)):
+            if text is not None:
+                member = tarfile.TarInfo(f"{inside}{name}.txt")
+                member.size = len(text)
+                archive.addfile(member, io.BytesIO(text.encode()))
+
+
+def test_a_folder_is_read(tmp_path):
+    graph = knowledge_graph(write_folder(tmp_path))
+    assert graph.entities == ("b", "a") and graph.relations == ("likes", "is") and graph.sizes == (2, 2)
+    assert graph.train.tolist() == [[0, 0, 1], [1, 0, 0], [0, 1, 0]]
+    assert graph.validation.tolist() == [[1, 1, 0]] and graph.test.tolist() == [[1, 1, 1], [0, 0, 0]]
+    assert all(part.dtype == np.int32 for part in graph[:3])
+    assert graph.known.tolist() == graph.train.tolist() + graph.validation.tolist()
+    assert graph.triples.tolist() == graph.known.tolist() + graph.test.tolist()
+
+
+@pytest.mark.parametrize("inside", ["", "nations/"])
+def test_an_archive_is_read_from_the_mirror(tmp_path, monkeypatch, inside):
+    write_archive(tmp_path / "kg" / "nations.tar.gz", inside=inside)
+    monkeypatch.setenv("JAXHPO_DATA_DIR", str(tmp_path))
+    (tmp_path / "folder").mkdir()
+    ours, folders = knowledge_graph("nations"), knowledge_graph(write_folder(tmp_path / "folder"))
+    assert all(np.array_equal(a, b) for a, b in zip(ours, folders, strict=True))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text.replace("\n", "\r\n"),
+        lambda text: text.removesuffix("\n"),
+        lambda text: "\ufeff" + text,
+    ],
+    ids=["CRLF", "no last line end", "byte order mark"],
+)
+def test_line_ends_make_no_difference(tmp_path, change):
+    plain = knowledge_graph(write_folder(tmp_path))
+    other = knowledge_graph(write_folder(tmp_path, *map(change, (TRAIN, VALID, TEST))))
+    assert all(np.array_equal(a, b) for a, b in zip(plain, other, strict=True))
+
+
+def test_names_may_hold_spaces_and_unusual_line_separators(tmp_path):
+    graph = knowledge_graph(write_folder(tmp_path, train="b\tlikes\ta\u2028 c\nb\tis\ta\n"))
+    assert graph.entities == ("b", "a\u2028 c", "a")
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        ({"train": "a\tis\tb\na is b\nb\tis\ta\n"}, r"train\.txt:2 is malformed: 'a is b' is not three names"),
+        ({"valid": "a\tis\tb\tc\n\na\tis\n"}, r"valid\.txt:1 is malformed \(so are 2 more lines\)"),
+        ({"test": "a\tis\tb\n\nb\tis\ta\n"}, r"test\.txt:2 is malformed: ''"),
+        ({"test": "a\t\tb\n"}, r"test\.txt:1 is malformed"),
+        ({"valid": ""}, r"valid\.txt is empty"),
+        ({"train": b"a\tis\tb\n\xff\tis\tb\n"}, r"train\.txt:2 is not UTF-8"),
+        ({"test": None}, r"lacks test\.txt"),
+    ],
+    ids=["spaces", "fields", "blank", "no relation", "empty", "encoding", "missing"],
+)
+def test_what_is_wrong_with_a_folder_is_named(tmp_path, files, says):
+    with pytest.raises(jaxhpo.JaxhpoError, match=says):
+        knowledge_graph(write_folder(tmp_path, **files))
+
+
+@pytest.mark.parametrize("source", ["nation", 3, ["nations"]])
+def test_an_unknown_graph_is_named(source):
+    with pytest.raises(jaxhpo.JaxhpoError, match="nation.*fb15k-237|3.*neither"):
+        knowledge_graph(source)
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda path: path.write_bytes(b"<html>"), "nations.tar.gz is no gzipped tar archive"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-30]), "no gzipped tar archive, or incomplete"),
+        (lambda path: write_archive(path, test=None), r"holds \['train.txt', 'valid.txt'\]"),
+        (lambda path: write_archive(path, train="a b\n"), r"nations\.tar\.gz:train\.txt:1 is malformed"),
+    ],
+    ids=["no archive", "cut", "a file less", "a bad line"],
+)
+def test_a_damaged_archive_is_named(tmp_path, monkeypatch, damage, says):
+    monkeypatch.setenv("JAXHPO_DATA_DIR", str(tmp_path))
+    write_archive(tmp_path / "kg" / "nations.tar.gz")
+    damage(tmp_path / "kg" / "nations.tar.gz")
+    with pytest.raises(jaxhpo.JaxhpoError, match=says):
+        knowledge_graph("nations")
+
+
+@pytest.mark.parametrize(
+    ("valid", "says"),
+    [
+        ("a\tis\tb\na\tis\tc\nd\tis\tc\n", r"valid\.txt: 2 of 3 triples.*line 2 \(entity 'c'\)"),
+        ("d\tis\tb\n", r"1 of 1 triples.*line 1 \(entity 'd'\)"),
+        ("a\thates\tb\n", r"1 of 1 triples.*line 1 \(relation 'hates'\)"),
+    ],
+)
+def test_what_train_lacks_is_kept_and_counted(tmp_path, valid, says):
+    with pytest.warns(UserWarning, match=says):
+        graph = knowledge_graph(write_folder(tmp_path, valid=valid))
+    assert len(graph.validation) == valid.count("\n")
+    assert graph.entities[:2] == ("b", "a") and graph.relations[:2] == ("likes", "is")  # those of train come first
+
+
+def test_halves_are_disjoint_and_seeded(tmp_path):
+    lines = [f"a\tis\t{i}\n" for i in range(7)]
+    graph = knowledge_graph(write_folder(tmp_path, train="".join(lines), valid="".join(lines), test=lines[0]))
+    tuned, reported = graph.halves(1)
+    assert (len(tuned), len(reported)) == (3, 4)
+    assert sorted([*tuned.tolist(), *reported.tolist()]) == sorted(graph.validation.tolist())
+    np.testing.assert_array_equal(tuned, graph.halves(1)[0])
+    assert tuned.tolist() != graph.halves(2)[0].tolist()
+
+
+# Entities, relations, and triples of the three parts, as their publishers count them; with those that hold an entity
+# that train lacks, in validation and test, counted by a line of awk over the upstream files.
+REAL = {
+    "nations": (14, 55, 1592, 199, 201, 0, 0),
+    "umls": (135, 46, 5216, 652, 661, 0, 0),
+    "kinships": (104, 25, 8544, 1068, 1074, 0, 0),
+    "wn18rr": (40_943, 11, 86_835, 3034, 3134, 210, 210),
+    "fb15k-237": (14_541, 237, 272_115, 17_535, 20_466, 9, 28),
+}
+
+
+@pytest.mark.parametrize(
+    "name", ["nations", "umls", "kinships", *(pytest.param(n, marks=pytest.mark.slow) for n in ("wn18rr", "fb15k-237"))]
+)
+def test_the_real_graphs(name, recwarn):
+    *sizes, unseen_in_validation, unseen_in_test = REAL[name]
+    try:
+        graph = knowledge_graph(name)
+    except (ImportError, jaxhpo.JaxhpoError) as error:
+        pytest.skip(str(error))
+    assert [*graph.sizes, *map(len, graph[:3])] == sizes
+    counts = [str(w.message).split(": ")[1].split(" of ")[0] for w in recwarn]
+    assert counts == [str(n) for n in (unseen_in_validation, unseen_in_test) if n]
+    assert not any("\r" in name for name in graph.entities)  # FB15k-237 has CRLF
+    assert len(np.unique(graph.train, axis=0)) == len(graph.train)
