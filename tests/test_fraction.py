@@ -127,7 +127,7 @@ def test_a_loss_that_is_not_finite_is_told_as_such():
         start = solver.init(jnp.ones(2), h)
         return jnp.sum(jaxhpo.solve(solver, start, h, x, adjoint=rule, key=jax.random.key(0)).params)
 
-    with pytest.raises(jaxhpo.NonFiniteError, match="not finite after inner step 0"):
+    with pytest.raises(jaxhpo.NonFiniteError, match="not finite at inner step 0.*square root of -2"):
         jaxhpo.check_hypergradient(outer, jnp.ones(()))
 
 

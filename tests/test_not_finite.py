@@ -91,7 +91,7 @@ def test_found(place, when, number):
 
 
 @slow
-@pytest.mark.filterwarnings("ignore:`Implicit:RuntimeWarning")  # has a derivative rule of its own, as `spoil` has
+@pytest.mark.filterwarnings("ignore:The train loss holds `spoil`:RuntimeWarning")
 @pytest.mark.parametrize("adjoint", [jaxhpo.Unroll(), jaxhpo.Implicit()], ids=["unroll", "implicit"])
 @pytest.mark.parametrize("number", [np.nan, np.inf])
 @pytest.mark.parametrize("when", [0, STEPS // 2, STEPS - 1])
@@ -116,7 +116,7 @@ def test_the_operation_is_named_with_its_line():
     said = diagnose(fn, jnp.asarray(0.5))
     # The first step, of gradient 2 (1 - .5) + 1 / .1 = 11, leads to 1 - .1 * 11 = -.1, and -.1 - .9 = -1.
     assert "train loss is not finite at inner step 1" in said
-    assert re.search(r"`log` \(test_not_finite\.py:\d+, in <lambda>\) took the logarithm of -1:", said)
+    assert re.search(r"`log` \(test_not_finite\.py:\d+, in .*<lambda>\) took the logarithm of -1:", said)
 
 
 QUADRATIC = {"penalty": jnp.asarray(30.0), "shift": jnp.asarray(0.1), "rate": jnp.asarray(0.1)}

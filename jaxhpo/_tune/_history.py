@@ -15,7 +15,7 @@ from jaxhpo._types import PyTree
 
 EXTRAS = ("hparams", "hypergradient", "linear_solves")  # what a row may hold beside
 LARGE = 1024  # entries: larger leaves are kept as their extremes, quartiles and norm
-SAMPLE = 4096  # entries, evenly spread, of which quartiles are taken: those of all would cost milliseconds a step
+SAMPLE = 2048  # entries, evenly spread, of which quartiles are taken: those of all would cost milliseconds a step
 
 
 def summary(leaf: Any) -> np.ndarray:
@@ -26,8 +26,8 @@ def summary(leaf: Any) -> np.ndarray:
     flat = leaf.ravel()
     ordered = np.sort(flat[:: -(-flat.size // SAMPLE)])
     quartiles = ordered[np.arange(1, 4) * (len(ordered) - 1) // 4]
-    length = np.sqrt(np.sum(np.square(flat, dtype=np.float64)))
-    return np.array([flat.min(), *quartiles, flat.max(), length], flat.dtype)
+    wide = flat.astype(np.float32) if flat.dtype.itemsize < 4 else flat  # squares of float16 overflow
+    return np.array([flat.min(), *quartiles, flat.max(), np.sqrt(np.dot(wide, wide))], flat.dtype)
 
 
 def to_numpy(x: Any) -> np.ndarray:

@@ -196,7 +196,6 @@ class Record:
             return
         after, report = self.search.shapes(self.now.state)
         row = self._row(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), report), 0.0, 0.0)
-        after = after._replace(key=self.now.state.key)  # a shape does not tell which kind of key
         like = self._tree(Standing(after, 0, 0.0, report.hparams, 0))
         found = self.run_dir.resume(like, row, "run['fixed']")
         tree = found.tree

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxhpo._errors import JaxhpoError
 from jaxhpo._transforms import positive, to_natural
-from jaxhpo._tree import add_scaled, names, norm, scaled, upcast
+from jaxhpo._tree import names, norm, scaled, upcast
 from jaxhpo._types import PyTree
 from jaxhpo._validate import check_count, check_positive, describe
 
@@ -180,9 +180,3 @@ def check_projections(projections: PyTree, transforms: PyTree, point: PyTree) ->
 
 def _is_projection(x: Any) -> bool:
     return x is None or callable(x)
-
-
-def halved(point: PyTree, moved: PyTree) -> tuple[PyTree, PyTree]:
-    """The point half of its last move back, and that half."""
-    half = scaled(0.5, moved)
-    return add_scaled(point, -1.0, half), half

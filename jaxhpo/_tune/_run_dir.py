@@ -25,7 +25,7 @@ try:
 except ImportError:  # Windows, where nothing keeps a second process out
     fcntl = None
 
-SCHEMA = 1  # of what a checkpoint holds; another number is refused
+SCHEMA = 2  # of what a checkpoint holds; another number is refused
 KEPT = 2  # checkpoints, the newest
 PLAIN = ("schema", "rows", "history", "settings")  # arrays beside the leaves of the state
 

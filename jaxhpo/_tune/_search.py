@@ -12,21 +12,21 @@ import optax
 from jaxhpo._diagnose import diagnose, recording_solves
 from jaxhpo._errors import JaxhpoError
 from jaxhpo._transforms import to_natural
-from jaxhpo._tree import add_scaled, all_finite, differentiable_inputs, is_inexact, norm, upcast, zeros_like
+from jaxhpo._tree import add_scaled, all_finite, differentiable_inputs, is_inexact, norm, upcast
 from jaxhpo._tune._inputs import Evaluator
-from jaxhpo._tune._remedies import Remedies, clipped, halved, projected, shrunk
+from jaxhpo._tune._remedies import Remedies, clipped, projected, shrunk
 from jaxhpo._types import Info, PyTree
 
 
 class State(NamedTuple):
-    """All that an outer step depends on, and the last move, to be taken back where it led nowhere."""
+    """All that an outer step depends on, and where the last one stood, to go back to where it led nowhere."""
 
     point: PyTree  # unconstrained hyperparameters
     opt_state: PyTree
     carry: PyTree
     key: jax.Array
     step: Any
-    moved: PyTree
+    before: PyTree
 
 
 class Report(NamedTuple):
@@ -45,7 +45,6 @@ class Search:
     """The compiled outer step.
 
     Attributes:
-      step: `State -> (State, Report)`.
       inner_steps: those of all solves that were traced for a step; under `vmap` or a scan each counts once.
     """
 
@@ -54,13 +53,18 @@ class Search:
     ):
         self.evaluate, self.transforms, self.projections, self.remedies = evaluate, transforms, projections, remedies
         self.optimizer = optax.with_extra_args_support(optimizer)
-        self.step = jax.jit(self._step)
-        self.retreat = jax.jit(self._retreat)
+        self._compiled = jax.jit(self._step)
         self.inner_steps = 0
 
     def start(self, point: PyTree, carry: PyTree, key: jax.Array) -> State:
         """The state of no steps."""
-        return State(point, self.optimizer.init(point), carry, key, jnp.zeros((), jnp.int32), zeros_like(point))
+        return State(point, self.optimizer.init(point), carry, key, jnp.zeros((), jnp.int32), point)
+
+    def step(self, state: State) -> tuple[State, Report]:
+        """Takes an outer step."""
+        after, report = self._compiled(state)
+        # What does not change need not come back from the device.
+        return after._replace(key=state.key, before=state.point), report
 
     def objective(self, point, carry, key):
         """`(point, carry, key) -> (value, (carry, info))` where it can be differentiated."""
@@ -112,24 +116,25 @@ class Search:
         point = optax.apply_updates(state.point, updates)
         point, counts["shrunk_leaves"] = shrunk(self.remedies, self.transforms, safe, point)
         point, counts["projected_entries"] = projected(self.projections, point)
-        after = State(point, opt_state, carry, state.key, state.step + 1, add_scaled(point, -1.0, state.point))
+        after = State(point, opt_state, carry, None, state.step + 1, None)
         grad_norm = norm(upcast(grad))  # squares of float16 overflow
         finite = jnp.isfinite(value) & all_finite((grad, point)) & ~_has_nan(carry) & _solves_finite(info)
         hparams = to_natural(self.transforms, state.point)
         return after, Report(value, hparams, grad, grad_norm, finite, counts, info)
 
-    def _retreat(self, state):
+    def retreat(self, state: State) -> State:
         """The state half of its last move back."""
-        point, moved = halved(state.point, state.moved)
-        return state._replace(point=point, moved=moved)
+        point = jax.tree.map(lambda now, before: (now + before) / 2, state.point, state.before)
+        return state._replace(point=point)
 
     def shapes(self, state: State) -> tuple[State, Report]:
         """Shapes of what `step` returns, and the count of inner steps; the first step traces, and warns, once more."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            found = jax.eval_shape(self._step, state)
+            after, report = jax.eval_shape(self._step, state)
         jax.clear_caches()  # of functions that the user jitted
-        return found
+        # A shape does not tell which kind of key.
+        return after._replace(key=state.key, before=state.point), report
 
     def structure(self, state):
         """A function that tells for each leaf whether its derivative can be non-zero; None where that is unknown."""

@@ -62,6 +62,11 @@ class TuneResult(NamedTuple):
     status: str
     message: str
 
+    @property
+    def exit_code(self) -> int:
+        """For `sys.exit(result.exit_code)`: 143 if preempted, as shells and schedulers expect, 130 if interrupted."""
+        return {"preempted": 143, "interrupted": 130, "not_finite": 1}.get(self.status, 0)
+
     def __repr__(self) -> str:
         steps = len(self.history["value"])
         return f"TuneResult(best_value={self.best_value:.6g}, steps={steps}, status={self.status!r}: {self.message})"
@@ -124,7 +129,8 @@ def tune(
         last checkpoint stood, or returns at once if it had finished. More steps or another setting of the optimiser are
         taken as given, and the difference printed (losses and data are not compared); another start, key, transform or
         tree is refused, and so is a folder in use. A full disk is warned of, and does not end the run. SIGTERM ends it
-        after the step in hand, with status "preempted", for the caller to exit with 143. None keeps nothing.
+        after the step in hand, with status "preempted"; `sys.exit(result.exit_code)` tells the scheduler. None keeps
+        nothing.
       save_every: outer steps, or a `datetime.timedelta`, between checkpoints; the last state is always saved.
       callbacks: each is called with a `TuneStep` after every step; a true result stops the run.
       patience: stop after this many steps without an improvement of more than `min_delta`; None never stops early.

@@ -105,6 +105,9 @@ def killed(folder, kills, within, rng, number) -> tuple[int, int]:
         except subprocess.TimeoutExpired:
             process.send_signal(number)
             out, _ = process.communicate()
+            # Before the run has begun, SIGTERM ends the process by itself; struck late, it has finished.
+            if number == signal.SIGTERM and process.returncode not in (143, -signal.SIGTERM, 0):
+                raise AssertionError(f"ended with {process.returncode}: {out}") from None
             struck += 1
             bad += unreadable(folder)
             continue
@@ -298,4 +301,4 @@ if __name__ == "__main__":
     parser.add_argument("folder")
     parser.add_argument("--pause", type=float, default=0.0)
     parsed = parser.parse_args()
-    raise SystemExit(143 if tune(parsed.folder, pause=parsed.pause).status == "preempted" else 0)
+    raise SystemExit(tune(parsed.folder, pause=parsed.pause).exit_code)
