@@ -13,18 +13,6 @@ from jax.extend import core as jex
 
 from jaxhpo._tree import is_inexact, scan_layout
 
-# Equations that run one program on their operands, and nothing else.
-CALLS = {
-    "jit",
-    "pjit",
-    "closed_call",
-    "core_call",
-    "custom_jvp_call",
-    "custom_vjp_call",
-    "remat",
-    "remat2",
-    "checkpoint",
-}
 ARITHMETIC = {"add", "add_any", "sub", "mul", "dot_general", "conv_general_dilated", "reduce_sum", "cumsum", "square"}
 ARITHMETIC |= {"integer_pow", "scatter-add", "convert_element_type"}
 INSIDE = "a `where` around it leaves its derivative as it is, so put one around its argument"
@@ -136,10 +124,12 @@ def _follow_inside(equation, given, which) -> Origin | _Entry | None:
         branch = params["branches"][int(given[0])]
         found = _follow(branch.jaxpr, branch.consts, given[1:], which)
         return found._replace(operand=found.operand + 1) if isinstance(found, _Entry) else found
-    body = next((p for p in params.values() if hasattr(p, "eqns")), None) if name in CALLS else None
-    if body is None:
+    bodies = [p for p in params.values() if hasattr(p, "eqns")]
+    if len(bodies) != 1 or name == "shard_map":
         return None
-    return _follow(getattr(body, "jaxpr", body), getattr(body, "consts", ()), given, which)
+    program, consts = getattr(bodies[0], "jaxpr", bodies[0]), getattr(bodies[0], "consts", ())
+    runs_it = [v.aval.shape for v in program.invars] == [np.shape(x) for x in given]  # on its operands, as a call does
+    return _follow(program, consts, given, which) if runs_it else None
 
 
 def _follow_scan(equation, given, which) -> Origin | _Entry | None:
@@ -173,9 +163,8 @@ def _follow_scan(equation, given, which) -> Origin | _Entry | None:
 def _values(program, consts, operands) -> dict:
     """What every variable of a program holds."""
     made = [v for e in program.eqns for v in e.outvars if not isinstance(v, jex.DropVar)]
-    names = program.debug_info._replace(result_paths=None) if hasattr(program.debug_info, "_replace") else None
-    more = {"debug_info": names} if names is not None else {}
-    every = jex.ClosedJaxpr(program.replace(outvars=made, **more), consts)
+    unnamed = program.debug_info._replace(result_paths=None)  # of other results
+    every = jex.ClosedJaxpr(program.replace(outvars=made, debug_info=unnamed), consts)
     found = jax.jit(jex.jaxpr_as_fun(every))(*operands)
     return {
         **dict(zip(program.constvars, consts, strict=True)),
@@ -186,12 +175,9 @@ def _values(program, consts, operands) -> dict:
 
 def _read(values, v):
     x = v.val if isinstance(v, jex.Literal) else values[v]
-    return np.asarray(x, _plain_type(x)) if is_inexact(x) else x
-
-
-def _plain_type(x):
-    """NumPy tests no bfloat16 for being finite."""
-    return np.float32 if jnp.result_type(x).itemsize < 4 else None
+    if not is_inexact(x):
+        return x
+    return np.asarray(x, np.float32 if jnp.result_type(x).itemsize < 4 else None)  # NumPy knows no bfloat16
 
 
 def _finite(x) -> bool:
@@ -221,7 +207,7 @@ def _story(operation, operands) -> str:
     first, last = floats[0], floats[-1]
     least = f"{np.nanmin(first):.4g}"
     if operation in ("log", "log1p"):
-        return f"took the logarithm of {least}: bound its argument, as in `log(maximum(x, 1e-12))`."
+        return f"took the logarithm of {least} ({operation}): bound its argument, as in `log(maximum(x, 1e-12))`."
     if operation in ("sqrt", "rsqrt"):
         return f"took the square root of {least}: write `sqrt(maximum(x, 0) + eps)`."
     if operation == "div" and (last == 0).any():

@@ -24,7 +24,7 @@ class State(NamedTuple):
     point: PyTree  # unconstrained hyperparameters
     opt_state: PyTree
     carry: PyTree
-    key: jax.Array
+    key: Any
     step: Any
     before: PyTree
 
