@@ -110,7 +110,13 @@ class Tolerant(doctest.OutputChecker):
         return texts[0] == texts[1] and np.allclose(*numbers, rtol=2e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("module_name", module_names())
+# What these show is held to closed forms by the quick tests of hypernetworks and of models.
+LONG = {"jaxhpo.models._self_tuning", "jaxhpo.models._mlp", "jaxhpo._estimator._hypernetwork"}
+
+
+@pytest.mark.parametrize(
+    "module_name", [pytest.param(n, marks=[pytest.mark.slow] if n in LONG else []) for n in module_names()]
+)
 def test_examples_run(module_name):
     flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
     finder, runner = doctest.DocTestFinder(), doctest.DocTestRunner(Tolerant(), verbose=False, optionflags=flags)

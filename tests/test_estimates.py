@@ -1,11 +1,13 @@
 """Randomised rules are right on average, and curvatures equal their matrices."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import PROBLEMS, grad, relative_error
+from helpers import PROBLEMS, relative_error
 
 import jaxhpo
 from jaxhpo import CG, GMRES, BiCGStab, Direct, ForwardGradient, Implicit, NormalCG, Nystrom, Smoothing, from_lineax
@@ -15,6 +17,7 @@ H = jnp.asarray(RIDGE.hparams)
 STEPS = 30
 
 
+@functools.cache
 def draws(rule, num_draws):
     """Hypergradients of the ridge problem for many keys, shape (draws, m)."""
     solver = jaxhpo.from_optax(RIDGE.train_loss, optax.sgd(RIDGE.step_size))
@@ -27,7 +30,9 @@ def draws(rule, num_draws):
     return np.asarray(jax.jit(jax.vmap(jax.grad(loss), in_axes=(None, 0)))(H, keys))
 
 
-@pytest.mark.parametrize("rule", [ForwardGradient(4), Smoothing(4, 1e-3)], ids=str)
+@pytest.mark.parametrize(
+    "rule", [ForwardGradient(4), pytest.param(Smoothing(4, 1e-3), marks=pytest.mark.slow)], ids=str
+)
 def test_unbiased(rule):
     """The mean of 20 000 draws lies within five standard errors of the exact hypergradient, in every entry."""
     got, want = draws(rule, 20_000), RIDGE.unrolled(RIDGE.hparams, RIDGE.step_size, STEPS)
@@ -60,7 +65,7 @@ def test_smoothing_passes_through_what_has_no_derivative():
         start = solver.init(jnp.zeros(()), h)
         return jaxhpo.solve(solver, start, h, num_steps=1, adjoint=Smoothing(2000, sigma), key=key).params
 
-    got = jax.vmap(jax.grad(end), in_axes=(None, 0))(h, jax.random.split(jax.random.key(0), 50))
+    got = jax.jit(jax.vmap(jax.grad(end), in_axes=(None, 0)))(h, jax.random.split(jax.random.key(0), 50))
     want = np.sqrt(2 / np.pi) / sigma * np.exp(-(h**2) / (2 * sigma**2))
     assert np.mean(got) == pytest.approx(want, abs=5 * float(np.std(got)) / np.sqrt(50))
 
@@ -121,7 +126,7 @@ CURVATURES = {
 }
 
 
-@pytest.mark.parametrize("linear_solver", [Direct(), CG(tol=1e-13)], ids=str)
+@pytest.mark.parametrize("linear_solver", [pytest.param(Direct(), marks=pytest.mark.slow), CG(tol=1e-13)], ids=str)
 @pytest.mark.parametrize("name", CURVATURES)
 def test_curvature_closed_form(name, linear_solver):
     """dF/dh = −eʰ w ∘ G⁻¹ ∇V with G = Xᵀ diag(p(1−p)) X/n + diag(eʰ), or with p(1−p) replaced by (p − y)²."""
@@ -130,17 +135,16 @@ def test_curvature_closed_form(name, linear_solver):
     solver = jaxhpo.from_optax(lambda w, h, b: jnp.mean(example_loss(w, h, b)) + penalty(w, h), optax.sgd(1.0))
     rule = Implicit(linear_solver, curvature=CURVATURES[name])
 
-    def solution(h):
-        return jaxhpo.solve(
-            solver, solver.init(jnp.zeros(5), h), h, lambda t: batch, num_steps=300, adjoint=rule
-        ).params
+    def outer(h):
+        w = jaxhpo.solve(solver, solver.init(jnp.zeros(5), h), h, lambda t: batch, num_steps=300, adjoint=rule).params
+        return jnp.sum((w - target) ** 2), w
 
-    w = np.asarray(solution(h))
+    got, w = jax.jit(jax.grad(outer, has_aux=True))(h)
+    w = np.asarray(w)
     p = 1 / (1 + np.exp(-X @ w))
     weight = p * (1 - p) if name == "gauss-newton" else (p - (y > 0)) ** 2
     G = X.T @ (X * weight[:, None]) / len(y) + np.diag(np.exp(h))
     want = -np.exp(h) * w * np.linalg.solve(G, 2 * (w - target))
-    got = grad(lambda h: jnp.sum((solution(h) - target) ** 2))(h)
     assert relative_error(got, want) < 1e-9
 
 
@@ -150,11 +154,11 @@ def test_gauss_newton_is_definite_where_the_hessian_is_not():
     output_loss = lambda o, b: 0.5 * jnp.sum((o - 2.0) ** 2)  # noqa: E731
     regulariser = lambda p, h: 0.5 * h * jnp.sum(p**2)  # noqa: E731
     point, h = jnp.array([0.5, 0.5]), 0.1
-    hessian = jax.hessian(lambda p: output_loss(predict(p, h, None), None) + regulariser(p, h))(point)
+    hessian = jax.jit(jax.hessian(lambda p: output_loss(predict(p, h, None), None) + regulariser(p, h)))(point)
     assert np.linalg.eigvalsh(hessian)[0] < 0
     product = jaxhpo.gauss_newton(predict, output_loss, regulariser).linearise(point, h, None)
-    matrix = jax.vmap(product)(jnp.eye(2))
-    J = jax.jacobian(lambda p: predict(p, h, None))(point)
+    matrix = jax.jit(jax.vmap(product))(jnp.eye(2))
+    J = jax.jit(jax.jacobian(lambda p: predict(p, h, None)))(point)
     np.testing.assert_allclose(matrix, J.T @ J + 0.1 * np.eye(2), rtol=1e-12)
     assert CG()(product, jnp.ones(2))[1].status == jaxhpo.LinearStatus.CONVERGED
 
@@ -169,10 +173,10 @@ def test_non_symmetric_systems(solver):
     """A x = b and its transpose, through the derivative of x."""
     rng = np.random.default_rng(0)
     A, b, v = rng.normal(size=(4, 4)) + 4 * np.eye(4), rng.normal(size=4), rng.normal(size=4)
-    x, info = solver(lambda u: A @ u, jnp.asarray(b))
+    x, info = jax.jit(lambda b: solver(lambda u: A @ u, b))(b)
     np.testing.assert_allclose(x, np.linalg.solve(A, b), rtol=1e-8)
     assert info.status == jaxhpo.LinearStatus.CONVERGED and info.residual < 1e-8
-    back = jax.grad(lambda b: jnp.asarray(v) @ solver(lambda u: A @ u, b)[0])(jnp.asarray(b))
+    back = jax.jit(jax.grad(lambda b: jnp.asarray(v) @ solver(lambda u: A @ u, b)[0]))(b)
     np.testing.assert_allclose(back, np.linalg.solve(A.T, v), rtol=1e-8)
 
 
@@ -191,7 +195,8 @@ def test_nystrom_low_rank():
     U = np.linalg.qr(np.random.default_rng(0).normal(size=(8, 2)))[0]
     A, b = U @ np.diag([3.0, 1.0]) @ U.T, jnp.arange(8.0)
     for rank in (2, 4, 100):
-        x, info = Nystrom(rank, 0.5)(lambda u: A @ u, b, key=jax.random.key(rank))
+        solver = Nystrom(rank, 0.5)
+        x, info = jax.jit(lambda b, key, solver=solver: solver(lambda u: A @ u, b, key=key))(b, jax.random.key(rank))
         np.testing.assert_allclose(x, np.linalg.solve(A + 0.5 * np.eye(8), b), rtol=1e-9)
         assert info.num_iterations == min(rank, 8)
 

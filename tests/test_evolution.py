@@ -91,7 +91,8 @@ def test_unbiased(antithetic):
         assert measured == pytest.approx((len(want) + 1) / 4, rel=0.1)
 
 
-@pytest.mark.parametrize("name", [pytest.param("es", marks=pytest.mark.slow), "pes"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["es", "pes"])
 def test_transforms(name):
     """θ = log h, perturbed in u = log h: V = θ² = u² is quadratic, and dV/dh = 2 log(h)/h. (log(h + σε) may be NaN.)"""
     h = jnp.asarray(0.2)

@@ -51,7 +51,7 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize(
     ("order", "read"),
     [
-        ("grad", (True, True)),
+        pytest.param("grad", (True, True), marks=SLOW),  # quick: closed forms of unrolling, which takes mixed mode
         pytest.param("jacfwd", (True, True), marks=SLOW),
         *(pytest.param("grad", read, marks=SLOW) for read in ((False, False), (True, False), (False, True))),
         pytest.param("jacrev", (True, True), marks=SLOW),
@@ -191,7 +191,7 @@ def through(layer, adjoint, make_solver=lambda loss: jaxhpo.from_optax(loss, opt
         return sum(jnp.sum((x - 0.3) ** 2) for x in jax.tree.leaves(params))
 
     h = jnp.array([-2.0, -1.0])
-    return jax.grad(outer)(h), outer, h
+    return jax.jit(jax.grad(outer))(h), outer, h
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,13 @@ def equinox_mlp() -> Model:
 
 
 MODELS = {"plain pytree": plain_mlp, "linen": linen_mlp, "nnx": nnx_mlp, "equinox": equinox_mlp}
-models = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+
+
+def models(*quick):
+    """Every kind of model; in the quick suite these alone, of which each kind meets one of the rules."""
+    return pytest.mark.parametrize(
+        "make", [pytest.param(m, id=n, marks=[] if n in quick else [pytest.mark.slow]) for n, m in MODELS.items()]
+    )
 
 
 def mean_squared(outputs, targets):
@@ -110,7 +116,7 @@ def float64(statistics):
     return jax.tree.map(lambda x: x.astype(float), statistics)
 
 
-@models
+@models("equinox")  # linen: `test_linen_batch_norm`
 def test_unrolled_hypergradient(make):
     """Penalties of every leaf and the learning rate."""
     model = make()
@@ -119,13 +125,7 @@ def test_unrolled_hypergradient(make):
     assert jaxhpo.check_hypergradient(outer, h).relative_error <= TOLERANCE
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        pytest.param(make, id=n, marks=[pytest.mark.slow] if n in ("linen", "equinox") else [])
-        for n, make in MODELS.items()
-    ],
-)
+@models("plain pytree", "nnx")
 def test_implicit_hypergradient(make):
     """At a converged solution. A penalty of 0.02 adds 0.04 to the curvature, which makes it a strict minimum.
 
@@ -176,6 +176,7 @@ def test_linen_batch_norm():
     assert jnp.all(jnp.abs(jax.jit(solution)(h).model_state["BatchNorm_0"]["mean"]) > 1e-3)
 
 
+@pytest.mark.slow  # quick: keys that ride in the batches (`test_integer_boolean_and_key_leaves`)
 def test_linen_dropout():
     """One typed key a step rides in the batches: the same masks at every call, so that differences make sense."""
 
@@ -257,11 +258,11 @@ def test_nnx_batch_norm_and_dropout(running):
 # --- bfloat16 ---------------------------------------------------------------------------------------------------------
 
 
-SLOW = {"unroll-plain", "unroll-every", "unroll-7", "unroll-truncated-1"}  # variants of rules that stay quick
+QUICK = {"unroll", "cg", "neumann-5"}  # of each kind one
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(c, id=c.name, marks=[pytest.mark.slow] if c.name in SLOW else []) for c in RULES]
+    "case", [pytest.param(c, id=c.name, marks=[] if c.name in QUICK else [pytest.mark.slow]) for c in RULES]
 )
 def test_bfloat16_model_with_float32_hyperparameters(case):
     """The model is bfloat16; hypergradients are float32 as the hyperparameters are, and so are linear solves."""

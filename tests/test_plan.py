@@ -69,7 +69,7 @@ def network(adjoint, num_steps):
 
 PROBLEMS = {"matrix": matrix, "regression": regression, "network": network}
 CHECKPOINTS = (None, 1, "sqrt", "binomial")
-QUICK = {("matrix", "sqrt", 200), ("network", 1, 20), ("regression", None, 200), ("matrix", "binomial", 200)}
+QUICK = {("matrix", "sqrt", 200), ("regression", None, 200), ("matrix", "binomial", 200)}
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,8 @@ def furthest(a, b):
     return max(jnp.max(jnp.abs(x - y)) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
-@pytest.mark.parametrize("limit", [None, pytest.param(10_000.0, marks=slow)])
+@slow  # quick: its closed form, among those of all rules
+@pytest.mark.parametrize("limit", [None, 10_000.0])
 def test_binomial_equals_plain_autodiff(limit):
     outer, args = problem()
     few = Unroll(checkpoint="binomial") if limit is None else Unroll(memory_limit=limit)

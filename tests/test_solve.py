@@ -1,5 +1,6 @@
 """What `solve` promises apart from its derivative rules: batches, state, stopping, closures, warnings, diagnosis."""
 
+import functools
 import warnings
 
 import chex
@@ -35,8 +36,8 @@ def test_function_of_the_step_equals_stacked_batches(adjoint):
         return jnp.sum(sol.params**2)
 
     h = jnp.ones(2)
-    stacked = jax.value_and_grad(loss)(h, data)
-    chex.assert_trees_all_close(stacked, jax.value_and_grad(loss)(h, lambda t: data[t]), rtol=1e-12)
+    both = jax.jit(lambda h: [jax.value_and_grad(loss)(h, batches) for batches in (data, lambda t: data[t])])(h)
+    chex.assert_trees_all_close(*both, rtol=1e-12)
 
 
 def test_a_function_of_the_step_needs_no_memory_for_the_batches():
@@ -114,7 +115,7 @@ def test_initial_parameters_closed_form():
     np.testing.assert_allclose(got, 2 * (1 - 2 * STEP) ** 8 * np.ones(3), rtol=1e-12)
 
 
-@pytest.mark.parametrize("checkpoint", [None, 1, 3, "sqrt"])
+@pytest.mark.parametrize("checkpoint", ["sqrt", *(pytest.param(c, marks=pytest.mark.slow) for c in (None, 1, 3))])
 def test_momentum_sgd_trajectory(checkpoint):
     """v ← m v − (1−m) g, p ← p + α v, by hand; and its hypergradients against differences."""
     T, rates, decays = 20, np.linspace(0.1, 0.3, 20), np.linspace(0.5, 0.9, 20)
@@ -308,7 +309,7 @@ H = {"target": 1.0, "lr": 0.1}
 
 def test_learning_rate_under_implicit_warns():
     with pytest.warns(ZeroHypergradientWarning, match=r"hparams\['lr'\].*Implicit\(.*Unroll\(\)"):
-        got = jax.grad(scalar_loss(Implicit()))(H)
+        got = grad(scalar_loss(Implicit()))(H)
     assert got["lr"] == 0 and got["target"] != 0
 
 
@@ -323,12 +324,12 @@ def test_only_what_is_differentiated_warns():
 def test_initial_parameters_under_implicit_warn():
     loss = scalar_loss(Implicit(), optax.sgd(0.1), start=lambda h: h["target"])
     with pytest.warns(ZeroHypergradientWarning, match=r"state\.params.*initial.*Unroll\(\)"):
-        jax.grad(lambda t: loss({"target": t}))(1.0)
+        grad(lambda t: loss({"target": t}))(1.0)
 
 
 def test_unused_leaf_under_implicit_warns():
     with pytest.warns(ZeroHypergradientWarning, match=r"hparams\['unused'\]"):
-        jax.grad(scalar_loss(Implicit(), optax.sgd(0.1)))({"target": 1.0, "unused": 3.0})
+        grad(scalar_loss(Implicit(), optax.sgd(0.1)))({"target": 1.0, "unused": 3.0})
 
 
 def test_what_only_the_optimiser_closes_over_warns_under_implicit():
@@ -339,7 +340,7 @@ def test_what_only_the_optimiser_closes_over_warns_under_implicit():
         return jaxhpo.solve(solver, solver.init(jnp.zeros(()), None), None, num_steps=5, adjoint=Implicit()).params
 
     with pytest.warns(ZeroHypergradientWarning, match=r"float64\[\] that is closed over.*Unroll\(\)"):
-        assert jax.grad(loss)(0.1) == 0
+        assert grad(loss)(0.1) == 0
 
 
 @pytest.mark.parametrize("adjoint", [Implicit(), Unroll(truncate=2)], ids=str)
@@ -351,7 +352,7 @@ def test_batches_that_a_rule_cuts_off_warn(adjoint):
         return jaxhpo.solve(solver, start, jnp.zeros(1), {"x": data}["x"], adjoint=adjoint).params.sum()
 
     with pytest.warns(ZeroHypergradientWarning, match=r"batches.*exactly zero.*Unroll\(\)"):
-        got = jax.grad(loss)(jnp.ones((5, 1)))
+        got = grad(loss)(jnp.ones((5, 1)))
     assert (got[:3] == 0).all() and got[4] != 0
 
 
@@ -377,7 +378,7 @@ def test_truncated_schedule_warns():
         return jaxhpo.solve(solver, solver.init(jnp.zeros(()), h), h, num_steps=5, adjoint=Unroll(truncate=2)).params
 
     with pytest.warns(ZeroHypergradientWarning, match=r"hparams\['rates'\].*last 2 of 5"):
-        got = jax.grad(loss)({"rates": jnp.full(5, 0.1)})["rates"]
+        got = grad(loss)({"rates": jnp.full(5, 0.1)})["rates"]
     assert (got[:3] == 0).all() and (got[3:] != 0).all()
     with pytest.raises(jaxhpo.ZeroHypergradientError, match=r"hparams\['rates'\].*some entries"):
         jaxhpo.check_hypergradient(loss, {"rates": jnp.full(5, 0.1)})
@@ -501,7 +502,7 @@ def test_cg_on_parameters_of_two_precisions():
         sol = jaxhpo.solve(solver, solver.init(params, h), h, num_steps=100, adjoint=Implicit())
         return sol.params["a"].sum() + sol.params["b"].sum()
 
-    assert jax.grad(loss)(0.5) == pytest.approx(4.0, rel=1e-6)
+    assert grad(loss)(0.5) == pytest.approx(4.0, rel=1e-6)
 
 
 def test_a_model_that_insists_on_bfloat16():
@@ -518,7 +519,7 @@ def test_a_model_that_insists_on_bfloat16():
         return jaxhpo.solve(solver, start, h, num_steps=20, adjoint=adjoint).params.astype(jnp.float32)
 
     for adjoint in (Unroll(), Implicit()):
-        assert -1 < jax.grad(loss)(jnp.asarray(0.1, jnp.float32), adjoint) < 0
+        assert -1 < grad(functools.partial(loss, adjoint=adjoint))(jnp.asarray(0.1, jnp.float32)) < 0
 
 
 def test_model_state_under_implicit_warns():
@@ -531,7 +532,7 @@ def test_model_state_under_implicit_warns():
         return sol.params + sol.model_state
 
     with pytest.warns(ZeroHypergradientWarning, match=r"model_state.*Unroll\(\)"):
-        jax.grad(loss)(1.0)
+        grad(loss)(1.0)
 
 
 def test_an_indefinite_hessian_is_no_silent_zero():
@@ -541,7 +542,7 @@ def test_an_indefinite_hessian_is_no_silent_zero():
     def loss(t):
         return jaxhpo.solve(solver, solver.init(jnp.full(2, 0.05), t), t, num_steps=5, adjoint=Implicit()).params.sum()
 
-    assert jax.grad(loss)(0.0) != 0
+    assert grad(loss)(0.0) != 0
     check = jaxhpo.check_hypergradient(loss, jnp.asarray(0.0))
     assert check.linear_statuses == (jaxhpo.LinearStatus.INDEFINITE,) and "INDEFINITE" in str(check)
 
