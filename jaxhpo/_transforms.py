@@ -142,7 +142,7 @@ class box(_Transform):  # noqa: N801  (reads, and prints, as the function that t
 
     def _bounds(self, x):
         """The bounds in the type of `x`, and the outermost numbers strictly between them, as NumPy arrays."""
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
             low, high = (np.asarray(bound).astype(x.dtype) for bound in (self.low, self.high))
             finite = np.isfinite(high - low)
         tiny = np.asarray(jnp.finfo(x.dtype).tiny, x.dtype)  # next to zero come subnormals, which devices may flush

@@ -141,6 +141,7 @@ def test_arrays_that_do_not_fit_are_refused_while_tracing():
         (box(1.0, 1.001), jnp.bfloat16(1.0), "bfloat16.*wider type"),
         (box(0.0, 1e300), jnp.float32(1.0), "float32.*wider type"),
         (box(-3e38, 3e38), jnp.float32(1.0), "float32.*wider type"),
+        (box(3e5, 5e5), jnp.float16(1.0), "float16.*wider type"),
         (simplex, jnp.float32(1.0), r"shape \(\).*last axis.*`unit_interval`"),
         (simplex, jnp.zeros((2, 0), jnp.float32), r"shape \(2, 0\).*last axis"),
     ]:

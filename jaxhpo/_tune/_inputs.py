@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import datetime
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from jaxhpo._errors import JaxhpoError
 from jaxhpo._tune._history import EXTRAS
@@ -71,7 +72,8 @@ def _checked_gradient(gradient):
                 f"`(value, hypergradient, carry, info)`; carry and info may be None."
             )
         value, hypergrad, carry, info = out
-        hypergrad = check_residual(hypergrad, hparams, "gradient", "hparams")
+        check_residual(hypergrad, hparams, "gradient", "hparams")
+        hypergrad = jax.tree.map(lambda g, h: jnp.asarray(g, h.dtype), hypergrad, hparams)
         return check_scalar(value, "gradient"), hypergrad, check_arrays(carry, "carry"), check_arrays(info, "info")
 
     return checked
@@ -119,8 +121,8 @@ def check_policies(remedies, on_not_finite, monitor, max_inner_steps, outer_loss
     """Raises for a policy that cannot work."""
     if not isinstance(remedies, Remedies):
         raise JaxhpoError(f"`remedies` got {describe(remedies)}: write `jaxhpo.Remedies(clip=0.5)`, say.")
-    if on_not_finite not in ("stop", "skip", "backtrack"):
-        raise JaxhpoError(f"`on_not_finite` got {on_not_finite!r}: write 'stop', 'skip' or 'backtrack'.")
+    if not isinstance(on_not_finite, str) or on_not_finite not in ("stop", "skip", "backtrack"):
+        raise JaxhpoError(f"`on_not_finite` got {describe(on_not_finite)}: write 'stop', 'skip' or 'backtrack'.")
     if monitor is not None:
         check_callable("monitor", monitor, "monitor(info)", 1)
     if max_inner_steps is not None:
@@ -154,11 +156,14 @@ def check_wanted(record) -> tuple[str, ...]:
 
 def check_callbacks(callbacks) -> tuple:
     """The callbacks as a tuple; raises unless they are functions of one argument."""
-    if callable(callbacks) or not isinstance(callbacks, Iterable):
+    try:
+        listed = None if callable(callbacks) else tuple(callbacks)
+    except TypeError:  # nothing to iterate over, as in an array without axes
+        listed = None
+    if listed is None:
         raise JaxhpoError(
             f"`callbacks` got {describe(callbacks)}, but it is a sequence of functions: write `callbacks=[callback]`."
         )
-    callbacks = tuple(callbacks)
-    for callback in callbacks:
+    for callback in listed:
         check_callable("callbacks", callback, "callback(tune_step)", 1)
-    return callbacks
+    return listed

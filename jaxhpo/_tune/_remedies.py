@@ -13,7 +13,7 @@ from jaxhpo._errors import JaxhpoError
 from jaxhpo._transforms import positive, to_natural
 from jaxhpo._tree import names, norm, scaled, upcast
 from jaxhpo._types import PyTree
-from jaxhpo._validate import check_count, check_positive, describe
+from jaxhpo._validate import check_callable, check_count, check_positive, check_residual, describe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +161,8 @@ def check_projections(projections: PyTree, transforms: PyTree, point: PyTree) ->
                 f"`projections` got {describe(function)}, which is no function: write "
                 "`optax.projections.projection_simplex`, say."
             )
+        if function is not None:
+            check_callable("projections", function, "projection(hparams)", 1)
     marks = _marked(transforms, point, lambda transform: True)
     both = jax.tree.map(
         lambda f, part: jax.tree.map(lambda m: f is not None and m, part), projections, marks, is_leaf=_is_projection
@@ -170,7 +172,11 @@ def check_projections(projections: PyTree, transforms: PyTree, point: PyTree) ->
             raise JaxhpoError(
                 f"`{name}` has a transform and a projection, but a projection acts in natural units: keep one of them."
             )
-    after = projected(projections, point)[0]
+
+    def checked(function, part):
+        return part if function is None else check_residual(function(part), part, "projections", "hparams")
+
+    after = jax.tree.map(checked, projections, point, is_leaf=_is_projection)
     for name, a, b in zip(names(point, "hparams"), jax.tree.leaves(after), jax.tree.leaves(point), strict=True):
         if not jnp.allclose(a, b, rtol=1e-5, atol=1e-6):
             raise JaxhpoError(

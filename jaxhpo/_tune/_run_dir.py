@@ -322,7 +322,7 @@ def _matched(path, arrays, like, fixed) -> PyTree:
     others = [
         name.removeprefix(fixed)
         for (name, x), array in zip(rows, found.values(), strict=True)
-        if name.startswith(fixed) and not np.array_equal(array, _to_numpy(x))
+        if name.startswith(fixed) and array.tobytes() != _to_numpy(x).tobytes()  # raw bytes have no `==`
     ]
     if others:
         # Another transform has another start, too.
