@@ -207,7 +207,8 @@ def _story(operation, operands) -> str:
     first, last = floats[0], floats[-1]
     least = f"{np.nanmin(first):.4g}"
     if operation in ("log", "log1p"):
-        return f"took the logarithm of {least} ({operation}): bound its argument, as in `log(maximum(x, 1e-12))`."
+        of = least if operation == "log" else f"1 + {least}"
+        return f"took the logarithm of {of}: bound its argument, as in `log(maximum(x, 1e-12))`."
     if operation in ("sqrt", "rsqrt"):
         return f"took the square root of {least}: write `sqrt(maximum(x, 0) + eps)`."
     if operation == "div" and (last == 0).any():

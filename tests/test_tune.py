@@ -253,6 +253,15 @@ def test_run_dir_is_readable_meanwhile(tmp_path):
         assert got.dtype == want.dtype
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_run_dir_of_short_floats(tmp_path, dtype):
+    """NumPy has no bfloat16: on disk it is raw bytes."""
+    settings = {"progress": False, "run_dir": tmp_path}
+    for steps in (1, 2):
+        result = jaxhpo.tune(lambda h: jnp.sum(h**2), jnp.ones(2, dtype), optax.sgd(0.25), num_steps=steps, **settings)
+    assert result.hparams.dtype == dtype and result.hparams.tolist() == [0.25, 0.25]  # (1 - 2/4)^2
+
+
 def test_run_dir_of_another_schema_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(_run_dir, "SCHEMA", 99)
     run(num_steps=2, run_dir=tmp_path)

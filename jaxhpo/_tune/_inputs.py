@@ -147,10 +147,10 @@ def check_policies(remedies, on_not_finite, monitor, max_inner_steps, outer_loss
 
 def check_wanted(record) -> tuple[str, ...]:
     """What is recorded beside, as a tuple; raises for another name."""
-    wanted = (record,) if isinstance(record, str) else tuple(record) if isinstance(record, Iterable) else (record,)
-    unknown = [name for name in wanted if name not in EXTRAS]
+    wanted = (record,) if isinstance(record, str) or not isinstance(record, (tuple, list, set)) else tuple(record)
+    unknown = [name for name in wanted if not isinstance(name, str) or name not in EXTRAS]
     if unknown:
-        raise JaxhpoError(f"`record` got {unknown[0]!r}, of which nothing is known: write some of {EXTRAS}.")
+        raise JaxhpoError(f"`record` got {describe(unknown[0])}, of which nothing is known: write some of {EXTRAS}.")
     return wanted
 
 

@@ -93,7 +93,7 @@ def tune(
     monitor: Callable[[PyTree], Any] | None = None,
     max_seconds: float | None = None,
     max_inner_steps: int | None = None,
-    record: Iterable[str] = (),
+    record: str | tuple[str, ...] = (),
     progress: bool = True,
 ) -> TuneResult:
     r"""Moves hyperparameters down their hypergradient with an optax optimiser.
