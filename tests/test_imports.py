@@ -63,7 +63,7 @@ CORE = {"jax", "jaxlib", "numpy", "chex"}
 OPTAX = {"_solver", "_tune", "_estimator", "search", "_demo", "_problems", "cli", "testing"}
 FLAX = {"models"}
 # Optional extras are imported inside functions, or at the top of the namespace that is about nothing else.
-EXTRAS = {"sklearn", "matplotlib", "tqdm", "pandas", "lineax", "optimistix", "optuna", "pooch", "IPython"}
+EXTRAS = {"sklearn", "matplotlib", "tqdm", "pandas", "lineax", "optimistix", "optuna", "pooch", "orbax", "IPython"}
 EXTRAS_AT_TOP = {"sklearn": {"sklearn"}, "search": {"optuna"}, "plot": {"matplotlib"}, "_demo": {"matplotlib"}}
 
 

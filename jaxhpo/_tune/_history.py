@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxhpo._tree import names
+from jaxhpo._tune._processes import whole
 from jaxhpo._types import PyTree
 
 EXTRAS = ("hparams", "hypergradient", "linear_solves")  # what a row may hold beside
@@ -20,7 +21,7 @@ SAMPLE = 2048  # entries, evenly spread, of which quartiles are taken: those of 
 
 def summary(leaf: Any) -> np.ndarray:
     """A leaf as it is recorded: the whole of a small one; of a large one minimum, quartiles, maximum and norm."""
-    leaf = np.asarray(leaf)
+    leaf = whole(leaf)
     if leaf.size <= LARGE:
         return leaf.copy()
     flat = leaf.ravel()
@@ -32,7 +33,7 @@ def summary(leaf: Any) -> np.ndarray:
 
 def to_numpy(x: Any) -> np.ndarray:
     """An array, or a key's data."""
-    return np.array(jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x)
+    return np.array(whole(jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x))
 
 
 def encode(step: int, row: dict[str, Any]) -> bytes:

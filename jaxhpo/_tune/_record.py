@@ -19,8 +19,10 @@ from jaxhpo._diagnose import LinearSolve
 from jaxhpo._errors import JaxhpoError
 from jaxhpo._transforms import to_natural
 from jaxhpo._tune._history import summary, to_numpy
+from jaxhpo._tune._processes import on_any
 from jaxhpo._tune._run_dir import RunDir
 from jaxhpo._tune._search import Report, Search, State
+from jaxhpo._tune._sharded_dir import ShardedDir
 from jaxhpo._types import LinearStatus, PyTree
 from jaxhpo._validate import describe
 
@@ -91,7 +93,7 @@ class Record:
         self,
         search: Search,
         state: State,
-        run_dir: RunDir | None,
+        run_dir: RunDir | ShardedDir | None,
         settings: dict[str, Any],
         monitor: Callable[[PyTree], Any] | None,
         wanted: tuple[str, ...] = (),
@@ -143,11 +145,11 @@ class Record:
             "hypergradient_norm": np.array(report.hypergradient_norm),
             "seconds": np.asarray(seconds),
             "peak_bytes": np.asarray(peak_bytes(), np.int64),
-            "hparams": jax.tree.map(np.array if "hparams" in self.wanted else summary, report.hparams),
+            "hparams": jax.tree.map(to_numpy if "hparams" in self.wanted else summary, report.hparams),
             "info": jax.tree.map(to_numpy, report.info),
         }
         if "hypergradient" in self.wanted:
-            row["hypergradient"] = jax.tree.map(np.array, report.hypergradient)
+            row["hypergradient"] = jax.tree.map(to_numpy, report.hypergradient)
         if self.solves is not None:
             row["linear_solves"] = _summed_up(self.solves)
             self.solves.clear()
@@ -194,7 +196,7 @@ class Record:
         """Goes on from what is in `run_dir`, if there is something."""
         if self.run_dir is None or not self.run_dir.begun:
             return
-        after, report = self.search.shapes(self.now.state)
+        after, report = self.search.shapes(self.now.state, placed=isinstance(self.run_dir, ShardedDir))
         row = self._row(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), report), 0.0, 0.0)
         like = self._tree(Standing(after, 0, 0.0, report.hparams, 0))
         found = self.run_dir.resume(like, row, "run['fixed']")
@@ -237,15 +239,17 @@ def _summed_up(solves) -> dict[str, np.ndarray]:
 
 
 def _is_due(every, steps, seconds) -> bool:
-    return seconds >= every.total_seconds() if isinstance(every, datetime.timedelta) else steps >= every
+    return on_any(seconds >= every.total_seconds()) if isinstance(every, datetime.timedelta) else steps >= every
 
 
 def _placed(state, like):
-    """On the devices on which the first state lies."""
+    """On the devices on which the first state lies, but for what has come back with a place of its own."""
     if jax.tree.structure(state) != jax.tree.structure(like):
         return jax.tree.map(jnp.asarray, state)
 
     def put(x, first):
+        if isinstance(x, jax.Array) and len(x.sharding.device_set) > 1:
+            return x
         sharding = getattr(first, "sharding", None)
         spread = sharding is not None and len(sharding.device_set) > 1 and np.shape(x) == first.shape
         return jax.device_put(x, sharding) if spread else jnp.asarray(x)

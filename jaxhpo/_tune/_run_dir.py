@@ -77,6 +77,8 @@ class RunDir:
       JaxhpoError: nothing can be written there, or another process holds it.
     """
 
+    PATTERN, OTHER = "state-*.npz", "state-*.orbax"  # checkpoints, and those of several processes
+
     def __init__(self, path: str | os.PathLike):
         try:
             self.folder = pathlib.Path(path)
@@ -87,6 +89,12 @@ class RunDir:
                 f"`run_dir` got {path!r}, where no file can be written ({error}): name a folder."
             ) from error
         self._take_lock()
+        if any(self.folder.glob(self.OTHER)):
+            self._lock.close()
+            raise JaxhpoError(
+                f"`run_dir`: {self.folder} holds checkpoints of the form {self.OTHER}, those here have the form "
+                f"{self.PATTERN}, and a run of one process cannot be gone on with by several: name another folder."
+            )
         self._history = _open(self.folder / "history.jsonl")
         if not self.begun:
             self._history.truncate(0)  # of steps that were never saved
@@ -148,6 +156,11 @@ class RunDir:
             count = self._history.write(self._log.pending)
             self._log = self._log._replace(written=self._log.written + count, pending=self._log.pending[count:])
 
+    def sync(self) -> None:
+        """Has the history on disk, or raises."""
+        self._flush()
+        os.fsync(self._history.fileno())
+
     def save(self, tree: PyTree, settings: dict[str, Any]) -> bool:
         """Writes a checkpoint of the state after the rows so far; warns where the disk refuses, and says whether not.
 
@@ -159,11 +172,10 @@ class RunDir:
             return True
         temporary = self.folder / "state.tmp"
         try:
-            self._flush()
-            os.fsync(self._history.fileno())
+            self.sync()
             digest = _write(temporary, self._arrays(tree, settings))
             os.replace(temporary, self.folder / f"state-{self.num_rows:08d}-{digest}.npz")
-            _sync_folder(self.folder)
+            sync_folder(self.folder)
         except OSError as error:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
@@ -180,15 +192,18 @@ class RunDir:
                 old.unlink()
         return True
 
-    def _arrays(self, tree, settings):
+    def _plain(self, settings) -> tuple[str, ...]:
         history = f"{self._log.written} {self._log.digest.hexdigest()}"
-        plain = (str(SCHEMA), str(self.num_rows), history, json.dumps(settings, sort_keys=True, default=float))
-        arrays = {name: np.frombuffer(text.encode(), np.uint8) for name, text in zip(PLAIN, plain, strict=True)}
-        return arrays | {f"{i} {name}": _to_numpy(x) for i, (name, x) in enumerate(_rows(tree))}
+        return str(SCHEMA), str(self.num_rows), history, json.dumps(settings, sort_keys=True, default=float)
+
+    def _arrays(self, tree, settings):
+        plain = zip(PLAIN, self._plain(settings), strict=True)
+        arrays = {name: np.frombuffer(text.encode(), np.uint8) for name, text in plain}
+        return arrays | {f"{i} {name}": np.asarray(key_data(x)) for i, (name, x) in enumerate(named_leaves(tree))}
 
     def _checkpoints(self) -> list[pathlib.Path]:
         """The newest first."""
-        return sorted(self.folder.glob("state-*.npz"), reverse=True)
+        return sorted(self.folder.glob(self.PATTERN), reverse=True)
 
     @property
     def begun(self) -> bool:
@@ -212,14 +227,17 @@ class RunDir:
             try:
                 arrays = _read(path)
                 rows, settings, log = self._belonging(arrays, row)
-            except _DamagedError as error:
+            except DamagedError as error:
                 damaged.append(path)
                 notes.append(f"{path.name[:14]}….npz is damaged ({error})")
                 continue
             tree = _matched(path, arrays, like, fixed)
             self._go_on(log, damaged)
             return Resumed(tree, rows, settings, notes)
-        raise JaxhpoError(
+        raise self._unreadable(notes)
+
+    def _unreadable(self, notes) -> JaxhpoError:
+        return JaxhpoError(
             f"`run_dir`: {self.folder} holds no checkpoint that can be read: {'; '.join(notes)}. Move the folder away, "
             "or name another, to start anew."
         )
@@ -233,7 +251,12 @@ class RunDir:
 
     def _belonging(self, arrays, row) -> tuple[list[PyTree], dict[str, Any], _Log]:
         """The history and the settings of a checkpoint."""
-        schema, count, history, settings = (arrays.pop(name, np.zeros(0, np.uint8)).tobytes() for name in PLAIN)
+        plain = [arrays.pop(name, np.zeros(0, np.uint8)).tobytes().decode() for name in PLAIN]
+        text, log = self._history_of(*plain[:3])
+        return rows_of(self.folder, text, row), json.loads(plain[3]), log
+
+    def _history_of(self, schema: str, count: str, history: str) -> tuple[bytes, _Log]:
+        """The lines that a checkpoint was saved with."""
         if int(schema or 0) != SCHEMA:
             raise JaxhpoError(
                 f"`run_dir`: {self.folder} was written by another version of jaxhpo (schema {int(schema or 0)}, where "
@@ -243,20 +266,24 @@ class RunDir:
         self._history.seek(0)
         text = self._history.read(int(length))
         digest = hashlib.sha256(text)
-        if digest.hexdigest() != checksum.decode():
-            raise _DamagedError("history.jsonl is not the one that it was saved with")
-        log = _Log(int(count), digest, int(length), b"")
-        try:
-            return [decode(line, row) for line in text.splitlines()], json.loads(settings), log
-        except KeyError as error:
-            raise JaxhpoError(
-                f"`run_dir`: the history in {self.folder} has no {error}, so it belongs to a run of another structure: "
-                "use another folder, or the hyperparameters and the info of that run."
-            ) from error
+        if digest.hexdigest() != checksum:
+            raise DamagedError("history.jsonl is not the one that it was saved with")
+        return text, _Log(int(count), digest, int(length), b"")
 
 
-class _DamagedError(Exception):
+class DamagedError(Exception):
     """A checkpoint that cannot be used."""
+
+
+def rows_of(folder: pathlib.Path, text: bytes, row: PyTree) -> list[PyTree]:
+    """The rows of a history, with the structure and the types of `row`."""
+    try:
+        return [decode(line, row) for line in text.splitlines()]
+    except KeyError as error:
+        raise JaxhpoError(
+            f"`run_dir`: the history in {folder} has no {error}, so it belongs to a run of another structure: "
+            "use another folder, or the hyperparameters and the info of that run."
+        ) from error
 
 
 def _open(path):
@@ -280,15 +307,16 @@ def _read(path) -> dict[str, np.ndarray]:
     try:
         with open(path, "rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() not in path.name:
-                raise _DamagedError("its checksum does not match")
+                raise DamagedError("its checksum does not match")
             file.seek(0)
             with np.load(file) as arrays:
                 return {name: arrays[name] for name in arrays.files}
     except (zipfile.BadZipFile, ValueError, OSError, EOFError) as error:
-        raise _DamagedError(str(error)) from error
+        raise DamagedError(str(error)) from error
 
 
-def _sync_folder(folder):
+def sync_folder(folder: pathlib.Path) -> None:
+    """Has the names in a folder on disk."""
     # The new name, too, must survive a power cut. Windows cannot open a folder.
     with contextlib.suppress(PermissionError):
         handle = os.open(folder, os.O_RDONLY)
@@ -300,13 +328,22 @@ def _sync_folder(folder):
 
 def _matched(path, arrays, like, fixed) -> PyTree:
     """The arrays in the structure of `like`; raises where names, shapes or fixed values are others."""
-    rows = _rows(like)
+    rows = named_leaves(like)
+    check_structure(path.parent, arrays, rows)
+    pairs = list(zip(rows, arrays.values(), strict=True))
+    others = [name for (name, x), y in pairs if name.startswith(fixed) and not same_bits(y, key_data(x))]
+    refuse_others(path.parent, others, fixed)
+    return jax.tree.unflatten(jax.tree.structure(like), [from_data(array, x) for (_, x), array in pairs])
+
+
+def check_structure(folder: pathlib.Path, arrays: dict[str, Any], rows: list[tuple[str, Any]]) -> None:
+    """Raises where the saved arrays, by place and name, have other names, shapes or types than the leaves here."""
     # Two leaves may have one name; their place tells them apart.
     found = {(name.split(" ", 1)[1], name): array for name, array in arrays.items()}
     if [name for name, _ in found] != [name for name, _ in rows]:
         other = sorted({name for name, _ in found} ^ {name for name, _ in rows})
         raise JaxhpoError(
-            f"`run_dir`: {path.parent} belongs to a run of another structure; they differ in {', '.join(other[:5])}. "
+            f"`run_dir`: {folder} belongs to a run of another structure; they differ in {', '.join(other[:5])}. "
             f"Use another folder, or the hyperparameters, carry and optimiser of that run."
         )
     for (name, x), array in zip(rows, found.values(), strict=True):
@@ -316,26 +353,30 @@ def _matched(path, arrays, like, fixed) -> PyTree:
         same = dtype == array.dtype or (array.dtype.kind == "V" and dtype.itemsize == array.dtype.itemsize)
         if array.shape != shape or not same:
             raise JaxhpoError(
-                f"`run_dir`: `{name}` is {array.dtype}{list(array.shape)} in {path.parent}, but {dtype}{list(shape)} "
+                f"`run_dir`: `{name}` is {array.dtype}{list(array.shape)} in {folder}, but {dtype}{list(shape)} "
                 "here: use another folder, or the precision (`jax_enable_x64`) and shapes of that run."
             )
-    others = [
-        name.removeprefix(fixed)
-        for (name, x), array in zip(rows, found.values(), strict=True)
-        if name.startswith(fixed) and array.tobytes() != _to_numpy(x).tobytes()  # raw bytes have no `==`
-    ]
+
+
+def same_bits(array: np.ndarray, x: Any) -> bool:
+    """Of equal shapes; raw bytes have no `==`."""
+    return array.tobytes() == np.asarray(x).tobytes()
+
+
+def refuse_others(folder: pathlib.Path, others: list[str], fixed: str) -> None:
+    """Raises where fixed values are others; their names begin with `fixed`."""
     if others:
+        others = [name.removeprefix(fixed) for name in others]
         # Another transform has another start, too.
         what = next((name for name in others if "transforms" in name), ", ".join(others))
         raise JaxhpoError(
-            f"`run_dir`: the run in {path.parent} began with another value of {what}, so its numbers mean something "
+            f"`run_dir`: the run in {folder} began with another value of {what}, so its numbers mean something "
             "else: use another folder, or the start (`hparams`), `key` and `transforms` of that run."
         )
-    leaves = [_from_numpy(array, x) for (_, x), array in zip(rows, found.values(), strict=True)]
-    return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
-def _rows(tree):
+def named_leaves(tree: PyTree) -> list[tuple[str, Any]]:
+    """The leaves, each with its name."""
     return list(zip(names(tree, "run"), jax.tree.leaves(tree), strict=True))
 
 
@@ -343,11 +384,13 @@ def _is_key(x) -> bool:
     return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
-def _to_numpy(x):
-    return np.asarray(jax.random.key_data(x) if _is_key(x) else x)
+def key_data(x: Any) -> Any:
+    """An array, or the data of a key."""
+    return jax.random.key_data(x) if _is_key(x) else x
 
 
-def _from_numpy(array, like):
+def from_data(array: Any, like: Any) -> Any:
+    """What `key_data` was made of."""
     if _is_key(like):
         impl = None if isinstance(like, jax.ShapeDtypeStruct) else jax.random.key_impl(like)
         return jax.random.wrap_key_data(array, impl=impl)

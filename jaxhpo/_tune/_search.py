@@ -127,11 +127,18 @@ class Search:
         point = jax.tree.map(lambda now, before: (now + before) / 2, state.point, state.before)
         return state._replace(point=point)
 
-    def shapes(self, state: State) -> tuple[State, Report]:
-        """Shapes of what `step` returns, and the count of inner steps; the first step traces, and warns, once more."""
+    def shapes(self, state: State, placed: bool = False) -> tuple[State, Report]:
+        """Shapes of what `step` returns, and the count of inner steps; the first step traces, and warns, once more.
+
+        With `placed` also shardings, which only the compiler knows.
+        """
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             after, report = jax.eval_shape(self._step, state)
+            if placed:
+                places = self._compiled.lower(state).compile().output_shardings
+                struct = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
+                after, report = jax.tree.map(struct, (after, report), places)
         jax.clear_caches()  # of functions that the user jitted
         # A shape does not tell which kind of key.
         return after._replace(key=state.key, before=state.point), report

@@ -23,10 +23,11 @@ from jaxhpo._transforms import to_natural, to_unconstrained
 from jaxhpo._tree import names
 from jaxhpo._tune._fingerprint import fingerprint
 from jaxhpo._tune._inputs import check_callbacks, check_policies, check_settings, check_wanted, make_evaluator
+from jaxhpo._tune._processes import on_any
 from jaxhpo._tune._record import Record, TuneStep
 from jaxhpo._tune._remedies import Remedies, check_projections
-from jaxhpo._tune._run_dir import RunDir
 from jaxhpo._tune._search import Search
+from jaxhpo._tune._sharded_dir import open_run_dir
 from jaxhpo._tune._signals import noting_sigterm
 from jaxhpo._types import PyTree
 from jaxhpo._validate import check_arrays, check_key, check_params
@@ -129,8 +130,9 @@ def tune(
         last checkpoint stood, or returns at once if it had finished. More steps or another setting of the optimiser are
         taken as given, and the difference printed (losses and data are not compared); another start, key, transform or
         tree is refused, and so is a folder in use. A full disk is warned of, and does not end the run. SIGTERM ends it
-        after the step in hand, with status "preempted"; `sys.exit(result.exit_code)` tells the scheduler. None keeps
-        nothing.
+        after the step in hand, with status "preempted"; `sys.exit(result.exit_code)` tells the scheduler. Several JAX
+        processes, each with the same call on a folder that all of them see, keep their arrays there with Orbax
+        (`jaxhpo[orbax]`); what that cannot write, or an exception in one of them, ends the run. None keeps nothing.
       save_every: outer steps, or a `datetime.timedelta`, between checkpoints; the last state is always saved.
       callbacks: each is called with a `TuneStep` after every step; a true result stops the run.
       patience: stop after this many steps without an improvement of more than `min_delta`; None never stops early.
@@ -185,7 +187,7 @@ def tune(
     limits = _Limits(num_steps, patience, min_delta, max_seconds, max_inner_steps)
     settings = {**limits._asdict(), "remedies": repr(remedies), "optimizer": fingerprint(optimizer)}
     with contextlib.ExitStack() as stack:
-        folder = None if run_dir is None else stack.enter_context(RunDir(run_dir))
+        folder = None if run_dir is None else stack.enter_context(open_run_dir(run_dir))
         preempted = stack.enter_context(noting_sigterm(folder is not None))
         solves = stack.enter_context(recording_linear_solves()) if "linear_solves" in wanted else None
         run = Record(search, search.start(point, carry, first_key), folder, settings, monitor, wanted, solves)
@@ -195,14 +197,16 @@ def tune(
         if progress and run.rows:
             print("; ".join([run.origin, *run.notes, "another folder starts anew"]), file=sys.stderr)
         bar = stack.enter_context(Progress(num_steps, "step", progress, done=run.now.rows))
+        status, alone = "", jax.process_count() == 1
         try:
             status, message = _advance(run, limits, on_not_finite, callbacks, save_every, preempted, bar)
         except KeyboardInterrupt:
-            if not run.now.rows:
+            if not run.now.rows or not alone:
                 raise
             status, message = "interrupted", f"interrupted after {run.now.rows} outer steps"
         finally:
-            run.save()
+            if status or alone:  # saving takes all processes, and where one raised the others may not come
+                run.save()
     return _result(run, status, message)
 
 
@@ -223,7 +227,7 @@ class _Limits(NamedTuple):
             status = "overfitting" if record.still_falls(self.patience) else "patience"
             more = ", while the outer loss still fell" if status == "overfitting" else ""
             return status, f"no improvement of more than {self.min_delta} in {self.patience} outer steps{more}"
-        if self.max_seconds is not None and record.now.rows and record.seconds >= self.max_seconds:
+        if self.max_seconds is not None and record.now.rows and on_any(record.seconds >= self.max_seconds):
             return "budget", f"{record.seconds:.3g} of {self.max_seconds} seconds are spent"
         steps = record.search.inner_steps
         if self.max_inner_steps is not None and (record.now.rows + 1) * steps > self.max_inner_steps:
@@ -249,7 +253,7 @@ def _advance(record, limits, on_not_finite, callbacks, save_every, preempted, ba
     """Takes the outer steps; returns why it stopped."""
     while (reached := limits.reached(record)) is None:
         step = record.now.rows
-        if step and preempted():
+        if step and on_any(preempted()):
             return "preempted", f"SIGTERM came; stopped after {step} outer steps"
         begun = record.now.failures < step
         take = record.search.step if begun else functools.partial(_first_step, record.search)
@@ -267,7 +271,7 @@ def _advance(record, limits, on_not_finite, callbacks, save_every, preempted, ba
         told = record.accept(after, report, limits.min_delta)
         bar.update(f"loss {told.value:.4g}, best {told.best_value:.4g}, |hypergradient| {told.hypergradient_norm:.2g}")
         record.save(save_every)
-        if any([callback(told) for callback in callbacks]):
+        if callbacks and on_any(any([callback(told) for callback in callbacks])):
             return "callback", f"a callback stopped the run after outer step {step}"
     return reached
 

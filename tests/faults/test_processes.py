@@ -1,0 +1,150 @@
+"""A run of two processes, whose hyperparameters are spread over both, is kept and gone on with to the bit."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import time
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import processes
+import pytest
+
+import jaxhpo
+
+ORBAX = pytest.mark.skipif(importlib.util.find_spec("orbax") is None, reason="needs orbax-checkpoint")
+SCENARIOS = ["undisturbed", "continued", "damaged", "preempted", "timed", "refused"]
+
+
+def start(folder, *scenarios) -> list[subprocess.Popen]:
+    """Two processes that find each other at a free port."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # of conftest: 8 devices
+    environment |= {"JAX_ENABLE_X64": "1", "PYTHONWARNINGS": "error::RuntimeWarning"}
+    running = []
+    for i in range(2):
+        command = [sys.executable, processes.__file__, i, port, folder, *scenarios]
+        with open(folder / f"output-{i}", "w") as out, open(folder / f"errors-{i}", "w") as errors:
+            running.append(subprocess.Popen(list(map(str, command)), stdout=out, stderr=errors, env=environment))
+    return running
+
+
+def kill(running) -> None:
+    for process in running:
+        process.kill()
+        process.wait()
+
+
+def finish(running, folder, seconds=600) -> dict[str, list]:
+    """Waits; what each scenario's runs ended with, which is the same for both processes."""
+    deadline = time.monotonic() + seconds
+    # Where one has failed, the other would wait for it.
+    while any(p.poll() is None for p in running) and not any(p.poll() for p in running):
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.1)
+    failed = [p.poll() for p in running] != [0, 0]
+    kill(running)
+    assert not failed, "\n".join((folder / f"errors-{i}").read_text()[-3000:] for i in range(2))
+    lines = [(folder / f"output-{i}").read_text().splitlines() for i in range(2)]
+    # Gloo prints on its own.
+    first, second = ([json.loads(line) for line in told if line.startswith("{")] for told in lines)
+    assert first == second
+    return {name: [told for told in first if told["scenario"] == name] for name in {told["scenario"] for told in first}}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("processes")
+
+
+@pytest.fixture(scope="module")
+def ended(folder):
+    """All scenarios but the kill, by two processes that start once."""
+    return finish(start(folder, *SCENARIOS), folder)
+
+
+def checkpoints(folder) -> list[str]:
+    return sorted(path.name for path in pathlib.Path(folder).glob("state-*"))
+
+
+@ORBAX
+@pytest.mark.slow
+def test_stopped_and_gone_on_with(ended, folder):
+    (whole,), (stopped, more) = ended["undisturbed"], ended["continued"]
+    assert whole["spread"] and more["spread"]
+    assert "resumed" in more["message"] and "after 3 outer steps; num_steps is 6, was 3" in more["message"]
+    assert more["end"] == whole["end"] != stopped["end"]
+    assert checkpoints(folder / "continued") == ["state-00000005.orbax", "state-00000006.orbax"]
+    assert len((folder / "continued" / "history.jsonl").read_text().splitlines()) == processes.STEPS
+
+
+@ORBAX
+@pytest.mark.slow
+def test_damaged_checkpoints_are_passed_over(ended, folder):
+    _, garbled, lost, unsealed = ended["damaged"]
+    assert "after 2 outer steps; state-00000003.orbax is damaged (the checksum of " in garbled["message"]
+    assert "after 3 outer steps; state-00000004.orbax is damaged ([Errno 2] No such file" in lost["message"]
+    # A checkpoint without a seal was interrupted while it was written: there is nothing to tell.
+    assert "after 4 outer steps" in unsealed["message"] and "is damaged" not in unsealed["message"]
+    assert unsealed["end"] == ended["undisturbed"][0]["end"]
+
+
+@ORBAX
+@pytest.mark.slow
+def test_one_process_stops_all(ended):
+    preempted, more = ended["preempted"]
+    assert preempted["status"] == "preempted" and preempted["message"].endswith("stopped after 4 outer steps")
+    timed, later = ended["timed"]
+    assert timed["status"] == "budget" and "after 1 outer steps" in later["message"]
+    assert more["end"] == later["end"] == ended["undisturbed"][0]["end"]
+
+
+@ORBAX
+@pytest.mark.slow
+def test_refusals_are_told_by_all(ended):
+    start, use, alone = (told["refusal"] for told in ended["refused"])
+    assert "began with another value of ['hparams']['goal']" in start
+    assert "is in use by process" in use
+    assert "a run of one process cannot be gone on with by several" in alone
+
+
+@ORBAX
+@pytest.mark.slow
+def test_killed(ended, folder):
+    running = start(folder, "killed")
+    deadline = time.monotonic() + 300
+    while not checkpoints(folder / "killed")[1:] and time.monotonic() < deadline:
+        time.sleep(0.05)
+        assert not any(process.poll() for process in running)
+    kill(running)
+    (more,) = finish(start(folder, "killed"), folder)["killed"]
+    assert "resumed" in more["message"]
+    assert more["end"] == ended["undisturbed"][0]["end"]
+
+
+@ORBAX
+@pytest.mark.slow
+def test_gone_on_with_by_one_process(ended, folder):
+    """Here, over eight devices instead of four: the state is the one that two processes left."""
+    steps = processes.STEPS
+    result = processes.tune(folder / "continued", steps + 1)
+    assert f"after {steps} outer steps" in result.message and len(result.history["value"]) == steps + 1
+    alone = processes.tune(None, steps + 1)
+    # Sums over devices are rounded in another order: a few units in the last place of 1, over seven steps.
+    np.testing.assert_allclose(result.hparams["goal"], alone.hparams["goal"], rtol=1e-13)
+    assert len(result.hparams["goal"].sharding.device_set) == 8
+
+
+def test_without_orbax(tmp_path, monkeypatch):
+    (tmp_path / "state-00000001.orbax").mkdir()  # of several processes
+    monkeypatch.setitem(sys.modules, "orbax", None)
+    with pytest.raises(ImportError, match=r"pip install 'jaxhpo\[orbax\]'; or leave `run_dir` out"):
+        jaxhpo.tune(jnp.sum, jnp.ones(2), optax.sgd(0.1), num_steps=1, run_dir=tmp_path, progress=False)
