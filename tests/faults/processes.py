@@ -11,6 +11,7 @@ import pathlib
 import signal
 import sys
 import time
+import warnings
 
 import jax
 
@@ -31,6 +32,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxhpo
+from jaxhpo._tune import _sharded_dir
 
 STEPS = 6
 TIMES = {"seconds", "peak_bytes"}  # what differs from run to run
@@ -139,6 +141,23 @@ def timed(folder):
     every = datetime.timedelta(seconds=0.25 if late else 1e6)
     stopped = tune(folder, callbacks=[slow], save_every=every, max_seconds=0.01 if late else 1e6)
     return [stopped._replace(message="each tells its own time"), tune(folder)]
+
+
+def full(folder):
+    """The disk of process 0 refuses the seal of the last checkpoint: all warn, and the same call saves it then."""
+    seal, refusals = _sharded_dir._FirstDir.seal, [OSError("No space left")] * 2  # after the last step, and at the end
+
+    def refusing(self, *args):
+        if self.num_rows == STEPS and refusals:
+            raise refusals.pop()
+        seal(self, *args)
+
+    _sharded_dir._FirstDir.seal = refusing
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = tune(folder)
+    _sharded_dir._FirstDir.seal = seal
+    return [result, *(str(w.message) for w in caught if "could not be saved" in str(w.message)), tune(folder)]
 
 
 def refused(folder):

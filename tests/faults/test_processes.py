@@ -18,7 +18,7 @@ import pytest
 import jaxhpo
 
 ORBAX = pytest.mark.skipif(importlib.util.find_spec("orbax") is None, reason="needs orbax-checkpoint")
-SCENARIOS = ["undisturbed", "continued", "damaged", "preempted", "timed", "refused"]
+SCENARIOS = ["undisturbed", "continued", "damaged", "preempted", "timed", "full", "refused"]
 
 
 def start(folder, *scenarios) -> list[subprocess.Popen]:
@@ -105,6 +105,15 @@ def test_one_process_stops_all(ended):
     timed, later = ended["timed"]
     assert timed["status"] == "budget" and "after 1 outer steps" in later["message"]
     assert more["end"] == later["end"] == ended["undisturbed"][0]["end"]
+
+
+@ORBAX
+@pytest.mark.slow
+def test_full_disk_of_process_0(ended):
+    result, first, last, again = ended["full"]
+    assert result["end"] == again["end"] == ended["undisturbed"][0]["end"]
+    assert "after 6 outer steps could not be saved" in first["refusal"] == last["refusal"]
+    assert "on disk it is at step 5" in last["refusal"] and "after 5 outer steps" in again["message"]
 
 
 @ORBAX
