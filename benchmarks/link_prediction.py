@@ -220,11 +220,12 @@ def descend(task: Task, method: str, kind: str, steps: int, run_dir) -> Found:
         transforms=jaxhpo.positive,
         remedies=jaxhpo.Remedies(clip=CLIP),
         gradient=gradient,
-        carry={"loss": jnp.full(task.seeds, jnp.inf), "weights": start},
+        carry={"loss": jnp.full(task.seeds, jnp.inf, float), "weights": start},
         run_dir=run_dir,
         on_not_finite="skip",
     )
-    seconds = np.median(np.diff(result.history["seconds"])) * outer_steps if outer_steps > 1 else float("nan")
+    elapsed = result.history["seconds"]
+    seconds = np.median(np.diff(elapsed)) * outer_steps if outer_steps > 1 else elapsed[0]
     losses = np.moveaxis(result.history["info"], 0, 1)
     steps_taken = outer_steps * trainings * task.num_steps
     return Found(losses, result.carry["weights"], steps_taken, seconds / task.seeds)
@@ -260,8 +261,10 @@ COLUMNS = ("tune_loss", "report_loss", "valid_mrr", "test_mrr", "hits1", "hits3"
 
 
 def differences(rows: dict[str, list]) -> list[dict[str, Any]]:
-    """Paired differences between each two searches: mean, half interval."""
+    """Paired differences between each two searches: mean, half interval; none of a single seed."""
     pairs = []
+    if len(next(iter(rows.values()))) < 2:
+        return pairs
     for i, (b, second) in enumerate(rows.items()):
         for a, first in list(rows.items())[:i]:
             changes = {c: [x[c] - y[c] for x, y in zip(second, first, strict=True)] for c in COLUMNS[1:4]}
@@ -275,7 +278,10 @@ def print_report(rows: dict[str, list], pairs) -> None:
         cells = ["{:.4f} ± {:.4f}".format(*interval([row[c] for row in found])) for c in COLUMNS]
         print(f"{name:22}" + "".join(f"{cell:>17}" for cell in cells), end="")
         print(f"{found[0]['inner_steps']:13}{found[0]['seconds']:9.2f}")
-    print("means ± half of the 95 % interval; inner steps and seconds are one seed's\n\npaired differences")
+    print(
+        "means ± half of the 95 % interval; inner steps and seconds are one seed's\n"
+        + "\npaired differences" * bool(pairs)
+    )
     for pair in pairs:
         cells = ["{} {:+.4f} ± {:.4f}".format(c, *pair[c]) for c in COLUMNS[1:4]]
         print(f"{pair['search']:22} minus {pair['minus']:22}" + "".join(f"{cell:>32}" for cell in cells))
