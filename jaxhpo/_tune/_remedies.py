@@ -42,7 +42,9 @@ class Remedies:
       clip: None does not.
       clip_norm: None does not.
       shrink: a factor in (0, 1); None does not.
-      shrink_below: Euclidean norm over a leaf.
+      shrink_below: Euclidean norm over a leaf. The default tells an exact collapse. In float32 rounding noise may be
+        left, up to 5e-6 for embeddings of Nations, where 1e-4 brings back ten collapsed searches of ten, the default
+        none; but a norm that an optimum reaches, too, drives the search away from it.
 
     Raises:
       JaxhpoError: a setting out of its range.
