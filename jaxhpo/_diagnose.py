@@ -290,15 +290,20 @@ def diagnose(fn: Callable, hparams: PyTree) -> str:
     if recorder.faults:
         return recorder.faults[0]
     where, why = _place(recorder, bool(jnp.isfinite(value)))
-    try:
-        origin = find_origin(jax.value_and_grad(fn), hparams)
-    except (TypeError, ValueError, NotImplementedError):  # a program that cannot be run in pieces
-        origin = None
+    origin = _attempted(lambda: find_origin(jax.value_and_grad(fn), hparams))
     if recorder.forward and (origin is None or origin.overflows):
-        why = _growing(recorder) or (f"It began {origin}" if origin else why)
+        why = _attempted(lambda: _growing(recorder)) or (f"It began {origin}" if origin else why)
     elif origin is not None:
         why = f"It began {origin}"
     return f"{where} {why}"
+
+
+def _attempted(explain: Callable) -> Any:
+    """None where a program cannot be run in pieces, or differentiated once more: what is to be told is told anyway."""
+    try:
+        return explain()
+    except Exception:
+        return None
 
 
 def _place(recorder, value_is_finite) -> tuple[str, str]:
