@@ -604,7 +604,8 @@ def check_solve(case):
 
     solution = outcome(lambda: run(hparams))
     if isinstance(solution, jaxhpo.Solution):
-        assert jax.tree.structure(solution.params) == jax.tree.structure(params)
+        of_start = params if isinstance(state, str) else state.params
+        assert jax.tree.structure(solution.params) == jax.tree.structure(of_start)
         assert int(solution.info.num_steps) >= 1
         grad = outcome(lambda: jax.grad(lambda h: total(run(h).params))(hparams))
         if not isinstance(grad, jaxhpo.JaxhpoError):

@@ -191,7 +191,7 @@ def test_backtracking():
         start = {"rate": jnp.asarray(0.5, jnp.float32)}
         return jaxhpo.tune(loss, start, optax.sgd(24.0), num_steps=2, progress=False, **settings)
 
-    with pytest.warns(RuntimeWarning, match="not finite after inner step"):
+    with pytest.warns(RuntimeWarning, match=r"not finite at inner step .*driven by `hparams\['rate'\]`"):
         stopped = run()
     assert stopped.status == "not_finite" and len(stopped.history["value"]) == 1
     result = run(on_not_finite="backtrack")

@@ -262,6 +262,15 @@ def test_run_dir_of_short_floats(tmp_path, dtype):
     assert result.hparams.dtype == dtype and result.hparams.tolist() == [0.25, 0.25]  # (1 - 2/4)^2
 
 
+def test_run_dir_of_empty_leaves(tmp_path):
+    """As lists, an array of shape (1, 0, 2) is that of shape (1, 0)."""
+    start = {"empty": jnp.zeros((1, 0, 2)), "one": jnp.ones(())}
+    for steps in (1, 2):
+        settings = {"num_steps": steps, "progress": False, "run_dir": tmp_path}
+        result = jaxhpo.tune(lambda h: h["one"] ** 2 + jnp.sum(h["empty"] ** 2), start, optax.sgd(0.25), **settings)
+    assert result.history["hparams"]["empty"].shape == (2, 1, 0, 2)
+
+
 def test_run_dir_of_another_schema_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(_run_dir, "SCHEMA", 99)
     run(num_steps=2, run_dir=tmp_path)

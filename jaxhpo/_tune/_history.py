@@ -45,8 +45,14 @@ def encode(step: int, row: dict[str, Any]) -> bytes:
 def decode(line: bytes, like: PyTree) -> PyTree:
     """The row that `encode` wrote, with the structure and the types of `like`."""
     fields = json.loads(line)
-    leaves = [_array(fields[name], leaf.dtype) for name, leaf in zip(_names(like), jax.tree.leaves(like), strict=True)]
+    rows = zip(_names(like), jax.tree.leaves(like), strict=True)
+    leaves = [_like(_array(fields[name], leaf.dtype), leaf) for name, leaf in rows]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def _like(array, like):
+    """JSON's lists tell no more of an empty array's shape than its axes down to the first of length zero."""
+    return array.reshape(like.shape) if array.size == like.size == 0 else array
 
 
 def _names(row) -> list[str]:
