@@ -382,7 +382,7 @@ def measure_growth(advance: Callable, state: PyTree, inputs: PyTree, x: PyTree) 
 
     def turn(v, _):
         after = pulled(inputs[0], v)
-        size = norm(upcast(after))
+        size = _norm(after)
         return scaled(1 / size, after), (size, vdot(v, after))
 
     keys = jax.random.split(jax.random.key(0), len(moving))
@@ -392,11 +392,18 @@ def measure_growth(advance: Callable, state: PyTree, inputs: PyTree, x: PyTree) 
     factor = float(jnp.exp(jnp.mean(jnp.log(sizes[POWER_ITERATIONS // 2 :]))))
     if not math.isfinite(factor):
         return None
-    slopes = jax.grad(lambda h: jnp.log(norm(upcast(pulled(h, v)))))(inputs[0])
+    slopes = jax.grad(lambda h: jnp.log(_norm(pulled(h, v))))(inputs[0])
     shares = [float(jnp.sum(jnp.abs(h * g))) for h, g in zip(*map(jax.tree.leaves, (inputs[0], slopes)), strict=True)]
     leaf_names = names(inputs[0], "hparams")
     drivers = [name for name, s in zip(leaf_names, shares, strict=True) if s > 0 and s >= max(shares) / 2]
     return Growth(factor, bool(products[-1] < 0), drivers)
+
+
+def _norm(leaves: list) -> jax.Array:
+    """The Euclidean norm, where squares of the entries overflow too."""
+    largest = jnp.stack([jnp.max(jnp.abs(jax.lax.stop_gradient(x)), initial=0.0) for x in upcast(leaves)]).max()
+    unit = jnp.where(largest > 0, largest, 1.0)
+    return unit * norm(scaled(1 / unit, upcast(leaves)))
 
 
 def _which(recorder, index) -> str:

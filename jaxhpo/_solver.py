@@ -40,7 +40,8 @@ def from_optax(loss: Callable, tx: Any, *, has_state: bool = False) -> Solver:
 
     **Cost and bias**: one gradient of the loss a step. Any optax transformation without a data-dependent loop can be
     differentiated through; Adam and its kin need `eps_root > 0` (`optax.adam(lr, eps_root=1e-8)`), since the second
-    derivative of a square root at zero is infinite.
+    derivative of a square root at zero is infinite. Where the train loss is not finite, the parameters after the step
+    are not either, even if the gradient is: the logarithm of a negative number goes on as NaN, not in silence.
 
     Args:
       loss: `(params, hparams, batch) -> scalar`; with `has_state`,
@@ -104,7 +105,8 @@ def momentum_sgd(loss: Callable, learning_rate: Any, momentum: Any, *, has_state
     derivative. (`optax.sgd` has the rate outside, :math:`v \leftarrow m v + g,\ \theta
     \leftarrow \theta - \alpha_t v`: with a constant momentum it is this form at :math:`\alpha_t / (1 - m)`.)
 
-    **Cost and bias**: one gradient of the loss a step; the velocity is one copy of the parameters.
+    **Cost and bias**: one gradient of the loss a step; the velocity is one copy of the parameters. Where the train loss
+    is not finite, as in `from_optax`, the parameters after the step are not either.
 
     Args:
       loss: as in `from_optax`.

@@ -28,7 +28,7 @@ def summary(leaf: Any) -> np.ndarray:
     ordered = np.sort(flat[:: -(-flat.size // SAMPLE)])
     quartiles = ordered[np.arange(1, 4) * (len(ordered) - 1) // 4]
     wide = flat.astype(np.float32) if flat.dtype.itemsize < 4 else flat  # squares of float16 overflow
-    return np.array([flat.min(), *quartiles, flat.max(), np.sqrt(np.dot(wide, wide))], flat.dtype)
+    return np.array([flat.min(), *quartiles, flat.max(), np.sqrt(np.dot(wide, wide))], wide.dtype)
 
 
 def to_numpy(x: Any) -> np.ndarray:
