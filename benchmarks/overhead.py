@@ -1,16 +1,19 @@
 """What does `tune` cost beside a bare jitted loop, a checkpoint of a megabyte, and a thousand outer steps in memory?
 
 The step is a chain of matrix products that takes about 20 ms; the bare loop is the same jitted value, gradient and
-optax update, with the value brought to the host, as a user writes it. Turns of both alternate; a ratio is that of their
-median steps within one turn, and so is the one with a `run_dir`, at its default settings. Memory is the process's
-resident set after 100 and after 1000 outer steps of a small problem. A checkpoint holds a carry of 1 MB and is synced.
+optax update, with the value brought to the host, as a user writes it. Its steps are taken one by one in a callback of
+`tune`, so that both meet the same machine; what `tune` takes from callback to callback is held against the bare step in
+between. A ratio is that of the medians of a turn, its quartiles are over turns; the same with a `run_dir`, at its
+default settings. Memory is the process's resident set after 100 and after 1000 outer steps of a small problem. A
+checkpoint holds a carry of 1 MB and is synced.
 
-    python benchmarks/overhead.py [--turns 7] [--steps 50] [--out DIR]
+    python benchmarks/overhead.py [--turns 7] [--steps 100] [--out DIR]
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import pathlib
 import statistics
@@ -36,8 +39,8 @@ def outer_loss(h, products):
     return jnp.sum(jax.lax.scan(body, h * MATRIX, None, products)[0] ** 2)
 
 
-def bare(products: int, steps: int) -> list[float]:
-    """Seconds of each step of a loop by hand."""
+def bare_step(products: int):
+    """A function that takes a step of a loop by hand, and returns its seconds."""
 
     @jax.jit
     def step(h, state):
@@ -45,22 +48,33 @@ def bare(products: int, steps: int) -> list[float]:
         updates, state = OPTIMIZER.update(grad, state, h)
         return value, optax.apply_updates(h, updates), state
 
-    h = jnp.ones((SIZE, SIZE))
-    state, clock = OPTIMIZER.init(h), []
-    for _ in range(steps + 1):
-        value, h, state = step(h, state)
-        float(value)
-        clock.append(time.perf_counter())
-    return list(np.diff(clock))
-
-
-def tuned(products: int, steps: int, **settings) -> list[float]:
-    """The same of `tune`."""
     start = jnp.ones((SIZE, SIZE))
-    result = jaxhpo.tune(
-        lambda h: outer_loss(h, products), start, OPTIMIZER, num_steps=steps + 1, progress=False, **settings
-    )
-    return list(np.diff(result.history["seconds"]))
+    now = [start, OPTIMIZER.init(start)]
+
+    def take(_=None) -> float:
+        begun = time.perf_counter()
+        value, *now[:] = step(*now)
+        float(value)
+        return time.perf_counter() - begun
+
+    take()  # compiles
+    return take
+
+
+def turn(products: int, steps: int, **settings) -> tuple[float, float]:
+    """Median seconds of bare steps, and of those of `tune` between which they were taken."""
+    bare, by_hand, spans = bare_step(products), [], []
+
+    def callback(_):
+        begun = time.perf_counter()
+        by_hand.append(bare())
+        spans.append((begun, time.perf_counter()))
+
+    start = jnp.ones((SIZE, SIZE))
+    loss = lambda h: outer_loss(h, products)  # noqa: E731
+    jaxhpo.tune(loss, start, OPTIMIZER, num_steps=steps + 1, callbacks=[callback], progress=False, **settings)
+    tuned = [after[0] - before[1] for before, after in itertools.pairwise(spans)]
+    return statistics.median(by_hand[1:]), statistics.median(tuned)
 
 
 def checkpoints(times: int) -> list[float]:
@@ -101,26 +115,23 @@ def memory() -> dict[str, int]:
 def main(arguments=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=50, help="timed in each turn")
+    parser.add_argument("--steps", type=int, default=100, help="timed in each turn")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results")
     parsed = parser.parse_args(arguments)
     parsed.out.mkdir(parents=True, exist_ok=True)
     products = 10
-    while (seconds := statistics.median(bare(products, 10))) < 0.9 * GOAL:
+    while (seconds := statistics.median(map(bare_step(products), range(10)))) < 0.9 * GOAL:
         products = max(products + 1, round(products * min(4.0, GOAL / seconds)))
-    turns = []
+    turns = {"tune": [], "tune with run_dir": []}
     for _ in range(parsed.turns):
         with tempfile.TemporaryDirectory() as folder:
-            kinds = bare(products, parsed.steps), tuned(products, parsed.steps)
-            turns.append([statistics.median(x) for x in (*kinds, tuned(products, parsed.steps, run_dir=folder))])
-    ratios = {
-        name: statistics.quantiles([turn[i] / turn[0] for turn in turns], n=4)
-        for i, name in ((1, "tune"), (2, "tune with run_dir"))
-    }
+            turns["tune"].append(turn(products, parsed.steps))
+            turns["tune with run_dir"].append(turn(products, parsed.steps, run_dir=folder))
+    ratios = {name: statistics.quantiles([t / b for b, t in pairs], n=4) for name, pairs in turns.items()}
     report = {
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
-        "bare_step_seconds": statistics.median(turn[0] for turn in turns),
+        "bare_step_seconds": statistics.median(bare for bare, _ in itertools.chain(*turns.values())),
         "ratio": ratios,
         "checkpoint_seconds": statistics.quantiles(checkpoints(50), n=4),
         "resident_bytes": memory(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import hashlib
 import os
 import re
@@ -65,6 +66,7 @@ class Standing(NamedTuple):
       waited: steps since an improvement.
       halvings: of the last move, since the last step.
       failures: steps in a row that were not finite, and skipped.
+      row: makes the last row of history, once the next step is under way.
     """
 
     state: State
@@ -74,6 +76,7 @@ class Standing(NamedTuple):
     waited: int
     halvings: int = 0
     failures: int = 0
+    row: Callable[[], dict[str, Any]] | None = None
 
 
 class Record:
@@ -118,29 +121,34 @@ class Record:
     def accept(self, after: State, report: Report, min_delta: float) -> TuneStep:
         """Takes a step into the record."""
         step, seconds = self.now.rows, self.seconds
-        value, grad_norm = float(report.value), float(report.hypergradient_norm)
+        # By way of NumPy, as `float` of a JAX array takes three times as long.
+        value, grad_norm = float(np.asarray(report.value)), float(np.asarray(report.hypergradient_norm))
         score = value if self.monitor is None else _score(self.monitor, report.info)
-        row = self._row(report, seconds, score)
-        if self.rows and jax.tree.structure(row) != jax.tree.structure(self.rows[0]):
-            raise JaxhpoError(
-                f"`outer_loss` returned an info of tree {jax.tree.structure(row['info'])} at outer step {step}, but "
-                f"{jax.tree.structure(self.rows[0]['info'])} before: return the same tree at every step."
-            )
         best, best_hparams, waited = self.now.best, self.now.best_hparams, self.now.waited
         waited = 0 if score < best - min_delta else waited + 1
         best, best_hparams = (score, report.hparams) if score < best else (best, best_hparams)
-        self._go_on(row, Standing(after, step + 1, best, best_hparams, waited))
+        now = Standing(after, step + 1, best, best_hparams, waited)
+        self._go_on(now, report, seconds, score)
         return TuneStep(step, value, report.hparams, grad_norm, report.info, best, seconds)
 
-    def _row(self, report, seconds, score, skipped=0) -> dict[str, Any]:
+    def _go_on(self, now, report, seconds, score, skipped=0):
+        self.settle()
+        self.now = now._replace(row=self._row_maker(report, seconds, score, skipped))
+
+    def _row_maker(self, report, seconds, score, skipped=0) -> Callable[[], dict[str, Any]]:
+        """What is known of a row only now, and a function that makes the row of it."""
+        counts = {
+            "halvings": np.asarray(self.now.halvings, np.int32),
+            "skipped_steps": np.asarray(skipped, np.int32),
+        }
+        solved = None if self.solves is None else _summed_up(self.solves)
+        return functools.partial(self._row, report, seconds, score, counts, solved)
+
+    def _row(self, report, seconds, score, counts, solved) -> dict[str, Any]:
         """One row of history. Copies: a view would keep the device's array, and kilobytes with it."""
         row = {
             "score": np.asarray(score, float),
-            "remedies": {
-                **jax.tree.map(np.array, report.remedies),
-                "halvings": np.asarray(self.now.halvings, np.int32),
-                "skipped_steps": np.asarray(skipped, np.int32),
-            },
+            "remedies": {**jax.tree.map(np.array, report.remedies), **counts},
             "value": np.array(report.value),
             "hypergradient_norm": np.array(report.hypergradient_norm),
             "seconds": np.asarray(seconds),
@@ -150,23 +158,29 @@ class Record:
         }
         if "hypergradient" in self.wanted:
             row["hypergradient"] = jax.tree.map(to_numpy, report.hypergradient)
-        if self.solves is not None:
-            row["linear_solves"] = _summed_up(self.solves)
-            self.solves.clear()
+        if solved is not None:
+            row["linear_solves"] = solved
         return row
 
-    def _go_on(self, row, now):
-        del self.rows[self.now.rows :]  # of a step that an interruption cut off
+    def settle(self) -> None:
+        """Makes the last row of history, if that is still to be done: best while the device takes the next step."""
+        if self.now.row is None or len(self.rows) == self.now.rows:
+            return
+        row = self.now.row()
+        if self.rows and jax.tree.structure(row) != jax.tree.structure(self.rows[0]):
+            raise JaxhpoError(
+                f"`outer_loss` returned an info of tree {jax.tree.structure(row['info'])} at outer step "
+                f"{len(self.rows)}, but {jax.tree.structure(self.rows[0]['info'])} before: return the same tree at "
+                "every step."
+            )
         self.rows.append(row)
-        self.now = now
 
     def skip(self, report: Report) -> None:
         """Takes a step that was not finite into the record, and stays where it was taken, with another key."""
         now = self.now
-        row = self._row(report, self.seconds, np.nan, skipped=1)
         state = now.state._replace(step=now.state.step + 1)
         standing = now._replace(state=state, rows=now.rows + 1, waited=now.waited + 1, failures=now.failures + 1)
-        self._go_on(row, standing)
+        self._go_on(standing, report, self.seconds, np.nan, skipped=1)
 
     def retreat(self) -> None:
         """Goes half of the last move back, to take the step from there."""
@@ -174,19 +188,22 @@ class Record:
 
     def history(self) -> dict[str, Any]:
         """The rows so far, stacked."""
-        return jax.tree.map(lambda *x: np.stack(x), *self.rows[: self.now.rows])
+        self.settle()
+        return jax.tree.map(lambda *x: np.stack(x), *self.rows)
 
     def still_falls(self, steps: int) -> bool:
         """Whether, with a monitor, the least outer loss is that of one of the last steps."""
-        values = [float(row["value"]) for row in self.rows[: self.now.rows]]
+        self.settle()
+        values = [float(row["value"]) for row in self.rows]
         values = [value if np.isfinite(value) else np.inf for value in values]
         return self.monitor is not None and min(values[-steps:]) < min(values[:-steps], default=np.inf)
 
     def save(self, every: int | datetime.timedelta | None = None) -> None:
         """Writes the history, and a checkpoint: always, or if one is due."""
+        self.settle()
         if self.run_dir is None:
             return
-        for row in self.rows[self.run_dir.num_rows : self.now.rows]:
+        for row in self.rows[self.run_dir.num_rows :]:
             self.run_dir.append(row)
         if every is None or _is_due(every, self.now.rows - self.run_dir.saved_rows, time.perf_counter() - self.saved):
             self.run_dir.save(self._tree(self.now), {**self.settings, "inner_steps": self.search.inner_steps})
@@ -197,7 +214,8 @@ class Record:
         if self.run_dir is None or not self.run_dir.begun:
             return
         after, report = self.search.shapes(self.now.state, placed=isinstance(self.run_dir, ShardedDir))
-        row = self._row(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), report), 0.0, 0.0)
+        zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), report)
+        row = self._row_maker(zeros, 0.0, 0.0)()
         like = self._tree(Standing(after, 0, 0.0, report.hparams, 0))
         found = self.run_dir.resume(like, row, "run['fixed']")
         tree = found.tree
@@ -231,14 +249,17 @@ def peak_bytes() -> int:
 def _summed_up(solves) -> dict[str, np.ndarray]:
     """Of an outer step's linear solves the largest residual, all iterations, and the number that did not converge."""
     jax.effects_barrier()
+    reported, solves[:] = list(solves), []
     return {
-        "residual": np.asarray(max((s.residual for s in solves), default=0.0)),
-        "num_iterations": np.asarray(sum(s.num_iterations for s in solves), np.int32),
-        "not_converged": np.asarray(sum(s.status != LinearStatus.CONVERGED for s in solves), np.int32),
+        "residual": np.asarray(max((s.residual for s in reported), default=0.0)),
+        "num_iterations": np.asarray(sum(s.num_iterations for s in reported), np.int32),
+        "not_converged": np.asarray(sum(s.status != LinearStatus.CONVERGED for s in reported), np.int32),
     }
 
 
 def _is_due(every, steps, seconds) -> bool:
+    if not steps:
+        return False
     return on_any(seconds >= every.total_seconds()) if isinstance(every, datetime.timedelta) else steps >= every
 
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxhpo._diagnose import recording_linear_solves
@@ -258,11 +259,11 @@ def _advance(record, limits, on_not_finite, callbacks, save_every, preempted, ba
         begun = record.now.failures < step
         take = record.search.step if begun else functools.partial(_first_step, record.search)
         after, report = take(record.now.state)
-        if not bool(report.finite):
+        record.save(save_every)  # of the step before, while the device takes this one
+        if not np.asarray(report.finite):
             if on_not_finite == "skip" and record.now.failures < MOST_FAILURES:
                 record.skip(report)
                 bar.update("skipped")
-                record.save(save_every)
                 continue
             if on_not_finite == "backtrack" and step and record.now.halvings < MOST_FAILURES:
                 record.retreat()
@@ -270,7 +271,6 @@ def _advance(record, limits, on_not_finite, callbacks, save_every, preempted, ba
             return "not_finite", _not_finite(record.search, record.now.state, report, after, step)
         told = record.accept(after, report, limits.min_delta)
         bar.update(f"loss {told.value:.4g}, best {told.best_value:.4g}, |hypergradient| {told.hypergradient_norm:.2g}")
-        record.save(save_every)
         if callbacks and on_any(any([callback(told) for callback in callbacks])):
             return "callback", f"a callback stopped the run after outer step {step}"
     return reached
