@@ -10,12 +10,17 @@ tunes by all). Methods:
     unroll      Adam (from .05 to .005) on the logarithms, by reverse mode through the last half of the training
     implicit    likewise, as if the training had converged (20 iterations of damped CG), which it has not
     evolution   likewise, from pairs of trainings at perturbed weights
+    online      likewise, but one training goes on from outer step to outer step (a single loop), with new minibatches:
+                what is left to graphs of more than 10 000 entities, and their default
+    fixed       the same training, with all weights at their start
 
 All take the same number of inner steps; a hypergradient's way back is not counted (the table has seconds, without
-compilation). What is kept of a search is the point of lowest loss on the tuned half. The last three start at 5e-3.
+compilation). What is kept of a search is the point of lowest loss on the tuned half, but of the last two the model that
+they end with. All but the first two start at 5e-3.
 
     python benchmarks/link_prediction.py --dataset nations --model distmult --regulariser f2 --batch-size 0 \\
         --inner-steps 20 --method all --hyperparameters scalar embedding --seeds 10
+    python benchmarks/link_prediction.py --dataset wn18rr --method fixed online --resume
 """
 
 from __future__ import annotations
@@ -41,44 +46,51 @@ from jaxhpo.data import knowledge_graph
 from jaxhpo.models import link_prediction as lp
 
 MODELS = {"distmult": lp.DistMult, "complex": lp.ComplEx, "cp": lp.CP, "transe": lp.TransE}
-METHODS = ("grid", "random", "unroll", "implicit", "evolution")
+RETRAINED = ("grid", "random", "unroll", "implicit", "evolution")  # what "all" is
+METHODS = (*RETRAINED, "fixed", "online")
 KINDS = ("scalar", "relation", "entity", "embedding")
 LOW, HIGH, START = 1e-5, 1e-1, 5e-3
 OUTER_RATE, CLIP = 0.05, 0.5
 PAIRS, SIGMA = 2, 0.2  # of evolution strategies: 2 PAIRS + 1 trainings an outer step
+LARGE = 10_000  # entities: such a graph is trained once
+MOST_SCORES = 2**24  # at a time
 ADAGRAD = optax.adagrad(0.1, initial_accumulator_value=1e-10, eps=0.0)  # from zero its derivatives are infinite
 
 
 class Part(NamedTuple):
-    """Triples to be judged by, and the other answers known to be true, for each side. Leading axis: seeds."""
+    """Triples to be judged by, and for each side other answers known to be true, a bit each. Leading axis: seeds."""
 
     triples: Any
     masks: dict
 
 
+def unpack(bits, count):
+    return jnp.unpackbits(bits, axis=1, count=count).astype(bool)
+
+
 class Task:
     """A data set with a model, and everything that is done to it for all seeds, one after the other."""
 
-    def __init__(self, args: argparse.Namespace):
-        self.graph, self.seeds, self.num_steps = knowledge_graph(args.dataset), args.seeds, args.inner_steps
-        self.model = MODELS[args.model](rank=args.rank, reciprocal=args.reciprocal)
-        self.truncate = None if args.truncate == 0 else args.truncate or -(-args.inner_steps // 2)
+    def __init__(self, args: argparse.Namespace, graph):
+        self.graph, self.seeds, self.num_steps = graph, args.seeds, args.inner_steps
+        self.model = MODELS[args.model](rank=args.rank, reciprocal=args.reciprocal, scale=args.scale)
+        self.truncate = args.truncate or None
         self.power, self.batch_size = {"f2": 2, "n3": 3}[args.regulariser], args.batch_size
-        if self.batch_size is None:
-            self.batch_size = min(-(-len(self.graph.train) // 10), 1000)
         self.full = None if self.batch_size else lp.group(self.graph.train, *self.graph.sizes)
         self.solver = jaxhpo.from_optax(self.train_loss, ADAGRAD)
         keys = jax.random.split(jax.random.key(0), self.seeds)
         self.starts = jax.vmap(lambda key: self.model.init(key, *self.graph.sizes))(keys)
-        parts = [self._parts(seed, args.whole_validation) for seed in range(self.seeds)]
-        self.tuned, self.reported = (jax.tree.map(lambda *x: jnp.stack(x), *part) for part in zip(*parts, strict=True))
+        parts = zip(*(self._parts(seed, args.whole_validation) for seed in range(self.seeds)), strict=True)
+        self.tuned, self.reported, self.ranked = (jax.tree.map(lambda *x: jnp.stack(x), *part) for part in parts)
 
     def _parts(self, seed, whole):
+        """What is tuned by; what is reported, of which nothing is known while tuning; and the same for its ranks."""
         validation, train = self.graph.validation, self.graph.train
         tuned, reported = (validation, validation) if whole else self.graph.halves(seed)
-        # What is reported is not known while tuning.
-        known = np.concatenate([train, tuned]), self.graph.known
-        return [Part(t, lp.masks(t, k, *self.graph.sizes)) for t, k in zip((tuned, reported), known, strict=True)]
+        known = (tuned, np.concatenate([train, tuned])), (reported, self.graph.known), (reported, self.graph.triples)
+        masks = [lp.masks(*part, *self.graph.sizes) for part in known]
+        bits = jax.tree.map(lambda mask: np.packbits(mask, axis=1), masks)
+        return [Part(triples, mask) for (triples, _), mask in zip(known, bits, strict=True)]
 
     def train_loss(self, params, weights, batch):
         batch = self.full if batch is None else batch
@@ -92,12 +104,43 @@ class Task:
         )
 
     def judge(self, params, part: Part):
-        return lp.cross_entropy(self.model, params, part.triples, masks=part.masks)
+        """The masked loss; of a large graph in pieces, each of which is computed again on the way back."""
+        return jnp.mean(self._in_pieces(lambda *piece: lp.cross_entropy(self.model, params, *piece), part))
+
+    def reciprocal_rank(self, params, part: Part):
+        """The mean over subjects and objects, with ties as if lost; other answers that are masked do not count."""
+
+        def one(triples, sides, masks):
+            found = []
+            for side, mask in masks.items():
+                scores = self.model.scores(params, triples, side)
+                truth = jnp.take_along_axis(scores, triples[:, "spo".index(side), None], axis=1)
+                found.append(1 / jnp.sum(~mask & ~(scores < truth), axis=1))
+            return jnp.mean(jnp.stack(found))
+
+        return jnp.mean(self._in_pieces(one, part))
+
+    def _in_pieces(self, function, part):
+        """`function(triples, "so", masks)` of all triples; of each by itself where its scores of all are too many."""
+        entities = self.graph.sizes[0]
+
+        def unpacked(part):
+            return function(part.triples, "so", jax.tree.map(lambda m: unpack(m, entities), part.masks))
+
+        size = MOST_SCORES // entities
+        if len(part.triples) <= size:
+            return unpacked(part)
+        one = jax.checkpoint(lambda part: unpacked(jax.tree.map(lambda x: x[None], part)))
+        return jax.lax.map(one, part, batch_size=size)
 
     def losses(self, params, seed):
         """Tuned and reported loss of a trained model."""
-        tuned, reported = (jax.tree.map(lambda x: x[seed], part) for part in (self.tuned, self.reported))
+        tuned, reported, _ = self.parts(seed)
         return self.judge(params, tuned), self.judge(params, reported)
+
+    def parts(self, seed):
+        """What is tuned by, reported, and ranked."""
+        return [jax.tree.map(lambda x: x[seed], part) for part in (self.tuned, self.reported, self.ranked)]
 
     def start(self, seed):
         return jax.tree.map(lambda table: table[seed], self.starts)
@@ -144,6 +187,23 @@ class Task:
         grad, _, info = pair.update(weights, state, self.batches(seed), seed, key)
         return (info.value, info.metrics), grad
 
+    def by_going_on(self, seed, weights, state, key, tuned=True):
+        """A further piece of training, and its hypergradient: `(info, state after it, hypergradient)`."""
+        batches = lp.minibatches(key, self.graph.train, self.batch_size or len(self.graph.train), self.num_steps)
+        part, reported, ranked = self.parts(seed)
+
+        def loss(weights):
+            adjoint = jaxhpo.Unroll(truncate=self.truncate)
+            sol = jaxhpo.solve(self.solver, state, weights, batches, num_steps=self.num_steps, adjoint=adjoint)
+            return self.judge(sol.params, part), sol.state
+
+        if tuned:
+            (value, after), grad = jax.value_and_grad(loss, has_aux=True)(weights)
+        else:
+            (value, after), grad = loss(weights), jax.tree.map(jnp.ones_like, weights)
+        rank = self.reciprocal_rank(after.params, ranked)
+        return jnp.stack([value, self.judge(after.params, reported), rank]), after, grad
+
     def weights(self, kind: str) -> Any:
         """Penalty weights of 1, for each seed."""
         entities, relations = self.graph.sizes
@@ -166,6 +226,7 @@ class Found(NamedTuple):
     weights: Any  # those of lowest tuned loss, a leading axis of seeds
     inner_steps: int  # of one seed
     seconds: float  # of one seed
+    params: Any = None  # of a training that went on, a leading axis of seeds
 
 
 def sample(task: Task, method: str, kind: str, trials: int) -> Found:
@@ -174,7 +235,7 @@ def sample(task: Task, method: str, kind: str, trials: int) -> Found:
     points = rng.permutation(np.geomspace(LOW, HIGH, trials))  # so that it can be judged before its end
 
     def draw(leaf):
-        return leaf * np.exp(rng.uniform(np.log(LOW), np.log(HIGH), leaf.shape[1:])).astype(leaf.dtype)
+        return leaf * np.exp(rng.uniform(np.log(LOW), np.log(HIGH), (1, *leaf.shape[1:]))).astype(leaf.dtype)
 
     with Progress(trials, f"{method}, {kind}") as progress:
         for point in points:
@@ -231,12 +292,54 @@ def descend(task: Task, method: str, kind: str, steps: int, run_dir) -> Found:
     return Found(losses, result.carry["weights"], steps_taken, seconds / task.seeds)
 
 
+def go_on(task: Task, method: str, kind: str, steps: int, run_dir) -> Found:
+    """One training of each seed, with Adam on the logarithms of its weights between its pieces; the carry is its state.
+
+    With "fixed" the same, but the weights stay where they are.
+    """
+
+    def gradient(weights, states, key):
+        keys = jax.random.split(key, task.seeds)
+        train = functools.partial(task.by_going_on, tuned=method == "online")
+        info, states, grads = task.over_seeds(train, weights, states, keys)
+        return jnp.mean(info[:, 0]), grads, states, jnp.moveaxis(info, 1, 0)
+
+    start = jax.tree.map(lambda leaf: START * leaf, task.weights(kind))
+    rate = 0.0 if method == "fixed" else optax.cosine_decay_schedule(OUTER_RATE, steps, alpha=0.1)
+
+    def note(step):
+        rank = np.mean(step.info[2])
+        print(f"{method}, {kind}: step {step.step + 1} of {steps}, reported MRR {rank:.4f}", file=sys.stderr)
+
+    result = jaxhpo.tune(
+        None,
+        start,
+        optax.adam(rate),
+        num_steps=steps,
+        transforms=jaxhpo.positive,
+        remedies=jaxhpo.Remedies(clip=CLIP),
+        gradient=gradient,
+        carry=jax.lax.map(lambda x: task.solver.init(*x), (task.starts, start)),
+        run_dir=run_dir,
+        save_every=1,
+        callbacks=[note],
+        on_not_finite="skip",
+    )
+    elapsed = result.history["seconds"]
+    seconds = np.median(np.diff(elapsed)) * steps if steps > 1 else elapsed[0]
+    losses = np.moveaxis(result.history["info"], 0, 1)
+    return Found(losses, result.hparams, steps * task.num_steps, seconds / task.seeds, result.carry.params)
+
+
 # --- the report -------------------------------------------------------------------------------------------------------
 
 
 def report(task: Task, method: str, kind: str, found: Found) -> list[dict[str, Any]]:
-    """A row a seed: the model trained with the weights that were kept."""
-    (tuned, reported), trained = jax.block_until_ready(task.evaluate(found.weights))
+    """A row a seed: the model trained with the weights that were kept, or that went on to the end."""
+    if found.params is None:
+        (tuned, reported), trained = jax.block_until_ready(task.evaluate(found.weights))
+    else:
+        (tuned, reported), trained = found.losses[:2, -1], found.params
     rows = []
     for seed in range(task.seeds):
         params = jax.tree.map(lambda x, seed=seed: x[seed], trained)
@@ -290,11 +393,12 @@ def print_report(rows: dict[str, list], pairs) -> None:
 def draw(task: Task, rows, searches: dict[str, Found], path) -> None:
     figure, axes = plot.figure(1, 3, width=17, height=6)
     for name, found in searches.items():
-        # The reported loss of the point that has the least tuned loss so far.
-        best = np.minimum.accumulate(found.losses[0], axis=0)
-        place = np.maximum.accumulate(np.where(found.losses[0] <= best, np.arange(len(best))[:, None], 0), axis=0)
-        shown = np.take_along_axis(found.losses[1], place, axis=0)
-        x = (1 + np.arange(len(best))) * found.inner_steps / len(best)
+        shown = found.losses[1]
+        if found.params is None:  # the reported loss of the point that has the least tuned loss so far
+            best = np.minimum.accumulate(found.losses[0], axis=0)
+            place = np.maximum.accumulate(np.where(found.losses[0] <= best, np.arange(len(best))[:, None], 0), axis=0)
+            shown = np.take_along_axis(shown, place, axis=0)
+        x = (1 + np.arange(len(shown))) * found.inner_steps / len(shown)
         error = shown.std(1, ddof=1) / task.seeds**0.5 if task.seeds > 1 else np.zeros(len(x))
         style = {"color": f"C{METHODS.index(name.split(',')[0])}", "ls": "--" if "scalar" in name else "-"}
         plot.band(axes[0, 0], x, shown.mean(1), error, label=name, **style)
@@ -341,14 +445,15 @@ def parse(arguments=None) -> argparse.Namespace:
     parser.add_argument("--model", choices=MODELS, default="complex")
     parser.add_argument("--regulariser", choices=("f2", "n3"), default="n3")
     parser.add_argument("--hyperparameters", choices=KINDS, nargs="+", default=["embedding"])
-    parser.add_argument("--method", choices=(*METHODS, "all"), nargs="+", default=["unroll"])
+    parser.add_argument("--method", choices=(*METHODS, "all"), nargs="+", help="unroll, or online, unless given")
     parser.add_argument("--reciprocal", action=argparse.BooleanOptionalAction, help="else as suits the model")
-    parser.add_argument("--rank", type=int, default=200)
-    parser.add_argument("--inner-steps", type=int, default=200)
-    parser.add_argument("--truncate", type=int, help="inner steps of the way back: half of them unless given, 0 is all")
-    parser.add_argument("--batch-size", type=int, help="a tenth of the triples, at most 1000, unless given; 0 is all")
+    parser.add_argument("--rank", type=int, help="200, of a large graph 50, unless given")
+    parser.add_argument("--inner-steps", type=int, help="of an outer step: 200, of a large graph 40, unless given")
+    parser.add_argument("--truncate", type=int, help="of the way back: half of them, or 4, unless given; 0 is all")
+    parser.add_argument("--batch-size", type=int, help="a tenth of the triples, at most 1000, or 500; 0 is all")
+    parser.add_argument("--scale", type=float, help="of the first embeddings: .001, of a large graph .1, unless given")
     parser.add_argument("--outer-steps", type=int, default=60, help="and as many trainings of grid and random")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, help="3, of a large graph 1, unless given")
     parser.add_argument("--whole-validation", action="store_true", help="tune by all of the validation part")
     parser.add_argument("--resume", action="store_true", help="keep searches in OUT/runs, and go on from there")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results/link_prediction")
@@ -358,20 +463,48 @@ def parse(arguments=None) -> argparse.Namespace:
     return args
 
 
+def with_defaults(args: argparse.Namespace, graph) -> argparse.Namespace:
+    """What was left open, as suits the size of the graph."""
+    large = graph.sizes[0] > LARGE
+    defaults = {
+        "method": ["online" if large else "unroll"],
+        "rank": 50 if large else 200,
+        "inner_steps": 40 if large else 200,
+        "batch_size": 500 if large else min(-(-len(graph.train) // 10), 1000),
+        "seeds": 1 if large else 3,
+        # From smaller ones the gradients of one entity among many hardly leave Adagrad's start.
+        "scale": 0.1 if large else 1e-3,
+    }
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.truncate is None:
+        args.truncate = 4 if large else -(-args.inner_steps // 2)
+    if large and set(args.method) - {"online", "fixed"}:
+        raise SystemExit(
+            f"--method {' '.join(args.method)}: {graph.sizes[0]} entities are too many to be trained anew for every "
+            "outer step; write --method online, or fixed."
+        )
+    return args
+
+
 def main() -> None:
     args = parse()
+    graph = knowledge_graph(args.dataset)
+    args = with_defaults(args, graph)
     args.out.mkdir(parents=True, exist_ok=True)
-    task, begun, rows, searches = Task(args), time.perf_counter(), {}, {}
+    task, begun, rows, searches = Task(args, graph), time.perf_counter(), {}, {}
     settings = {k: v for k, v in vars(args).items() if k not in ("method", "hyperparameters", "resume", "out")}
-    for method in METHODS if "all" in args.method else args.method:
-        for kind in ["scalar"] if method == "grid" else args.hyperparameters:
+    for method in RETRAINED if "all" in args.method else args.method:
+        for kind in ["scalar"] if method in ("grid", "fixed") else args.hyperparameters:
             name = f"{method}, {kind}"
             if method in ("grid", "random"):
                 found = sample(task, method, kind, args.outer_steps)
             else:
                 mark = "-".join(str(v).replace("/", "_") for v in settings.values())
                 run_dir = args.out / "runs" / f"{mark}-{method}-{kind}" if args.resume else None
-                found = descend(task, method, kind, args.outer_steps, run_dir)
+                search = go_on if method in ("fixed", "online") else descend
+                found = search(task, method, kind, args.outer_steps, run_dir)
             searches[name], rows[name] = found, report(task, method, kind, found)
             means = {c: np.mean([row[c] for row in rows[name]]) for c in COLUMNS}
             print(name, " ".join(f"{c} {x:.4f}" for c, x in means.items()), flush=True)

@@ -221,8 +221,8 @@ class Record:
         tree = found.tree
         best_hparams = jax.tree.map(jnp.asarray, tree["best_hparams"])
         state = _placed(tree["state"], self.now.state)
-        counts = [int(tree[name]) for name in ("waited", "halvings", "failures")]
-        self.now = Standing(state, len(found.rows), float(tree["best"]), best_hparams, *counts)
+        waited, halvings, failures = (int(tree[name]) for name in ("waited", "halvings", "failures"))
+        self.now = Standing(state, len(found.rows), float(tree["best"]), best_hparams, waited, halvings, failures)
         self.rows = found.rows
         self.started -= float(self.rows[-1]["seconds"])
         self.origin = f"resumed from {os.fspath(self.run_dir.folder)!r} after {len(self.rows)} outer steps"

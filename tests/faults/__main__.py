@@ -3,6 +3,7 @@
 import argparse
 import pathlib
 import random
+import signal
 import sys
 import tempfile
 
@@ -37,6 +38,7 @@ def main() -> int:
     parser.add_argument("--times", type=int, default=20, help="of every other fault (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parsed = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job ignores
     lost = disturbed(parsed.times, parsed.seed) if parsed.times else 0
     if parsed.kills:
         with tempfile.TemporaryDirectory() as whole:
