@@ -8,6 +8,7 @@ each search alone.
 Full batches, 20 steps: searches from a weight of .015, where trainings are about to collapse to embeddings of zero, and
 from .05, where all have; without a remedy, with hypergradients clipped to .5, with weights shrunk by .8 where the
 hypergradient vanishes, that is falls below 1e-4, and both; the collapsed ones also with 1e-10, the default.
+The first of these searches also with trainings of 5, 10, 15 and 30 steps, for the share that ends below its first loss.
 Minibatches of 100, 60 steps, from .008: with one hypergradient a step, the mean of four, and one at four times the
 steps.
 
@@ -35,27 +36,32 @@ from jaxhpo import Remedies, plot
 from jaxhpo.data import knowledge_graph
 from jaxhpo.models import link_prediction
 
-NUM_STEPS = {"full": 20, "minibatches": 60}
+FULL_STEPS, MINIBATCH_STEPS, SWEEP = 20, 60, (5, 10, 15, 30)
 BATCH = 100
 MARGIN = 0.01
 CLIP, SHRINK, BELOW = 0.5, 0.8, 1e-4
 COLLAPSED = {"Adam .05 from .05": (0.05, optax.adam(0.05))}  # name: start, outer optimiser
+SWEPT = {"Adam .05 from .015": (0.015, optax.adam(0.05))}
 FULL = {
-    "Adam .05 from .015": (0.015, optax.adam(0.05)),
+    **SWEPT,
     "Adam .2 from .015": (0.015, optax.adam(0.2)),
     "SGD .1 from .015": (0.015, optax.sgd(0.1)),
     **COLLAPSED,
 }
 SMALL = {"Adam .1 from .008": (0.008, optax.adam(0.1))}
-PLANS = (  # batches, searches, remedy, outer steps
-    ("full", FULL, "none", Remedies(), 20),
-    ("full", FULL, "clip", Remedies(clip=CLIP), 20),
-    ("full", FULL, "shrink", Remedies(shrink=SHRINK, shrink_below=BELOW), 20),
-    ("full", FULL, "clip and shrink", Remedies(clip=CLIP, shrink=SHRINK, shrink_below=BELOW), 20),
-    ("full", COLLAPSED, "shrink below 1e-10", Remedies(shrink=SHRINK), 20),
-    ("minibatches", SMALL, "one a step", Remedies(), 12),
-    ("minibatches", SMALL, "mean of four", Remedies(accumulate=4), 12),
-    ("minibatches", SMALL, "one, 4 times the steps", Remedies(), 48),
+REMEDIES = {
+    "none": Remedies(),
+    "clip": Remedies(clip=CLIP),
+    "shrink": Remedies(shrink=SHRINK, shrink_below=BELOW),
+    "clip and shrink": Remedies(clip=CLIP, shrink=SHRINK, shrink_below=BELOW),
+}
+PLANS = (  # inner steps, searches, remedy, outer steps
+    *((FULL_STEPS, FULL, name, remedies, 20) for name, remedies in REMEDIES.items()),
+    (FULL_STEPS, COLLAPSED, "shrink below 1e-10", Remedies(shrink=SHRINK), 20),
+    *((steps, SWEPT, name, remedies, 20) for steps in SWEEP for name, remedies in REMEDIES.items()),
+    (MINIBATCH_STEPS, SMALL, "one a step", Remedies(), 12),
+    (MINIBATCH_STEPS, SMALL, "mean of four", Remedies(accumulate=4), 12),
+    (MINIBATCH_STEPS, SMALL, "one, 4 times the steps", Remedies(), 48),
 )
 
 
@@ -82,14 +88,14 @@ class Nations:
         params = jaxhpo.solve(self.solver, state, weight, batches, num_steps=num_steps).params
         return link_prediction.cross_entropy(self.model, params, self.graph.validation, masks=self.masks)
 
-    def gradient(self, batches: str):
+    def gradient(self, num_steps: int):
         """The `gradient` of `tune` for {search: [a weight a seed]}: each leaf has its own validation loss, the info."""
-        num_steps, seeds = NUM_STEPS[batches], len(self.starts["entities"])
+        seeds = len(self.starts["entities"])
 
         def one(weight, seed, key):
             start = jax.tree.map(lambda table: table[seed], self.starts)
             key, given = jax.random.fold_in(key, seed), None
-            if batches == "minibatches":
+            if num_steps == MINIBATCH_STEPS:
                 given = link_prediction.minibatches(key, self.graph.train, BATCH, num_steps)
             return jax.value_and_grad(self.validation_loss)(weight, start, given, num_steps)
 
@@ -102,7 +108,7 @@ class Nations:
         return gradient
 
 
-def search(problem: Nations, batches: str, searches: dict, remedies: Remedies, num_steps: int) -> dict[str, Any]:
+def search(problem: Nations, inner_steps: int, searches: dict, remedies: Remedies, num_steps: int) -> dict[str, Any]:
     """For each search losses and weights, (outer steps, seeds); what the remedies did in all of them; seconds."""
     seeds, begun = len(problem.starts["entities"]), time.perf_counter()
     result = jaxhpo.tune(
@@ -111,7 +117,7 @@ def search(problem: Nations, batches: str, searches: dict, remedies: Remedies, n
         optax.partition({name: tx for name, (_, tx) in searches.items()}, {name: name for name in searches}),
         num_steps=num_steps,
         transforms=jaxhpo.positive,
-        gradient=problem.gradient(batches),
+        gradient=problem.gradient(inner_steps),
         remedies=remedies,
     )
     losses = result.history["info"]
@@ -129,6 +135,7 @@ def judge(losses: np.ndarray, mean_of: int = 1) -> dict[str, Any]:
     """What became of each seed's search, from its losses (outer steps, seeds)."""
     first, last = losses[:mean_of].mean(0), losses[-mean_of:].mean(0)
     return {
+        "lower": int(np.sum(last < first)),
         "improved": int(np.sum(last < first - MARGIN)),
         "diverged": int(np.sum(last > first + MARGIN)),
         "stalled": int(np.sum(np.abs(last - first) <= MARGIN)),
@@ -160,18 +167,28 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10)
     args = parser.parse_args()
     problem, rows, runs = Nations(args.seeds), [], {}
-    heads = ("improved", "diverged", "stalled", "mean_change", "median_last", "spread_of_last")
-    print(f"{'search':20} {'remedy':23}" + "".join(f"{head:>15}" for head in heads) + "  in all searches of the run")
-    for batches, searches, remedy, remedies, num_steps in PLANS:
-        run = search(problem, batches, searches, remedies, num_steps)
+    heads = ("lower", "improved", "diverged", "stalled", "mean_change", "median_last", "spread_of_last")
+    print(
+        f"{'search':20} {'steps':>5} {'remedy':23}"
+        + "".join(f"{head:>15}" for head in heads)
+        + "  in all searches of the run"
+    )
+    for inner_steps, searches, remedy, remedies, num_steps in PLANS:
+        run = search(problem, inner_steps, searches, remedies, num_steps)
         for name, losses in run["losses"].items():
-            row = judge(losses, 1 if batches == "full" else 3)
+            row = judge(losses, 3 if inner_steps == MINIBATCH_STEPS else 1)
             cells = "".join(f"{x:15.3f}" if isinstance(x, float) else f"{x:15}" for x in row.values())
             counts = ", ".join(f"{count} {what}" for what, count in run["counts"].items() if count)
-            print(f"{name:20} {remedy:23}{cells}  {counts or '-'}, {run['seconds']:.0f} s", flush=True)
-            runs[name, remedy] = losses
+            print(f"{name:20} {inner_steps:5} {remedy:23}{cells}  {counts or '-'}, {run['seconds']:.0f} s", flush=True)
+            if inner_steps not in SWEEP:
+                runs[name, remedy] = losses
             row |= {"last_weights": run["weights"][name][-1].tolist(), "counts": run["counts"]}
-            rows.append({"batches": batches, "search": name, "remedy": remedy, "outer_steps": num_steps} | row)
+            plan = {"inner_steps": inner_steps, "search": name, "remedy": remedy, "outer_steps": num_steps}
+            rows.append(plan | row)
+    swept = [row for row in rows if row["search"] in SWEPT]
+    for remedy in REMEDIES:
+        lower = [row["lower"] for row in swept if row["remedy"] == remedy]
+        print(f"{remedy}: {sum(lower)} of {len(lower) * args.seeds} over all numbers of inner steps end lower")
     args.out.mkdir(parents=True, exist_ok=True)
     draw(runs, args.out / "remedies.png")
     (args.out / "remedies.json").write_text(json.dumps({"seeds": args.seeds, "rows": rows}, indent=1) + "\n")
