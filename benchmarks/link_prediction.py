@@ -76,6 +76,7 @@ class Task:
         self.model = MODELS[args.model](rank=args.rank, reciprocal=args.reciprocal, scale=args.scale)
         self.truncate = args.truncate or None
         self.power, self.batch_size = {"f2": 2, "n3": 3}[args.regulariser], args.batch_size
+        self.sides = args.sides
         self.full = None if self.batch_size else lp.group(self.graph.train, *self.graph.sizes)
         self.solver = jaxhpo.from_optax(self.train_loss, ADAGRAD)
         keys = jax.random.split(jax.random.key(0), self.seeds)
@@ -94,7 +95,8 @@ class Task:
 
     def train_loss(self, params, weights, batch):
         batch = self.full if batch is None else batch
-        return lp.cross_entropy(self.model, params, batch) + lp.penalty(self.model, params, weights, batch, self.power)
+        fit = lp.cross_entropy(self.model, params, batch, sides=self.sides)
+        return fit + lp.penalty(self.model, params, weights, batch, self.power)
 
     def batches(self, seed):
         if self.full is not None:
@@ -447,6 +449,7 @@ def parse(arguments=None) -> argparse.Namespace:
     parser.add_argument("--hyperparameters", choices=KINDS, nargs="+", default=["embedding"])
     parser.add_argument("--method", choices=(*METHODS, "all"), nargs="+", help="unroll, or online, unless given")
     parser.add_argument("--reciprocal", action=argparse.BooleanOptionalAction, help="else as suits the model")
+    parser.add_argument("--sides", choices=("so", "spo"), default="so", help="trained on; judged are always s and o")
     parser.add_argument("--rank", type=int, help="200, of a large graph 50, unless given")
     parser.add_argument("--inner-steps", type=int, help="of an outer step: 200, of a large graph 40, unless given")
     parser.add_argument("--truncate", type=int, help="of the way back: half of them, or 4, unless given; 0 is all")
