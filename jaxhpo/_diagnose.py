@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.xla_metadata import set_xla_metadata
 
 from jaxhpo._origin import find_origin
 from jaxhpo._tree import all_finite, is_inexact, names, norm, partition, scaled, upcast, vdot
@@ -18,13 +20,14 @@ from jaxhpo._types import Adjoint, Info, LinearInfo, LinearStatus, Problem, PyTr
 
 POWER_ITERATIONS = 40
 
+_recordings = itertools.count()
 _linear_solves: contextvars.ContextVar[list | None] = contextvars.ContextVar("linear_solves", default=None)
 _solves: contextvars.ContextVar[SolveLog | None] = contextvars.ContextVar("solves", default=None)
 _recorder: contextvars.ContextVar[Recorder | None] = contextvars.ContextVar("recorder", default=None)
 
 
 class Recorder:
-    """Collects what was not finite, as `(inner problem, inner step, name)`.
+    """Collects what was not finite, as `(inner problem, inner step, name)`, with the place in the order of arrival.
 
     Attributes:
       num_problems: how many were traced.
@@ -33,17 +36,22 @@ class Recorder:
       backward: cotangents of what a step was given.
       arriving: cotangents of its result.
       faults: what derivative rules know to be wrong.
-      steps: `(inner problem, inner step, growth)` of first steps, and of those that broke.
+      first: what a run's first step was given, by inner problem: state, inputs, batch.
+      broken: state and batch of the first step that broke, likewise.
+      advance: the step, likewise.
     """
 
     def __init__(self):
         self.num_problems = 0
-        self.before: set[tuple[int, int, str]] = set()
-        self.forward: set[tuple[int, int, str]] = set()
-        self.backward: set[tuple[int, int, str]] = set()
-        self.arriving: set[tuple[int, int, str]] = set()
+        self.before: dict[tuple[int, int, str], int] = {}
+        self.forward: dict[tuple[int, int, str], int] = {}
+        self.backward: dict[tuple[int, int, str], int] = {}
+        self.arriving: dict[tuple[int, int, str], int] = {}
         self.faults: list[str] = []
-        self.steps: list[tuple[int, int, Callable[[], Growth | None]]] = []
+        self.first: dict[int, tuple] = {}
+        self.broken: dict[int, tuple] = {}
+        self.advance: dict[int, Callable] = {}
+        self.arrivals = itertools.count()
 
 
 class Growth(NamedTuple):
@@ -52,7 +60,7 @@ class Growth(NamedTuple):
     Attributes:
       factor: by which it multiplies one along its worst direction.
       turns: whether it turns it round, as too long a step does.
-      drivers: hyperparameters by which the factor can be changed most.
+      drivers: hyperparameters by which the factor can be changed most, with their values where they are numbers.
     """
 
     factor: float
@@ -69,12 +77,23 @@ class LinearSolve(NamedTuple):
 
 
 @contextlib.contextmanager
+def traced_anew() -> Iterator[None]:
+    """While active, functions that the user jitted are traced as if never before, and what is traced is used only here.
+
+    Metadata are a part of the key by which JAX finds what it has traced.
+    """
+    with set_xla_metadata(jaxhpo_recording=str(next(_recordings))):
+        yield
+
+
+@contextlib.contextmanager
 def recording_linear_solves() -> Iterator[list[LinearSolve]]:
     """While active, every linear solve that is traced reports to the list when it runs."""
     solves: list[LinearSolve] = []
     token = _linear_solves.set(solves)
     try:
-        yield solves
+        with traced_anew():
+            yield solves
         jax.effects_barrier()
     finally:
         _linear_solves.reset(token)
@@ -209,13 +228,12 @@ def recording() -> Iterator[Recorder]:
     """While active, every `solve` that is traced reports to the recorder."""
     recorder = Recorder()
     token = _recorder.set(recorder)
-    jax.clear_caches()  # functions that the user jitted must be traced again, now and afterwards
     try:
-        yield recorder
+        with traced_anew():
+            yield recorder
         jax.effects_barrier()
     finally:
         _recorder.reset(token)
-        jax.clear_caches()
 
 
 def watched(problem: Problem) -> Problem:
@@ -226,6 +244,7 @@ def watched(problem: Problem) -> Problem:
     index = recorder.num_problems
     recorder.num_problems += 1
     train_loss = _train_loss(problem)
+    recorder.advance[index] = problem.advance
 
     def advance(state: Any, inputs, x):
         t, x = x
@@ -238,7 +257,9 @@ def watched(problem: Problem) -> Problem:
         jax.debug.callback(tap(names(x, "batches"), forward="before").forward, t, _finite(given[2]))
         jax.debug.callback(tap(["the train loss"]).forward, t, _finite(train_loss(*given)))
         broke = all_finite(given[0]) & ~all_finite(jax.lax.stop_gradient(after))
-        jax.debug.callback(functools.partial(_note_step, recorder, index, problem.advance), t, broke, *given)
+        # What a run is given, all data that it closes over too, comes to the host once.
+        _keep_if(t == 0, recorder.first, index, given)
+        _keep_if(broke, recorder.broken, index, (given[0], given[2]))
         return _report(tap(names(after, "state")), after, t)
 
     def hoist(fn, *more):
@@ -246,6 +267,18 @@ def watched(problem: Problem) -> Problem:
         return lambda consts, state, hparams, x, *more: pure(consts, state, hparams, x[1], *more), consts
 
     return problem._replace(advance=advance, xs=(jnp.arange(problem.num_steps), problem.xs), hoist=hoist)
+
+
+def _keep_if(wanted, kept: dict, index: int, values: Any) -> None:
+    """Has `kept[index]` hold the values, where `wanted`, the first that come."""
+
+    def keep(wanted, values):
+        if wanted:
+            kept.setdefault(index, values)
+
+    # Under `vmap` both branches may run, so it is asked twice.
+    tell = lambda values: jax.debug.callback(keep, wanted, values)  # noqa: E731
+    jax.lax.cond(wanted, tell, lambda values: None, values)
 
 
 def _train_loss(problem) -> Callable:
@@ -287,7 +320,7 @@ def diagnose(fn: Callable, hparams: PyTree) -> str:
             value, _ = jax.block_until_ready(jax.jit(jax.value_and_grad(fn))(hparams))
         except TypeError:  # of a rule that pushes directions forward, where there is no backward pass to be watched
             value = jax.block_until_ready(jax.jit(fn)(hparams))
-    if recorder.faults:
+    if recorder.faults and not recorder.forward and not recorder.before:
         return recorder.faults[0]
     where, why = _place(recorder, bool(jnp.isfinite(value)))
     origin = _attempted(lambda: find_origin(jax.value_and_grad(fn), hparams))
@@ -309,7 +342,9 @@ def _attempted(explain: Callable) -> Any:
 def _place(recorder, value_is_finite) -> tuple[str, str]:
     """The first inner step that went wrong and the leaf; and the likeliest cause, where no more is known."""
     entered = {(i, t) for i, t, _ in recorder.before} - {(i, t + 1) for i, t, _ in recorder.forward}
-    if entered:
+    # A later solve may be given what an earlier one made: who comes first is at fault.
+    begun = min((n for (i, t, _), n in recorder.before.items() if (i, t) in entered), default=math.inf)
+    if entered and begun < min(recorder.forward.values(), default=math.inf):
         index, step = min(entered, key=lambda e: (e[1], e[0]))
         leaves = sorted(name for i, t, name in recorder.before if (i, t) == (index, step))
         leaf = _first(leaves, "batches", "hparams", "state.params")
@@ -318,7 +353,7 @@ def _place(recorder, value_is_finite) -> tuple[str, str]:
             "Mend what makes it in the outer loss.",
         )
     if recorder.forward:
-        index, step, _ = min(recorder.forward, key=lambda e: (e[1], e[0]))
+        index, step, _ = min(recorder.forward, key=recorder.forward.__getitem__)
         leaves = sorted(name for i, t, name in recorder.forward if (i, t) == (index, step))
         leaf = _first(leaves, "the train loss", "state.params")
         where = f"the train loss is not finite at inner step {step}"
@@ -350,16 +385,20 @@ def _place(recorder, value_is_finite) -> tuple[str, str]:
 
 def _growing(recorder) -> str | None:
     """In words, by how much inner steps multiply an error, where that is more than one, and what drives it."""
-    found = [growth for index, step, measure in recorder.steps if (growth := measure()) is not None]
-    worst = max(found, key=lambda growth: growth.factor, default=None)
-    if worst is None or worst.factor <= 1:
+    index, _, _ = min(recorder.forward, key=recorder.forward.__getitem__)
+    state, inputs, x = recorder.first[index]
+    growth = measure_growth(recorder.advance[index], state, inputs, x)
+    if (growth is None or growth.factor <= 1) and index in recorder.broken:
+        state, x = recorder.broken[index]
+        growth = measure_growth(recorder.advance[index], state, inputs, x)
+    if growth is None or growth.factor <= 1:
         return None
-    factor = -worst.factor if worst.turns else worst.factor
+    factor = -growth.factor if growth.turns else growth.factor
     text = f"The inner run diverges: a step multiplies an error along the worst direction by {factor:.3g}"
-    if worst.turns:
-        text += f" (in gradient descent, learning rate x curvature is {1 + worst.factor:.3g}, above 2)"
-    if worst.drivers:
-        text += f". That is driven by `{'` and `'.join(worst.drivers)}`"
+    if growth.turns:
+        text += f" (in gradient descent, learning rate x curvature is {1 + growth.factor:.3g}, above 2)"
+    if growth.drivers:
+        text += f". That is driven by {' and '.join(growth.drivers)}"
     return f"{text}: lower the inner learning rate, bound the penalty, or clip the inner gradients."
 
 
@@ -395,7 +434,10 @@ def measure_growth(advance: Callable, state: PyTree, inputs: PyTree, x: PyTree) 
     slopes = jax.grad(lambda h: jnp.log(_norm(pulled(h, v))))(inputs[0])
     shares = [float(jnp.sum(jnp.abs(h * g))) for h, g in zip(*map(jax.tree.leaves, (inputs[0], slopes)), strict=True)]
     leaf_names = names(inputs[0], "hparams")
-    drivers = [name for name, s in zip(leaf_names, shares, strict=True) if s > 0 and s >= max(shares) / 2]
+    is_number = lambda h: h.size == 1 and jnp.issubdtype(h.dtype, jnp.floating)  # noqa: E731
+    values = [f" = {h.item():.3g}" if is_number(h) else "" for h in jax.tree.leaves(inputs[0])]
+    told = zip(leaf_names, values, shares, strict=True)
+    drivers = [f"`{name}`{value}" for name, value, s in told if s > 0 and s >= max(shares) / 2]
     return Growth(factor, bool(products[-1] < 0), drivers)
 
 
@@ -414,23 +456,20 @@ def _first(leaves, *preferred) -> str:
     return next((name for start in preferred for name in leaves if name.startswith(start)), leaves[0])
 
 
-def _note_step(recorder, index, advance, step, broke, state, inputs, x) -> None:
-    """Keeps what a run's first step was given, and one that broke."""
-    if step == 0 or broke:
-        recorder.steps.append((index, int(step), functools.partial(measure_growth, advance, state, inputs, x)))
-
-
 class _Tap:
     """Says to whom a leaf's state is reported, in each direction."""
 
     def __init__(self, recorder, index, leaf_names, forward="forward"):
         self.names = leaf_names
+        self.arrivals = recorder.arrivals
         self.forward = functools.partial(self._record, getattr(recorder, forward), index)
         behind = recorder.arriving if forward == "forward" else recorder.backward
         self.backward = functools.partial(self._record, behind, index)
 
     def _record(self, events, index, step, finite):
-        events.update((index, int(step), name) for name, ok in zip(self.names, finite, strict=True) if not ok)
+        for name, ok in zip(self.names, finite, strict=True):
+            if not ok:
+                events.setdefault((index, int(step), name), next(self.arrivals))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

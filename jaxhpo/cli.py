@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import pathlib
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 
@@ -225,16 +226,37 @@ def _run_show(parsed: argparse.Namespace) -> int:
     """`jaxhpo show`."""
     columns = _table.history_columns(parsed.run_dir)
     steps, best = len(columns["value"]), int(np.nanargmin(columns["score"]))
-    shown = {name: x for name, x in columns.items() if x.ndim == 1 and not name.startswith("remedies")}
-    widths = {name: max(12, len(name)) for name in shown}
-    print(f"{'step':>6}  " + "  ".join(f"{name:>{widths[name]}}" for name in shown))
+    shown = _that_fit({name: x for name, x in columns.items() if x.ndim == 1 and not name.startswith("remedies")})
+    print(f"{'step':>6}" + "".join(f"  {name:>{_width(name)}}" for name in shown))
     for step in range(max(0, steps - parsed.rows), steps):
-        print(f"{step:6}  " + "  ".join(f"{x[step]:{widths[name]}.6g}" for name, x in shown.items()))
+        print(f"{step:6}" + "".join(f"  {x[step]:{_width(name)}.6g}" for name, x in shown.items()))
     print(f"\n{steps} outer steps in {columns['seconds'][-1]:.3g} s; best: {columns['score'][best]:.6g} at step {best}")
+    print(_table.standing(parsed.run_dir, steps))
+    if len(shown) < len(columns):
+        print(f"{len(columns) - len(shown)} further columns: jaxhpo.history_table({str(parsed.run_dir)!r})")
     counts = {name[len("remedies['") : -2]: int(x.sum()) for name, x in columns.items() if name.startswith("remedies")}
     if any(counts.values()):
         print("remedies: " + ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in counts.items() if n))
     return 0
+
+
+def _that_fit(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """As many columns as the terminal is wide, those first that tell most."""
+    first = ["value", "score", "hypergradient_norm", "seconds"]
+    if np.array_equal(columns["score"], columns["value"], equal_nan=True):
+        first.remove("score")
+    rest = sorted(columns.keys() - {*first, "score", "peak_bytes"})
+    room, shown = shutil.get_terminal_size().columns - 6, {}
+    for name in [*first, *rest]:
+        room -= _width(name) + 2
+        if room < 0:
+            break
+        shown[name] = columns[name]
+    return shown
+
+
+def _width(name: str) -> int:
+    return max(11, len(name))
 
 
 def _run_plot(parsed: argparse.Namespace) -> int:

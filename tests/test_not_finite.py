@@ -131,7 +131,7 @@ def test_divergence_is_traced_to_the_curvature_and_its_driver(adjoint):
     said = diagnose(fn, QUADRATIC)
     assert "multiplies an error along the worst direction by -5 " in said
     assert "learning rate x curvature is 6, above 2" in said
-    assert "driven by `hparams['penalty']`:" in said
+    assert "driven by `hparams['penalty']` = 30:" in said
 
 
 @slow
@@ -139,7 +139,7 @@ def test_a_tuned_rate_drives_it_too():
     fn = training(
         lambda p, h, b: h["penalty"] * jnp.sum(p**2) + jnp.sum(h["shift"] * p), lambda h: optax.sgd(h["rate"]), 500
     )
-    assert "driven by `hparams['penalty']` and `hparams['rate']`:" in diagnose(fn, QUADRATIC)
+    assert "driven by `hparams['penalty']` = 30 and `hparams['rate']` = 0.1:" in diagnose(fn, QUADRATIC)
 
 
 @slow

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 import types
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 DEEPEST = 12  # closures within closures
@@ -42,6 +44,7 @@ def fingerprint(optimizer: Any) -> dict[str, str]:
         elif isinstance(value, (bool, int, float, complex, str, type(None), np.generic)):
             note(name, repr(value))
         elif isinstance(value, (np.ndarray, jax.Array)):
+            value = jax.random.key_data(value) if jnp.issubdtype(value.dtype, jax.dtypes.prng_key) else value
             note(name, str(np.asarray(value)) if value.size <= 8 else f"{value.dtype}{list(value.shape)}")
         elif isinstance(value, dict):
             for key in sorted(value, key=str):
@@ -56,6 +59,11 @@ def fingerprint(optimizer: Any) -> dict[str, str]:
 
     visit(optimizer.update, "", 0)
     return found
+
+
+def described(functions: Any) -> str | None:
+    """What prints of a tree of functions, without the addresses, which differ from process to process."""
+    return None if functions is None else re.sub(r" at 0x[0-9a-f]+", "", repr(functions))
 
 
 def _content(cell):

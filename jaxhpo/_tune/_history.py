@@ -43,16 +43,22 @@ def encode(step: int, row: dict[str, Any]) -> bytes:
 
 
 def decode(line: bytes, like: PyTree) -> PyTree:
-    """The row that `encode` wrote, with the structure and the types of `like`."""
+    """The row that `encode` wrote, with the structure and the types of `like`; ValueError where it has others."""
     fields = json.loads(line)
-    rows = zip(_names(like), jax.tree.leaves(like), strict=True)
-    leaves = [_like(_array(fields[name], leaf.dtype), leaf) for name, leaf in rows]
+    columns = _names(like)
+    if other := fields.keys() ^ {"step", *columns}:
+        raise ValueError(f"{sorted(other)[0]!r} is in one of them only")
+    rows = zip(columns, jax.tree.leaves(like), strict=True)
+    leaves = [_like(name, _array(fields[name], leaf.dtype), leaf) for name, leaf in rows]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
-def _like(array, like):
-    """JSON's lists tell no more of an empty array's shape than its axes down to the first of length zero."""
-    return array.reshape(like.shape) if array.size == like.size == 0 else array
+def _like(name, array, like):
+    if array.size == like.size == 0:  # JSON's lists tell no more than the axes down to the first of length zero
+        return array.reshape(like.shape)
+    if array.shape != like.shape:
+        raise ValueError(f"{name!r} has the shape {list(array.shape)} there, {list(like.shape)} here")
+    return array
 
 
 def _names(row) -> list[str]:
@@ -86,7 +92,9 @@ def _spelled(value):
 def _array(value, dtype) -> np.ndarray:
     if jnp.issubdtype(dtype, jnp.complexfloating):
         parts = _array(value, np.float64)
-        return (parts[..., 0] + 1j * parts[..., 1]).astype(dtype)
+        whole = np.empty(parts.shape[:-1], dtype)  # a sum would make NaN of an infinity, and lose the sign of zero
+        whole.real, whole.imag = parts[..., 0], parts[..., 1]
+        return whole
     if jnp.issubdtype(dtype, jnp.floating):
         return np.asarray(_read(value), np.float64).astype(dtype)
     return np.asarray(value, dtype)

@@ -89,7 +89,7 @@ def _accepts(fn, num_args) -> bool:
     return sum(p.kind in positional and p.default is p.empty for p in parameters) == num_args
 
 
-def check_settings(optimizer, num_steps, transforms, patience, min_delta, save_every, max_seconds):
+def check_settings(optimizer, num_steps, transforms, patience, min_delta, save_every, max_seconds, progress):
     """Raises for a setting that cannot work."""
     has_both = hasattr(optimizer, "init") and hasattr(optimizer, "update")
     if not has_both or isinstance(optimizer, (type, Solver)):
@@ -109,6 +109,10 @@ def check_settings(optimizer, num_steps, transforms, patience, min_delta, save_e
         )
     if not isinstance(save_every, datetime.timedelta):
         check_count("save_every", save_every)
+    elif save_every < datetime.timedelta(0):
+        raise JaxhpoError(f"`save_every` got {save_every!r}, a negative time: write a positive one, or zero.")
+    if not isinstance(progress, bool):
+        raise JaxhpoError(f"`progress` got {describe(progress)}: write True or False.")
     for transform in jax.tree.leaves(transforms):
         if isinstance(transform, type):
             name = transform.__name__

@@ -6,7 +6,6 @@ import datetime
 import functools
 import hashlib
 import os
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ import numpy as np
 from jaxhpo._diagnose import LinearSolve
 from jaxhpo._errors import JaxhpoError
 from jaxhpo._transforms import to_natural
+from jaxhpo._tune._fingerprint import described
 from jaxhpo._tune._history import summary, to_numpy
 from jaxhpo._tune._processes import on_any
 from jaxhpo._tune._run_dir import RunDir
@@ -106,7 +106,7 @@ class Record:
         self.wanted, self.solves = wanted, solves
         self.now = Standing(state, 0, np.inf, to_natural(search.transforms, state.point), 0)
         # What must be the same when the run goes on: the numbers on disk mean nothing else.
-        text = re.sub(r" at 0x[0-9a-f]+", "", repr(search.transforms))  # an address differs from process to process
+        text = described(search.transforms) or repr(None)
         transforms = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
         self.fixed = {"hparams": state.point, "key": state.key, "transforms": transforms}
         self.rows: list[dict[str, Any]] = []
@@ -123,13 +123,14 @@ class Record:
         step, seconds = self.now.rows, self.seconds
         # By way of NumPy, as `float` of a JAX array takes three times as long.
         value, grad_norm = float(np.asarray(report.value)), float(np.asarray(report.hypergradient_norm))
-        score = value if self.monitor is None else _score(self.monitor, report.info)
+        hparams, info = _own((report.hparams, report.info))
+        score = value if self.monitor is None else _score(self.monitor, _own(info))
         best, best_hparams, waited = self.now.best, self.now.best_hparams, self.now.waited
         waited = 0 if score < best - min_delta else waited + 1
         best, best_hparams = (score, report.hparams) if score < best else (best, best_hparams)
         now = Standing(after, step + 1, best, best_hparams, waited)
         self._go_on(now, report, seconds, score)
-        return TuneStep(step, value, report.hparams, grad_norm, report.info, best, seconds)
+        return TuneStep(step, value, hparams, grad_norm, info, best, seconds)
 
     def _go_on(self, now, report, seconds, score, skipped=0):
         self.settle()
@@ -206,7 +207,8 @@ class Record:
         for row in self.rows[self.run_dir.num_rows :]:
             self.run_dir.append(row)
         if every is None or _is_due(every, self.now.rows - self.run_dir.saved_rows, time.perf_counter() - self.saved):
-            self.run_dir.save(self._tree(self.now), {**self.settings, "inner_steps": self.search.inner_steps})
+            settings = {**self.settings, "inner_steps": self.search.inner_steps, "seconds": self.seconds}
+            self.run_dir.save(self._tree(self.now), settings)
             self.saved = time.perf_counter()
 
     def resume(self) -> None:
@@ -214,7 +216,7 @@ class Record:
         if self.run_dir is None or not self.run_dir.begun:
             return
         after, report = self.search.shapes(self.now.state, placed=isinstance(self.run_dir, ShardedDir))
-        zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), report)
+        zeros = jax.tree.map(_zeros, report)
         row = self._row_maker(zeros, 0.0, 0.0)()
         like = self._tree(Standing(after, 0, 0.0, report.hparams, 0))
         found = self.run_dir.resume(like, row, "run['fixed']")
@@ -224,15 +226,47 @@ class Record:
         waited, halvings, failures = (int(tree[name]) for name in ("waited", "halvings", "failures"))
         self.now = Standing(state, len(found.rows), float(tree["best"]), best_hparams, waited, halvings, failures)
         self.rows = found.rows
-        self.started -= float(self.rows[-1]["seconds"])
+        self._check_monitor(found.settings, self.run_dir.folder)
+        # What callbacks took after the last row, too: a run that had spent its seconds has spent them.
+        self.started -= max(float(self.rows[-1]["seconds"]), found.settings.pop("seconds", 0.0))
         self.origin = f"resumed from {os.fspath(self.run_dir.folder)!r} after {len(self.rows)} outer steps"
         here = {**self.settings, "inner_steps": self.search.inner_steps}
+        found.settings["inner_steps"] = found.settings["inner_steps"] or here["inner_steps"]  # 0 where none was seen
         self.notes = [*found.notes, *_differences(found.settings, here)]
+        if found.settings["inner_steps"] != here["inner_steps"]:
+            self.notes.append("the best step so far is that of the earlier inner steps")
+
+    def _check_monitor(self, before, folder):
+        """Raises where the scores so far are of another kind: no best step could be told by both."""
+        if (before.get("monitor") is None) == (self.monitor is None):
+            return
+        here, there = ("no `monitor`", "one") if self.monitor is None else ("a `monitor`", "none")
+        raise JaxhpoError(
+            f"`run_dir`: this call has {here}, the run in {folder} had {there}, and the best step so far "
+            "would be judged by another number than those to come: use another folder, or what that run had."
+        )
+
+    def tell(self, status: str, message: str) -> None:
+        """Leaves word in `run_dir` of how the run stands."""
+        if self.run_dir is not None:
+            self.run_dir.tell(status=status, message=message, num_steps=self.settings["num_steps"])
 
     def _tree(self, now: Standing):
         best = {"best": np.asarray(now.best), "best_hparams": now.best_hparams}
         counts = {name: np.asarray(getattr(now, name)) for name in ("waited", "halvings", "failures")}
         return {"state": now.state, "fixed": self.fixed, **best, **counts}
+
+
+def _own(tree):
+    """The same arrays in containers of one's own: whoever is given them may write into those."""
+    return jax.tree.map(lambda x: x, tree)
+
+
+def _zeros(struct):
+    """In the place of a number, or of a key's data."""
+    if jnp.issubdtype(struct.dtype, jax.dtypes.prng_key):
+        return jnp.zeros(struct.shape, struct.dtype)
+    return np.zeros(struct.shape, struct.dtype)
 
 
 def peak_bytes() -> int:

@@ -27,6 +27,7 @@ except ImportError:  # Windows, where nothing keeps a second process out
 
 SCHEMA = 2  # of what a checkpoint holds; another number is refused
 KEPT = 2  # checkpoints, the newest
+STATUS = "status.json"
 PLAIN = ("schema", "rows", "history", "settings")  # arrays beside the leaves of the state
 
 
@@ -81,10 +82,12 @@ class RunDir:
 
     def __init__(self, path: str | os.PathLike):
         try:
+            if path == "":
+                raise ValueError("it is empty")
             self.folder = pathlib.Path(path)
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.folder / "lock", "a+b")  # noqa: SIM115 (held until `close`)
-        except (OSError, TypeError) as error:
+        except (OSError, TypeError, ValueError) as error:
             raise JaxhpoError(
                 f"`run_dir` got {path!r}, where no file can be written ({error}): name a folder."
             ) from error
@@ -192,6 +195,13 @@ class RunDir:
                 old.unlink()
         return True
 
+    def tell(self, **told: Any) -> None:
+        """Leaves word of how the run stands, for `jaxhpo show`; nothing depends on it, so a disk may refuse it."""
+        temporary = self.folder / "status.tmp"
+        with contextlib.suppress(OSError):
+            temporary.write_text(json.dumps(told) + "\n")
+            os.replace(temporary, self.folder / STATUS)
+
     def _plain(self, settings) -> tuple[str, ...]:
         history = f"{self._log.written} {self._log.digest.hexdigest()}"
         return str(SCHEMA), str(self.num_rows), history, json.dumps(settings, sort_keys=True, default=float)
@@ -279,10 +289,10 @@ def rows_of(folder: pathlib.Path, text: bytes, row: PyTree) -> list[PyTree]:
     """The rows of a history, with the structure and the types of `row`."""
     try:
         return [decode(line, row) for line in text.splitlines()]
-    except KeyError as error:
+    except ValueError as error:
         raise JaxhpoError(
-            f"`run_dir`: the history in {folder} has no {error}, so it belongs to a run of another structure: "
-            "use another folder, or the hyperparameters and the info of that run."
+            f"`run_dir`: rows of the history in {folder} are others than those of this call ({error}): use another "
+            "folder, or the `record`, the `remedies.accumulate`, the hyperparameters and the info of that run."
         ) from error
 
 
@@ -315,6 +325,21 @@ def _read(path) -> dict[str, np.ndarray]:
         raise DamagedError(str(error)) from error
 
 
+def in_use(folder: pathlib.Path) -> str:
+    """Who holds the folder of a run; empty where nobody does, or nobody can tell."""
+    if fcntl is None:
+        return ""
+    try:
+        with open(folder / "lock", "rb") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return lock.read().decode(errors="replace").strip() or "unknown"
+    except OSError:
+        pass
+    return ""
+
+
 def sync_folder(folder: pathlib.Path) -> None:
     """Has the names in a folder on disk."""
     # The new name, too, must survive a power cut. Windows cannot open a folder.
@@ -342,9 +367,11 @@ def check_structure(folder: pathlib.Path, arrays: dict[str, Any], rows: list[tup
     found = {(name.split(" ", 1)[1], name): array for name, array in arrays.items()}
     if [name for name, _ in found] != [name for name, _ in rows]:
         other = sorted({name for name, _ in found} ^ {name for name, _ in rows})
+        of_optimizer = all(name.startswith("run['state'].opt_state") for name in other)
         raise JaxhpoError(
-            f"`run_dir`: {folder} belongs to a run of another structure; they differ in {', '.join(other[:5])}. "
-            f"Use another folder, or the hyperparameters, carry and optimiser of that run."
+            f"`run_dir`: {folder} belongs to a run of another {'optimiser' if of_optimizer else 'structure'}; they "
+            f"differ in {', '.join(other[:5])}. Use another folder, or the hyperparameters, carry and optimiser of "
+            "that run (another number may take a number's place, a schedule may not)."
         )
     for (name, x), array in zip(rows, found.values(), strict=True):
         data = jax.eval_shape(jax.random.key_data, x) if _is_key(x) else x
@@ -392,6 +419,7 @@ def key_data(x: Any) -> Any:
 def from_data(array: Any, like: Any) -> Any:
     """What `key_data` was made of."""
     if _is_key(like):
-        impl = None if isinstance(like, jax.ShapeDtypeStruct) else jax.random.key_impl(like)
-        return jax.random.wrap_key_data(array, impl=impl)
+        # A shape does not tell which kind of key, but its type makes one that does.
+        like = jnp.empty((), like.dtype) if isinstance(like, jax.ShapeDtypeStruct) else like
+        return jax.random.wrap_key_data(array, impl=jax.random.key_impl(like))
     return array.view(like.dtype) if array.dtype.kind == "V" else array

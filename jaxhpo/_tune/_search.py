@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxhpo._diagnose import diagnose, recording_solves
+from jaxhpo._diagnose import diagnose, recording_solves, traced_anew
 from jaxhpo._errors import JaxhpoError
+from jaxhpo._origin import find_origin
 from jaxhpo._transforms import to_natural
 from jaxhpo._tree import add_scaled, all_finite, differentiable_inputs, is_inexact, norm, upcast
 from jaxhpo._tune._inputs import Evaluator
@@ -58,7 +59,8 @@ class Search:
 
     def start(self, point: PyTree, carry: PyTree, key: jax.Array) -> State:
         """The state of no steps."""
-        return State(point, self.optimizer.init(point), carry, key, jnp.zeros((), jnp.int32), point)
+        point, opt_state, carry = _strong((point, self.optimizer.init(point), carry))
+        return State(point, opt_state, carry, key, jnp.zeros((), jnp.int32), point)
 
     def step(self, state: State) -> tuple[State, Report]:
         """Takes an outer step."""
@@ -83,7 +85,8 @@ class Search:
     def _counted(self, point, carry, key):
         with recording_solves(schedules=False) as log:
             out = self._value_and_grad(point, carry, key)
-        self.inner_steps = self.remedies.accumulate * log.num_steps
+        if log.num_steps:  # none is seen of a function that the user jitted, and has called before
+            self.inner_steps = self.remedies.accumulate * log.num_steps
         return out
 
     def _accumulated(self, point, carry, key):
@@ -116,7 +119,7 @@ class Search:
         point = optax.apply_updates(state.point, updates)
         point, counts["shrunk_leaves"] = shrunk(self.remedies, self.transforms, safe, point)
         point, counts["projected_entries"] = projected(self.projections, point)
-        after = State(point, opt_state, carry, None, state.step + 1, None)
+        after = _strong(State(point, opt_state, carry, None, state.step + 1, None))
         grad_norm = norm(upcast(grad))  # squares of float16 overflow
         finite = jnp.isfinite(value) & all_finite((grad, point)) & ~_has_nan(carry) & _solves_finite(info)
         hparams = to_natural(self.transforms, state.point)
@@ -128,18 +131,17 @@ class Search:
         return state._replace(point=point)
 
     def shapes(self, state: State, placed: bool = False) -> tuple[State, Report]:
-        """Shapes of what `step` returns, and the count of inner steps; the first step traces, and warns, once more.
+        """Shapes of what `step` returns, and the count of inner steps; the first step traces, and warns, itself.
 
         With `placed` also shardings, which only the compiler knows.
         """
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), traced_anew():
             warnings.simplefilter("ignore")
             after, report = jax.eval_shape(self._step, state)
             if placed:
                 places = self._compiled.lower(state).compile().output_shardings
                 struct = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
                 after, report = jax.tree.map(struct, (after, report), places)
-        jax.clear_caches()  # of functions that the user jitted
         # A shape does not tell which kind of key.
         return after._replace(key=state.key, before=state.point), report
 
@@ -159,10 +161,38 @@ class Search:
         if self.evaluate.gradient is not None:
             return "It comes from the `gradient` function that was given."
         key = jax.random.fold_in(state.key, state.step)
-        try:
-            return diagnose(lambda u: self.objective(u, state.carry, key)[0], state.point)
-        except JaxhpoError as error:  # of values that are only met outside compiled code
-            return str(error)
+        keys = [key] if self.remedies.accumulate == 1 else list(jax.random.split(key, self.remedies.accumulate))
+
+        run = jax.jit(lambda u, key: jax.value_and_grad(self.objective, has_aux=True)(u, state.carry, key))
+        for key in keys:
+            (value, (carry, info)), grad = run(state.point, key)
+            if not bool(jnp.isfinite(value) & all_finite(grad) & _solves_finite(info)):
+                try:
+                    return diagnose(lambda u, key=key: self.objective(u, state.carry, key)[0], state.point)
+                except JaxhpoError as error:  # of values that are only met outside compiled code
+                    return str(error)
+            if bool(_has_nan(carry)):
+                return self._origin_of(carry, state, key)
+        return "Loss and hypergradient are finite: look at the optimiser's rate and schedule at this step."
+
+    def _origin_of(self, carry, state, key) -> str:
+        bad = [bool(_has_nan(leaf)) for leaf in jax.tree.leaves(carry)]
+
+        def made(point):
+            leaves = jax.tree.leaves(self.objective(point, state.carry, key)[1][0])
+            return [leaf for leaf, is_bad in zip(leaves, bad, strict=True) if is_bad]
+
+        origin = find_origin(made, state.point)
+        return f"It began {origin}" if origin else "Look for an overflow, or 0/0, in what makes the carry."
+
+
+def _strong(tree):
+    """Without JAX's weak types, which a Python number gives its arrays, and no file keeps."""
+
+    def strong(x):
+        return x.astype(x.dtype) if is_inexact(x) or jnp.issubdtype(getattr(x, "dtype", object), jnp.integer) else x
+
+    return jax.tree.map(strong, tree)
 
 
 def _has_nan(tree) -> jax.Array:

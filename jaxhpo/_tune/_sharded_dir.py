@@ -82,6 +82,11 @@ class ShardedDir:
         if self._first is not None:
             self._first.append(row)
 
+    def tell(self, **told: Any) -> None:
+        """As `RunDir.tell`."""
+        if self._first is not None:
+            self._first.tell(**told)
+
     def save(self, tree: PyTree, settings: dict[str, Any]) -> bool:
         """Writes a checkpoint, as `RunDir.save`; every process must call it, and what Orbax cannot write is raised."""
         if self.num_rows == self.saved_rows:

@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxhpo._errors import JaxhpoError
 from jaxhpo._tree import names
+from jaxhpo._tune._run_dir import STATUS, in_use
 from jaxhpo._tune._tune import TuneResult
 from jaxhpo._validate import describe
 
@@ -74,8 +75,38 @@ def history_columns(source: TuneResult | str | os.PathLike) -> dict[str, np.ndar
         raise JaxhpoError(f"{source} holds no history of a run ({error}): name the `run_dir` of a `tune`.") from error
     if not lines:
         raise JaxhpoError(f"{path} is empty: no outer step has ended yet.")
-    rows = [json.loads(line) for line in lines]
-    return {name: _numbers([row[name] for row in rows]) for name in rows[0] if name != "step"}
+    try:
+        rows = [json.loads(line) for line in lines]
+        return {name: _numbers([row[name] for row in rows]) for name in rows[0] if name != "step"}
+    except (ValueError, KeyError, TypeError) as error:
+        raise JaxhpoError(
+            f"{path} is no history of a run, or damaged ({type(error).__name__}: {error}): the same `tune` goes on "
+            "from the last checkpoint, and mends it."
+        ) from error
+
+
+def standing(folder: str | os.PathLike, steps: int) -> str:
+    """In words, how the run in a folder stands after so many rows of history, and where the same call goes on."""
+    told, running = _status(pathlib.Path(folder)), in_use(pathlib.Path(folder))
+    if running:
+        return f"going on (process {running}): {steps} of {told.get('num_steps', '?')} steps"
+    checkpoints = [path.name for path in pathlib.Path(folder).glob("state-*")]
+    saved = max((int(name.split("-")[1].split(".")[0]) for name in checkpoints), default=0)
+    status = told.get("status", "unknown")
+    if status == "running":
+        text = "cut off: nothing was left to tell why, so it was killed"
+    else:
+        text = f"{status.replace('_', ' ')}: {told.get('message', '')}"
+    if saved < steps:
+        text += f". The same call goes on after step {saved - 1}, from the last checkpoint" if saved else ""
+    return text
+
+
+def _status(folder) -> dict[str, Any]:
+    try:
+        return json.loads((folder / STATUS).read_text())
+    except (OSError, ValueError):
+        return {}
 
 
 def _numbers(values: list) -> np.ndarray:

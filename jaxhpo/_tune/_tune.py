@@ -22,7 +22,7 @@ from jaxhpo._health import forget_if_jitted, raise_if_zero, what_is_not_finite
 from jaxhpo._progress import Progress
 from jaxhpo._transforms import to_natural, to_unconstrained
 from jaxhpo._tree import names
-from jaxhpo._tune._fingerprint import fingerprint
+from jaxhpo._tune._fingerprint import described, fingerprint
 from jaxhpo._tune._inputs import check_callbacks, check_policies, check_settings, check_wanted, make_evaluator
 from jaxhpo._tune._processes import on_any
 from jaxhpo._tune._record import Record, TuneStep
@@ -31,7 +31,7 @@ from jaxhpo._tune._search import Search
 from jaxhpo._tune._sharded_dir import open_run_dir
 from jaxhpo._tune._signals import noting_sigterm
 from jaxhpo._types import PyTree
-from jaxhpo._validate import check_arrays, check_key, check_params
+from jaxhpo._validate import check_arrays, check_key, check_params, describe
 
 TEN_SECONDS = datetime.timedelta(seconds=10)
 NO_REMEDIES = Remedies()
@@ -176,7 +176,7 @@ def tune(
     """
     hparams = check_params(hparams, "hparams")
     callbacks, wanted = check_callbacks(callbacks), check_wanted(record)
-    check_settings(optimizer, num_steps, transforms, patience, min_delta, save_every, max_seconds)
+    check_settings(optimizer, num_steps, transforms, patience, min_delta, save_every, max_seconds, progress)
     check_policies(remedies, on_not_finite, monitor, max_inner_steps, outer_loss, gradient)
     first_key = jax.random.key(0) if key is None else check_key(key)
     carry = jax.tree.map(jnp.asarray, check_arrays(carry, "carry"))
@@ -186,28 +186,40 @@ def tune(
     check_projections(projections, transforms, point)
     search = Search(make_evaluator(outer_loss, gradient), optimizer, transforms, projections, remedies)
     limits = _Limits(num_steps, patience, min_delta, max_seconds, max_inner_steps)
-    settings = {**limits._asdict(), "remedies": repr(remedies), "optimizer": fingerprint(optimizer)}
+    settings = {
+        **limits._asdict(),
+        "remedies": repr(remedies),
+        "projections": described(projections),
+        "on_not_finite": on_not_finite,
+        "monitor": described(monitor),
+        "optimizer": fingerprint(optimizer),
+    }
     with contextlib.ExitStack() as stack:
         folder = None if run_dir is None else stack.enter_context(open_run_dir(run_dir))
         preempted = stack.enter_context(noting_sigterm(folder is not None))
         solves = stack.enter_context(recording_linear_solves()) if "linear_solves" in wanted else None
         run = Record(search, search.start(point, carry, first_key), folder, settings, monitor, wanted, solves)
         run.resume()
+        run.tell("running", "")
         if max_inner_steps is not None:
             _check_budget(run, max_inner_steps)
         if progress and run.rows:
             print("; ".join([run.origin, *run.notes, "another folder starts anew"]), file=sys.stderr)
         bar = stack.enter_context(Progress(num_steps, "step", progress, done=run.now.rows))
-        status, alone = "", jax.process_count() == 1
+        status, message, alone = "", "", jax.process_count() == 1
         try:
             status, message = _advance(run, limits, on_not_finite, callbacks, save_every, preempted, bar)
         except KeyboardInterrupt:
             if not run.now.rows or not alone:
                 raise
             status, message = "interrupted", f"interrupted after {run.now.rows} outer steps"
+        except Exception as error:
+            message = f"{type(error).__name__}: {error}"
+            raise
         finally:
             if status or alone:  # saving takes all processes, and where one raised the others may not come
                 run.save()
+            run.tell(status or "raised", message)
     return _result(run, status, message)
 
 
@@ -271,9 +283,19 @@ def _advance(record, limits, on_not_finite, callbacks, save_every, preempted, ba
             return "not_finite", _not_finite(record.search, record.now.state, report, after, step)
         told = record.accept(after, report, limits.min_delta)
         bar.update(f"loss {told.value:.4g}, best {told.best_value:.4g}, |hypergradient| {told.hypergradient_norm:.2g}")
-        if callbacks and on_any(any([callback(told) for callback in callbacks])):
+        if callbacks and on_any(any([_says_stop(callback, told) for callback in callbacks])):
             return "callback", f"a callback stopped the run after outer step {step}"
     return reached
+
+
+def _says_stop(callback, told) -> bool:
+    answer = callback(told)
+    try:
+        return bool(answer)
+    except (TypeError, ValueError):
+        raise JaxhpoError(
+            f"`callbacks`: one returned {describe(answer)}, but a true answer stops the run: return True, or nothing."
+        ) from None
 
 
 def _result(record, status, message) -> TuneResult:
