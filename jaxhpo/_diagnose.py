@@ -386,6 +386,8 @@ def _place(recorder, value_is_finite) -> tuple[str, str]:
 def _growing(recorder) -> str | None:
     """In words, by how much inner steps multiply an error, where that is more than one, and what drives it."""
     index, _, _ = min(recorder.forward, key=recorder.forward.__getitem__)
+    if index not in recorder.first:  # of a solve within a differentiated scan JAX drops what is told under a condition
+        return None
     state, inputs, x = recorder.first[index]
     growth = measure_growth(recorder.advance[index], state, inputs, x)
     if (growth is None or growth.factor <= 1) and index in recorder.broken:

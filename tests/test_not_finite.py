@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import jaxhpo
+from jaxhpo import _diagnose
 from jaxhpo._diagnose import diagnose
 from jaxhpo._origin import find_origin
 
@@ -178,3 +179,94 @@ def test_no_training_goes_on_from_a_loss_that_is_not_finite(adjoint):
     """The logarithm of -1 has a derivative of -1: without a check, the parameters would be finite."""
     fn = training(lambda p, h, b: jnp.sum(jnp.log(h * p)), num_steps=2, adjoint=adjoint)
     assert not np.isfinite(fn(jnp.asarray(-1.0)))
+
+
+QUADRATIC_LOSS = lambda p, h, b: h["penalty"] * jnp.sum(p**2)  # noqa: E731
+
+
+def test_a_diverging_solve_within_a_scan_is_not_blamed_on_what_it_was_given():
+    """Rate .1 and curvature 2 * 1e6 multiply parameters by 1 - 2e5 at each step, on from solve to solve."""
+    solver = jaxhpo.from_optax(QUADRATIC_LOSS, optax.sgd(0.1))
+
+    def fn(h):
+        def body(params, _):
+            return jaxhpo.solve(solver, solver.init(params, h), h, num_steps=6).params, None
+
+        return jnp.sum(jax.lax.scan(body, jnp.ones(2), None, 20)[0])
+
+    said = diagnose(fn, {"penalty": jnp.asarray(1e6)})
+    # The train loss 1e6 * 2 * (2e5)**(2 t) passes 1.8e308 at t = 29, the fifth step of the fifth solve.
+    assert said.startswith("The train loss is not finite at inner step 5. It began where `mul` (test_not_finite.py:")
+    assert "overflowed: its largest operand is 5.76e+307" in said  # 2 (2e5)**(2 * 29)
+
+
+@slow
+def test_many_diverging_runs_take_one_explanation(monkeypatch):
+    """And what a run closes over comes to the host once."""
+    told, measured = [], []
+
+    class Counting(dict):
+        def setdefault(self, key, value):
+            told.append(key)
+            return super().setdefault(key, value)
+
+    class Recorder(_diagnose.Recorder):
+        def __init__(self):
+            super().__init__()
+            self.first = Counting()
+
+    growth = _diagnose.measure_growth
+    monkeypatch.setattr(_diagnose, "Recorder", Recorder)
+    monkeypatch.setattr(_diagnose, "measure_growth", lambda *args: measured.append(1) or growth(*args))
+    data = jnp.ones(1000)
+    fn = training(lambda p, h, b: QUADRATIC_LOSS(p, h, b) + 0 * data[0], num_steps=400)
+    assert "learning rate x curvature is 6" in diagnose(fn, {"penalty": jnp.asarray(30.0)})
+    assert len(told) == 1 and len(measured) == 1
+    tasks = jnp.array([30.0, 40.0, 50.0])
+    said = diagnose(lambda h: jnp.sum(jax.vmap(lambda p: fn({"penalty": p}))(h["tasks"])), {"tasks": tasks})
+    assert "The inner run diverges" in said and len(measured) == 2
+
+
+@slow
+def test_a_rule_that_approximates_the_way_back_does_not_hide_what_broke_forwards():
+    solver = jaxhpo.momentum_sgd(
+        lambda p, h, b: jnp.sum((p - h) ** 2) + jnp.sum(jnp.log(p + 0.3)), learning_rate=0.3, momentum=0.5
+    )
+
+    def fn(h):
+        sol = jaxhpo.solve(solver, solver.init(jnp.zeros(2), h), h, num_steps=9, adjoint=jaxhpo.DrMAD())
+        return jnp.sum(sol.params)
+
+    said = diagnose(fn, jnp.array([-2.0, 1.0]))
+    assert "`log` (test_not_finite.py:" in said and "took the logarithm of -" in said
+
+
+def test_with_several_keys_a_step_the_one_that_broke_is_followed():
+    def loss(h, carry, key):
+        sign = jnp.where(jax.random.uniform(key) < 0.25, -1.0, 1.0)
+        return jnp.sum(h**2) + jnp.log(sign * (1 + 0 * h[0])), carry, None
+
+    def said(seed):
+        with pytest.raises(jaxhpo.NonFiniteError) as error:
+            jaxhpo.tune(
+                *(loss, jnp.ones(2), optax.sgd(0.1)),
+                **{"num_steps": 1, "remedies": jaxhpo.Remedies(accumulate=8), "key": jax.random.key(seed)},
+                progress=False,
+            )
+        return str(error.value)
+
+    assert all("`log` (test_not_finite.py:" in said(seed) for seed in range(2))
+
+
+def test_what_broke_beside_the_loss_is_named():
+    def loss(h, carry, key):
+        return jnp.sum(h**2), jnp.log(carry - 1.0), None
+
+    settings = {"num_steps": 4, "progress": False}
+    with pytest.warns(
+        RuntimeWarning, match=r"but `carry` is not\. It began where `log` \(test_not_finite.py:\d+, in test_what"
+    ):
+        jaxhpo.tune(loss, jnp.ones(2), optax.sgd(0.1), carry=jnp.asarray(8.0), **settings)
+    rate = lambda step: 0.1 / jnp.where(step == 2, 0.0, 1.0)  # noqa: E731
+    with pytest.warns(RuntimeWarning, match="update of `hparams` is not.*look at the optimiser's rate and schedule"):
+        jaxhpo.tune(lambda h: jnp.sum(h**2), jnp.ones(2), optax.sgd(rate), **settings)
