@@ -402,13 +402,23 @@ def draw(task: Task, rows, searches: dict[str, Found], path) -> None:
             shown = np.take_along_axis(shown, place, axis=0)
         x = (1 + np.arange(len(shown))) * found.inner_steps / len(shown)
         error = shown.std(1, ddof=1) / task.seeds**0.5 if task.seeds > 1 else np.zeros(len(x))
-        style = {"color": f"C{METHODS.index(name.split(',')[0])}", "ls": "--" if "scalar" in name else "-"}
+        method, kind = name.split(", ")
+        style = {
+            "color": f"C{METHODS.index(method)}",
+            "ls": dict(zip(KINDS, ("--", "-.", ":", "-"), strict=True))[kind],
+        }
         plot.band(axes[0, 0], x, shown.mean(1), error, label=name, **style)
-    axes[0, 0].set(xlabel="inner steps of a seed", ylabel="reported validation loss of the best so far")
-    last = [np.mean([row["report_loss"] for row in found]) for found in rows.values()]
-    axes[0, 0].set_ylim(min(last) - 0.05, max(last) + 0.35)
+    goes_on = all(found.params is not None for found in searches.values())
+    axes[0, 0].set(
+        xlabel="inner steps of a seed", ylabel="reported validation loss" + " of the best so far" * (not goes_on)
+    )
+    axes[0, 0].set_title("means and standard errors of the seeds" if task.seeds > 1 else "", fontsize=9)
+    if not goes_on:  # the first points of a search are far off
+        last = [np.mean([row["report_loss"] for row in found]) for found in rows.values()]
+        axes[0, 0].set_ylim(min(last) - 0.05, max(last) + 0.35)
     axes[0, 0].legend(frameon=False, fontsize=8, ncols=2)
-    name = max(searches, key=lambda name: len(jax.tree.leaves(searches[name].weights)) * ("unroll" in name))
+    by_gradient = lambda name: name.startswith(("unroll", "online"))  # noqa: E731
+    name = max(searches, key=lambda name: len(jax.tree.leaves(searches[name].weights)) * by_gradient(name))
     draw_weights(axes[0, 1], task, name, searches[name].weights, searches)
     labels = {"valid_mrr": "the reported validation triples", "test_mrr": "the test part"}
     series = {
@@ -417,6 +427,7 @@ def draw(task: Task, rows, searches: dict[str, Found], path) -> None:
     }
     plot.bars(axes[0, 2], list(rows), series)
     axes[0, 2].set(xlabel="mean reciprocal rank, 95 % intervals (the axis does not start at 0)")
+    axes[0, 2].set_xlim(right=min(1.0, axes[0, 2].get_xlim()[1]))
     axes[0, 2].legend(frameon=False, fontsize=8)
     plot.save(figure, path)
 

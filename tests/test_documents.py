@@ -37,10 +37,8 @@ images, labels = jax.random.normal(key, (100, 8)), jnp.arange(100) % 10
 """
     use = """
 params0 = net.init(key, images[:1])["params"]
-solver = jaxhpo.from_optax(train_loss, optax.sgd(0.1))
-h = {"log_decay": jnp.asarray(-3.0)}
 minibatches = lambda key: jax.tree.map(lambda x: x[None], batches(0))
-val_loss = lambda params: train_loss(params, h, {"image": images, "label": labels})
+validation_loss = lambda params: train_loss(params, h, {"image": images, "label": labels})
 """
     code = setting + flax_model + use + warm_start.replace("num_steps=500", "num_steps=3")
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}

@@ -4,6 +4,7 @@ Every row is one mistake. It is made eagerly, and (rows with `jit`) once more wh
 of it is compiled. The rows under `jit` are those that shapes, types, trees, settings or constants give away.
 """
 
+import datetime
 import re
 import warnings
 from collections.abc import Callable
@@ -113,7 +114,8 @@ def outer(h):
 
 
 def search(outer_loss=outer, hparams=HPARAMS, optimizer=SGD, num_steps=1, **settings):
-    return tune(outer_loss, hparams, optimizer, num_steps=num_steps, progress=False, **settings)
+    settings = {"progress": False} | settings
+    return tune(outer_loss, hparams, optimizer, num_steps=num_steps, **settings)
 
 
 def total(params):
@@ -1217,6 +1219,24 @@ MISTAKES = [
         "`callbacks` got",
         r"write `callbacks=\[callback\]`",
         jit=False,
+    ),
+    Mistake(
+        "tune-callbacks-answer",
+        lambda h: search(callbacks=[lambda step: np.ones(2)]),
+        "`callbacks`: one returned",
+        "return True, or nothing",
+        jit=False,
+    ),
+    Mistake("tune-progress", lambda h: search(progress="no"), "`progress` got 'no'", "write True or False", jit=False),
+    Mistake(
+        "tune-save-every-negative",
+        lambda h: search(save_every=datetime.timedelta(seconds=-5)),
+        "`save_every` got .*a negative time",
+        "write a positive one",
+        jit=False,
+    ),
+    Mistake(
+        "tune-run-dir-empty", lambda h: search(run_dir=""), "`run_dir` got '', where no", "name a folder", jit=False
     ),
     Mistake(
         "tune-callbacks-number", lambda h: search(callbacks=5), "`callbacks` got 5", r"`callbacks=\[callb", jit=False
