@@ -315,7 +315,7 @@ def test_run_dir_that_cannot_be_written_is_refused_at_once(tmp_path):
 
 def test_run_dir_of_another_run_is_refused(tmp_path):
     run(num_steps=2, run_dir=tmp_path)
-    with pytest.raises(jaxhpo.JaxhpoError, match=r"has no .hparams\['extra'\].*another structure"):
+    with pytest.raises(jaxhpo.JaxhpoError, match=r"hparams\['extra'\].* is in one of them only"):
         jaxhpo.tune(
             lambda h: outer_loss(h) + h["extra"] ** 2,
             {**START, "extra": jnp.ones(())},
@@ -324,5 +324,5 @@ def test_run_dir_of_another_run_is_refused(tmp_path):
             run_dir=tmp_path,
             progress=False,
         )
-    with pytest.raises(jaxhpo.JaxhpoError, match=r"another structure; they differ in run\['state'\]"):
+    with pytest.raises(jaxhpo.JaxhpoError, match=r"another optimiser; they differ in run\['state'\]"):
         run(num_steps=3, run_dir=tmp_path, optimizer=optax.sgd(0.1))

@@ -64,7 +64,8 @@ def end(folder) -> dict:
     """State, key and history of the newest checkpoint, without times."""
     newest = sorted(pathlib.Path(folder).glob("state-*.npz"))[-1]
     with np.load(newest) as file:
-        found = {name: file[name].tobytes() for name in file.files if name != "history"}
+        found: dict = {name: file[name].tobytes() for name in file.files if name != "history"}
+    found["settings"] = {name: x for name, x in json.loads(found["settings"]).items() if name not in TIMES}
     for i, line in enumerate((pathlib.Path(folder) / "history.jsonl").read_text().splitlines()):
         found[f"row {i}"] = {name: value for name, value in json.loads(line).items() if name not in TIMES}
     return found
