@@ -194,10 +194,8 @@ def through(layer, adjoint, make_solver=lambda loss: jaxhpo.from_optax(loss, opt
     return jax.jit(jax.grad(outer))(h), outer, h
 
 
-@pytest.mark.parametrize(
-    "layer",
-    [reversed_gradient, pytest.param(reversed_tangent, marks=SLOW), pytest.param(documented, marks=SLOW)],
-)
+@SLOW
+@pytest.mark.parametrize("layer", [reversed_gradient, reversed_tangent, documented])
 def test_a_rule_of_the_users_need_be_no_derivative(layer):
     """Products with such a Jacobian are none with its transpose, so mixed mode would be wrong."""
     want, outer, h = through(layer, Unroll(checkpoint=None))

@@ -137,6 +137,7 @@ def test_implicit_hypergradient(make):
     assert jaxhpo.check_hypergradient(outer, h).relative_error <= TOLERANCE
 
 
+@pytest.mark.slow
 def test_linen_batch_norm():
     """Running statistics are model state: the validation loss sees the parameters through them too."""
 

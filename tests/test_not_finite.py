@@ -241,6 +241,7 @@ def test_a_rule_that_approximates_the_way_back_does_not_hide_what_broke_forwards
     assert "`log` (test_not_finite.py:" in said and "took the logarithm of -" in said
 
 
+@slow
 def test_with_several_keys_a_step_the_one_that_broke_is_followed():
     def loss(h, carry, key):
         sign = jnp.where(jax.random.uniform(key) < 0.25, -1.0, 1.0)
