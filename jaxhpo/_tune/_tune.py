@@ -130,8 +130,9 @@ def tune(
         the history as `history.jsonl`, a line a step. The same call with the same folder goes on to the bit where the
         last checkpoint stood, or returns at once if it had finished. More steps or another setting of the optimiser are
         taken as given, and the difference printed (losses and data are not compared); another start, key, transform or
-        tree is refused, and so is a folder in use. A full disk is warned of, and does not end the run. SIGTERM ends it
-        after the step in hand, with status "preempted"; `sys.exit(result.exit_code)` tells the scheduler. Several JAX
+        tree, other columns of history (`record`, `accumulate`), or a `monitor` where there was none, are refused, and
+        so is a folder in use. A full disk is warned of, and does not end the run. SIGTERM ends it after the step in
+        hand, with status "preempted"; `sys.exit(result.exit_code)` tells the scheduler. Several JAX
         processes, each with the same call on a folder that all of them see, keep their arrays there with Orbax
         (`jaxhpo[orbax]`); what that cannot write, or an exception in one of them, ends the run. None keeps nothing.
       save_every: outer steps, or a `datetime.timedelta`, between checkpoints; the last state is always saved.
@@ -280,7 +281,7 @@ def _advance(record, limits, on_not_finite, callbacks, save_every, preempted, ba
             if on_not_finite == "backtrack" and step and record.now.halvings < MOST_FAILURES:
                 record.retreat()
                 continue
-            return "not_finite", _not_finite(record.search, record.now.state, report, after, step)
+            return "not_finite", _not_finite(record, report, after)
         told = record.accept(after, report, limits.min_delta)
         bar.update(f"loss {told.value:.4g}, best {told.best_value:.4g}, |hypergradient| {told.hypergradient_norm:.2g}")
         if callbacks and on_any(any([_says_stop(callback, told) for callback in callbacks])):
@@ -321,10 +322,16 @@ def _first_step(search, state):
     return after, report
 
 
-def _not_finite(search, state, report, after, step) -> str:
+def _not_finite(record, report, after) -> str:
+    now = record.now
     what = what_is_not_finite(report.value, report.hypergradient, after.point, after.carry)
-    message = f"Outer step {step}: {what} {search.diagnosis(state)}"
-    if step == 0:
+    message = f"Outer step {now.rows}: {what} {record.search.diagnosis(now.state)}"
+    if now.failures:
+        message += f" So were the {now.failures} steps before, which were skipped: other keys make no difference."
+    if now.halvings:
+        message += f" Going back by half of the last move, {now.halvings} times, did not help."
+    if now.rows == 0:
         raise NonFiniteError(message)
-    warnings.warn(f"{message} The run ends; the last finite state is returned.", RuntimeWarning, stacklevel=4)
+    told = "The run ends; `hparams` are those of this step, `best_hparams` the best before."
+    warnings.warn(f"{message} {told}", RuntimeWarning, stacklevel=4)
     return message
