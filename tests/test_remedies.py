@@ -136,7 +136,7 @@ def test_collapsed_embeddings_come_back(monkeypatch):
         pytest.skip(str(error))
 
     def found(remedies, num_steps):
-        run = benchmark.search(problem, "full", benchmark.COLLAPSED, remedies, num_steps)
+        run = benchmark.search(problem, benchmark.FULL_STEPS, benchmark.COLLAPSED, remedies, num_steps)
         (losses,) = run["losses"].values()
         return benchmark.judge(losses), losses, run["counts"]["shrunk_leaves"]
 
