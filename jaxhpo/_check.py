@@ -10,10 +10,11 @@ import jax
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from jaxhpo._diagnose import diagnose, recording_linear_solves
+from jaxhpo._diagnose import diagnose
 from jaxhpo._differences import agreement, central_differences
 from jaxhpo._errors import NonFiniteError, ZeroHypergradientError, ZeroHypergradientWarning
 from jaxhpo._health import forget_if_jitted, raise_if_zero, raise_unless_finite
+from jaxhpo._solves import recording_linear_solves
 from jaxhpo._tree import differentiable_inputs, names
 from jaxhpo._types import LinearStatus, PyTree
 from jaxhpo._validate import (

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxhpo._cost import available_bytes, count_and_peak, count_arithmetic
-from jaxhpo._diagnose import SolveLog, UnrolledSolve, recording_solves
 from jaxhpo._errors import JaxhpoError
 from jaxhpo._schedule import describe, imposing
+from jaxhpo._solves import SolveLog, UnrolledSolve, recording_solves
 from jaxhpo._types import PyTree
 from jaxhpo._validate import check_callable, check_params, check_positive, short_name
 

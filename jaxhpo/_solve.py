@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jaxhpo._adjoint._unroll import Unroll
 from jaxhpo._cost import bytes_between_passes, peak_bytes
-from jaxhpo._diagnose import UnrolledSolve, report_schedule, report_solve, watched
+from jaxhpo._diagnose import watched
 from jaxhpo._fraction import check_fraction, thinned
 from jaxhpo._gradient import mixed_value_and_grad
 from jaxhpo._inputs import (
@@ -26,6 +26,7 @@ from jaxhpo._inputs import (
     checked_batches_function,
 )
 from jaxhpo._schedule import EVERYTHING, Sizes
+from jaxhpo._solves import UnrolledSolve, report_schedule, report_solve
 from jaxhpo._tree import (
     all_finite,
     cast_like,

@@ -17,7 +17,7 @@ LAYERS = [
     ["_types"],
     ["_errors"],
     ["_tree"],
-    ["_validate", "_origin"],
+    ["_validate", "_origin", "_solves"],
     [
         "_cost",
         "_diagnose",

@@ -26,7 +26,7 @@ from jaxhpo._compare._reference import Standard, standard
 from jaxhpo._compare._result import Comparison, MethodRow, Problem
 from jaxhpo._compare._verdict import failures, is_random, recommend
 from jaxhpo._cost import fastest
-from jaxhpo._diagnose import SolveLog, diagnose
+from jaxhpo._diagnose import diagnose
 from jaxhpo._differences import central_differences
 from jaxhpo._errors import JaxhpoError, ZeroHypergradientWarning
 from jaxhpo._health import raise_unless_finite
@@ -36,6 +36,7 @@ from jaxhpo._linear._direct import Direct
 from jaxhpo._linear._gmres import GMRES
 from jaxhpo._linear._neumann import Neumann
 from jaxhpo._progress import Progress
+from jaxhpo._solves import SolveLog
 from jaxhpo._tree import names
 from jaxhpo._types import Adjoint, LinearStatus, PyTree
 from jaxhpo._validate import check_callable, check_count, check_key, check_params, check_scalar, describe, short_name

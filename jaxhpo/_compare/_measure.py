@@ -10,8 +10,8 @@ import jax
 import numpy as np
 
 from jaxhpo._cost import available_bytes, temporary_bytes
-from jaxhpo._diagnose import LinearSolve, SolveLog, recording_linear_solves, recording_solves
 from jaxhpo._errors import JaxhpoError
+from jaxhpo._solves import LinearSolve, SolveLog, recording_linear_solves, recording_solves
 from jaxhpo._types import Adjoint
 
 

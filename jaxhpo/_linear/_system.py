@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from jaxhpo._diagnose import report_linear_solve
 from jaxhpo._linear._report import largest
+from jaxhpo._solves import report_linear_solve
 from jaxhpo._tree import cast_varying, drop_varying, hoist, varying_axes
 from jaxhpo._types import LinearInfo, PyTree
 

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxhpo._diagnose import LinearSolve
 from jaxhpo._errors import JaxhpoError
+from jaxhpo._solves import LinearSolve
 from jaxhpo._transforms import to_natural
 from jaxhpo._tune._fingerprint import described
 from jaxhpo._tune._history import summary, to_numpy

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxhpo._diagnose import diagnose, recording_solves, traced_anew
+from jaxhpo._diagnose import diagnose
 from jaxhpo._errors import JaxhpoError
 from jaxhpo._origin import find_origin
+from jaxhpo._solves import recording_solves, traced_anew
 from jaxhpo._transforms import to_natural
 from jaxhpo._tree import add_scaled, all_finite, differentiable_inputs, is_inexact, norm, upcast
 from jaxhpo._tune._inputs import Evaluator

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxhpo._diagnose import recording_linear_solves
 from jaxhpo._errors import JaxhpoError, NonFiniteError, ZeroHypergradientWarning
 from jaxhpo._health import forget_if_jitted, raise_if_zero, what_is_not_finite
 from jaxhpo._progress import Progress
+from jaxhpo._solves import recording_linear_solves
 from jaxhpo._transforms import to_natural, to_unconstrained
 from jaxhpo._tree import names
 from jaxhpo._tune._fingerprint import described, fingerprint
