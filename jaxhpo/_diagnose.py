@@ -87,6 +87,9 @@ def watched(problem: Problem) -> Problem:
     recorder.num_problems += 1
     train_loss = _train_loss(problem)
     recorder.advance[index] = problem.advance
+    given = jax.lax.stop_gradient((problem.state, problem.inputs[0]))
+    leaf_names = [*names(given[0], "state"), *names(given[1], "hparams")]
+    jax.debug.callback(_Tap(recorder, index, leaf_names, "before").forward, 0, _finite(given))
 
     def advance(state: Any, inputs, x):
         t, x = x
@@ -141,7 +144,10 @@ def _train_loss(problem) -> Callable:
 
 
 def report_fault(happened: jax.Array, text: str, **values: Any) -> None:
-    """Tells the recorder, where one is active, of a NaN that a derivative rule gave on purpose, and why."""
+    """Tells the recorder, where one is active, of a NaN that a derivative rule gave on purpose, and why.
+
+    It is to have happened only where all that the rule was given is finite: so it is the first cause.
+    """
     recorder = _recorder.get()
     if recorder is not None:
 
@@ -162,7 +168,7 @@ def diagnose(fn: Callable, hparams: PyTree) -> str:
             value, _ = jax.block_until_ready(jax.jit(jax.value_and_grad(fn))(hparams))
         except TypeError:  # of a rule that pushes directions forward, where there is no backward pass to be watched
             value = jax.block_until_ready(jax.jit(fn)(hparams))
-    if recorder.faults and not recorder.forward and not recorder.before:
+    if recorder.faults:
         return recorder.faults[0]
     where, why = _place(recorder, bool(jnp.isfinite(value)))
     origin = _attempted(lambda: find_origin(jax.value_and_grad(fn), hparams))

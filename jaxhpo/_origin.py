@@ -16,11 +16,8 @@ from jaxhpo._tree import is_inexact, scan_layout
 ARITHMETIC = {"add", "add_any", "sub", "mul", "dot_general", "conv_general_dilated", "reduce_sum", "cumsum", "square"}
 ARITHMETIC |= {"integer_pow", "scatter-add", "convert_element_type"}
 INSIDE = "a `where` around it leaves its derivative as it is, so put one around its argument"
-_PACKAGES = os.path.dirname(os.path.dirname(jax.__file__))
-NOT_THE_USERS = tuple(
-    os.path.join(folder, "")
-    for folder in (os.path.dirname(__file__), os.path.dirname(jax.__file__), os.path.join(_PACKAGES, "optax"))
-)
+OURS, JAX = (os.path.join(os.path.dirname(file), "") for file in (__file__, jax.__file__))
+NOT_THE_USERS = (OURS, JAX, os.path.join(os.path.dirname(os.path.dirname(jax.__file__)), "optax", ""))
 
 
 class Origin(NamedTuple):
@@ -62,23 +59,24 @@ class _Entry(NamedTuple):
 
 
 def find_origin(fn: Callable, *args: Any) -> Origin | None:
-    """Follows a result of `fn(*args)` that is not finite back to where it began; None where there is none, or no way.
+    """Follows a result of `fn(*args)` that is not finite back to where it began.
 
-    The program is run once more, with every intermediate result kept; of a loop, those of one iteration.
+    None where there is none, or no way, or it ends at a NaN that a derivative rule gave on purpose. The program is run
+    once more, with every intermediate result kept; of a loop, those of one iteration.
     """
     closed = jax.make_jaxpr(fn)(*args)
     leaves = [jnp.asarray(x) for x in jax.tree.leaves(args)]
     results = jax.jit(jex.jaxpr_as_fun(closed))(*leaves)
     bad = next((i for i, x in enumerate(results) if not _finite(x)), None)
     found = None if bad is None else _follow(closed.jaxpr, closed.consts, leaves, bad)
-    return found if isinstance(found, Origin) else None
+    return found if isinstance(found, Origin) and found.operands else None
 
 
 def _follow(program, consts, operands, result) -> Origin | _Entry:
     """The origin of a result of a program, or the operand from which it came."""
     values = _values(program, consts, operands)
     made = {v: (equation, i) for equation in program.eqns for i, v in enumerate(equation.outvars)}
-    v, hint = program.outvars[result], Origin("", [], "")
+    v, hint, equation = program.outvars[result], Origin("", [], ""), None
     while not isinstance(v, jex.Literal) and v in made:
         equation, which = made[v]
         given = [_read(values, x) for x in equation.invars]
@@ -93,6 +91,8 @@ def _follow(program, consts, operands, result) -> Origin | _Entry:
         hint = hint if hint.place else found.hint
     if not isinstance(v, jex.Literal) and v in program.invars:
         return _Entry(program.invars.index(v), hint)
+    if isinstance(v, jex.Literal) and equation is not None and _is_ours(equation):
+        return Origin("", [], "")
     return hint if hint.operation else Origin("", [_read(values, v)], hint.place)
 
 
@@ -186,11 +186,21 @@ def _finite(x) -> bool:
 
 def _place(equation) -> str:
     """The innermost line that is neither ours nor JAX's."""
-    trace = getattr(equation.source_info, "traceback", None)
-    for frame in trace.frames if trace is not None else ():
+    for frame in _frames(equation):
         if not frame.file_name.startswith(NOT_THE_USERS):
             return f"{os.path.basename(frame.file_name)}:{frame.line_num}, in {frame.function_name}"
     return ""
+
+
+def _is_ours(equation) -> bool:
+    """Whether the innermost line that is not JAX's is ours."""
+    outer = (frame.file_name for frame in _frames(equation) if not frame.file_name.startswith(JAX))
+    return next(outer, "").startswith(OURS)
+
+
+def _frames(equation):
+    trace = getattr(equation.source_info, "traceback", None)
+    return trace.frames if trace is not None else ()
 
 
 def _largest(operands) -> float:

@@ -242,6 +242,34 @@ def test_a_rule_that_approximates_the_way_back_does_not_hide_what_broke_forwards
 
 
 @slow
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("state", "`state.params` is not finite before inner step 0: `solve` was given it so. Mend"),
+        ("hparams", "`hparams` is not finite before inner step 0: `solve` was given it so. Mend"),
+        ("batches", "`Reversible()`: at inner step 3 a weight or a velocity left the range"),
+        ("earlier solve", "Inner problem 0: The train loss is not finite at inner step 0."),
+    ],
+)
+def test_a_rule_in_fixed_point_is_blamed_for_its_own_numbers_alone(place, said):
+    def fn(h):
+        def start_at(x, wanted):
+            return x + jnp.log(-h) if place == wanted else x
+
+        start = start_at(jnp.ones(3), "state")
+        if place == "earlier solve":
+            bad = jaxhpo.from_optax(lambda p, h, b: jnp.sum(p**2 + jnp.log(p - 9)), optax.sgd(0.1))
+            start = jaxhpo.solve(bad, bad.init(start, h), h, num_steps=2).params
+        solver = jaxhpo.momentum_sgd(lambda p, h, b: jnp.sum(h * (p - b) ** 2), 0.1, 0.9)
+        batches = jnp.zeros((5, 3)).at[3].add(start_at(0.0, "batches"))
+        given = start_at(h, "hparams")
+        sol = jaxhpo.solve(solver, solver.init(start, given), given, batches, adjoint=jaxhpo.Reversible())
+        return jnp.sum(sol.params)
+
+    assert diagnose(fn, jnp.ones(())).startswith(said)
+
+
+@slow
 def test_with_several_keys_a_step_the_one_that_broke_is_followed():
     def loss(h, carry, key):
         sign = jnp.where(jax.random.uniform(key) < 0.25, -1.0, 1.0)

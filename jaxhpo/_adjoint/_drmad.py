@@ -20,7 +20,7 @@ from jaxhpo._adjoint._pullback import (
 from jaxhpo._diagnose import report_fault
 from jaxhpo._inputs import refuse_tol
 from jaxhpo._loop import run
-from jaxhpo._tree import cast_varying, is_inexact, names, norm, partition, upcast, varying_axes
+from jaxhpo._tree import all_finite, cast_varying, is_inexact, names, norm, partition, upcast, varying_axes
 from jaxhpo._types import InnerState, Problem, PyTree
 from jaxhpo._validate import check_count, check_positive
 
@@ -99,7 +99,7 @@ class DrMAD:
         def pull(at, moving, final, cotangent):
             pulled, growth = _pull_back(problem.advance, line(at, final), steps, length, at, moving, cotangent)
             exploded = ~(growth <= self.max_growth)
-            report_fault(exploded, f"`{self!r}`: {_EXPLODED}", growth=growth)
+            report_fault(exploded & all_finite((at, final, cotangent)), f"`{self!r}`: {_EXPLODED}", growth=growth)
             return [jnp.where(exploded, jnp.nan, c) for c in pulled]
 
         return run_with_pullback(problem, self, forward, pull, self._check(problem, points), consts)

@@ -32,7 +32,7 @@ from jaxhpo._diagnose import report_fault
 from jaxhpo._errors import JaxhpoError
 from jaxhpo._gradient import mixed_value_and_grad
 from jaxhpo._inputs import refuse_tol
-from jaxhpo._tree import cast_like, cast_varying, hoist, names, partition, varying_axes
+from jaxhpo._tree import all_finite, cast_like, cast_varying, hoist, names, partition, varying_axes
 from jaxhpo._types import InnerState, Problem, PyTree
 from jaxhpo._validate import check_positive
 
@@ -101,7 +101,8 @@ class Reversible:
 
         def forward(inputs):
             end = run_forward(plan, inputs)
-            report_fault(end.broken < plan.num_steps, _OUT_OF_RANGE, limit=plan.format.limit, step=end.broken)
+            broke = (end.broken < plan.num_steps) & all_finite((inputs.state, inputs.inputs))
+            report_fault(broke, _OUT_OF_RANGE, limit=plan.format.limit, step=end.broken)
             return _solution(plan, inputs.state, end), end
 
         def pull(inputs, moving, end, cotangent):
