@@ -380,7 +380,8 @@ def differences(rows: dict[str, list]) -> list[dict[str, Any]]:
 def print_report(rows: dict[str, list], pairs) -> None:
     print(f"\n{'search':22}" + "".join(f"{c:>17}" for c in COLUMNS) + f"{'inner steps':>13}{'seconds':>9}")
     for name, found in rows.items():
-        cells = ["{:.4f} ± {:.4f}".format(*interval([row[c] for row in found])) for c in COLUMNS]
+        show = "{:.4f} ± {:.4f}" if len(found) > 1 else "{:.4f}"
+        cells = [show.format(*interval([row[c] for row in found])) for c in COLUMNS]
         print(f"{name:22}" + "".join(f"{cell:>17}" for cell in cells), end="")
         print(f"{found[0]['inner_steps']:13}{found[0]['seconds']:9.2f}")
     print(
