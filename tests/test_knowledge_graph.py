@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import jaxhpo
-from jaxhpo.data import knowledge_graph
+from jaxhpo.data import _download, knowledge_graph
 
 TRAIN = "b\tlikes\ta\na\tlikes\tb\nb\tis\tb\n"
 VALID = "a\tis\tb\n"
@@ -19,6 +19,14 @@ def write_folder(folder, train=TRAIN, valid=VALID, test=TEST):
         if text is not None:
             (folder / f"{name}.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
     return folder
+
+
+@pytest.fixture
+def mirror(tmp_path, monkeypatch):
+    """A folder of archives that are not the published ones."""
+    monkeypatch.setenv("JAXHPO_DATA_DIR", str(tmp_path))
+    monkeypatch.setattr(_download, "_verify", lambda path, sha256: None)
+    return tmp_path
 
 
 def write_archive(path, train=TRAIN, valid=VALID, test=TEST, inside=""):
@@ -42,11 +50,10 @@ def test_a_folder_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("inside", ["", "nations/"])
-def test_an_archive_is_read_from_the_mirror(tmp_path, monkeypatch, inside):
-    write_archive(tmp_path / "kg" / "nations.tar.gz", inside=inside)
-    monkeypatch.setenv("JAXHPO_DATA_DIR", str(tmp_path))
-    (tmp_path / "folder").mkdir()
-    ours, folders = knowledge_graph("nations"), knowledge_graph(write_folder(tmp_path / "folder"))
+def test_an_archive_is_read_from_the_mirror(mirror, inside):
+    write_archive(mirror / "kg" / "nations.tar.gz", inside=inside)
+    (mirror / "folder").mkdir()
+    ours, folders = knowledge_graph("nations"), knowledge_graph(write_folder(mirror / "folder"))
     assert all(np.array_equal(a, b) for a, b in zip(ours, folders, strict=True))
 
 
@@ -88,9 +95,9 @@ def test_what_is_wrong_with_a_folder_is_named(tmp_path, files, says):
         knowledge_graph(write_folder(tmp_path, **files))
 
 
-@pytest.mark.parametrize("source", ["nation", 3, ["nations"]])
+@pytest.mark.parametrize("source", ["nation", 3, ["nations"], "nation" * 1000, ""])
 def test_an_unknown_graph_is_named(source):
-    with pytest.raises(jaxhpo.JaxhpoError, match="nation.*fb15k-237|3.*neither"):
+    with pytest.raises(jaxhpo.JaxhpoError, match="'nation.*fb15k-237|3.*neither|got '', which is no folder"):
         knowledge_graph(source)
 
 
@@ -104,12 +111,33 @@ def test_an_unknown_graph_is_named(source):
     ],
     ids=["no archive", "cut", "a file less", "a bad line"],
 )
-def test_a_damaged_archive_is_named(tmp_path, monkeypatch, damage, says):
-    monkeypatch.setenv("JAXHPO_DATA_DIR", str(tmp_path))
-    write_archive(tmp_path / "kg" / "nations.tar.gz")
-    damage(tmp_path / "kg" / "nations.tar.gz")
+def test_a_damaged_archive_is_named(mirror, damage, says):
+    write_archive(mirror / "kg" / "nations.tar.gz")
+    damage(mirror / "kg" / "nations.tar.gz")
     with pytest.raises(jaxhpo.JaxhpoError, match=says):
         knowledge_graph("nations")
+
+
+def test_an_archive_that_is_not_the_published_one_is_refused(tmp_path, monkeypatch):
+    """Of one with a bit flipped some readers notice nothing, and give another graph."""
+    monkeypatch.setenv("JAXHPO_DATA_DIR", str(tmp_path))
+    write_archive(tmp_path / "kg" / "nations.tar.gz")
+    with pytest.raises(jaxhpo.JaxhpoError, match=r"nations\.tar\.gz is not the file that is published.*not feb3e3e"):
+        knowledge_graph("nations")
+
+
+def test_names_with_blanks_and_triples_in_two_parts_are_told(tmp_path):
+    with pytest.warns(UserWarning, match=r"train\.txt: 1 lines hold names.*line 2 \(\['b', 'likes', 'a '\]\)"):
+        graph = knowledge_graph(write_folder(tmp_path, train="b\tlikes\ta\nb\tlikes\ta \nb\tis\tb\n"))
+    assert graph.entities == ("b", "a", "a ")
+    with pytest.warns(UserWarning, match=r"test\.txt: 3 of 3 triples are in train\.txt too, the first is line 1"):
+        knowledge_graph(write_folder(tmp_path, test=TRAIN))
+
+
+def test_a_long_line_is_not_quoted_whole(tmp_path):
+    with pytest.raises(jaxhpo.JaxhpoError, match=r"test\.txt:1 is malformed") as error:
+        knowledge_graph(write_folder(tmp_path, test="a" * 10**6 + "\n"))
+    assert len(str(error.value)) < 500
 
 
 @pytest.mark.parametrize(
@@ -129,7 +157,8 @@ def test_what_train_lacks_is_kept_and_counted(tmp_path, valid, says):
 
 def test_halves_are_disjoint_and_seeded(tmp_path):
     lines = [f"a\tis\t{i}\n" for i in range(7)]
-    graph = knowledge_graph(write_folder(tmp_path, train="".join(lines), valid="".join(lines), test=lines[0]))
+    train = "".join(f"{i}\tis\ta\n" for i in range(7))
+    graph = knowledge_graph(write_folder(tmp_path, train, "".join(lines), lines[1]))
     tuned, reported = graph.halves(1)
     assert (len(tuned), len(reported)) == (3, 4)
     assert sorted([*tuned.tolist(), *reported.tolist()]) == sorted(graph.validation.tolist())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import reprlib
 import tarfile
 import warnings
 import zlib
@@ -71,7 +72,10 @@ def knowledge_graph(source: str | os.PathLike) -> KnowledgeGraph:
 
     A line is a triple: head, relation and tail, separated by tabs, in UTF-8; lines may end in CRLF. A named graph is
     read from `<JAXHPO_DATA_DIR>/kg/<archive>` where that environment variable is set and the file exists; else
-    downloaded once (at most 4 MB), into pooch's cache, and its sha256 verified.
+    downloaded once (at most 4 MB), into pooch's cache. Its sha256 is verified either way.
+
+    Warned of are, with their number and the first line: names that begin or end with a blank, which are others than
+    those without; triples of the validation or test part that `train.txt` holds too.
 
     Triples of an entity or a relation that `train.txt` lacks are kept, and counted in a warning. Such an embedding is
     never trained towards an answer: it is ranked with the others, by what scores it has.
@@ -106,8 +110,12 @@ def knowledge_graph(source: str | os.PathLike) -> KnowledgeGraph:
     train, validation, test = (
         np.array([(entity[s], relation[p], entity[o]) for s, p, o in part], np.int32) for part in triples
     )
-    for (path, _), part in zip(parts[1:], (validation, test), strict=True):
+    for (path, _), named in zip(parts, triples, strict=True):
+        _warn_of_blanks(path, named)
+    trained = set(map(tuple, triples[0]))
+    for (path, _), part, named in zip(parts[1:], (validation, test), triples[1:], strict=True):
         _warn_of_unseen(path, part, train, list(entities), list(relations))
+        _warn_of_shared(path, named, trained)
     return KnowledgeGraph(train, validation, test, tuple(entities), tuple(relations))
 
 
@@ -130,11 +138,14 @@ def _from_archive(name) -> list[tuple[str, bytes]]:
 def _from_folder(source) -> list[tuple[str, bytes]]:
     try:
         folder = pathlib.Path(source)
+        is_folder = bool(str(source)) and folder.is_dir()
+    except OSError:  # a name that is too long for a file
+        is_folder = False
     except TypeError:
         raise JaxhpoError(f"`source` got {source!r}, which is neither of {list(ARCHIVES)} nor a path.") from None
-    if not folder.is_dir():
+    if not is_folder:
         raise JaxhpoError(
-            f"`source` got {str(source)!r}, which is no folder and none of the known graphs: write one of "
+            f"`source` got {reprlib.repr(str(source))}, which is no folder and none of the known graphs: write one of "
             f"{list(ARCHIVES)}, or the path of a folder that holds {', '.join(FILES)}."
         )
     missing = [f for f in FILES if not (folder / f).is_file()]
@@ -159,8 +170,8 @@ def _parse(path, content) -> list[list[str]]:
     if bad:
         more = f" (so are {len(bad) - 1} more lines)" if bad[1:] else ""
         raise JaxhpoError(
-            f"{path}:{bad[0] + 1} is malformed{more}: {lines[bad[0]]!r} is not three names, head, relation and tail, "
-            "separated by tabs. Mend or remove the line."
+            f"{path}:{bad[0] + 1} is malformed{more}: {reprlib.repr(lines[bad[0]])} is not three names, head, relation "
+            "and tail, separated by tabs. Mend or remove the line."
         )
     if not triples:
         raise JaxhpoError(f"{path} is empty, but each part needs triples: move some of the other parts' lines there.")
@@ -174,10 +185,30 @@ def _warn_of_unseen(path, part, train, entities, relations):
     if rows.size:
         s, p, o = part[rows[0]]
         column = int(np.argmax(unseen[rows[0]]))
-        which = [f"entity {entities[s]!r}", f"entity {entities[o]!r}", f"relation {relations[p]!r}"][column]
+        what, name = [("entity", entities[s]), ("entity", entities[o]), ("relation", relations[p])][column]
         warnings.warn(
             f"{path}: {rows.size} of {len(part)} triples hold an entity or a relation that train.txt lacks, the "
-            f"first at line {rows[0] + 1} ({which}). They are kept, and ranked with embeddings that were never trained "
-            "to be an answer.",
+            f"first at line {rows[0] + 1} ({what} {reprlib.repr(name)}). They are kept, and ranked with embeddings "
+            "that were never trained to be an answer.",
+            stacklevel=3,
+        )
+
+
+def _warn_of_blanks(path, triples):
+    lines = [i for i, names in enumerate(triples) if any(name != name.strip() for name in names)]
+    if lines:
+        warnings.warn(
+            f"{path}: {len(lines)} lines hold names that begin or end with a blank, the first is line {lines[0] + 1} "
+            f"({reprlib.repr(triples[lines[0]])}). They are kept so: 'a ' is another name than 'a'.",
+            stacklevel=3,
+        )
+
+
+def _warn_of_shared(path, triples, trained):
+    lines = [i for i, triple in enumerate(triples) if tuple(triple) in trained]
+    if lines:
+        warnings.warn(
+            f"{path}: {len(lines)} of {len(triples)} triples are in train.txt too, the first is line {lines[0] + 1}. "
+            "They are kept, and what is measured on them says nothing of new facts.",
             stacklevel=3,
         )

@@ -27,8 +27,8 @@ def mnist(seed: int = 0, *, train: int = 10_000, validation: int = 10_000, test:
     """Handwritten digits, 28×28 pixels: 60 000 to train and validate on, and 10 000 others to test on.
 
     Reads `<JAXHPO_DATA_DIR>/mnist/<file>` where that environment variable is set and the file exists; else downloads
-    the four archives (11 MB) once, into pooch's cache, and verifies their sha256. The parts `train` and `validation`
-    are drawn from the archives' training images, `test` from their test images.
+    the four archives (11 MB) once, into pooch's cache. Their sha256 is verified either way. The parts `train` and
+    `validation` are drawn from the archives' training images, `test` from their test images.
 
     Args:
       seed: integer ≥ 0; the same seed gives the same split on every machine.

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxhpo._errors import JaxhpoError
+from jaxhpo._tree import names, upcast
 from jaxhpo._types import PyTree
-from jaxhpo._validate import check_count, check_key
-from jaxhpo.models.link_prediction._model import Model
-from jaxhpo.models.link_prediction._triples import SIDES, check_sides, check_triples
+from jaxhpo._validate import check_count, check_key, describe, is_array
+from jaxhpo.models.link_prediction._model import NOWHERE, Model, in_range
+from jaxhpo.models.link_prediction._triples import SIDES, check_sides, check_triples, concrete_triples
 
 LARGEST = 2**28  # counts in `Grouped`: 1 GB
 
@@ -54,8 +55,10 @@ def group(triples: np.ndarray, num_entities: int, num_relations: int) -> Grouped
       >>> batch.queries["o"].tolist(), batch.answers["o"].tolist()
       ([[0, 0, 1]], [[0.0, 1.0, 1.0]])
     """
+    check_count("num_entities", num_entities)
+    check_count("num_relations", num_relations)
     sizes = num_entities, num_relations
-    triples = np.asarray(check_triples(triples, sizes, "triples"), np.int32)
+    triples = concrete_triples(triples, sizes, "triples")
     queries, answers = {}, {}
     for column, side in enumerate(SIDES):
         _, first, which = np.unique(np.delete(triples, column, axis=1), axis=0, return_index=True, return_inverse=True)
@@ -84,7 +87,7 @@ def minibatches(key: jax.Array, examples: PyTree, batch_size: int, num_steps: in
       A pytree with leading axes (num_steps, batch_size), the `batches` of `jaxhpo.solve`.
 
     Raises:
-      JaxhpoError: a batch larger than the examples; leaves of different lengths.
+      JaxhpoError: a batch larger than the examples; leaves that are no arrays, or of different lengths.
 
     Example:
       >>> from jaxhpo.models import link_prediction
@@ -93,17 +96,30 @@ def minibatches(key: jax.Array, examples: PyTree, batch_size: int, num_steps: in
     """
     check_count("batch_size", batch_size)
     check_count("num_steps", num_steps)
-    lengths = {len(leaf) for leaf in jax.tree.leaves(examples)}
-    if len(lengths) != 1:
-        raise JaxhpoError(f"`examples` has leaves of lengths {sorted(lengths)}: give arrays with one leading axis.")
-    (total,) = lengths
+    shapes = {name: jnp.shape(x) for name, x in zip(names(examples, "examples"), _arrays(examples), strict=True)}
+    lengths = {shape[:1] for shape in shapes.values()}
+    if len(lengths) != 1 or () in lengths:
+        raise JaxhpoError(f"`examples` has leaves of the shapes {shapes}: give arrays with one leading axis.")
+    ((total,),) = lengths
     each = total // batch_size
     if not each:
         raise JaxhpoError(f"`batch_size` got {batch_size}, but there are {total} examples: write at most that.")
+    if key is None:
+        raise JaxhpoError("`key` got None, but it decides the order: write jax.random.key(0).")
     keys = jax.random.split(check_key(key), -(-num_steps // each))
     orders = jax.vmap(lambda key: jax.random.permutation(key, total)[: each * batch_size])(keys)
     orders = orders.reshape(-1, batch_size)[:num_steps]
     return jax.tree.map(lambda leaf: jnp.asarray(leaf)[orders], examples)
+
+
+def _arrays(tree):
+    leaves = jax.tree.leaves(tree)
+    for leaf in leaves:
+        if not isinstance(leaf, (np.ndarray, jax.Array)):
+            raise JaxhpoError(
+                f"`examples` holds {describe(leaf)}, but minibatches are taken of arrays: write np.array."
+            )
+    return leaves
 
 
 def cross_entropy(model: Model, params: dict, batch: Any, sides: str = "so", masks: dict | None = None) -> jax.Array:
@@ -117,15 +133,16 @@ def cross_entropy(model: Model, params: dict, batch: Any, sides: str = "so", mas
     Args:
       model: such as `DistMult(rank=200)`.
       params: of `model.init`.
-      batch: integers (B, 3), or a `Grouped`.
+      batch: integers (B, 3), or a `Grouped`. Traced ones that are out of range give NaN.
       sides: what is asked for: "s", "p" and "o", in any combination.
       masks: for each side, bool (B, answers), where the logits are −∞, as `masks` makes them; not with a `Grouped`.
 
     Returns:
-      A scalar.
+      A scalar, float32 or wider.
 
     Raises:
-      JaxhpoError: what is no batch, an unknown side, a side without a mask, masks with a `Grouped`.
+      JaxhpoError: what is no batch, or one of other sizes than params; an unknown side, a side without a mask, masks of
+        another shape, masks with a `Grouped`.
 
     Example:
       >>> from jaxhpo.models import link_prediction
@@ -138,29 +155,56 @@ def cross_entropy(model: Model, params: dict, batch: Any, sides: str = "so", mas
       Lacroix, Usunier, Obozinski. Canonical Tensor Decomposition for Knowledge Base Completion. 2018. arXiv:1806.07297
     """
     check_sides(sides)
+    sizes = model.sizes(params)
     if isinstance(batch, Grouped):
         if masks is not None:
             raise JaxhpoError("`masks` belong to single triples, but `batch` is a `Grouped`: pass the triples instead.")
+        _check_grouped(batch, sizes)
         return jnp.stack([_of_grouped(model, params, batch, side) for side in sides]).sum()
-    triples = jnp.asarray(check_triples(batch, model.sizes(params), "batch"))
-    if masks is not None and set(sides) - set(masks):
-        raise JaxhpoError(f"`masks` has the sides {sorted(masks)}, but `sides={sides!r}`: give one for each.")
+    triples = in_range(check_triples(batch, sizes, "batch"), sizes)
+    if masks is not None:
+        _check_masks(masks, sides, len(triples), sizes)
     losses = []
     for side in sides:
-        logits = model.scores(params, triples, side)
+        logits = upcast(model.scores(params, triples, side))
         if masks is not None:
             logits = jnp.where(masks[side], -jnp.inf, logits)
-        truth = jnp.take_along_axis(logits, triples[:, SIDES.index(side), None], axis=1)[:, 0]
+        truth = jnp.take_along_axis(logits, triples[:, SIDES.index(side), None], axis=1, mode="fill")[:, 0]
         losses.append(jnp.mean(jax.nn.logsumexp(logits, axis=1) - truth))
     return jnp.stack(losses).sum()
 
 
 def _of_grouped(model, params, batch, side):
     """The mean over triples: of a question's logits, (number of answers) log Z − Σ count · logit."""
-    logits = model.scores(params, jnp.asarray(batch.queries[side]), side)
+    logits = upcast(model.scores(params, jnp.asarray(batch.queries[side]), side))
     answers = jnp.asarray(batch.answers[side], logits.dtype)
     of_questions = answers.sum(1) * jax.nn.logsumexp(logits, axis=1) - jnp.sum(answers * logits, axis=1)
     return jnp.sum(of_questions) / jnp.sum(answers)
+
+
+def _check_grouped(batch, sizes):
+    of = tuple(len(count) for count in batch.counts[:2])
+    if of != sizes:
+        raise JaxhpoError(
+            f"`batch` was grouped for {of[0]} entities and {of[1]} relations, but `params` has {sizes[0]} and "
+            f"{sizes[1]}: write `group(triples, {sizes[0]}, {sizes[1]})`."
+        )
+
+
+def _check_masks(masks, sides, num_triples, sizes):
+    if not isinstance(masks, dict) or set(sides) - set(masks):
+        given = sorted(masks) if isinstance(masks, dict) else describe(masks)
+        raise JaxhpoError(
+            f"`masks` got {given}, but `sides={sides!r}`: give a dict with one for each, as `masks` does."
+        )
+    for side in sides:
+        want = num_triples, sizes[side == "p"]
+        mask = masks[side]
+        if not is_array(mask) or jnp.result_type(mask) != jnp.bool_ or jnp.shape(mask) != want:
+            raise JaxhpoError(
+                f"`masks[{side!r}]` got {describe(mask)}, but it is bool{list(want)}, a row for each triple of "
+                "`batch`: make it by `masks` of the same triples."
+            )
 
 
 def penalty(model: Model, params: dict, weights: Any, batch: Any, power: int = 2) -> jax.Array:
@@ -183,10 +227,10 @@ def penalty(model: Model, params: dict, weights: Any, batch: Any, power: int = 2
       power: q, 2 for F2 (squares, without a half), 3 for N3 (cubed moduli).
 
     Returns:
-      A scalar.
+      A scalar, float32 or wider.
 
     Raises:
-      JaxhpoError: what is no batch, weights of another shape, another power.
+      JaxhpoError: what is no batch, or one of other sizes than params; weights of another shape, another power.
 
     Example:
       >>> from jaxhpo.models import link_prediction
@@ -199,34 +243,38 @@ def penalty(model: Model, params: dict, weights: Any, batch: Any, power: int = 2
     References:
       Lacroix, Usunier, Obozinski. Canonical Tensor Decomposition for Knowledge Base Completion. 2018. arXiv:1806.07297
     """
-    if power not in (2, 3):
-        raise JaxhpoError(f"`power` got {power!r}, but it is 2 (F2) or 3 (N3): write one of them.")
-    num_entities, num_relations = model.sizes(params)
-    sizes = num_entities, num_relations, num_entities
+    num_entities, num_relations = sizes = model.sizes(params)
     if isinstance(batch, Grouped):
+        _check_grouped(batch, sizes)
         counts = batch.counts
     else:
-        columns = jnp.asarray(check_triples(batch, sizes[:2], "batch")).T
-        counts = [jnp.bincount(column, length=n) for column, n in zip(columns, sizes, strict=True)]
-    tables = model.tables(params)
-    of_s, of_p, of_o = (jnp.asarray(count, table.dtype) for count, table in zip(counts, tables, strict=True))
+        columns = in_range(check_triples(batch, sizes, "batch"), sizes).T
+        lengths = num_entities, num_relations, num_entities
+        counts = [jnp.bincount(column, length=n) for column, n in zip(columns, lengths, strict=True)]
+    s, p, o = (model.norms(table, power) for table in model.tables(params))
+    of_s, of_p, of_o = (jnp.asarray(count, norms.dtype) for count, norms in zip(counts, (s, p, o), strict=True))
     total = jnp.sum(of_p)
+    if not isinstance(batch, Grouped):  # what is out of range is in no count
+        total = jnp.where(jnp.max(columns) < NOWHERE, total, jnp.nan)
     if model.reciprocal:  # (o, inverse of p, s) too
         of_s = of_o = of_s + of_o
     entities, relations = _weights(weights, num_entities, num_relations)
-    s, p, o = (model.norms(table, power) for table in tables)
     p = p.reshape(-1, num_relations).sum(0)  # a relation's inverse with it
     return (jnp.sum(entities * (of_s * s + of_o * o)) + jnp.sum(relations * of_p * p)) / total
 
 
 def _weights(weights, num_entities, num_relations):
     sizes = {"entities": num_entities, "relations": num_relations}
-    if not isinstance(weights, dict):
-        weights = dict.fromkeys(sizes, weights)
-    shapes = {name: jnp.shape(weight) for name, weight in weights.items()}
-    if shapes.keys() != sizes.keys() or any(shapes[name] not in ((), (n,)) for name, n in sizes.items()):
+    both = weights if isinstance(weights, dict) else dict.fromkeys(sizes, weights)
+    real = all(is_array(weight) and not jnp.iscomplexobj(weight) for weight in both.values())
+    if (
+        not real
+        or both.keys() != sizes.keys()
+        or any(jnp.shape(both[name]) not in ((), (n,)) for name, n in sizes.items())
+    ):
         raise JaxhpoError(
-            f"`weights` has the shapes {shapes}, but there are {num_entities} entities and {num_relations} relations: "
-            'write one number, or {"entities": w, "relations": v}, each one number or as long as those are many.'
+            f"`weights` got {jax.tree.map(describe, weights, is_leaf=lambda x: x is None)}, but there are "
+            f"{num_entities} entities and {num_relations} relations: write one number, or "
+            '{"entities": w, "relations": v}, each one number or as long as those are many.'
         )
-    return weights["entities"], weights["relations"]
+    return both["entities"], both["relations"]

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxhpo._errors import JaxhpoError
 from jaxhpo.models.link_prediction._model import Model
-from jaxhpo.models.link_prediction._triples import SIDES, Known, check_triples
+from jaxhpo.models.link_prediction._triples import SIDES, Known, concrete_triples
 
 MOST = 2**24  # scores at a time
 
@@ -66,13 +66,13 @@ def ranks(model: Model, params: dict, triples: np.ndarray, known: np.ndarray) ->
       model: such as `DistMult(rank=200)`.
       params: of `model.init`, concrete.
       triples: integers (n, 3), such as the test part.
-      known: integers (m, 3), true triples, by custom those of all three parts.
+      known: integers (m, 3), true triples, by custom those of all three parts; without any, m = 0, ranks are raw.
 
     Returns:
       A `Ranks`.
 
     Raises:
-      JaxhpoError: what is not triples, or out of range.
+      JaxhpoError: what is not triples, or out of range; params of another model, or traced.
 
     Example:
       >>> from jaxhpo.models import link_prediction
@@ -83,7 +83,10 @@ def ranks(model: Model, params: dict, triples: np.ndarray, known: np.ndarray) ->
       [[3.0, 1.5]]
     """
     sizes = model.sizes(params)
-    triples, known = (np.asarray(check_triples(t, sizes, w)) for t, w in ((triples, "triples"), (known, "known")))
+    if any(isinstance(table, jax.core.Tracer) for table in params.values()):
+        raise JaxhpoError("`params` is traced, but ranks are counted in NumPy: call `ranks` outside `jit` and `grad`.")
+    triples = concrete_triples(triples, sizes, "triples")
+    known = concrete_triples(known, sizes, "known", least=0)
     chunk = max(1, min(len(triples), MOST // sizes[0]))
     padded = np.concatenate([triples, np.repeat(triples[-1:], -len(triples) % chunk, axis=0)])
     columns = []

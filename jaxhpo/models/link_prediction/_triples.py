@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
 from jaxhpo._errors import JaxhpoError
-from jaxhpo._validate import describe
+from jaxhpo._validate import check_count, describe
 
 SIDES = "spo"
 
@@ -19,8 +20,8 @@ def masks(
     **Cost and bias**: n × entities bytes a side, in NumPy, so for minibatches of a large graph, or small graphs.
 
     Args:
-      triples: integers (n, 3).
-      known: integers (m, 3), the triples that are known, such as those of the training and validation parts.
+      triples: integers (n, 3), concrete.
+      known: integers (m, 3), the triples that are known, such as those of the training and validation parts; m ≥ 0.
       num_entities: in all.
       num_relations: in all.
       sides: which of "s", "p" and "o" are asked for.
@@ -37,8 +38,11 @@ def masks(
       >>> link_prediction.masks(known[:1], known, 3, 1, sides="o")["o"].tolist()
       [[False, False, True]]
     """
+    check_count("num_entities", num_entities)
+    check_count("num_relations", num_relations)
     sizes = num_entities, num_relations
-    triples, known = (np.asarray(check_triples(t, sizes, w)) for t, w in ((triples, "triples"), (known, "known")))
+    triples = concrete_triples(triples, sizes, "triples")
+    known = concrete_triples(known, sizes, "known", least=0)
     return {side: Known(known, sizes, side).mask(triples) for side in check_sides(sides)}
 
 
@@ -69,20 +73,28 @@ class Known:
         return mask
 
 
+def check_side(side: str) -> None:
+    """Raises unless this is "s", "p" or "o"."""
+    if side not in tuple(SIDES):
+        raise JaxhpoError(f"`side` got {side!r}: write 's' for subjects, 'p' for relations, 'o' for objects.")
+
+
 def check_sides(sides: str) -> str:
     """Raises unless these are some of "s", "p" and "o"."""
-    if not sides or not isinstance(sides, str) or set(sides) - set(SIDES) or len(set(sides)) < len(sides):
+    if not isinstance(sides, str) or not sides or set(sides) - set(SIDES) or len(set(sides)) < len(sides):
         raise JaxhpoError(f"`sides` got {sides!r}, but it names subjects, relations and objects: write 'so' or 'spo'.")
     return sides
 
 
-def check_triples(triples, sizes: tuple[int, int], what: str):
+def check_triples(triples, sizes: tuple[int, int], what: str, least: int = 1):
     """Raises unless these are triples of integers, in range where they are concrete; returns them."""
-    if not hasattr(triples, "dtype") or triples.dtype.kind not in "iu" or triples.shape[1:] != (3,) or not len(triples):
+    is_array = isinstance(triples, (np.ndarray, jnp.ndarray)) and jnp.issubdtype(triples.dtype, np.integer)
+    if not is_array or triples.shape[1:] != (3,) or len(triples) < least:
         raise JaxhpoError(
-            f"`{what}` got {describe(triples)}, but triples are integers (n, 3), n ≥ 1: subject, relation, object."
+            f"`{what}` got {describe(triples)}, but triples are an array of integers (n, 3), n ≥ {least}: subject, "
+            "relation, object."
         )
-    if not isinstance(triples, Tracer):  # JAX would take the nearest row for an index that is out of range
+    if not isinstance(triples, Tracer):  # traced ones that are out of range score NaN
         host = np.asarray(triples)
         bounds = np.array([sizes[0], sizes[1], sizes[0]])
         bad = np.flatnonzero(((host < 0) | (host >= bounds)).any(1))
@@ -92,3 +104,10 @@ def check_triples(triples, sizes: tuple[int, int], what: str):
                 f"{sizes[1]} relations, counted from 0: number them so, or make the tables larger."
             )
     return triples
+
+
+def concrete_triples(triples, sizes: tuple[int, int], what: str, least: int = 1) -> np.ndarray:
+    """The same for what is counted or searched in NumPy: int32, not traced."""
+    if isinstance(triples, Tracer):
+        raise JaxhpoError(f"`{what}` is traced, but is looked up in NumPy: call this outside `jit`, `grad` and `vmap`.")
+    return np.asarray(check_triples(triples, sizes, what, least), np.int32)
