@@ -138,12 +138,9 @@ def _from_archive(name) -> list[tuple[str, bytes]]:
 def _from_folder(source) -> list[tuple[str, bytes]]:
     try:
         folder = pathlib.Path(source)
-        is_folder = bool(str(source)) and folder.is_dir()
-    except OSError:  # a name that is too long for a file
-        is_folder = False
     except TypeError:
         raise JaxhpoError(f"`source` got {source!r}, which is neither of {list(ARCHIVES)} nor a path.") from None
-    if not is_folder:
+    if not str(source) or not _is_folder(folder):
         raise JaxhpoError(
             f"`source` got {reprlib.repr(str(source))}, which is no folder and none of the known graphs: write one of "
             f"{list(ARCHIVES)}, or the path of a folder that holds {', '.join(FILES)}."
@@ -155,6 +152,13 @@ def _from_folder(source) -> list[tuple[str, bytes]]:
             "line, head, relation and tail separated by tabs."
         )
     return [(str(folder / f), (folder / f).read_bytes()) for f in FILES]
+
+
+def _is_folder(path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # a name that is too long for a file
+        return False
 
 
 def _parse(path, content) -> list[list[str]]:

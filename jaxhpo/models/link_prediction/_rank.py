@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxhpo._errors import JaxhpoError
 from jaxhpo.models.link_prediction._model import Model
@@ -83,7 +84,7 @@ def ranks(model: Model, params: dict, triples: np.ndarray, known: np.ndarray) ->
       [[3.0, 1.5]]
     """
     sizes = model.sizes(params)
-    if any(isinstance(table, jax.core.Tracer) for table in params.values()):
+    if any(isinstance(table, Tracer) for table in params.values()):
         raise JaxhpoError("`params` is traced, but ranks are counted in NumPy: call `ranks` outside `jit` and `grad`.")
     triples = concrete_triples(triples, sizes, "triples")
     known = concrete_triples(known, sizes, "known", least=0)
