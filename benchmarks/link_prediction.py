@@ -467,11 +467,11 @@ def draw_weights(axis, task: Task, name: str, searches: dict[str, Found]) -> Non
         "relations": np.bincount(train[:, 1], minlength=task.graph.sizes[1]),
     }
     for (part, count), color in zip(counts.items(), ("C0", "C1"), strict=True):
-        middle = np.exp(np.mean(np.log(weights[part]), axis=0)) * np.ones(len(count))
+        middle = np.exp(np.mean(np.log(weights[part]), axis=0))
         x, y = count[count > 0], (middle * count)[count > 0]
         few = {"s": 16, "alpha": 0.8} if len(x) < 1000 else {"s": 3, "alpha": 0.3}
         axis.scatter(x, y, color=color, linewidths=0, label=part, **few)
-        if len(np.unique(x)) > 1 and np.all(np.isfinite(np.log(y))):
+        if middle.ndim and len(np.unique(x)) > 1 and np.all(np.isfinite(np.log(y))):
             power, offset = np.polyfit(np.log(x), np.log(y), 1)
             ends = np.array([x.min(), x.max()])
             label = f"{part}: weight $\\propto$ count$^{{{power - 1:+.2f}}}$"
@@ -484,7 +484,7 @@ def draw_weights(axis, task: Task, name: str, searches: dict[str, Found]) -> Non
     seeds = f"geometric means of {task.seeds} seeds" if task.seeds > 1 else "one seed"
     axis.set(xscale="log", yscale="log", xlabel="count in the training part", ylabel="weight × count")
     axis.set_title(f"the weights of {name}: {seeds}", fontsize=10)
-    legend_below(axis)
+    legend_below(axis, ncols=2)
 
 
 def draw_ranks(axis, task: Task, rows: dict[str, list]) -> None:
@@ -505,8 +505,8 @@ def draw_ranks(axis, task: Task, rows: dict[str, list]) -> None:
     legend_below(axis)
 
 
-def legend_below(axis) -> None:
-    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), frameon=False, fontsize=8, ncols=3)
+def legend_below(axis, ncols=3) -> None:
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), frameon=False, fontsize=8, ncols=ncols)
 
 
 def stop(message: str) -> NoReturn:
