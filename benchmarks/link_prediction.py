@@ -51,7 +51,8 @@ from jaxhpo.models import link_prediction as lp
 MODELS = {"distmult": lp.DistMult, "complex": lp.ComplEx, "cp": lp.CP, "transe": lp.TransE}
 RETRAINED = ("grid", "random", "unroll", "implicit", "evolution")  # what "all" is
 METHODS = (*RETRAINED, "fixed", "online")
-KINDS = ("scalar", "relation", "entity", "embedding")
+LINES = {"scalar": "--", "relation": "-.", "entity": ":", "embedding": "-"}
+KINDS = tuple(LINES)
 LOW, HIGH, START = 1e-5, 1e-1, 5e-3
 OUTER_RATE, CLIP = 0.05, 0.5
 PAIRS, SIGMA = 2, 0.2  # of evolution strategies: 2 PAIRS + 1 trainings an outer step
@@ -392,7 +393,9 @@ def differences(rows: dict[str, list]) -> list[dict[str, Any]]:
 def print_report(rows: dict[str, list], pairs, whole: bool) -> None:
     heads = {c: c.replace("report", "valid") if whole else c for c in COLUMNS}
     if whole:
-        print("\nTuned by all of the validation part: no loss and no rank of it is one of triples that were held back.")
+        print(
+            "\nTuned by all of the validation part: its losses and ranks are not those of triples that were held back."
+        )
     print(f"\n{'search':22}" + "".join(f"{c:>17}" for c in heads.values()) + f"{'inner steps':>13}{'seconds':>9}")
     for name, found in rows.items():
         show = "{:.4f} ± {:.4f}" if len(found) > 1 else "{:.4f}"
@@ -439,7 +442,7 @@ def draw_losses(axis, task: Task, searches: dict[str, Found]) -> None:
             shown.mean(1),
             errorevery=(every * (i + 1) // (len(searches) + 1), every),
             color=f"C{METHODS.index(method)}",
-            ls=dict(zip(KINDS, ("--", "-.", ":", "-"), strict=True))[kind],
+            ls=LINES[kind],
             lw=1.2 if kind == "scalar" else 2,
             label=name,
             **error,
@@ -533,7 +536,9 @@ def parse(arguments=None) -> argparse.Namespace:
     )
     parser.add_argument("--rank", type=int, help=adaptive(200, 50))
     parser.add_argument("--inner-steps", type=int, help="of an outer step " + adaptive(200, 40))
-    parser.add_argument("--truncate", type=int, help="the way back, 0 is all " + adaptive("half of the inner steps", 4))
+    parser.add_argument(
+        "--truncate", type=int, help="steps of the way back, 0 is all " + adaptive("half of the inner steps", 4)
+    )
     what = "0 is all " + adaptive("a tenth of the triples, at most 1000", 500)
     parser.add_argument("--batch-size", type=int, help=what)
     parser.add_argument("--scale", type=float, help="of the first embeddings " + adaptive(0.001, 0.1))
