@@ -390,8 +390,13 @@ def differences(rows: dict[str, list]) -> list[dict[str, Any]]:
     return pairs
 
 
+def heads_of(whole: bool) -> dict[str, str]:
+    """What is printed above a column: nothing is held back of a validation part that all was tuned by."""
+    return {c: c.replace("report", "valid") if whole else c for c in COLUMNS}
+
+
 def print_report(rows: dict[str, list], pairs, whole: bool) -> None:
-    heads = {c: c.replace("report", "valid") if whole else c for c in COLUMNS}
+    heads = heads_of(whole)
     if whole:
         print(
             "\nTuned by all of the validation part: its losses and ranks are not those of triples that were held back."
@@ -659,7 +664,7 @@ def main() -> None:
                 found = search(task, method, kind, args.outer_steps, run_dir)
             before += max(0.0, found.whole - (time.perf_counter() - entered))
             searches[name], rows[name] = found, report(task, method, kind, found)
-            means = {c: np.mean([row[c] for row in rows[name]]) for c in COLUMNS}
+            means = {head: np.mean([row[c] for row in rows[name]]) for c, head in heads_of(task.whole).items()}
             print(name, " ".join(f"{c} {x:.4f}" for c, x in means.items()), flush=True)
             # After each search, so that one that is cut short leaves its report.
             seconds = before + time.perf_counter() - begun
