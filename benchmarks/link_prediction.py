@@ -14,24 +14,27 @@ tunes by all). Methods:
                 what is left to graphs of more than 10 000 entities, and their default
     fixed       the same training, with all weights at their start
 
-All take the same number of inner steps; a hypergradient's way back is not counted (the table has seconds, without
-compilation). What is kept of a search is the point of lowest loss on the tuned half, but of the last two the model that
-they end with. All but the first two start at 5e-3.
+All take the same number of inner steps (evolution, with five trainings an outer step, as many as fill its last one); a
+hypergradient's way back is not counted (the table has seconds, without compilation, over all pieces of a search that
+was resumed). What is kept of a search is the point of lowest loss on the tuned half, but of the last two the model that
+they end with. All but the first two start at `--start`. "all" is the first five.
 
     python benchmarks/link_prediction.py --dataset nations --model distmult --regulariser f2 --batch-size 0 \\
         --inner-steps 20 --method all --hyperparameters scalar embedding --seeds 10
-    python benchmarks/link_prediction.py --dataset wn18rr --method fixed online --resume
+    python benchmarks/link_prediction.py --dataset wn18rr --method fixed online --outer-steps 20 --resume
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import hashlib
 import json
+import math
 import pathlib
 import sys
 import time
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -48,12 +51,14 @@ from jaxhpo.models import link_prediction as lp
 MODELS = {"distmult": lp.DistMult, "complex": lp.ComplEx, "cp": lp.CP, "transe": lp.TransE}
 RETRAINED = ("grid", "random", "unroll", "implicit", "evolution")  # what "all" is
 METHODS = (*RETRAINED, "fixed", "online")
-KINDS = ("scalar", "relation", "entity", "embedding")
+LINES = {"scalar": "--", "relation": "-.", "entity": ":", "embedding": "-"}
+KINDS = tuple(LINES)
 LOW, HIGH, START = 1e-5, 1e-1, 5e-3
 OUTER_RATE, CLIP = 0.05, 0.5
 PAIRS, SIGMA = 2, 0.2  # of evolution strategies: 2 PAIRS + 1 trainings an outer step
 LARGE = 10_000  # entities: such a graph is trained once
 MOST_SCORES = 2**24  # at a time
+RESULTS = pathlib.Path(__file__).parent / "results"
 ADAGRAD = optax.adagrad(0.1, initial_accumulator_value=1e-10, eps=0.0)  # from zero its derivatives are infinite
 
 
@@ -73,6 +78,7 @@ class Task:
 
     def __init__(self, args: argparse.Namespace, graph):
         self.graph, self.seeds, self.num_steps = graph, args.seeds, args.inner_steps
+        self.weight, self.whole = args.start, args.whole_validation
         self.model = MODELS[args.model](rank=args.rank, reciprocal=args.reciprocal, scale=args.scale)
         self.truncate = args.truncate or None
         self.power, self.batch_size = {"f2": 2, "n3": 3}[args.regulariser], args.batch_size
@@ -227,8 +233,14 @@ class Found(NamedTuple):
     losses: np.ndarray  # (tuned or reported, outer steps, seeds)
     weights: Any  # those of lowest tuned loss, a leading axis of seeds
     inner_steps: int  # of one seed
-    seconds: float  # of one seed
+    seconds: float  # of one seed, without compilation
     params: Any = None  # of a training that went on, a leading axis of seeds
+    whole: float = 0.0  # seconds of all seeds, with compilation and what was spent before a resumption
+
+
+def comparable(losses):
+    """A loss that is NaN ranks behind all others: NumPy would take it for the least."""
+    return np.where(np.isnan(losses), np.inf, losses)
 
 
 def sample(task: Task, method: str, kind: str, trials: int) -> Found:
@@ -245,10 +257,10 @@ def sample(task: Task, method: str, kind: str, trials: int) -> Found:
             found = np.asarray(task.evaluate(tried[-1])[0])
             begun = begun or time.perf_counter()  # after compilation
             losses.append(found)
-            progress.update(f"lowest tuned loss {np.mean(np.min(losses, 0)[0]):.4f}")
+            progress.update(f"lowest tuned loss {np.mean(np.min(comparable(losses), 0)[0]):.4f}")
     seconds = (time.perf_counter() - begun) / max(trials - 1, 1) * trials
     losses = np.moveaxis(np.array(losses), 0, 1)
-    best = losses[0].argmin(0)
+    best = comparable(losses[0]).argmin(0)
     weights = jax.tree.map(lambda *x: jnp.stack(x)[best, np.arange(task.seeds)], *tried)
     return Found(losses, weights, trials * task.num_steps, seconds / task.seeds)
 
@@ -271,7 +283,7 @@ def descend(task: Task, method: str, kind: str, steps: int, run_dir) -> Found:
         best = {"loss": choose(losses[0], carry["loss"]), "weights": jax.tree.map(choose, weights, carry["weights"])}
         return jnp.mean(losses[0]), grads, best, jnp.stack(losses)
 
-    start = jax.tree.map(lambda leaf: START * leaf, task.weights(kind))
+    start = jax.tree.map(lambda leaf: task.weight * leaf, task.weights(kind))
     trainings = 2 * PAIRS + 1 if method == "evolution" else 1
     outer_steps = -(-steps // trainings)
     rate = OUTER_RATE * steps / outer_steps  # the same way can be gone by all
@@ -291,7 +303,7 @@ def descend(task: Task, method: str, kind: str, steps: int, run_dir) -> Found:
     seconds = np.median(np.diff(elapsed)) * outer_steps if outer_steps > 1 else elapsed[0]
     losses = np.moveaxis(result.history["info"], 0, 1)
     steps_taken = outer_steps * trainings * task.num_steps
-    return Found(losses, result.carry["weights"], steps_taken, seconds / task.seeds)
+    return Found(losses, result.carry["weights"], steps_taken, seconds / task.seeds, whole=elapsed[-1])
 
 
 def go_on(task: Task, method: str, kind: str, steps: int, run_dir) -> Found:
@@ -306,12 +318,13 @@ def go_on(task: Task, method: str, kind: str, steps: int, run_dir) -> Found:
         info, states, grads = task.over_seeds(train, weights, states, keys)
         return jnp.mean(info[:, 0]), grads, states, jnp.moveaxis(info, 1, 0)
 
-    start = jax.tree.map(lambda leaf: START * leaf, task.weights(kind))
+    start = jax.tree.map(lambda leaf: task.weight * leaf, task.weights(kind))
     rate = 0.0 if method == "fixed" else optax.cosine_decay_schedule(OUTER_RATE, steps, alpha=0.1)
 
     def note(step):
         rank = np.mean(step.info[2])
-        print(f"{method}, {kind}: step {step.step + 1} of {steps}, reported MRR {rank:.4f}", file=sys.stderr)
+        of = "validation" if task.whole else "reported"
+        print(f"{method}, {kind}: step {step.step + 1} of {steps}, {of} MRR {rank:.4f}", file=sys.stderr)
 
     result = jaxhpo.tune(
         None,
@@ -330,7 +343,7 @@ def go_on(task: Task, method: str, kind: str, steps: int, run_dir) -> Found:
     elapsed = result.history["seconds"]
     seconds = np.median(np.diff(elapsed)) * steps if steps > 1 else elapsed[0]
     losses = np.moveaxis(result.history["info"], 0, 1)
-    return Found(losses, result.hparams, steps * task.num_steps, seconds / task.seeds, result.carry.params)
+    return Found(losses, result.hparams, steps * task.num_steps, seconds / task.seeds, result.carry.params, elapsed[-1])
 
 
 # --- the report -------------------------------------------------------------------------------------------------------
@@ -377,115 +390,190 @@ def differences(rows: dict[str, list]) -> list[dict[str, Any]]:
     return pairs
 
 
-def print_report(rows: dict[str, list], pairs) -> None:
-    print(f"\n{'search':22}" + "".join(f"{c:>17}" for c in COLUMNS) + f"{'inner steps':>13}{'seconds':>9}")
+def heads_of(whole: bool) -> dict[str, str]:
+    """What is printed above a column: nothing is held back of a validation part that all was tuned by."""
+    return {c: c.replace("report", "valid") if whole else c for c in COLUMNS}
+
+
+def print_report(rows: dict[str, list], pairs, whole: bool) -> None:
+    heads = heads_of(whole)
+    if whole:
+        print(
+            "\nTuned by all of the validation part: its losses and ranks are not those of triples that were held back."
+        )
+    print(f"\n{'search':22}" + "".join(f"{c:>17}" for c in heads.values()) + f"{'inner steps':>13}{'seconds':>9}")
     for name, found in rows.items():
         show = "{:.4f} ± {:.4f}" if len(found) > 1 else "{:.4f}"
         cells = [show.format(*interval([row[c] for row in found])) for c in COLUMNS]
         print(f"{name:22}" + "".join(f"{cell:>17}" for cell in cells), end="")
         print(f"{found[0]['inner_steps']:13}{found[0]['seconds']:9.2f}")
-    print(
-        "means ± half of the 95 % interval; inner steps and seconds are one seed's\n"
-        + "\npaired differences" * bool(pairs)
-    )
+    several = len(next(iter(rows.values()))) > 1
+    print("means ± half of the 95 % interval; " * several + "inner steps and seconds are one seed's")
+    print("\npaired differences" * bool(pairs))
     for pair in pairs:
-        cells = ["{} {:+.4f} ± {:.4f}".format(c, *pair[c]) for c in COLUMNS[1:4]]
+        cells = ["{} {:+.4f} ± {:.4f}".format(heads[c], *pair[c]) for c in COLUMNS[1:4]]
         print(f"{pair['search']:22} minus {pair['minus']:22}" + "".join(f"{cell:>32}" for cell in cells))
 
 
 def draw(task: Task, rows, searches: dict[str, Found], path) -> None:
-    figure, axes = plot.figure(1, 3, width=17, height=6)
-    for name, found in searches.items():
-        shown = found.losses[1]
-        if found.params is None:  # the reported loss of the point that has the least tuned loss so far
-            best = np.minimum.accumulate(found.losses[0], axis=0)
-            place = np.maximum.accumulate(np.where(found.losses[0] <= best, np.arange(len(best))[:, None], 0), axis=0)
-            shown = np.take_along_axis(shown, place, axis=0)
-        x = (1 + np.arange(len(shown))) * found.inner_steps / len(shown)
-        error = shown.std(1, ddof=1) / task.seeds**0.5 if task.seeds > 1 else np.zeros(len(x))
-        method, kind = name.split(", ")
-        style = {
-            "color": f"C{METHODS.index(method)}",
-            "ls": dict(zip(KINDS, ("--", "-.", ":", "-"), strict=True))[kind],
-        }
-        plot.band(axes[0, 0], x, shown.mean(1), error, label=name, **style)
-    goes_on = all(found.params is not None for found in searches.values())
-    axes[0, 0].set(
-        xlabel="inner steps of a seed", ylabel="reported validation loss" + " of the best so far" * (not goes_on)
-    )
-    axes[0, 0].set_title("means and standard errors of the seeds" if task.seeds > 1 else "", fontsize=9)
-    if not goes_on:  # the first points of a search are far off
-        last = [np.mean([row["report_loss"] for row in found]) for found in rows.values()]
-        axes[0, 0].set_ylim(min(last) - 0.05, max(last) + 0.35)
-    axes[0, 0].legend(frameon=False, fontsize=8, ncols=2)
+    figure, axes = plot.figure(1, 3, width=18, height=7)
+    draw_losses(axes[0, 0], task, searches)
     by_gradient = lambda name: name.startswith(("unroll", "online"))  # noqa: E731
     name = max(searches, key=lambda name: len(jax.tree.leaves(searches[name].weights)) * by_gradient(name))
-    draw_weights(axes[0, 1], task, name, searches[name].weights, searches)
-    labels = {"valid_mrr": "the reported validation triples", "test_mrr": "the test part"}
-    series = {
-        label: tuple(zip(*(interval([row[c] for row in found]) for found in rows.values()), strict=True))
-        for c, label in labels.items()
-    }
-    plot.bars(axes[0, 2], list(rows), series)
-    axes[0, 2].set(xlabel="mean reciprocal rank, 95 % intervals (the axis does not start at 0)")
-    axes[0, 2].set_xlim(right=min(1.0, axes[0, 2].get_xlim()[1]))
-    axes[0, 2].legend(frameon=False, fontsize=8)
+    draw_weights(axes[0, 1], task, name, searches)
+    draw_ranks(axes[0, 2], task, rows)
     plot.save(figure, path)
 
 
-def draw_weights(axis, task, name, weights, searches) -> None:
-    """A point for each entity and relation, at the geometric mean over the seeds."""
+def best_so_far(found: Found) -> np.ndarray:
+    """The reported loss of the point that has the least tuned loss so far, (outer steps, seeds)."""
+    tuned, steps = comparable(found.losses[0]), np.arange(len(found.losses[0]))[:, None]
+    lowest = np.minimum.accumulate(tuned, axis=0)
+    place = np.maximum.accumulate(np.where(tuned <= lowest, steps, 0), axis=0)
+    return np.take_along_axis(found.losses[1], place, axis=0)
+
+
+def draw_losses(axis, task: Task, searches: dict[str, Found]) -> None:
+    """A line a search, its standard error now and then, at other places than those of the other lines."""
+    seen = []
+    for i, (name, found) in enumerate(searches.items()):
+        shown = best_so_far(found) if found.params is None else found.losses[1]
+        method, kind = name.split(", ")
+        x = (1 + np.arange(len(shown))) * found.inner_steps / len(shown)
+        every = max(len(x) // 4, 1)
+        error = {"yerr": shown.std(1, ddof=1) / task.seeds**0.5, "elinewidth": 0.8} if task.seeds > 1 else {}
+        axis.errorbar(
+            x,
+            shown.mean(1),
+            errorevery=(every * (i + 1) // (len(searches) + 1), every),
+            color=f"C{METHODS.index(method)}",
+            ls=LINES[kind],
+            lw=1.2 if kind == "scalar" else 2,
+            label=name,
+            **error,
+        )
+        seen.append(shown.mean(1)[0 if found.params is not None else len(x) // 10 :])
+    limits = np.concatenate(seen)
+    limits = limits[np.isfinite(limits)]
+    if limits.size:  # the first points of a search are far off
+        room = 0.1 * np.ptp(limits) + 0.01
+        axis.set_ylim(limits.min() - room, limits.max() + room)
+    goes_on = all(found.params is not None for found in searches.values())
+    loss = ("" if task.whole else "reported ") + "validation loss" + " of the best so far" * (not goes_on)
+    title = f"means of {task.seeds} seeds, with standard errors" if task.seeds > 1 else "one seed"
+    axis.set(xlabel="inner steps of a seed", ylabel=loss)
+    axis.set_title(title, fontsize=10)
+    legend_below(axis)
+
+
+def draw_weights(axis, task: Task, name: str, searches: dict[str, Found]) -> None:
+    """A point for each entity and relation, at the geometric mean over the seeds, and a power law through them."""
+    weights, train = searches[name].weights, task.graph.train
     weights = weights if isinstance(weights, dict) else {"entities": weights, "relations": weights}
-    train = task.graph.train
     counts = {
         "entities": np.bincount(train[:, [0, 2]].ravel(), minlength=task.graph.sizes[0]),
         "relations": np.bincount(train[:, 1], minlength=task.graph.sizes[1]),
     }
-    for part, count in counts.items():
-        middle = np.exp(np.mean(np.log(weights[part]), axis=0)) * np.ones(len(count))
-        axis.scatter(count, middle * count, s=14, label=part, alpha=0.8)
-    every = np.unique(np.concatenate(list(counts.values())))
-    every = every[every > 0]
-    if "grid, scalar" in searches:
-        middle = np.exp(np.mean(np.log(searches["grid, scalar"].weights)))
-        axis.plot(every, middle * every, color="0.4", lw=1, label="the grid's one weight")
-    axis.set(xscale="log", yscale="log", xlabel="count in the training part", ylabel="weight × count", title=name)
-    axis.legend(frameon=False, fontsize=8)
+    for (part, count), color in zip(counts.items(), ("C0", "C1"), strict=True):
+        middle = np.exp(np.mean(np.log(weights[part]), axis=0))
+        x, y = count[count > 0], (middle * count)[count > 0]
+        few = {"s": 16, "alpha": 0.8} if len(x) < 1000 else {"s": 3, "alpha": 0.3}
+        axis.scatter(x, y, color=color, linewidths=0, label=part, **few)
+        if middle.ndim and len(np.unique(x)) > 1 and np.all(np.isfinite(np.log(y))):
+            power, offset = np.polyfit(np.log(x), np.log(y), 1)
+            ends = np.array([x.min(), x.max()])
+            label = f"{part}: weight $\\propto$ count$^{{{power - 1:+.2f}}}$"
+            axis.plot(ends, np.exp(offset) * ends**power, color=color, lw=1.5, ls="--", label=label)
+    ends = np.array([max(min(x.min() for x in counts.values()), 1), max(x.max() for x in counts.values())])
+    grid = searches.get("grid, scalar")
+    one = task.weight if grid is None else np.exp(np.mean(np.log(grid.weights)))
+    label = "one weight for all, " + ("where the search began" if grid is None else "the grid's best")
+    axis.plot(ends, one * ends, color="0.4", lw=1, label=label)
+    seeds = f"geometric means of {task.seeds} seeds" if task.seeds > 1 else "one seed"
+    axis.set(xscale="log", yscale="log", xlabel="count in the training part", ylabel="weight × count")
+    axis.set_title(f"the weights of {name}: {seeds}", fontsize=10)
+    legend_below(axis, ncols=2)
+
+
+def draw_ranks(axis, task: Task, rows: dict[str, list]) -> None:
+    validation = "the validation part, tuned by" if task.whole else "the reported half of validation"
+    series = {}
+    for column, label in {"valid_mrr": validation, "test_mrr": "the test part"}.items():
+        series[label] = tuple(zip(*(interval([row[column] for row in found]) for found in rows.values()), strict=True))
+    plot.bars(axis, list(rows), series)
+    if task.seeds == 1:
+        for bars in list(axis.containers):
+            if not hasattr(bars, "patches"):  # errors of length zero, but with caps
+                bars.remove()
+    low, high = axis.get_xlim()
+    axis.set_xlim(max(low, 0.0), min(high, 1.0))
+    intervals = f"means of {task.seeds} seeds, with 95 % intervals" if task.seeds > 1 else "one seed"
+    axis.set(xlabel="mean reciprocal rank" + " (the axis does not start at 0)" * bool(low > 0))
+    axis.set_title(intervals, fontsize=10)
+    legend_below(axis)
+
+
+def legend_below(axis, ncols=3) -> None:
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), frameon=False, fontsize=8, ncols=ncols)
+
+
+def stop(message: str) -> NoReturn:
+    print(f"link_prediction.py: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 def parse(arguments=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", default="nations", help="a name, or a folder of train, valid and test.txt")
-    parser.add_argument("--model", choices=MODELS, default="complex")
-    parser.add_argument("--regulariser", choices=("f2", "n3"), default="n3")
-    parser.add_argument("--hyperparameters", choices=KINDS, nargs="+", default=["embedding"])
-    parser.add_argument("--method", choices=(*METHODS, "all"), nargs="+", help="unroll, or online, unless given")
-    parser.add_argument("--reciprocal", action=argparse.BooleanOptionalAction, help="else as suits the model")
-    parser.add_argument("--sides", choices=("so", "spo"), default="so", help="trained on; judged are always s and o")
-    parser.add_argument("--rank", type=int, help="200, of a large graph 50, unless given")
-    parser.add_argument("--inner-steps", type=int, help="of an outer step: 200, of a large graph 40, unless given")
-    parser.add_argument("--truncate", type=int, help="of the way back: half of them, or 4, unless given; 0 is all")
-    parser.add_argument("--batch-size", type=int, help="a tenth of the triples, at most 1000, or 500; 0 is all")
-    parser.add_argument("--scale", type=float, help="of the first embeddings: .001, of a large graph .1, unless given")
-    parser.add_argument("--outer-steps", type=int, default=60, help="and as many trainings of grid and random")
-    parser.add_argument("--seeds", type=int, help="3, of a large graph 1, unless given")
+    given, adaptive = "(default: %(default)s)", "(default: {}; of more than 10 000 entities {})".format
+    parser.add_argument(
+        "--dataset", default="nations", help=f"a name, or a folder of train, valid and test.txt {given}"
+    )
+    parser.add_argument("--model", choices=MODELS, default="complex", help=given)
+    parser.add_argument("--regulariser", choices=("f2", "n3"), default="n3", help=given)
+    what = "what has a weight of its own; grid and fixed have one for all (default: embedding)"
+    parser.add_argument("--hyperparameters", choices=KINDS, nargs="+", default=["embedding"], help=what)
+    what = adaptive("unroll", "online")
+    parser.add_argument("--method", choices=(*METHODS, "all"), nargs="+", help=what)
+    what = "inverse relations (default: with complex and cp)"
+    parser.add_argument("--reciprocal", action=argparse.BooleanOptionalAction, help=what)
+    parser.add_argument(
+        "--sides", choices=("so", "spo"), default="so", help=f"trained on; judged are always s and o {given}"
+    )
+    parser.add_argument("--rank", type=int, help=adaptive(200, 50))
+    parser.add_argument("--inner-steps", type=int, help="of an outer step " + adaptive(200, 40))
+    parser.add_argument(
+        "--truncate", type=int, help="steps of the way back, 0 is all " + adaptive("half of the inner steps", 4)
+    )
+    what = "0 is all " + adaptive("a tenth of the triples, at most 1000", 500)
+    parser.add_argument("--batch-size", type=int, help=what)
+    parser.add_argument("--scale", type=float, help="of the first embeddings " + adaptive(0.001, 0.1))
+    what = "the weights at which the searches that descend, and fixed, begin (default: %(default)s)"
+    parser.add_argument("--start", type=float, default=START, help=what)
+    parser.add_argument("--outer-steps", type=int, default=60, help=f"and as many trainings of grid and random {given}")
+    parser.add_argument("--seeds", type=int, help=adaptive(3, 1))
     parser.add_argument("--whole-validation", action="store_true", help="tune by all of the validation part")
     parser.add_argument("--resume", action="store_true", help="keep searches in OUT/runs, and go on from there")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results/link_prediction")
+    what = "(default: results/link_prediction beside this script for nations, else results/link_prediction_NAME)"
+    parser.add_argument("--out", type=pathlib.Path, help=what)
+    what = "replace a report of other settings in OUT"
+    parser.add_argument("--overwrite", action="store_true", help=what)
     args = parser.parse_args(arguments)
     if args.reciprocal is None:  # DistMult is symmetric, and TransE knows its inverses
         args.reciprocal = args.model in ("complex", "cp")
+    if args.out is None:
+        name = "" if args.dataset == "nations" else f"_{pathlib.Path(args.dataset).resolve().name}"
+        args.out = RESULTS / f"link_prediction{name}"
     return args
 
 
 def with_defaults(args: argparse.Namespace, graph) -> argparse.Namespace:
-    """What was left open, as suits the size of the graph."""
+    """What was left open, as suits the size of the graph; and whether all of it can be done."""
     large = graph.sizes[0] > LARGE
     defaults = {
         "method": ["online" if large else "unroll"],
         "rank": 50 if large else 200,
         "inner_steps": 40 if large else 200,
-        "batch_size": 500 if large else min(-(-len(graph.train) // 10), 1000),
+        "batch_size": min(500, len(graph.train)) if large else min(-(-len(graph.train) // 10), 1000),
         "seeds": 1 if large else 3,
         # From smaller ones the gradients of one entity among many hardly leave Adagrad's start.
         "scale": 0.1 if large else 1e-3,
@@ -494,42 +582,98 @@ def with_defaults(args: argparse.Namespace, graph) -> argparse.Namespace:
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.truncate is None:
-        args.truncate = 4 if large else -(-args.inner_steps // 2)
+        args.truncate = min(4, args.inner_steps) if large else -(-args.inner_steps // 2)
+    methods = [*RETRAINED, *args.method] if "all" in args.method else args.method
+    args.method = list(dict.fromkeys(method for method in methods if method != "all"))
+    args.hyperparameters = list(dict.fromkeys(args.hyperparameters))
+    check(args, graph)
     if large and set(args.method) - {"online", "fixed"}:
-        raise SystemExit(
+        stop(
             f"--method {' '.join(args.method)}: {graph.sizes[0]} entities are too many to be trained anew for every "
             "outer step; write --method online, or fixed."
         )
     return args
 
 
+def check(args: argparse.Namespace, graph) -> None:
+    triples = len(graph.train)
+    counts = {name: (1, math.inf) for name in ("seeds", "outer_steps", "inner_steps", "rank")}
+    for name, (low, high) in (counts | {"truncate": (0, args.inner_steps), "batch_size": (0, triples)}).items():
+        value, option = getattr(args, name), "--" + name.replace("_", "-")
+        if not low <= value <= high:
+            most = {"truncate": f" to {high}, the inner steps", "batch_size": f" to {high}, the training triples"}
+            stop(f"{option} got {value}, but it is a whole number from {low}{most.get(name, ' on')}.")
+    for name in ("scale", "start"):
+        if not 0 < getattr(args, name) < math.inf:
+            stop(f"--{name} got {getattr(args, name)}, but it is finite and above 0: write {START} for instance.")
+    if len(graph.validation) < 2 and not args.whole_validation:
+        stop("The validation part has one triple, which cannot be halved: write --whole-validation.")
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What the numbers of a search depend on, besides the search."""
+    others = ("method", "hyperparameters", "resume", "out", "overwrite")
+    return {name: value for name, value in vars(args).items() if name not in others}
+
+
+def run_name(args: argparse.Namespace, graph, method: str, kind: str) -> str:
+    """A folder's name that other settings, and other triples, do not share; where they were read from is no matter."""
+    settings = {name: value for name, value in settings_of(args).items() if name != "dataset"}
+    parts = [part.tolist() for part in (graph.train, graph.validation, graph.test)]
+    text = json.dumps([settings, parts, graph.entities, graph.relations], sort_keys=True)
+    return f"{method}-{kind}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def open_out(args: argparse.Namespace) -> None:
+    """Makes the folder, unless a report of other settings is in it."""
+    path = args.out / "report.json"
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        found = {} if args.overwrite or not path.exists() else json.loads(path.read_text())["settings"]
+    except OSError as error:
+        stop(f"--out {args.out} cannot be a folder of reports ({error}): write the path of a new folder.")
+    except (ValueError, KeyError, TypeError):
+        stop(f"{path} is no report of this script: write another --out, or --overwrite to replace it.")
+    found = {"start": START} | found if found else {}  # which reports before --start left unsaid
+    settings = settings_of(args)
+    names = sorted(name for name in found | settings if found and found.get(name) != settings.get(name))
+    if names:
+        differ = ", ".join(f"{name} is {found.get(name)} there and {settings.get(name)} here" for name in names)
+        stop(f"{path} reports other settings ({differ}): write another --out, or --overwrite to replace it.")
+
+
 def main() -> None:
     args = parse()
-    graph = knowledge_graph(args.dataset)
+    try:
+        graph = knowledge_graph(args.dataset)
+    except jaxhpo.JaxhpoError as error:
+        stop(f"--dataset {args.dataset}: {error}")
     args = with_defaults(args, graph)
-    args.out.mkdir(parents=True, exist_ok=True)
+    open_out(args)
     task, begun, rows, searches = Task(args, graph), time.perf_counter(), {}, {}
-    settings = {k: v for k, v in vars(args).items() if k not in ("method", "hyperparameters", "resume", "out")}
-    for method in RETRAINED if "all" in args.method else args.method:
+    before = 0.0  # seconds of resumed searches, spent by runs that did not reach their end
+    for method in args.method:
         for kind in ["scalar"] if method in ("grid", "fixed") else args.hyperparameters:
-            name = f"{method}, {kind}"
+            name, entered = f"{method}, {kind}", time.perf_counter()
+            print(f"{name}: compiling ...", file=sys.stderr)
             if method in ("grid", "random"):
                 found = sample(task, method, kind, args.outer_steps)
             else:
-                mark = "-".join(str(v).replace("/", "_") for v in settings.values())
-                run_dir = args.out / "runs" / f"{mark}-{method}-{kind}" if args.resume else None
+                run_dir = args.out / "runs" / run_name(args, graph, method, kind) if args.resume else None
                 search = go_on if method in ("fixed", "online") else descend
                 found = search(task, method, kind, args.outer_steps, run_dir)
+            before += max(0.0, found.whole - (time.perf_counter() - entered))
             searches[name], rows[name] = found, report(task, method, kind, found)
-            means = {c: np.mean([row[c] for row in rows[name]]) for c in COLUMNS}
+            means = {head: np.mean([row[c] for row in rows[name]]) for c, head in heads_of(task.whole).items()}
             print(name, " ".join(f"{c} {x:.4f}" for c, x in means.items()), flush=True)
             # After each search, so that one that is cut short leaves its report.
-            text = {"settings": settings, "seconds": time.perf_counter() - begun, "differences": differences(rows)}
+            seconds = before + time.perf_counter() - begun
+            text = {"settings": settings_of(args), "seconds": seconds, "differences": differences(rows)}
             text["rows"] = [row for found in rows.values() for row in found]
             (args.out / "report.json").write_text(json.dumps(text, indent=1) + "\n")
             draw(task, rows, searches, args.out / "link_prediction.png")
-    print_report(rows, differences(rows))
-    print(f"{time.perf_counter() - begun:.0f} s in all", file=sys.stderr)
+    print_report(rows, differences(rows), args.whole_validation)
+    print(f"{before + time.perf_counter() - begun:.0f} s in all", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ Minibatches of 100, 60 steps, from .008: with one hypergradient a step, the mean
 steps.
 
 A search has improved where its last validation loss is below its first by more than .01, diverged where it is above by
-more than that, stalled between. (With minibatches: means of three outer steps.)
+more than that or not finite, stalled between. (With minibatches: means of three outer steps.)
 
     python benchmarks/remedies.py [--out DIR] [--seeds N]
 """
@@ -137,7 +137,7 @@ def judge(losses: np.ndarray, mean_of: int = 1) -> dict[str, Any]:
     return {
         "lower": int(np.sum(last < first)),
         "improved": int(np.sum(last < first - MARGIN)),
-        "diverged": int(np.sum(last > first + MARGIN)),
+        "diverged": int(np.sum((last > first + MARGIN) | ~np.isfinite(last))),
         "stalled": int(np.sum(np.abs(last - first) <= MARGIN)),
         "mean_change": float(np.mean(last - first)),
         "median_last": float(np.median(last)),
@@ -166,6 +166,12 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results")
     parser.add_argument("--seeds", type=int, default=10)
     args = parser.parse_args()
+    if args.seeds < 1:
+        parser.error(f"--seeds got {args.seeds}, but at least one search is needed: write 1 or more.")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out {args.out} cannot be made a folder ({error}): write another path.")
     problem, rows, runs = Nations(args.seeds), [], {}
     heads = ("lower", "improved", "diverged", "stalled", "mean_change", "median_last", "spread_of_last")
     print(
@@ -189,7 +195,6 @@ def main() -> None:
     for remedy in REMEDIES:
         lower = [row["lower"] for row in swept if row["remedy"] == remedy]
         print(f"{remedy}: {sum(lower)} of {len(lower) * args.seeds} over all numbers of inner steps end lower")
-    args.out.mkdir(parents=True, exist_ok=True)
     draw(runs, args.out / "remedies.png")
     (args.out / "remedies.json").write_text(json.dumps({"seeds": args.seeds, "rows": rows}, indent=1) + "\n")
 

@@ -4,8 +4,11 @@ import importlib
 import json
 import os
 import pathlib
+import re
+import shutil
 import subprocess
 import sys
+import types
 
 import chex
 import jax
@@ -13,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxhpo
 from jaxhpo.data import knowledge_graph
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -58,16 +62,140 @@ def graph(tmp_path):
     return folder
 
 
-def small(module, graph, *more):
+def arguments(module, graph, *more):
     args = module.parse(
         [
             *("--dataset", str(graph), "--rank", "3", "--inner-steps", "4", "--outer-steps", "6", "--seeds", "2"),
             *("--batch-size", "20", "--scale", "0.3", *more),
         ]
     )
-    loaded = knowledge_graph(graph)
-    args = module.with_defaults(args, loaded)
-    return args, module.Task(args, loaded)
+    return module.with_defaults(args, knowledge_graph(graph))
+
+
+def small(module, graph, *more):
+    args = arguments(module, graph, *more)
+    return args, module.Task(args, knowledge_graph(graph))
+
+
+def run_main(module, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["link_prediction.py", *map(str, arguments)])
+    module.main()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--seeds", "0"], "--seeds got 0, but it is a whole number from 1 on"),
+        (["--outer-steps", "0"], "--outer-steps got 0, but it is a whole number from 1 on"),
+        (["--inner-steps", "0"], "--inner-steps got 0, but it is a whole number from 1 on"),
+        (["--rank", "-1"], "--rank got -1, but it is a whole number from 1 on"),
+        (["--truncate", "5"], "--truncate got 5, but it is a whole number from 0 to 4, the inner steps"),
+        (["--batch-size", "70"], "--batch-size got 70, but it is a whole number from 0 to 69, the training triples"),
+        (["--scale", "0"], "--scale got 0.0, but it is finite and above 0"),
+        (["--start", "nan"], "--start got nan, but it is finite and above 0"),
+    ],
+)
+def test_link_prediction_refuses_arguments(link_prediction, graph, capsys, more, message):
+    with pytest.raises(SystemExit) as stopped:
+        arguments(link_prediction, graph, *more)
+    assert stopped.value.code == 2  # as argparse has it
+    assert message in capsys.readouterr().err
+
+
+def test_link_prediction_refuses_data(link_prediction, graph, capsys, monkeypatch):
+    (graph / "valid.txt").write_text("e0\tr0\te1\n")
+    with pytest.raises(SystemExit, match="2"):
+        arguments(link_prediction, graph)
+    assert "cannot be halved: write --whole-validation" in capsys.readouterr().err
+    arguments(link_prediction, graph, "--whole-validation")
+    (graph / "train.txt").unlink()
+    with pytest.raises(SystemExit, match="2"):
+        run_main(link_prediction, monkeypatch, "--dataset", graph)
+    message = capsys.readouterr().err
+    assert "lacks train.txt" in message and message.count("\n") == 1
+
+
+def test_link_prediction_keeps_reports_of_other_settings(link_prediction, graph, capsys, tmp_path):
+    out = tmp_path / "out"
+    given = arguments(link_prediction, graph, "--out", str(out))
+    link_prediction.open_out(given)
+    settings = link_prediction.settings_of(given)
+    (out / "report.json").write_text(json.dumps({"settings": settings}))
+    link_prediction.open_out(given)
+    del settings["start"]  # as it was before there was that option
+    (out / "report.json").write_text(json.dumps({"settings": settings}))
+    link_prediction.open_out(given)
+    other = ("--out", str(out), "--start", "0.1", "--rank", "4")
+    with pytest.raises(SystemExit, match="2"):
+        link_prediction.open_out(arguments(link_prediction, graph, *other))
+    assert "(rank is 3 there and 4 here, start is 0.005 there and 0.1 here)" in capsys.readouterr().err
+    link_prediction.open_out(arguments(link_prediction, graph, *other, "--overwrite"))
+    with pytest.raises(SystemExit, match="2"):
+        link_prediction.open_out(arguments(link_prediction, graph, "--out", str(out / "report.json")))
+    assert "cannot be a folder of reports" in capsys.readouterr().err
+
+
+def test_link_prediction_writes_elsewhere_for_other_data(link_prediction, graph):
+    out = lambda *arguments: link_prediction.parse(arguments).out.name  # noqa: E731
+    assert out() == "link_prediction" and out("--dataset", "wn18rr") == "link_prediction_wn18rr"
+    assert out("--dataset", f"{graph}/") == "link_prediction_graph"
+
+
+@pytest.mark.parametrize("folder", ["link_prediction", "link_prediction_wn18rr"])
+def test_link_prediction_reports_can_be_made_again(link_prediction, folder):
+    """By the commands of the docstring: what these give is what the report in their folder was made with."""
+    commands = link_prediction.__doc__.replace("\\\n", " ").split("python benchmarks/link_prediction.py")[1:]
+    (args,) = [a for a in (link_prediction.parse(c.split()) for c in commands) if a.out.name == folder]
+    report = json.loads((args.out / "report.json").read_text())
+    given = {k: v for k, v in link_prediction.settings_of(args).items() if v is not None}
+    found = {"start": link_prediction.START} | report["settings"]
+    assert given == {name: found[name] for name in given}
+    assert {row["method"] for row in report["rows"]} == set(
+        link_prediction.RETRAINED if args.method == ["all"] else args.method
+    )
+
+
+def test_link_prediction_names_runs_by_settings_and_triples(link_prediction, graph, tmp_path):
+    def name(folder, *more):
+        args = arguments(link_prediction, folder, *more)
+        return link_prediction.run_name(args, knowledge_graph(folder), "online", "scalar")
+
+    first = name(graph)
+    assert re.fullmatch("online-scalar-[0-9a-f]{16}", first)
+    copy = shutil.copytree(graph, tmp_path / "copy")
+    assert name(copy) == first
+    assert name(graph, "--rank", "4") != first and name(graph, "--start", "0.1") != first
+    for part in ("train", "valid", "test"):
+        lines = (graph / f"{part}.txt").read_text().splitlines(keepends=True)
+        (copy / f"{part}.txt").write_text("".join([*lines[:-1], "e0\tr1\te8\n"]))
+        assert lines[-1] != "e0\tr1\te8\n" and name(copy) != first
+        (copy / f"{part}.txt").write_text("".join(lines))
+    for path in copy.iterdir():
+        path.write_text(path.read_text().replace("e8", "another"))
+    assert name(copy) != first
+
+
+def test_link_prediction_nan_never_wins(link_prediction):
+    """Of four points of two seeds the reported losses are told from each other by their values."""
+    tuned = np.array([[np.nan, 3.0], [2.0, np.nan], [np.nan, 4.0], [1.0, 1.0]])
+    reported = np.array([[np.nan, 13.0], [12.0, np.nan], [22.0, 14.0], [11.0, 11.0]])
+    given = iter(np.stack([tuned, reported], axis=1))
+    task = types.SimpleNamespace(
+        seeds=2, num_steps=5, weights=lambda kind: jnp.ones(2), evaluate=lambda weights: (next(given), None)
+    )
+    rows = slice(0, 3)  # the search ends before the point that is best of all
+    found = link_prediction.sample(task, "grid", "scalar", 3)
+    np.testing.assert_array_equal(found.losses, np.stack([tuned[rows], reported[rows]]))
+    points = np.random.default_rng(0).permutation(np.geomspace(link_prediction.LOW, link_prediction.HIGH, 3))
+    np.testing.assert_allclose(found.weights, points[[1, 0]], rtol=1e-6)  # of least loss: 2 and 3
+    best = link_prediction.best_so_far(found)
+    np.testing.assert_array_equal(best, [[np.nan, 13.0], [12.0, 13.0], [12.0, 13.0]])
+
+
+def test_link_prediction_all_and_more(link_prediction, graph):
+    args = arguments(link_prediction, graph, "--method", "all", "fixed", "grid")
+    assert args.method == [*link_prediction.RETRAINED, "fixed"]
+    assert arguments(link_prediction, graph, "--method", "fixed", "fixed").method == ["fixed"]
 
 
 @pytest.mark.slow
@@ -99,11 +227,12 @@ def test_link_prediction_goes_on_from_step_to_step(link_prediction, graph, tmp_p
 
 
 @pytest.mark.slow
-def test_link_prediction_reports_every_search(link_prediction, graph, tmp_path, monkeypatch):
-    arguments = ["--dataset", str(graph), "--rank", "3", "--inner-steps", "4", "--outer-steps", "5", "--seeds", "2"]
-    arguments += ["--method", "all", "--hyperparameters", "embedding", "--out", str(tmp_path / "out")]
-    monkeypatch.setattr(sys, "argv", ["link_prediction.py", *arguments])
-    link_prediction.main()
+def test_link_prediction_reports_every_search(link_prediction, graph, tmp_path, monkeypatch, capsys):
+    given = ["--dataset", graph, "--rank", "3", "--inner-steps", "4", "--outer-steps", "5", "--seeds", "2"]
+    given += ["--method", "all", "--hyperparameters", "embedding", "--out", tmp_path / "out"]
+    run_main(link_prediction, monkeypatch, *given)
+    printed = capsys.readouterr()
+    assert "report_loss" in printed.out and "unroll, embedding: compiling ..." in printed.err
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     searches = {(row["method"], row["hyperparameters"]) for row in report["rows"]}
     assert len(report["rows"]) == 2 * len(searches) and len(searches) == 5
@@ -113,9 +242,56 @@ def test_link_prediction_reports_every_search(link_prediction, graph, tmp_path, 
 
 
 @pytest.mark.slow
-def test_link_prediction_trains_a_large_graph_once(link_prediction, graph, monkeypatch):
+def test_link_prediction_trains_a_large_graph_once(link_prediction, graph, monkeypatch, capsys):
     monkeypatch.setattr(link_prediction, "LARGE", 8)
     args, _ = small(link_prediction, graph)
     assert args.method == ["online"] and args.truncate == 4
-    with pytest.raises(SystemExit, match="9 entities are too many to be trained anew.*write --method online"):
+    with pytest.raises(SystemExit, match="2"):
         small(link_prediction, graph, "--method", "grid")
+    message = capsys.readouterr().err
+    assert "9 entities are too many to be trained anew" in message and "write --method online" in message
+
+
+@pytest.mark.slow
+def test_link_prediction_resumes_by_its_data(link_prediction, graph, tmp_path, monkeypatch, capsys):
+    """One seed, tuned by all; a second run only reads the first one's, and tells its seconds too."""
+    out = tmp_path / "out"
+    given = ["--dataset", graph, "--rank", "3", "--inner-steps", "4", "--outer-steps", "3", "--seeds", "1", "--resume"]
+    given += ["--method", "online", "--whole-validation", "--out", out]
+    run_main(link_prediction, monkeypatch, *given)
+    printed = capsys.readouterr()
+    assert "report" not in printed.out and "nan" not in printed.out and "±" not in printed.out
+    assert "all of the validation part" in printed.out and "3 of 3, validation MRR" in printed.err
+    first = json.loads((out / "report.json").read_text())
+    run_main(link_prediction, monkeypatch, *given)
+    second = json.loads((out / "report.json").read_text())
+    assert "step" not in capsys.readouterr().err.replace("steps", "")  # no step was taken
+    assert first["rows"] == second["rows"]  # their seconds, too
+    (folder,) = (out / "runs").iterdir()
+    taken = np.asarray(jaxhpo.history_table(folder)["seconds"])[-1]  # before the second run, which took none
+    assert second["seconds"] > taken
+    with (graph / "test.txt").open("a") as file:
+        file.write("e0\tr0\te1\n")
+    run_main(link_prediction, monkeypatch, *given)
+    assert "online, embedding: step 1 of 3" in capsys.readouterr().err
+    assert len(list((out / "runs").iterdir())) == 2
+
+
+@pytest.fixture
+def remedies(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module("remedies")
+
+
+def test_remedies_judge_what_is_not_finite(remedies):
+    losses = np.array([[3.0, 3.0, 3.0, 3.0, 3.0, np.nan], [2.0, 3.001, 4.0, np.nan, np.inf, np.nan]])
+    found = remedies.judge(losses)
+    assert (found["improved"], found["stalled"], found["diverged"], found["lower"]) == (1, 1, 4, 1)
+
+
+@pytest.mark.parametrize("more", [["--seeds", "0"], ["--out", __file__]])
+def test_remedies_refuse_arguments(remedies, monkeypatch, more):
+    monkeypatch.setattr(sys, "argv", ["remedies.py", *more])
+    monkeypatch.setattr(remedies, "Nations", None)  # nothing is loaded before that
+    with pytest.raises(SystemExit, match="2"):
+        remedies.main()
