@@ -299,6 +299,8 @@ def descend(task: Task, method: str, kind: str, steps: int, run_dir) -> Found:
         run_dir=run_dir,
         on_not_finite="skip",
     )
+    if result.exit_code:  # cut off, or given up: no search to be reported
+        sys.exit(result.exit_code)
     elapsed = result.history["seconds"]
     seconds = np.median(np.diff(elapsed)) * outer_steps if outer_steps > 1 else elapsed[0]
     losses = np.moveaxis(result.history["info"], 0, 1)
@@ -340,6 +342,8 @@ def go_on(task: Task, method: str, kind: str, steps: int, run_dir) -> Found:
         callbacks=[note],
         on_not_finite="skip",
     )
+    if result.exit_code:  # cut off, or given up: no search to be reported
+        sys.exit(result.exit_code)
     elapsed = result.history["seconds"]
     seconds = np.median(np.diff(elapsed)) * steps if steps > 1 else elapsed[0]
     losses = np.moveaxis(result.history["info"], 0, 1)
