@@ -158,7 +158,7 @@ def mismatches(model: unroll.Model, num_steps: int, params, batches) -> tuple[ja
     solver = jaxhpo.momentum_sgd(loss, unroll.RATE["momentum"], unroll.MOMENTUM)
     by_step = lambda t: jax.tree.map(lambda x: x[t % unroll.BATCHES], batches)  # noqa: E731
     state, h = solver.init(params, jnp.zeros(())), jnp.zeros(())
-    problem = make_problem(solver, state, h, by_step, num_steps, None, None, None, jaxhpo.Reversible())
+    problem = make_problem(solver, state, h, by_step, num_steps=num_steps)
     plan, problem, consts = reversible.make_plan(problem, None)
     inputs = reversible.Inputs(problem.state, problem.inputs, problem.xs, consts)
     undo = lambda now, x: (reversible.unstep(plan, now, inputs, *x)[0], None)  # noqa: E731

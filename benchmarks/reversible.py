@@ -146,7 +146,7 @@ def recovery(data, momentum) -> dict[str, Any]:
             batches_of(data, STEPS, float),
         )
         state = solver.init(start, h)
-        problem = make_problem(solver, state, h, batches, STEPS, None, None, None, jaxhpo.Reversible())
+        problem = make_problem(solver, state, h, batches, num_steps=STEPS)
         plan, problem, consts = reversible.make_plan(problem, None)
         inputs = reversible.Inputs(problem.state, problem.inputs, problem.xs, consts)
         end = reversible.run_forward(plan, inputs)

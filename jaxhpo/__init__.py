@@ -58,13 +58,18 @@ from jaxhpo._tune._remedies import Remedies as Remedies
 from jaxhpo._tune._table import history_table as history_table
 from jaxhpo._tune._tune import TuneResult as TuneResult
 from jaxhpo._tune._tune import tune as tune
+from jaxhpo._types import Adjoint as Adjoint
 from jaxhpo._types import Hypergradient as Hypergradient
 from jaxhpo._types import HypergradientInfo as HypergradientInfo
 from jaxhpo._types import Info as Info
 from jaxhpo._types import InnerState as InnerState
 from jaxhpo._types import LinearInfo as LinearInfo
+from jaxhpo._types import LinearSolver as LinearSolver
 from jaxhpo._types import LinearStatus as LinearStatus
+from jaxhpo._types import Problem as Problem
 from jaxhpo._types import Solution as Solution
 from jaxhpo._types import Solver as Solver
+from jaxhpo._types import StatefulMethod as StatefulMethod
+from jaxhpo._types import Transform as Transform
 
 __version__ = "0.1.0"

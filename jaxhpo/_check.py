@@ -13,7 +13,7 @@ from jax.flatten_util import ravel_pytree
 from jaxhpo._diagnose import diagnose
 from jaxhpo._differences import agreement, central_differences
 from jaxhpo._errors import NonFiniteError, ZeroHypergradientError, ZeroHypergradientWarning
-from jaxhpo._health import forget_if_jitted, raise_if_zero, raise_unless_finite
+from jaxhpo._health import raise_if_zero, raise_unless_finite
 from jaxhpo._solves import recording_linear_solves
 from jaxhpo._tree import differentiable_inputs, names
 from jaxhpo._types import LinearStatus, PyTree
@@ -139,7 +139,6 @@ def check_hypergradient(
     def loss(flat):
         return check_scalar(outer_loss(unravel(flat)), "outer_loss")
 
-    forget_if_jitted(outer_loss)
     with warnings.catch_warnings(record=True) as caught, recording_linear_solves() as solves:
         warnings.simplefilter("always")
         value, grad = jax.jit(jax.value_and_grad(loss))(flat)

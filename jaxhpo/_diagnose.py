@@ -85,6 +85,10 @@ def watched(problem: Problem) -> Problem:
         return problem
     index = recorder.num_problems
     recorder.num_problems += 1
+    return _reporting(problem, recorder, index)
+
+
+def _reporting(problem, recorder, index) -> Problem:
     train_loss = _train_loss(problem)
     recorder.advance[index] = problem.advance
     given = jax.lax.stop_gradient((problem.state, problem.inputs[0]))
@@ -111,7 +115,12 @@ def watched(problem: Problem) -> Problem:
         pure, consts = problem.hoist(fn, *more)
         return lambda consts, state, hparams, x, *more: pure(consts, state, hparams, x[1], *more), consts
 
-    return problem._replace(advance=advance, xs=(jnp.arange(problem.num_steps), problem.xs), hoist=hoist)
+    def with_gradient(gradient, keys=None):
+        return _reporting(problem.with_gradient(gradient, keys), recorder, index)
+
+    return problem._replace(
+        advance=advance, xs=(jnp.arange(problem.num_steps), problem.xs), hoist=hoist, with_gradient=with_gradient
+    )
 
 
 def _keep_if(wanted, kept: dict, index: int, values: Any) -> None:

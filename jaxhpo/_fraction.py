@@ -11,21 +11,14 @@ import jax.numpy as jnp
 from jaxhpo._errors import JaxhpoError
 from jaxhpo._tree import names
 from jaxhpo._types import PyTree, Solver
-from jaxhpo._validate import check_key
 
 
-def check_fraction(rule: Any, solver: Solver, key: Any) -> None:
-    """Raises where a rule with an `hvp_fraction` lacks what it needs."""
+def check_fraction(rule: Any, solver: Solver) -> None:
+    """Raises where a rule with an `hvp_fraction` has no train loss to take products of."""
     if solver.apply is None:
         raise JaxhpoError(
             f"{rule!r} estimates Hessian products of a train loss, and `{solver.name}` has none: write "
             "`from_optax(loss, tx)`, or leave `hvp_fraction` away."
-        )
-    check_key(key)
-    if key is None:
-        raise JaxhpoError(
-            f"{rule!r} draws a part of each minibatch, but `solve` got no key: write `solve(..., key=key)`, with "
-            "another key at every outer step (under `tune`, that of `outer_loss(hparams, carry, key)`)."
         )
 
 
@@ -52,7 +45,7 @@ def count_examples(batch: PyTree) -> int:
     return next(iter(lengths.values()))
 
 
-def thinned(batch: PyTree, key: jax.Array, fraction: float) -> PyTree:
+def subsample(batch: PyTree, key: jax.Array, fraction: float) -> PyTree:
     """A random part of the examples, without replacement."""
     total = count_examples(batch)
     chosen = jax.random.permutation(key, total)[: max(1, round(fraction * total))]

@@ -14,12 +14,6 @@ from jaxhpo._tree import all_finite, is_inexact, names
 from jaxhpo._types import PyTree
 
 
-def forget_if_jitted(fn: Callable | None) -> None:
-    """Has a jitted function traced again: JAX would reuse its derivative, and no rule would be asked to warn."""
-    if hasattr(fn, "lower"):
-        jax.clear_caches()
-
-
 def raise_if_zero(
     hypergrad: PyTree, messages: list, leaf_names: list[str], structure: Callable[[], list[bool]] | None = None
 ) -> None:

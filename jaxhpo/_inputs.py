@@ -12,7 +12,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from jaxhpo._errors import JaxhpoError
 from jaxhpo._tree import names
-from jaxhpo._types import Adjoint, InnerState, Solution, Solver
+from jaxhpo._types import Adjoint, InnerState, Solution, Solver, StatefulMethod
 from jaxhpo._validate import check_arrays, check_callable, check_count, check_finite, check_params, describe
 
 
@@ -28,10 +28,10 @@ def check_adjoint(adjoint):
     """Raises unless this is a derivative rule, set up."""
     if isinstance(adjoint, type):
         name = adjoint.__name__
-        hint = f"`{name}()`" if hasattr(adjoint, "run") else f"`Implicit({name}(...))` if it is a linear solver"
+        hint = f"`{name}()`" if isinstance(adjoint, Adjoint) else f"`Implicit({name}(...))` if it is a linear solver"
         raise JaxhpoError(f"`adjoint` got the class {name}, not a derivative rule: write {hint}.")
     if not isinstance(adjoint, Adjoint):
-        if hasattr(adjoint, "pair"):
+        if isinstance(adjoint, StatefulMethod):
             hint = f"it keeps state between outer steps, so write `hypergradient({adjoint!r}, solver, outer_loss)`"
         elif callable(adjoint):
             hint = f"if it is a linear solver, write `Implicit({adjoint!r})`"
@@ -205,15 +205,6 @@ def refuse_tol(problem, rule):
         raise JaxhpoError(
             f"`tol={problem.tol}` stops the inner loop at a data-dependent step, and {rule!r} cannot differentiate "
             f"such a loop: drop `tol`, or use `adjoint=Implicit(...)`."
-        )
-
-
-def require_key(problem, rule):
-    """Raises where a randomised rule has nothing to draw from."""
-    if problem.key is None:
-        raise JaxhpoError(
-            f"{rule!r} draws random directions, but `solve` got no key: write `solve(..., key=key)`, with another key "
-            f"at every outer step (under `tune`, that of `outer_loss(hparams, carry, key)`)."
         )
 
 

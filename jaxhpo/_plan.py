@@ -101,8 +101,7 @@ def memory_plan(
 
     **Cost and bias**: six traces (half a minute for a transformer). Where the states stored are at least half of the
     memory, within 20 % of what the compiler allocates, else within a factor of 1.5 (on CPU, for the problems of the
-    tests); operations are exact, but for loops to a tolerance, which count as 100 passes. Empties JAX's cache of
-    compiled functions.
+    tests); operations are exact, but for loops to a tolerance, which count as 100 passes.
 
     Args:
       outer_loss: `hparams -> scalar`, or `-> (N,)` for a population.
@@ -133,32 +132,29 @@ def memory_plan(
     if memory_limit is not None:
         check_positive("memory_limit", memory_limit)
     limit = available_bytes() if memory_limit is None else memory_limit
-    try:
-        shape = jax.eval_shape(outer_loss, hparams)
-        if not hasattr(shape, "shape") or len(shape.shape) > 1:
-            raise JaxhpoError(
-                f"`outer_loss` returned {shape}; it must return one number, or for a population a vector of them: "
-                "`memory_plan(jax.vmap(outer_loss), hparams)`."
-            )
-        if not jnp.issubdtype(shape.dtype, jnp.floating):
-            raise JaxhpoError(
-                f"`outer_loss` returned {shape.dtype}, which has no derivative: return a floating-point loss."
-            )
-        unit = max(count_arithmetic(outer_loss, hparams, unknown_length=UNKNOWN_LENGTH), 1.0)
-        asked, log = _row(outer_loss, hparams, shape, unit)
-        rows = []
-        rules: dict[Any, None] = dict.fromkeys(row.adjoint for row in log.schedules)
-        for checkpoint in CHOICES if rules else ():
-            if [*rules] == [dataclasses.replace(rule, checkpoint=checkpoint, memory_limit=None) for rule in rules]:
-                rows.append(asked)
-                continue
-            calls = [short_name(dataclasses.replace(rule, checkpoint=checkpoint, memory_limit=None)) for rule in rules]
-            with imposing(checkpoint):
-                rows.append(_row(outer_loss, hparams, shape, unit, ", ".join(dict.fromkeys(calls)))[0])
-        if rules and all(row.bytes > limit for row in (asked, *rows)):
-            rows += _within(outer_loss, hparams, shape, unit, rules, limit)
-    finally:
-        jax.clear_caches()  # a function that the user jitted would go on with the schedule that was tried last
+    shape = jax.eval_shape(outer_loss, hparams)
+    if not hasattr(shape, "shape") or len(shape.shape) > 1:
+        raise JaxhpoError(
+            f"`outer_loss` returned {shape}; it must return one number, or for a population a vector of them: "
+            "`memory_plan(jax.vmap(outer_loss), hparams)`."
+        )
+    if not jnp.issubdtype(shape.dtype, jnp.floating):
+        raise JaxhpoError(
+            f"`outer_loss` returned {shape.dtype}, which has no derivative: return a floating-point loss."
+        )
+    unit = max(count_arithmetic(outer_loss, hparams, unknown_length=UNKNOWN_LENGTH), 1.0)
+    asked, log = _row(outer_loss, hparams, shape, unit)
+    rows = []
+    rules: dict[Any, None] = dict.fromkeys(row.adjoint for row in log.schedules)
+    for checkpoint in CHOICES if rules else ():
+        if [*rules] == [dataclasses.replace(rule, checkpoint=checkpoint, memory_limit=None) for rule in rules]:
+            rows.append(asked)
+            continue
+        calls = [short_name(dataclasses.replace(rule, checkpoint=checkpoint, memory_limit=None)) for rule in rules]
+        with imposing(checkpoint):
+            rows.append(_row(outer_loss, hparams, shape, unit, ", ".join(dict.fromkeys(calls)))[0])
+    if rules and all(row.bytes > limit for row in (asked, *rows)):
+        rows += _within(outer_loss, hparams, shape, unit, rules, limit)
     population = shape.shape[0] if shape.shape else 1
     reasons = tuple(dict.fromkeys(map(_reason, log.schedules)))
     plan = MemoryPlan(asked, tuple(rows), limit, log.param_bytes, population, reasons)
@@ -173,7 +169,6 @@ def _row(outer_loss, hparams, shape, unit, call=None) -> tuple[PlanRow, SolveLog
         value, pullback = jax.vjp(outer_loss, hparams)
         return value, pullback(jnp.ones(shape.shape, shape.dtype))
 
-    jax.clear_caches()  # what was traced before would hide its solves
     with warnings.catch_warnings(), recording_solves() as log:
         warnings.simplefilter("ignore")  # they are for the run
         operations, peak = count_and_peak(with_grad, hparams, unknown_length=UNKNOWN_LENGTH)

@@ -6,11 +6,15 @@ import contextlib
 import contextvars
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import jax
 
 from jaxhpo._binomial import least_slots
+from jaxhpo._cost import bytes_between_passes
 from jaxhpo._errors import JaxhpoError
-from jaxhpo._types import Schedule
+from jaxhpo._tree import num_bytes
+from jaxhpo._types import Problem, Schedule
 
 EVERYTHING = Schedule()  # what plain autodiff keeps
 MOST_REPEATS = 3  # of a step under "binomial"
@@ -38,6 +42,26 @@ class Sizes(NamedTuple):
     activations: Callable[[], int]
     residuals: Callable[[], float]
     peak: Callable[[Schedule], int] = lambda schedule: 0
+
+
+def sizes_of(problem: Problem, peak: Callable[[Schedule], int]) -> Sizes:
+    """The sizes of a problem's step."""
+    solver, state, (hparams, closed_over) = problem.solver, problem.state, problem.inputs
+    x = jax.tree.map(lambda x: x[0], problem.xs)
+
+    def activations():
+        loss: Any = solver.loss
+        pure, consts = problem.hoist(lambda s, h, batch: loss(s.params, h, batch, s.model_state)[0])
+        return bytes_between_passes(lambda p: pure(consts, state._replace(params=p), hparams, x), state.params)
+
+    def residuals():
+        try:
+            return bytes_between_passes(lambda s, h: problem.advance(s, (h, closed_over), x), state, hparams)
+        except (TypeError, ValueError, NotImplementedError):  # a step that has no derivative can be taken all the same
+            return math.inf
+
+    gradient = 0 if solver.apply is None else num_bytes(state.params)
+    return Sizes(num_bytes(state), gradient, activations if gradient else lambda: 0, residuals, peak)
 
 
 def choose(checkpoint: int | str | None, num_steps: int, sizes: Sizes, memory_limit: float | None = None) -> Schedule:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,10 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxhpo._adjoint._unroll import Unroll
-from jaxhpo._cost import bytes_between_passes, peak_bytes
 from jaxhpo._diagnose import watched
-from jaxhpo._fraction import check_fraction, thinned
-from jaxhpo._gradient import mixed_value_and_grad
 from jaxhpo._inputs import (
     check_adjoint,
     check_condition_batch,
@@ -25,22 +20,18 @@ from jaxhpo._inputs import (
     check_steps,
     checked_batches_function,
 )
-from jaxhpo._schedule import EVERYTHING, Sizes
-from jaxhpo._solves import UnrolledSolve, report_schedule, report_solve
+from jaxhpo._solves import report_random, report_solve
 from jaxhpo._tree import (
     all_finite,
     cast_like,
     cast_varying,
     hoist,
-    is_inexact,
     norm,
-    num_bytes,
-    partition,
     upcast,
     varying_axes,
 )
-from jaxhpo._types import Adjoint, Info, InnerState, Problem, PyTree, Schedule, Solution, Solver
-from jaxhpo._validate import check_hparams, check_key, check_residual, check_traceable_number
+from jaxhpo._types import Adjoint, Info, InnerState, Problem, PyTree, Solution, Solver
+from jaxhpo._validate import check_hparams, check_key, check_residual, check_traceable_number, require_key
 
 
 def solve(
@@ -97,7 +88,9 @@ def solve(
       Franceschi, Frasconi, Salzo, Grazzi, Pontil. Bilevel Programming for Hyperparameter Optimization and
       Meta-Learning. 2018. arXiv:1806.04910
     """
-    problem = watched(make_problem(solver, state, hparams, batches, num_steps, tol, condition_batch, key, adjoint))
+    check_adjoint(adjoint)
+    given = {"num_steps": num_steps, "tol": tol, "condition_batch": condition_batch, "key": key}
+    problem = watched(make_problem(solver, state, hparams, batches, **given))
     final, steps = adjoint.run(problem)
     info = info_of(problem, final, steps)
     report_solve(problem, adjoint, info)
@@ -105,177 +98,112 @@ def solve(
 
 
 def make_problem(
-    solver, state, hparams, batches, num_steps, tol, condition_batch, key, adjoint, schedule=None
+    solver, state, hparams, batches, *, num_steps=None, tol=None, condition_batch=None, key=None
 ) -> Problem:
     """The inner solve that `solve`'s arguments describe, checked, with nothing closed over."""
     check_solver(solver)
-    check_adjoint(adjoint)
     check_is_state(state)
     hparams = check_hparams(hparams)
     state = check_state(state, solver, hparams)
     num_steps = check_steps(batches, num_steps)
+    check_key(key)
     if tol is not None:
         check_traceable_number("tol", tol, 0, strict=False)
-    xs, take = _slices(batches, num_steps)
+    slices, take = _slices(batches, num_steps)
+    first = jax.tree.map(lambda x: x[0], slices)
 
-    first = jax.tree.map(lambda x: x[0], xs)
-    if schedule is None:
-        rest = (batches, num_steps, tol, condition_batch, key, adjoint)
-        peak = _peak_of(adjoint, state, hparams, lambda s, h, schedule: make_problem(solver, s, h, *rest, schedule))
-        schedule = _schedule(adjoint, num_steps, solver, state, hparams, lambda: take(first), peak)
+    def steps(gradient=None, keys=None) -> dict[str, Any]:
+        """The fields of the problem that depend on how the inner gradient is taken."""
+        xs, split = (slices, lambda x: (x, None)) if keys is None else ((slices, keys), lambda x: x)
+        one = jax.tree.map(lambda x: x[0], xs)
 
-    if getattr(adjoint, "thins", False):
-        xs, take, first, thin = _with_keys(adjoint, solver, xs, take, key)
-    else:
-        thin = lambda x: None  # noqa: E731
+        def step(state, hparams, x):
+            x, step_key = split(x)
+            batch = take(x)
+            if gradient is None or solver.apply is None:
+                return solver.step(state, hparams, batch)
+            out, grad = gradient(solver.loss, state.params, hparams, batch, state.model_state, step_key)
+            return solver.apply(state, hparams, batch, out, grad)
 
-    def step(state, hparams, x):
-        batch = take(x)
-        if not schedule.mixed or solver.apply is None:
-            return solver.step(state, hparams, batch)
-        out, grad = mixed_value_and_grad(solver.loss, state.params, hparams, batch, state.model_state, thin(x))
-        return solver.apply(state, hparams, batch, out, grad)
+        def hoist_own(fn, *more):
+            return hoist(lambda s, h, x, *more: fn(s, h, take(split(x)[0]), *more), state, hparams, one, *more)
 
-    state, advance, closed_over = _closed_step(step, state, hparams, first)
+        start, advance, closed_over = _closed_step(step, state, hparams, one)
+        return {"advance": advance, "inputs": (hparams, closed_over), "xs": xs, "state": start, "hoist": hoist_own}
 
-    def hoist_own(fn, *more):
-        return hoist(lambda s, h, x, *more: fn(s, h, take(x), *more), state, hparams, first, *more)
-
+    plain = steps()
+    state = plain["state"]
     if condition_batch is None:
-        last, batch_of = jax.tree.map(lambda x: x[-1], xs), take
+        last, batch_of = jax.tree.map(lambda x: x[-1], slices), take
     else:
-        batch = jax.eval_shape(lambda: take(first))
-        last, batch_of = check_condition_batch(condition_batch, batch), lambda x: x
+        last, batch_of = check_condition_batch(condition_batch, jax.eval_shape(lambda: take(first))), lambda x: x
 
     def condition(params, model_state, hparams, x):
         return check_residual(solver.condition(params, hparams, batch_of(x), model_state), params)
 
-    own = (state.params, state.model_state, hparams, last)
-    try:
-        # In the precision of the linear solves: a bfloat16 model's condition is traced in float32 ...
-        types = jax.eval_shape(upcast, own)
-        pure, consts = hoist(condition, *upcast(own))
-    except TypeError:
-        # ... unless the model insists on its own type, as a convolution with 16-bit data does.
-        types = jax.eval_shape(lambda x: x, own)
-        pure, consts = hoist(condition, *own)
+    pure, consts, types = _traced_high(condition, (state.params, state.model_state, hparams, last))
 
     def residual(params, model_state, inputs):
         hparams, x, consts = inputs
         return upcast(pure(consts, *cast_like((params, model_state, hparams, x), types)))
 
-    return Problem(
-        advance=advance,
-        inputs=(hparams, closed_over),
-        xs=xs,
-        state=state,
+    def at_condition(fn, *more):
+        args = upcast((state.params, hparams, last))
+        return hoist(lambda params, hparams, x, *more: fn(params, hparams, batch_of(x), *more), *args, *more)
+
+    def require_key_of(rule):
+        report_random(rule)
+        return require_key(key, rule)
+
+    problem = Problem(
+        **plain,
         num_steps=num_steps,
         residual=residual,
         residual_inputs=(hparams, last, consts),
-        curvature=_curvature(adjoint, state.params, hparams, last, batch_of),
         tol=tol,
-        key=check_key(key),
-        schedule=schedule,
         solver=solver,
-        hoist=hoist_own,
+        require_key=require_key_of,
+        at_condition=at_condition,
+        with_gradient=lambda gradient, keys=None: problem._replace(**steps(gradient, keys)),
     )
+    return problem
 
 
-def _schedule(adjoint, num_steps, solver, state, hparams, first_batch, peak) -> Schedule:
-    """What the rule keeps of the steps, chosen by the sizes of what there is to keep."""
-    if not hasattr(adjoint, "schedule"):
-        return EVERYTHING
+def _traced_high(fn, args) -> tuple[Callable, list, PyTree]:
+    """`hoist(fn, *args)` in the precision of the linear solves, and the types of the arguments that it was traced with.
 
-    def activations():
-        def loss(params):
-            return solver.loss(params, hparams, first_batch(), state.model_state)[0]
-
-        return bytes_between_passes(loss, state.params)
-
-    def residuals():
+    A bfloat16 model's condition is traced in float32, unless the model insists on its own type, as a convolution of
+    16-bit data does with 16-bit weights: JAX then raises a `TypeError`.
+    """
+    high = upcast(args)
+    if any(a.dtype != b.dtype for a, b in zip(*map(jax.tree.leaves, (args, high)), strict=True)):
         try:
-            return bytes_between_passes(lambda s, h: solver.step(s, h, first_batch()), state, hparams)
-        except (TypeError, ValueError, NotImplementedError):  # a step that has no derivative can be taken all the same
-            return math.inf
-
-    gradient = 0 if solver.apply is None else num_bytes(state.params)
-    sizes = Sizes(num_bytes(state), gradient, activations if gradient else lambda: 0, residuals, peak)
-    schedule = adjoint.schedule(num_steps, sizes)
-    schedule = schedule._replace(gradients=schedule.gradients and gradient > 0)
-    report_schedule(
-        lambda: UnrolledSolve(
-            adjoint, num_steps, schedule, sizes.state, gradient, sizes.activations(), sizes.residuals()
-        )
-    )
-    return schedule
-
-
-def _with_keys(adjoint, solver, xs, take, key):
-    """Slices that hold a key each, how to take a batch and its random part from them, and the first of them."""
-    check_fraction(adjoint, solver, key)
-    xs = xs, jax.random.split(key, jax.tree.leaves(xs)[0].shape[0])
-
-    def thin(x):
-        return lambda batch: thinned(batch, x[1], adjoint.hvp_fraction)
-
-    return xs, lambda x: take(x[0]), jax.tree.map(lambda x: x[0], xs), thin
-
-
-def _peak_of(adjoint, state, hparams, make):
-    """What run and backward pass would take, by schedule; `make(state, hparams, schedule)` is the problem."""
-
-    def peak(schedule):
-        def pulled(state, hparams):
-            moved, fill = partition((state, hparams), jax.tree.map(is_inexact, (state, hparams)))
-            run = lambda moved: adjoint.run(make(*fill(moved), schedule))[0].params  # noqa: E731
-            params, pullback = jax.vjp(run, moved)
-            return pullback(params)
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the real run will warn
-            return peak_bytes(pulled, state, hparams)
-
-    return peak
-
-
-def _curvature(adjoint, params, hparams, last, batch_of):
-    """The products of a rule's own curvature, with nothing closed over."""
-    curvature: Any = getattr(adjoint, "curvature", "hessian")
-    if curvature == "hessian":
-        return None
-
-    def product(params, hparams, x, v):
-        return curvature.linearise(params, hparams, batch_of(x))(v)
-
-    params, hparams, last = upcast((params, hparams, last))
-    pure, consts = hoist(product, params, hparams, last, params)
-
-    def apply(params, residual_inputs, consts, v):
-        hparams, x, _ = upcast(residual_inputs)
-        return pure(consts, params, hparams, x, v)
-
-    return apply, consts
+            return *hoist(fn, *high), jax.eval_shape(lambda: high)
+        except TypeError:
+            high = args
+    return *hoist(fn, *high), jax.eval_shape(lambda: high)
 
 
 def _closed_step(step, state, hparams, x):
     """The step with nothing closed over, and the initial state in the types that the step keeps."""
+    axes, grown = varying_axes(state), set()
 
     def typed_step(state, hparams, x):
         after = step(state, hparams, x)
         check_same_state(state, after)
-        return cast_like(after, state)
+        after = cast_like(after, state)
+        grown.update(varying_axes(after))
+        return after
 
     # Under `shard_map` a step may make the state vary over mesh axes on which it started out equal; a scan needs one
     # type throughout, so the start is cast until the type no longer changes (one axis may bring in another).
-    axes = varying_axes(state)
     while True:
         state = cast_varying(state, axes)
-        grown = axes | varying_axes(jax.eval_shape(typed_step, state, hparams, x))
-        if grown == axes:
+        pure, consts = hoist(typed_step, state, hparams, x)
+        if grown <= axes:
             break
-        axes = grown
-    pure, consts = hoist(lambda s, h, x: cast_varying(typed_step(s, h, x), axes), state, hparams, x)
-    return state, lambda state, inputs, x: pure(inputs[1], state, inputs[0], x), consts
+        axes |= grown
+    return state, lambda state, inputs, x: cast_varying(pure(inputs[1], state, inputs[0], x), axes), consts
 
 
 def _slices(batches, num_steps) -> tuple[PyTree, Callable]:

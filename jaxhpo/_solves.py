@@ -6,7 +6,7 @@ import contextlib
 import contextvars
 import itertools
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental.xla_metadata import set_xla_metadata
@@ -97,6 +97,11 @@ class UnrolledSolve(NamedTuple):
     activations: int
     residuals: float
 
+    @classmethod
+    def of(cls, adjoint: Adjoint, num_steps: int, schedule: Schedule, sizes: Any) -> UnrolledSolve:
+        """The row of a solve whose step has these `Sizes`."""
+        return cls(adjoint, num_steps, schedule, sizes.state, sizes.gradient, sizes.activations(), sizes.residuals())
+
 
 class SolveLog:
     """What `recording_solves` collects.
@@ -108,6 +113,7 @@ class SolveLog:
       runs: an `InnerRun` for every solve that was run; empty unless asked for.
       schedules: an `UnrolledSolve` for every solve that keeps states.
       num_steps: inner steps of all solves that were traced, at most.
+      random: the rules that asked for a key.
     """
 
     def __init__(self, runs: bool, schedules: bool):
@@ -118,6 +124,7 @@ class SolveLog:
         self.runs: list[InnerRun] = []
         self.schedules: list[UnrolledSolve] = []
         self.num_steps = 0
+        self.random: list[Adjoint] = []
 
     @property
     def param_bytes(self) -> int:
@@ -139,7 +146,8 @@ def recording_solves(runs: bool = False, schedules: bool = True) -> Iterator[Sol
     log = SolveLog(runs, schedules)
     token = _solves.set(log)
     try:
-        yield log
+        with traced_anew():
+            yield log
         jax.effects_barrier()
     finally:
         _solves.reset(token)
@@ -150,6 +158,13 @@ def report_schedule(make_row: Callable[[], UnrolledSolve]) -> None:
     log = _solves.get()
     if log is not None and log.wants_schedules:
         log.schedules.append(make_row())
+
+
+def report_random(rule: Adjoint) -> None:
+    """Reports to `recording_solves`, where that is active, that a rule draws random numbers."""
+    log = _solves.get()
+    if log is not None:
+        log.random.append(rule)
 
 
 def report_solve(problem: Problem, adjoint: Adjoint, info: Info) -> None:

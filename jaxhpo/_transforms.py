@@ -20,7 +20,7 @@ from jax.core import Tracer
 from jax.tree_util import keystr, tree_leaves_with_path, tree_map_with_path
 
 from jaxhpo._errors import JaxhpoError
-from jaxhpo._types import PyTree
+from jaxhpo._types import PyTree, Transform
 from jaxhpo._validate import describe, is_array
 
 
@@ -229,8 +229,8 @@ def to_unconstrained(transforms: PyTree, hparams: PyTree) -> PyTree:
 def _apply(direction, transforms, tree, path):
     if transforms is None:
         return tree
-    function = getattr(transforms, direction, None)
-    if callable(function) and not isinstance(transforms, type):  # not `box` for `box(low, high)`
+    if isinstance(transforms, Transform) and not isinstance(transforms, type):  # not `box` for `box(low, high)`
+        function = transforms.forward if direction == "forward" else transforms.inverse
         return tree_map_with_path(lambda below, leaf: _apply_one(function, leaf, path + keystr(below)), tree)
     wanted, given = _children(transforms), _children(tree)
     if "" in wanted or wanted.keys() != given.keys():  # "" is a leaf

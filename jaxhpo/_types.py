@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
 
@@ -113,24 +113,29 @@ class Schedule(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """One validated inner solve, as a derivative rule receives it: no closure hides an input.
+    """One validated inner solve, as a derivative rule receives it: pure functions, and all that they depend on.
+
+    No function closes over a value that could be differentiated: what the train loss, the optimiser or a batch function
+    closes over is part of `inputs` and of `residual_inputs`. A rule may replace `state`, `inputs` and `xs`.
 
     Attributes:
       advance: `(state, inputs, x) -> state`, one inner step on one slice `x` of `xs`.
-      inputs: what `advance` depends on, `(hparams, closed-over values)`.
-      xs: pytree with leading axis `num_steps`.
+      inputs: `(hparams, closed-over values)` of `advance`.
+      xs: pytree with leading axis `num_steps`: the batches, or the step indices of a batch function.
       state: the initial `InnerState`.
-      num_steps: steps to take, or with `tol` the most that may be taken.
-      residual: `(params, model_state, residual_inputs) -> pytree like params`, zero at the solution.
-      residual_inputs: `(hparams, condition batch, closed-over values)`.
-      curvature: `(params, residual_inputs, closed-over values, v) -> v times what stands in for the residual's Jacobian
-        in params`, with its closed-over values; None for that Jacobian itself.
-      tol: stop when the norm of the residual is below it.
-      key: randomness for the rules that need it.
-      schedule: what a rule that differentiates through the steps keeps of them; `advance` is made for it.
-      solver: the `Solver`, for its name and symmetry, and for its own functions, to be passed to `hoist`.
+      num_steps: inner steps T; with `tol` the maximum.
+      residual: `(params, model_state, residual_inputs) -> pytree like params`, the condition, zero at the solution.
+      residual_inputs: `(hparams, condition batch, closed-over values)` of `residual`.
+      tol: stop when the norm of the residual is below it; None for a fixed number of steps.
+      solver: the `Solver`: its name and symmetry, and its own functions, to be passed to `hoist`.
+      require_key: `rule -> key`, the key given to `solve`; raises `JaxhpoError` where none was.
       hoist: `(fn, *more) -> (pure, consts)` with `pure(consts, state, hparams, x, *more)` equal to
         `fn(state, hparams, batch, *more)` and nothing closed over; `x` is a slice of `xs`.
+      at_condition: `(fn, *more) -> (pure, consts)` with `pure(consts, params, hparams, x, *more)` equal to
+        `fn(params, hparams, batch, *more)` at the condition's batch; `x` is `residual_inputs[1]`.
+      with_gradient: `(gradient, keys=None) -> Problem` whose steps take `gradient(loss, params, hparams, batch,
+        model_state, key) -> ((value, model_state), grad)` for the gradient of the train loss, with `keys[t]` at step t;
+        None takes the optimiser's own step. Steps that are no function of a gradient stay as they are.
     """
 
     advance: Callable[[InnerState, PyTree, PyTree], InnerState]
@@ -140,16 +145,39 @@ class Problem(NamedTuple):
     num_steps: int
     residual: Callable[[PyTree, PyTree, PyTree], PyTree]
     residual_inputs: PyTree
-    curvature: tuple[Callable, list] | None
     tol: Any
-    key: Any
-    schedule: Schedule
     solver: Solver
+    require_key: Callable[[Any], jax.Array]
     hoist: Callable[..., tuple[Callable, list]]
+    at_condition: Callable[..., tuple[Callable, list]]
+    with_gradient: Callable[..., Problem]
 
     def in_residual(self) -> list[bool]:
         """For each closed-over value of `inputs`, whether the residual closes over it too."""
         return [any(c is other for other in self.residual_inputs[2]) for c in self.inputs[1]]
+
+
+@runtime_checkable
+class Adjoint(Protocol):
+    """A derivative rule: the value of `adjoint=`. Anything with this one method is one."""
+
+    def run(self, problem: Problem) -> tuple[InnerState, Any]:
+        """Runs the inner loop; returns the final state, which carries the rule's derivative, and the steps taken."""
+        ...
+
+
+@runtime_checkable
+class StatefulMethod(Protocol):
+    """A hypergradient method that carries state between outer steps: the `method` of `hypergradient`.
+
+    What has a `run` too is taken for a derivative rule.
+    """
+
+    def pair(
+        self, solver: Solver, outer_loss: Callable[..., tuple], num_steps: int | None, warm_start: bool
+    ) -> Hypergradient:
+        """Returns the pair for `outer_loss(solution, hparams, outer_batch) -> (value, metrics)`."""
+        ...
 
 
 class Hypergradient(NamedTuple):
@@ -180,15 +208,6 @@ class HypergradientInfo(NamedTuple):
     solution: Info
     linear: LinearInfo | None = None
     tolerance: jax.Array | None = None
-
-
-@runtime_checkable
-class Adjoint(Protocol):
-    """A derivative rule: runs the inner loop so that its result carries the rule's derivative."""
-
-    def run(self, problem: Problem) -> tuple[InnerState, Any]:
-        """Returns the final state and the number of steps taken."""
-        ...
 
 
 class LinearStatus(enum.IntEnum):
@@ -224,9 +243,34 @@ class LinearInfo(NamedTuple):
     status: jax.Array
 
 
+@runtime_checkable
 class LinearSolver(Protocol):
-    """`(matvec, b, x0=None) -> (x, LinearInfo)`: solves A x = b for pytrees b, with A given by its products."""
+    """Solves A x = b for pytrees b, with A given by its products.
+
+    Any function `(matvec, b, x0=None) -> (x, LinearInfo)` will do. A class that inherits from this one can also declare
+    what it needs.
+
+    Attributes:
+      needs_key: it is called with `key=`, the key given to `solve`.
+      needs_symmetry: it suits symmetric matrices only, and `Implicit` refuses it for a condition of another kind.
+    """
+
+    needs_key: ClassVar[bool] = False
+    needs_symmetry: ClassVar[bool] = False
 
     def __call__(self, matvec: Callable[[PyTree], PyTree], b: PyTree, x0: PyTree = None) -> tuple[PyTree, LinearInfo]:
         """Solves the system."""
+        ...
+
+
+@runtime_checkable
+class Transform(Protocol):
+    """Maps between a hyperparameter's natural values and the unconstrained ones of the search; both differentiable."""
+
+    def forward(self, unconstrained: jax.Array) -> jax.Array:
+        """Returns the natural values, in the shape and type of the unconstrained ones."""
+        ...
+
+    def inverse(self, natural: jax.Array) -> jax.Array:
+        """Returns the unconstrained values."""
         ...

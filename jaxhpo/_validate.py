@@ -16,7 +16,7 @@ from jax.core import Tracer
 
 from jaxhpo._errors import JaxhpoError
 from jaxhpo._tree import is_inexact, names
-from jaxhpo._types import InnerState, PyTree, Solution
+from jaxhpo._types import Adjoint, InnerState, LinearSolver, PyTree, Solution
 
 
 def check_count(what: str, value, minimum: int = 1) -> None:
@@ -67,7 +67,7 @@ def check_linear_solver(linear_solver: Any) -> Any:
     if isinstance(linear_solver, type):
         name = linear_solver.__name__
         raise JaxhpoError(f"`linear_solver` got the class {name}, not an instance: write `{name}(...)`.")
-    if hasattr(linear_solver, "run"):
+    if not callable(linear_solver) and isinstance(linear_solver, Adjoint):
         raise JaxhpoError(
             f"`linear_solver` got {linear_solver!r}, which is a derivative rule and solves no linear system: pass it "
             f"to `solve` as `adjoint={linear_solver!r}`, or write a linear solver such as `CG()`."
@@ -79,6 +79,11 @@ def check_linear_solver(linear_solver: Any) -> Any:
         )
     check_callable("linear_solver", linear_solver, "linear_solver(matvec, b, x0=None)", 2)
     return linear_solver
+
+
+def declared(linear_solver: Any) -> Any:
+    """The object on which to read `needs_key` and `needs_symmetry`: the protocol's defaults for a plain function."""
+    return linear_solver if isinstance(linear_solver, LinearSolver) else LinearSolver
 
 
 def describe(leaf) -> str:
@@ -203,6 +208,16 @@ def check_key(key: Any, what: str = "key") -> Any:
         )
     if key.shape != ():
         raise JaxhpoError(f"`{what}` got an array of keys of shape {key.shape}, but one key is needed: index it.")
+    return key
+
+
+def require_key(key: Any, who: Any) -> jax.Array:
+    """The key; raises where a randomised rule, solver or method has nothing to draw from."""
+    if check_key(key) is None:
+        raise JaxhpoError(
+            f"{who!r} draws random numbers, but got no key: write `solve(..., key=key)`, for a pair `update(..., "
+            "key=key)`, with another key at every outer step (under `tune`, that of `outer_loss(hparams, carry, key)`)."
+        )
     return key
 
 

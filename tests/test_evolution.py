@@ -219,7 +219,7 @@ def test_memory_does_not_grow_with_steps(method):
 @pytest.mark.parametrize("method", [EvolutionStrategies(2, 0.1), PersistentES(2, 0.1, 3)], ids=["es", "pes"])
 def test_a_key_is_needed(method):
     pair, h, state = of_problem(method, QUADRATIC, 3)
-    with pytest.raises(JaxhpoError, match=r"no key.*pair\.update\(hparams, state, batches, outer_batch, key\)"):
+    with pytest.raises(JaxhpoError, match=r"got no key.*for a pair `update\(\.\.\., key=key\)`"):
         pair.update(h, state)
 
 

@@ -317,7 +317,7 @@ def test_mistakes(make, match):
 
 def test_a_key_is_needed():
     pair, state = of_quadratic(Hypernetwork(optax.sgd(0.1), 1.0), 3)
-    with pytest.raises(JaxhpoError, match=r"no key.*pair\.update"):
+    with pytest.raises(JaxhpoError, match=r"got no key.*for a pair `update\(\.\.\., key=key\)`"):
         pair.update(H, state)
 
 

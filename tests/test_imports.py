@@ -14,8 +14,7 @@ PACKAGE = pathlib.Path(jaxhpo.__file__).parent
 
 # A module imports from earlier layers only; modules of one layer do not import each other.
 LAYERS = [
-    ["_types"],
-    ["_errors"],
+    ["_types", "_errors"],
     ["_tree"],
     ["_validate", "_origin", "_solves"],
     [
@@ -55,6 +54,7 @@ SHARED = {
         "_adjoint._mixed",
         "_adjoint._pullback",
         "_estimator._implicit_product",
+        "_estimator._pair",
         "_estimator._perturbation",
     )
 }

@@ -572,7 +572,7 @@ def given(method, state=None, hparams=H, **kw):
         (lambda: pair_of(HOAG(), num_steps=2).update(H, None), "carry=pair.init"),
         (lambda: given(HOAG(), hparams=None), "`hparams` got None"),
         (lambda: given(RealTime(), hparams=jnp.ones(2)), "2 hyperparameters"),
-        (lambda: given(Implicit(Nystrom(2, 0.1))), "`update` got no key"),
+        (lambda: given(Implicit(Nystrom(2, 0.1))), r"got no key: .* for a pair `update\(\.\.\., key=key\)`"),
         (lambda: given(HOAG(), key=jnp.zeros(2, jnp.uint32)), "typed key"),
         (lambda: pair_of(HOAG()).update(H, pair_of(HOAG()).init(START, H)), "num_steps"),
         (lambda: hoag_step().update(H, hoag_step().init(H), H), "`value=None`"),

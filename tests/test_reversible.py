@@ -472,7 +472,7 @@ def float_reversal_error(data, momentum, num_steps):
 
 def plan_of(solver, params, h, num_steps, buffer_bits=None, batches=None):
     start = solver.init(params, h)
-    problem = make_problem(solver, start, h, batches, num_steps, None, None, None, Reversible())
+    problem = make_problem(solver, start, h, batches, num_steps=num_steps)
     return reversible.make_plan(problem, buffer_bits)
 
 

@@ -192,7 +192,7 @@ def test_schedules(checkpoint, num_steps, sizes, want):
 
 def test_a_numpy_integer_is_an_integer():
     sizes = Sizes(8, 8, lambda: 0, lambda: 0)
-    assert Unroll(checkpoint=np.int64(7)).schedule(100, sizes) == Unroll(checkpoint=7).schedule(100, sizes)
+    assert choose(Unroll(checkpoint=np.int64(7)).checkpoint, 100, sizes) == choose(7, 100, sizes)
 
 
 def test_a_limit_that_nothing_keeps_is_refused_without_delay():

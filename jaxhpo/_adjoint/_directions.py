@@ -24,7 +24,7 @@ class _Rule:
     tangent: Callable[[Callable, jax.Array, jax.Array, Any], list]
 
 
-def run_with_tangent(problem: Problem, tangent: Callable) -> tuple[InnerState, jax.Array]:
+def run_with_tangent(problem: Problem, tangent: Callable, key: Any = None) -> tuple[InnerState, jax.Array]:
     """Runs the inner problem; its derivative is made from directional derivatives of the whole run.
 
     Args:
@@ -32,6 +32,7 @@ def run_with_tangent(problem: Problem, tangent: Callable) -> tuple[InnerState, j
       tangent: `(fn, z, dz, key) -> tangent of fn(z) along dz`, linear in dz, so that reverse mode can transpose it. z
         is the vector of all inputs that are being differentiated (initial state, hyperparameters, closed-over values,
         data), and of nothing else: other inputs cost nothing. fn returns the floating-point leaves of the final state.
+      key: what `tangent` draws from.
 
     Returns:
       The final state, and the number of steps taken.
@@ -42,7 +43,7 @@ def run_with_tangent(problem: Problem, tangent: Callable) -> tuple[InnerState, j
         state, inputs, xs = jax.tree.unflatten(structure, leaves)
         return run(problem._replace(state=state, inputs=inputs, xs=xs))
 
-    return _attach(_Rule(final, tangent), leaves, problem.key)
+    return _attach(_Rule(final, tangent), leaves, key)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

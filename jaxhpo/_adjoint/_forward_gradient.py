@@ -7,7 +7,7 @@ import dataclasses
 import jax
 
 from jaxhpo._adjoint._directions import combine, push, run_with_tangent
-from jaxhpo._inputs import refuse_tol, require_key
+from jaxhpo._inputs import refuse_tol
 from jaxhpo._types import InnerState, Problem
 from jaxhpo._validate import check_count
 
@@ -44,11 +44,11 @@ class ForwardGradient:
     def run(self, problem: Problem) -> tuple[InnerState, jax.Array]:
         """Runs the inner loop; the derivative is estimated along random directions."""
         refuse_tol(problem, self)
-        require_key(problem, self)
+        key = problem.require_key(self)
 
         def tangent(fn, z, dz, key):
             v = jax.random.normal(key, (self.num_directions, z.size), z.dtype)
             # E[v vᵀ] = I, so the mean of (v·dz) times the derivative along v is the derivative along dz.
             return combine(v @ dz / self.num_directions, push(fn, z, v, None))
 
-        return run_with_tangent(problem, tangent)
+        return run_with_tangent(problem, tangent, key)

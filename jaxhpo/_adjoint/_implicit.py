@@ -13,12 +13,11 @@ from jaxhpo._curvature import GaussNewton, OuterProduct
 from jaxhpo._errors import JaxhpoError
 from jaxhpo._gradient import own_rule
 from jaxhpo._implicit import Rule, attach
-from jaxhpo._inputs import require_key
 from jaxhpo._linear._cg import CG
 from jaxhpo._loop import run
 from jaxhpo._tree import blind, constant, names, upcast
 from jaxhpo._types import InnerState, LinearSolver, Problem
-from jaxhpo._validate import check_linear_solver, describe
+from jaxhpo._validate import check_linear_solver, declared, describe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +60,7 @@ class Implicit:
 
     def __post_init__(self):
         check_linear_solver(self.linear_solver)
-        if self.curvature != "hessian" and not hasattr(self.curvature, "linearise"):
+        if self.curvature != "hessian" and not isinstance(self.curvature, GaussNewton | OuterProduct):
             raise JaxhpoError(
                 f"`Implicit(curvature=...)` got {describe(self.curvature)}, which is no curvature: write 'hessian', "
                 f"`gauss_newton(predict, output_loss)` or `outer_product(example_loss)`."
@@ -74,10 +73,8 @@ class Implicit:
         return self._attach(problem, state), steps
 
     def check(self, problem: Problem) -> None:
-        """Raises where the linear solver does not suit the problem's condition, or has no key to draw from."""
-        if getattr(self.linear_solver, "needs_key", False):
-            require_key(problem, self)
-        needs_symmetry = getattr(self.linear_solver, "needs_symmetry", False)
+        """Raises where the linear solver does not suit the problem's condition."""
+        needs_symmetry = declared(self.linear_solver).needs_symmetry
         if needs_symmetry and self.curvature == "hessian":
             _warn_of_own_rule(self, problem)
         symmetric = problem.solver.symmetric or self.curvature != "hessian"
@@ -141,16 +138,29 @@ class Implicit:
             *map(_closed_over, closed_over),
         ]
         curvature = None
-        if problem.curvature is not None:
-            apply, consts = problem.curvature
+        if self.curvature != "hessian":
+            apply, consts = curvature_product(self.curvature, problem)
             # A stand-in for the Jacobian: what it closes over is not differentiated a second time.
             leaves, leaf_names = [*leaves, *jax.lax.stop_gradient(consts)], [*leaf_names, *map(_closed_over, consts)]
             curvature = functools.partial(_curvature_product, apply, structure)
 
         remedy = not_in_condition(self, problem.solver.name)
         rule = Rule(residual, self.linear_solver, curvature, tuple(leaf_names), remedy)
-        key = problem.key if getattr(self.linear_solver, "needs_key", False) else None
+        key = problem.require_key(self) if declared(self.linear_solver).needs_key else None
         return state._replace(params=attach(rule, state.params, leaves, key), model_state=model_state)
+
+
+def curvature_product(curvature, problem) -> tuple:
+    """`(params, residual inputs, consts, v) -> v times the curvature`, and `consts`."""
+    pure, consts = problem.at_condition(
+        lambda params, hparams, batch, v: curvature.linearise(params, hparams, batch)(v), upcast(problem.state.params)
+    )
+
+    def apply(params, residual_inputs, consts, v):
+        hparams, x, _ = upcast(residual_inputs)
+        return pure(consts, params, hparams, x, v)
+
+    return apply, consts
 
 
 def _warn_of_own_rule(rule, problem):

@@ -7,7 +7,7 @@ import dataclasses
 import jax
 
 from jaxhpo._adjoint._directions import combine, run_with_tangent
-from jaxhpo._inputs import refuse_tol, require_key
+from jaxhpo._inputs import refuse_tol
 from jaxhpo._types import InnerState, Problem
 from jaxhpo._validate import check_count, check_positive
 
@@ -50,7 +50,7 @@ class Smoothing:
     def run(self, problem: Problem) -> tuple[InnerState, jax.Array]:
         """Runs the inner loop; the derivative comes from perturbed runs."""
         refuse_tol(problem, self)
-        require_key(problem, self)
+        key = problem.require_key(self)
 
         def tangent(fn, z, dz, key):
             noise = jax.random.normal(key, (self.num_pairs, z.size), z.dtype)
@@ -61,4 +61,4 @@ class Smoothing:
 
             return combine(noise @ dz / self.num_pairs, jax.vmap(slope)(noise))
 
-        return run_with_tangent(problem, tangent)
+        return run_with_tangent(problem, tangent, key)

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import warnings
 
 import jax
 import jax.numpy as jnp
 
 from jaxhpo._adjoint._pullback import in_condition, run_with_pullback
 from jaxhpo._binomial import run_backward, run_forward
+from jaxhpo._cost import peak_bytes
 from jaxhpo._diagnose import report_fault
 from jaxhpo._errors import JaxhpoError
-from jaxhpo._fraction import is_mean
+from jaxhpo._fraction import check_fraction, is_mean, subsample
+from jaxhpo._gradient import mixed_value_and_grad
 from jaxhpo._inputs import refuse_tol
 from jaxhpo._loop import scan_steps
-from jaxhpo._schedule import Sizes, choose
+from jaxhpo._schedule import choose, sizes_of
+from jaxhpo._solves import UnrolledSolve, report_schedule
 from jaxhpo._tree import constant, is_inexact, names, partition
 from jaxhpo._types import InnerState, Problem, Schedule
 from jaxhpo._validate import check_count, check_positive, describe
@@ -102,27 +107,69 @@ class Unroll:
                     f"`Unroll(hvp_fraction={self.hvp_fraction!r})` is a part of each minibatch: write a number up to 1."
                 )
 
-    def schedule(self, num_steps: int, sizes: Sizes) -> Schedule:
-        """What is kept of the steps that are differentiated."""
-        peak = sizes.peak
-
-        def own(schedule):
-            # Part of a minibatch gives the gradient's derivative, not the gradient: that is kept, or redone.
-            return schedule._replace(gradients=schedule.slots is None) if self.thins else schedule
-
-        sizes = sizes._replace(peak=lambda schedule: peak(own(schedule)))
-        return own(choose(self.checkpoint, min(num_steps, self.truncate or num_steps), sizes, self.memory_limit))
-
-    @property
-    def thins(self) -> bool:
-        """Whether Hessian products are taken on a part of each minibatch."""
-        return self.hvp_fraction is not None and self.hvp_fraction < 1
-
     def run(self, problem: Problem) -> tuple[InnerState, jax.Array]:
         """Runs the inner loop; the result is differentiable through the last `truncate` steps."""
         refuse_tol(problem, self)
-        if self.thins:
+        schedule = self._choose_schedule(problem)
+        problem = self._with_gradient(problem, schedule)
+        if self._subsamples:
             problem = _nan_unless_mean(problem)
+        return self._run(problem, schedule), jnp.asarray(problem.num_steps, jnp.int32)
+
+    @property
+    def _subsamples(self) -> bool:
+        return self.hvp_fraction is not None and self.hvp_fraction < 1
+
+    def _choose_schedule(self, problem) -> Schedule:
+        """What is kept of the steps that are differentiated, by the sizes of what there is to keep."""
+
+        def own(schedule):
+            if self._subsamples:
+                # A part of a minibatch gives the gradient's derivative, not the gradient: that is kept, or redone.
+                schedule = schedule._replace(gradients=schedule.slots is None)
+            return schedule._replace(gradients=schedule.gradients and problem.solver.apply is not None)
+
+        sizes = sizes_of(problem, lambda schedule: self._peak(problem, own(schedule)))
+        steps = min(problem.num_steps, self.truncate or problem.num_steps)
+        schedule = own(choose(self.checkpoint, steps, sizes, self.memory_limit))
+        report_schedule(lambda: UnrolledSolve.of(self, problem.num_steps, schedule, sizes))
+        return schedule
+
+    def _with_gradient(self, problem, schedule):
+        """The problem whose steps take the train loss's gradient in the way that the schedule calls for."""
+        fraction = self.hvp_fraction
+        if fraction is not None and self._subsamples:
+            check_fraction(self, problem.solver)
+            keys = jax.random.split(problem.require_key(self), problem.num_steps)
+
+            def subsampled(loss, params, hparams, batch, model_state, key):
+                part = functools.partial(subsample, key=key, fraction=fraction)
+                return mixed_value_and_grad(loss, params, hparams, batch, model_state, part)
+
+            return problem.with_gradient(subsampled if schedule.mixed else None, keys)
+        if schedule.mixed:
+            return problem.with_gradient(lambda *args: mixed_value_and_grad(*args[:-1]))
+        return problem
+
+    def _peak(self, problem, schedule):
+        """Bytes that run and backward pass take."""
+
+        def pulled(state, inputs):
+            moved, fill = partition((state, inputs), jax.tree.map(is_inexact, (state, inputs)))
+
+            def run(moved):
+                state, (hparams, _) = fill(moved)
+                own = self._with_gradient(problem, schedule)
+                return self._run(own._replace(state=state, inputs=(hparams, own.inputs[1])), schedule).params
+
+            params, pullback = jax.vjp(run, moved)
+            return pullback(params)
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the real run will warn
+            return peak_bytes(pulled, problem.state, problem.inputs)
+
+    def _run(self, problem, schedule):
         steps = problem.num_steps
         early = max(0, steps - self.truncate) if self.truncate is not None else 0
         state, inputs, xs = problem.state, problem.inputs, problem.xs
@@ -130,7 +177,7 @@ class Unroll:
             state, inputs_early = self._cut(problem, early)
             head = constant(
                 jax.tree.map(lambda x: x[:early], xs),
-                names(xs[0], "batches") + ["key"] if self.thins else names(xs, "batches"),
+                names(xs[0], "batches") + ["key"] if self._subsamples else names(xs, "batches"),
                 f"is being differentiated, and {self!r} differentiates only the last {self.truncate} of {steps} inner "
                 f"steps: the hypergradient of the first {early} batches is exactly zero. `Unroll()` without `truncate` "
                 "sees them.",
@@ -139,12 +186,10 @@ class Unroll:
             state = scan_steps(lambda s, x: problem.advance(s, inputs_early, x), state, head, early)
             state = jax.lax.stop_gradient(state)
             xs = jax.tree.map(lambda x: x[early:], xs)
-        if problem.schedule.slots is not None:
+        if schedule.slots is not None:
             rest = problem._replace(state=state, inputs=inputs, xs=xs, num_steps=steps - early)
-            state, _ = _run_binomial(self, rest)
-        else:
-            state = scan_steps(lambda s, x: problem.advance(s, inputs, x), state, xs, steps - early, problem.schedule)
-        return state, jnp.asarray(steps, jnp.int32)
+            return _run_binomial(self, rest, schedule.slots)
+        return scan_steps(lambda s, x: problem.advance(s, inputs, x), state, xs, steps - early, schedule)
 
     def _cut(self, problem, early):
         """The state and inputs of the steps that are not differentiated, with a warning where that loses something."""
@@ -178,9 +223,9 @@ class Unroll:
         return state, (jax.tree.unflatten(structure, marked[: len(leaves)]), marked[len(leaves) :])
 
 
-def _run_binomial(rule, problem) -> tuple[InnerState, jax.Array]:
+def _run_binomial(rule, problem, slots) -> InnerState:
     def forward(inputs):
-        return run_forward(problem.advance, inputs.state, inputs.inputs, inputs.xs, problem.schedule.slots)
+        return run_forward(problem.advance, inputs.state, inputs.inputs, inputs.xs, slots)
 
     def pull(inputs, moving, kept, cotangent):
         floats = partition(cotangent, jax.tree.map(is_inexact, inputs.state))[0]
@@ -190,7 +235,7 @@ def _run_binomial(rule, problem) -> tuple[InnerState, jax.Array]:
         of_state = partition(inputs.state, jax.tree.map(is_inexact, inputs.state))[1](of_state)
         return [*partition(of_state, moving.state)[0], *of_rest[0], *of_rest[1]]
 
-    return run_with_pullback(problem, rule, forward, pull, lambda inputs, moving: None, once=False)
+    return run_with_pullback(problem, rule, forward, pull, lambda inputs, moving: None, once=False)[0]
 
 
 def _nan_unless_mean(problem) -> Problem:
@@ -227,5 +272,5 @@ _NO_MEAN = (
     "`Unroll(hvp_fraction=...)`: on two halves of the first minibatch the train loss is not, on average, what it is on "
     "the whole: it is no mean over the examples (but a sum, or contrastive, or it normalises over the batch, or draws "
     "random numbers for the batch as a whole), and a part of them would give another Hessian. Write a mean, with a key "
-    "for each example where there is dropout, or leave `hvp_fraction` away."
+    "for each example where there is dropout, or omit `hvp_fraction`."
 )

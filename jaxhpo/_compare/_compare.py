@@ -24,7 +24,7 @@ from jaxhpo._compare._measure import (
 )
 from jaxhpo._compare._reference import Standard, standard
 from jaxhpo._compare._result import Comparison, MethodRow, Problem
-from jaxhpo._compare._verdict import failures, is_random, recommend
+from jaxhpo._compare._verdict import failures, recommend
 from jaxhpo._cost import fastest
 from jaxhpo._diagnose import diagnose
 from jaxhpo._differences import central_differences
@@ -304,7 +304,7 @@ def _linear(solves) -> dict[str, Any]:
 def _notes(row, measured, problem, plain):
     for reason in failures(row, problem):
         yield f"{reason[0].upper()}{reason[1:]}."
-    if is_random(row.rule):
+    if measured.random:
         yield "A random estimate, judged by one draw."
     value = float(plain.value)
     if abs(measured.value - value) > 1e-3 * max(abs(value), 1e-30):

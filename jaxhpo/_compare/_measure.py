@@ -24,6 +24,7 @@ class Measured(NamedTuple):
       solves: the iterative linear solves that it ran.
       warnings: what was warned of while tracing.
       program: the compiled `flat -> (value, gradient)`, without anything that reports.
+      random: whether the rule asked for a key.
       error: what was raised, in which case the rest is empty.
     """
 
@@ -32,6 +33,7 @@ class Measured(NamedTuple):
     solves: tuple[LinearSolve, ...] = ()
     warnings: tuple[Warning, ...] = ()
     program: Any = None
+    random: bool = False
     error: Exception | None = None
 
 
@@ -51,7 +53,7 @@ def measure(make_loss: Callable[[Adjoint], Callable], rule: Adjoint, flat: jax.A
     try:
         with warnings.catch_warnings(record=True) as caught, recording_linear_solves() as solves:
             warnings.simplefilter("always")
-            traced, _ = trace(with_grad, rule, flat)
+            traced, log = trace(with_grad, rule, flat)
             program = compiled_if_it_fits(traced)
             value, grad = jax.block_until_ready(program(flat))
         if traced.jaxpr.effects:
@@ -61,15 +63,13 @@ def measure(make_loss: Callable[[Adjoint], Callable], rule: Adjoint, flat: jax.A
     except Exception as error:  # of whatever kind: the other methods are still to be compared
         return Measured(error=error)
     messages = tuple(w.message for w in caught if isinstance(w.message, Warning))
-    return Measured(float(value), np.asarray(grad, float), tuple(solves), messages, program)
+    return Measured(float(value), np.asarray(grad, float), tuple(solves), messages, program, bool(log.random))
 
 
 def trace(make: Callable, rule: Adjoint, flat: jax.Array, runs: bool = False) -> tuple[Any, SolveLog]:
     """Traces `make(rule)` at `flat`, and notes the inner solves met; raises unless the rule got to one of them."""
-    traced, log = _trace_once(make, rule, flat, runs)
-    if rule not in log.adjoints:
-        jax.clear_caches()  # a function that the user jitted, traced before, hides its solves from us
-        traced, log = _trace_once(make, rule, flat, runs)
+    with recording_solves(runs) as log:
+        traced = jax.jit(make(rule)).trace(flat)
     if rule not in log.adjoints:
         met = f"only with {log.adjoints[0]!r}" if log.adjoints else "not at all"
         raise RuleNotUsed(
@@ -79,21 +79,11 @@ def trace(make: Callable, rule: Adjoint, flat: jax.Array, runs: bool = False) ->
     return traced, log
 
 
-def _trace_once(make, rule, flat, runs):
-    with recording_solves(runs) as log:
-        traced = jax.jit(make(rule)).trace(flat)
-    return traced, log
-
-
 def silent_trace(make: Callable, rule: Adjoint, flat: jax.Array) -> Any:
     """Traces `make(rule)` at `flat` with nothing recorded, so that its time is its own."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they were met before
-        traced = jax.jit(make(rule)).trace(flat)
-        if traced.jaxpr.effects:
-            jax.clear_caches()  # as above: what was traced while recording would go on reporting
-            traced = jax.jit(make(rule)).trace(flat)
-    return traced
+        return jax.jit(make(rule)).trace(flat)
 
 
 def compiled_if_it_fits(traced: Any) -> Any:

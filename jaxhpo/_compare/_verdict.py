@@ -40,12 +40,6 @@ def _not_finite(rule) -> str:
     return "its hypergradient is not finite"
 
 
-def is_random(rule) -> bool:
-    """Whether a rule draws random numbers, so that another key gives another hypergradient."""
-    needs_key = getattr(getattr(rule, "linear_solver", None), "needs_key", False)
-    return isinstance(rule, (ForwardGradient, Smoothing)) or needs_key
-
-
 def _approximation(row, problem) -> list[str]:
     if isinstance(row.rule, (ForwardGradient, Smoothing)):
         return ["one draw of so few directions is noise"]

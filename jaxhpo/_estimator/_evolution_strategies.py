@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxhpo._errors import JaxhpoError
-from jaxhpo._estimator._perturbation import in_natural_units, mean_of_normals, normal, require_key
+from jaxhpo._estimator._pair import check_state, inner_start
+from jaxhpo._estimator._perturbation import in_natural_units, mean_of_normals, normal
 from jaxhpo._loop import map_in_chunks
 from jaxhpo._solve import solve
 from jaxhpo._transforms import to_natural, to_unconstrained
 from jaxhpo._tree import add_scaled
 from jaxhpo._types import Hypergradient, HypergradientInfo, InnerState, PyTree
-from jaxhpo._validate import check_count, check_positive, describe
+from jaxhpo._validate import check_count, check_positive, describe, require_key
 
 
 class EvolutionState(NamedTuple):
@@ -76,8 +77,6 @@ class EvolutionStrategies:
       Nesterov, Spokoiny. Random Gradient-Free Minimization of Convex Functions. 2017.
     """
 
-    state_type: ClassVar[type] = EvolutionState
-
     num_pairs: int
     sigma: float
     transforms: PyTree = dataclasses.field(default=None, hash=False)
@@ -102,13 +101,12 @@ class EvolutionStrategies:
             return EvolutionState(solver.init(params, hparams, model_state))
 
         def update(hparams, state, batches, outer_batch, key):
+            check_state(state, EvolutionState, self)
             require_key(key, self)
             point = to_unconstrained(self.transforms, hparams)
 
             def train(hparams):
-                start = state.inner
-                if not warm_start:
-                    start = solver.init(start.params, hparams, start.model_state)
+                start = inner_start(solver, state.inner, hparams, warm_start)
                 solution = solve(solver, start, hparams, batches, num_steps=num_steps)
                 return solution, *outer_loss(solution, hparams, outer_batch)
 

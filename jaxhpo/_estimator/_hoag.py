@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
-from jaxhpo._adjoint._implicit import Implicit
 from jaxhpo._diagnose import watched
 from jaxhpo._errors import JaxhpoError
 from jaxhpo._estimator._implicit_product import implicit_product
-from jaxhpo._linear._cg import CG
+from jaxhpo._estimator._pair import check_state, inner_start
 from jaxhpo._linear._iteration import conjugate_gradients
 from jaxhpo._loop import run
 from jaxhpo._solve import make_problem
@@ -98,7 +97,6 @@ class HOAG:
     decay: float = 0.9
     maxiter: int = 100
     damping: float = 0.0
-    state_type: ClassVar[type] = HOAGState
 
     def __post_init__(self):
         _check_schedule("HOAG", self.tolerance, self.initial_tolerance, self.decay)
@@ -122,11 +120,9 @@ class HOAG:
             return HOAGState(inner, q if warm_start else None, count, scale)
 
         def update(hparams, state, batches, outer_batch, key):
-            start = state.inner
-            if not warm_start:
-                start = solver.init(start.params, hparams, start.model_state)
-            rule = Implicit(CG())  # for what `make_problem` makes of the curvature
-            problem = watched(make_problem(solver, start, hparams, batches, num_steps, None, None, key, rule))
+            check_state(state, HOAGState, self)
+            start = inner_start(solver, state.inner, hparams, warm_start)
+            problem = watched(make_problem(solver, start, hparams, batches, num_steps=num_steps, key=key))
             scale = _scale(problem, state)
             tolerance = _tolerance(self.tolerance, self.initial_tolerance, self.decay, state.count, scale.dtype)
             ended = run(problem._replace(tol=tolerance * scale))

@@ -12,16 +12,22 @@ from jaxhpo._adjoint._implicit import Implicit
 from jaxhpo._diagnose import watched
 from jaxhpo._errors import JaxhpoError
 from jaxhpo._estimator._implicit_product import implicit_product
+from jaxhpo._estimator._pair import check_state, inner_start
 from jaxhpo._inputs import check_adjoint, check_solver
 from jaxhpo._loop import run
 from jaxhpo._solve import make_problem, solve
 from jaxhpo._tree import upcast, varying_axes, zeros_like
-from jaxhpo._types import Adjoint, Hypergradient, HypergradientInfo, InnerState, PyTree, Solver
-from jaxhpo._validate import check_callable, check_count, check_key, check_params, check_scalar, describe
+from jaxhpo._types import Adjoint, Hypergradient, HypergradientInfo, InnerState, PyTree, Solver, StatefulMethod
+from jaxhpo._validate import check_callable, check_count, check_key, check_params, check_scalar, declared, describe
 
 
 def hypergradient(
-    method: Any, solver: Solver, outer_loss: Callable, *, num_steps: int | None = None, warm_start: bool = True
+    method: Adjoint | StatefulMethod,
+    solver: Solver,
+    outer_loss: Callable,
+    *,
+    num_steps: int | None = None,
+    warm_start: bool = True,
 ) -> Hypergradient:
     r"""A hypergradient method as two pure functions, as in optax.
 
@@ -90,28 +96,14 @@ def hypergradient(
     if isinstance(method, type):
         raise JaxhpoError(f"`method` got the class {method.__name__}: write `{method.__name__}(...)`.")
     checked = _checked_outer_loss(outer_loss)
-    if hasattr(method, "pair"):
+    if isinstance(method, StatefulMethod) and not isinstance(method, Adjoint):
         pair = method.pair(solver, checked, num_steps, warm_start)
     else:
         check_adjoint(method)
-        make = _of_implicit if isinstance(method, Implicit) else _of_rule
+        make: Any = _of_implicit if isinstance(method, Implicit) else _of_rule
         pair = make(method, solver, checked, num_steps, warm_start)
-    return _checked_pair(method, pair)
-
-
-def _checked_pair(method, pair) -> Hypergradient:
-    """The pair with its arguments checked; the method's `state_type`, where it has one, is what `init` returns."""
-    state_type = getattr(method, "state_type", None)
-    if not hasattr(method, "pair"):
-        state_type = ImplicitState if isinstance(method, Implicit) else RuleState
 
     def update(hparams, state, batches=None, outer_batch=None, key=None):
-        if state_type is not None and not isinstance(state, state_type):
-            raise JaxhpoError(
-                f"`state` got {type(state).__name__}, but the pair of {method!r} keeps a {state_type.__name__}: pass "
-                "what `pair.init(params, hparams)` or its last `update` returned (to `tune`, "
-                "`carry=pair.init(params, hparams)`)."
-            )
         return pair.update(check_params(hparams, "hparams"), state, batches, outer_batch, check_key(key))
 
     return Hypergradient(pair.init, update)
@@ -132,10 +124,10 @@ def _of_rule(adjoint: Adjoint, solver, outer_loss, num_steps, warm_start) -> Hyp
         return RuleState(solver.init(params, hparams, model_state))
 
     def update(hparams, state, batches, outer_batch, key):
+        check_state(state, RuleState, adjoint)
+
         def loss(hparams):
-            start = state.inner
-            if not warm_start:
-                start = solver.init(start.params, hparams, start.model_state)
+            start = inner_start(solver, state.inner, hparams, warm_start)
             solution = solve(solver, start, hparams, batches, num_steps=num_steps, key=key, adjoint=adjoint)
             value, metrics = outer_loss(solution, hparams, outer_batch)
             return value, (metrics, solution)
@@ -167,23 +159,20 @@ def _of_implicit(rule: Implicit, solver, outer_loss, num_steps, warm_start) -> H
         return ImplicitState(inner, zeros_like(upcast(inner.params)) if warm_start else None)
 
     def update(hparams, state, batches, outer_batch, key):
-        start = state.inner
-        if not warm_start:
-            start = solver.init(start.params, hparams, start.model_state)
-        problem = watched(make_problem(solver, start, hparams, batches, num_steps, None, None, key, rule))
+        check_state(state, ImplicitState, rule)
+        start = inner_start(solver, state.inner, hparams, warm_start)
+        problem = watched(make_problem(solver, start, hparams, batches, num_steps=num_steps, key=key))
         if varying_axes(problem.residual_inputs) - varying_axes(problem.state.params):
             # Data-parallel inside `shard_map`, where JAX runs a `custom_linear_solve` only transposed, as by `grad`.
             grad, after, info = by_grad.update(hparams, RuleState(state.inner), batches, outer_batch, key)
             return grad, state._replace(inner=after.inner), info
         linear_solver: Any = rule.linear_solver
-        if getattr(linear_solver, "needs_key", False):
-            if key is None:
-                raise JaxhpoError(f"{rule!r} draws at random, but `update` got no key: write `update(..., key=key)`.")
-            linear_solver = functools.partial(linear_solver, key=key)
+        if declared(linear_solver).needs_key:
+            linear_solver = functools.partial(linear_solver, key=problem.require_key(rule))
         rule.check(problem)
         final, steps = run(problem)
         made = implicit_product(
-            rule, problem, (final, steps), outer_loss, outer_batch, linear_solver, state.linear_solution
+            rule, problem, (final, steps), outer_loss, outer_batch, linear_solver, state.linear_solution, rule.curvature
         )
         after = ImplicitState(final, made.linear_solution) if warm_start else state
         return made.hypergradient, after, made.info

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,8 @@ from jax.core import Tracer
 from jax.flatten_util import ravel_pytree
 
 from jaxhpo._errors import JaxhpoError
-from jaxhpo._estimator._perturbation import normal, require_key
+from jaxhpo._estimator._pair import check_state
+from jaxhpo._estimator._perturbation import normal
 from jaxhpo._inputs import check_steps, checked_batches_function
 from jaxhpo._solve import solve
 from jaxhpo._solver import from_optax
@@ -27,6 +28,7 @@ from jaxhpo._validate import (
     check_positive,
     check_residual,
     describe,
+    require_key,
 )
 
 
@@ -174,8 +176,6 @@ class Hypernetwork:
       MacKay, Vicol, Lorraine, Duvenaud, Grosse. Self-Tuning Networks. 2019. arXiv:1903.03088
     """
 
-    state_type: ClassVar[type] = HypernetworkState
-
     tx: optax.GradientTransformation
     scale: float | None = None
     prior: Callable[[jax.Array], PyTree] | None = None
@@ -241,6 +241,7 @@ class Hypernetwork:
             return HypernetworkState(inner.init(phi, None), origin)
 
         def update(hparams, state, batches, outer_batch, key):
+            check_state(state, HypernetworkState, self)
             train_key, outer_key = jax.random.split(require_key(key, self))
             self._check_perturbation(hparams)
             start = state.inner if warm_start else inner.init(state.inner.params, None)

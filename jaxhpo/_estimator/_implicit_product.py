@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxhpo._adjoint._implicit import not_in_condition, trained_state_is_constant
+from jaxhpo._adjoint._implicit import curvature_product, not_in_condition, trained_state_is_constant
 from jaxhpo._implicit import checked_solution
 from jaxhpo._solve import info_of
 from jaxhpo._tree import all_finite, cast_like, differentiable_inputs, is_inexact, names, upcast, warn_zero, zeros_like
@@ -39,6 +39,7 @@ def implicit_product(
     outer_batch: Any,
     linear_solver: Callable,
     start: PyTree,
+    curvature: Any = "hessian",
 ) -> ImplicitProduct:
     """The hypergradient at the end of an inner run.
 
@@ -54,6 +55,7 @@ def implicit_product(
       outer_batch: its data.
       linear_solver: solves with Hᵀ.
       start: where the linear solve starts; None for zeros.
+      curvature: what stands in for H, as in `Implicit`.
     """
     final, steps = ended
     info = info_of(problem, final, steps)
@@ -68,24 +70,24 @@ def implicit_product(
 
     _warn(rule, problem, final, lambda others: outer(final.params, hparams, others)[0], lambda h: residual(point, h))
     (value, metrics), (rhs, direct) = jax.value_and_grad(outer, (0, 1), has_aux=True)(final.params, hparams, final[1:])
-    pull, transposed = _linearised(problem, residual, point, hparams)
+    pull, transposed = _linearised(curvature, problem, residual, point, hparams)
     q, linear = _solved(linear_solver, transposed, upcast(rhs), start)
     hypergrad = jax.tree.map(jnp.subtract, direct, pull(q)[0])
     return ImplicitProduct(hypergrad, _next_start(q, linear), HypergradientInfo(value, metrics, info, linear))
 
 
-def _linearised(problem, residual, point, hparams):
+def _linearised(curvature, problem, residual, point, hparams):
     """w ↦ (∂g/∂h)ᵀ w and v ↦ Hᵀ v, of one evaluation: linearised once for all iterations."""
 
     def at(hparams):
-        if problem.curvature is None:
+        if curvature == "hessian":
             return jax.linearize(lambda p: residual(p, hparams), point)
-        apply, consts = problem.curvature  # symmetric, as every curvature is
+        apply, consts = curvature_product(curvature, problem)  # symmetric, as every curvature is
         product = functools.partial(apply, point, problem.residual_inputs, consts)
         return residual(point, hparams), jax.linearize(product, zeros_like(point))[1]
 
     _, pull, product = jax.vjp(at, hparams, has_aux=True)
-    if problem.curvature is not None or problem.solver.symmetric:
+    if curvature != "hessian" or problem.solver.symmetric:
         return pull, product  # forward over reverse, the cheaper way round
     transposed = jax.linear_transpose(product, point)
     return pull, lambda v: transposed(v)[0]

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxhpo._errors import JaxhpoError
-from jaxhpo._estimator._perturbation import in_natural_units, normal, require_key
+from jaxhpo._estimator._pair import check_state
+from jaxhpo._estimator._perturbation import in_natural_units, normal
 from jaxhpo._inputs import check_steps
 from jaxhpo._loop import map_in_chunks
 from jaxhpo._solve import solve
 from jaxhpo._transforms import to_natural, to_unconstrained
 from jaxhpo._tree import add_scaled, scaled, zeros_like
 from jaxhpo._types import Hypergradient, HypergradientInfo, InnerState, PyTree
-from jaxhpo._validate import check_count, check_positive
+from jaxhpo._validate import check_count, check_positive, require_key
 
 
 class PersistentState(NamedTuple):
@@ -87,8 +88,6 @@ class PersistentES:
       Strategies. 2021. arXiv:2112.13835
     """
 
-    state_type: ClassVar[type] = PersistentState
-
     num_pairs: int
     sigma: float
     horizon: int
@@ -119,6 +118,7 @@ class PersistentES:
             return PersistentState(start, start, particles, perturbations, jnp.zeros((), jnp.int32))
 
         def update(hparams, state, batches, outer_batch, key):
+            check_state(state, PersistentState, self)
             require_key(key, self)
             steps = check_steps(batches, num_steps)
             self._check_horizon(steps)

@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import optax
 
-from jaxhpo._errors import JaxhpoError
 from jaxhpo._transforms import to_unconstrained
 from jaxhpo._tree import add_scaled, cast_like, upcast, zeros_like
 from jaxhpo._types import PyTree
-from jaxhpo._validate import check_key
-
-
-def require_key(key: Any, method: Any) -> jax.Array:
-    """The key; raises where a method has nothing to draw from."""
-    if check_key(key) is None:
-        raise JaxhpoError(
-            f"`{method!r}` draws random perturbations, but `update` got no key: write `pair.update(hparams, state, "
-            f"batches, outer_batch, key)`, with another key at every outer step (`tune` and `from_pair` do that)."
-        )
-    return key
 
 
 def normal(key: jax.Array, like: PyTree) -> PyTree:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from jaxhpo._adjoint._forward import Forward
 from jaxhpo._diagnose import watched
 from jaxhpo._errors import JaxhpoError
+from jaxhpo._estimator._pair import check_state
 from jaxhpo._solve import info_of, make_problem
 from jaxhpo._tree import cast_varying, is_inexact, upcast, varying_axes
 from jaxhpo._types import Hypergradient, HypergradientInfo, InnerState, Solution
@@ -69,8 +69,6 @@ class RealTime:
       arXiv:1703.01785
     """
 
-    state_type: ClassVar[type] = RealTimeState
-
     def pair(self, solver, outer_loss, num_steps, warm_start) -> Hypergradient:
         """The pair of functions for `hypergradient`."""
         if not warm_start:
@@ -85,10 +83,9 @@ class RealTime:
             return RealTimeState(inner, jacobian)
 
         def update(hparams, state, batches, outer_batch, key):
+            check_state(state, RealTimeState, self)
             _check_jacobian(state, hparams)
-            problem = watched(
-                make_problem(solver, state.inner, hparams, batches, num_steps, None, None, key, Forward())
-            )
+            problem = watched(make_problem(solver, state.inner, hparams, batches, num_steps=num_steps, key=key))
             inner, jacobian = _run(problem, state.jacobian)
             info = info_of(problem, inner, jnp.asarray(problem.num_steps, jnp.int32))
 

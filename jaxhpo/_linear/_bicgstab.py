@@ -11,13 +11,14 @@ import jax.numpy as jnp
 from jaxhpo._linear._iteration import in_rounds
 from jaxhpo._linear._system import solve_system
 from jaxhpo._tree import cast_varying, norm, varying_axes, vdot
+from jaxhpo._types import LinearSolver
 from jaxhpo._validate import check_count, check_positive
 
 _PATIENCE = 100  # iterations without a new best
 
 
 @dataclasses.dataclass(frozen=True)
-class BiCGStab:
+class BiCGStab(LinearSolver):
     r"""Stabilised bi-conjugate gradients: for matrices that are not symmetric, in constant memory.
 
     Its residual may rise on the way: what it returns is the best iterate met. Where it breaks down (a division by

@@ -8,11 +8,12 @@ from typing import ClassVar
 from jaxhpo._linear._iteration import conjugate_gradients
 from jaxhpo._linear._system import solve_system
 from jaxhpo._tree import add_scaled
+from jaxhpo._types import LinearSolver
 from jaxhpo._validate import check_count, check_nonnegative, check_positive
 
 
 @dataclasses.dataclass(frozen=True)
-class CG:
+class CG(LinearSolver):
     r"""Conjugate gradients on :math:`(H + \delta I) x = b`, for symmetric positive definite H.
 
     Stops at ‖b − (H + δI)x‖ ≤ `tol` ‖b‖, or after `maxiter` products, in which case the hypergradient is that of the

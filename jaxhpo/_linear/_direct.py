@@ -10,12 +10,12 @@ from jax.flatten_util import ravel_pytree
 
 from jaxhpo._linear._report import report, residual_of
 from jaxhpo._tree import add_scaled, cast_varying, varying_axes
-from jaxhpo._types import LinearStatus
+from jaxhpo._types import LinearSolver, LinearStatus
 from jaxhpo._validate import check_nonnegative
 
 
 @dataclasses.dataclass(frozen=True)
-class Direct:
+class Direct(LinearSolver):
     r"""Forms the matrix and solves with it, :math:`x = (A + \delta I)^{-1} b`, by LU with partial pivoting.
 
     Needs no symmetry and no definiteness, so it also serves `fixed_point` solvers and saddle points. A singular matrix

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 from jaxhpo._linear._iteration import in_rounds
 from jaxhpo._linear._system import solve_system
 from jaxhpo._tree import cast_varying, norm, varying_axes
+from jaxhpo._types import LinearSolver
 from jaxhpo._validate import check_count, check_positive
 
 
 @dataclasses.dataclass(frozen=True)
-class GMRES:
+class GMRES(LinearSolver):
     r"""Restarted GMRES, for matrices that need be neither symmetric nor definite.
 
     Serves `fixed_point` solvers and saddle points, where `CG` cannot. The residual never rises; a round between two

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 
 from jaxhpo._linear._report import of_series, report, residual_of
 from jaxhpo._tree import scaled
+from jaxhpo._types import LinearSolver
 from jaxhpo._validate import check_positive
 
 
 @dataclasses.dataclass(frozen=True)
-class Identity:
+class Identity(LinearSolver):
     r"""Replaces the inverse Hessian by a multiple of the identity, :math:`H^{-1} b \approx s\, b`.
 
     With the inner learning rate as scale this is the T1-T2 rule, and at a solution of gradient descent it equals

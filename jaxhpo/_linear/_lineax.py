@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from jaxhpo._errors import JaxhpoError
 from jaxhpo._linear._report import default_tolerance, report, residual_of
 from jaxhpo._linear._system import solve_system
-from jaxhpo._types import LinearStatus
+from jaxhpo._types import LinearSolver, LinearStatus
 
 
 @dataclasses.dataclass(frozen=True)
-class FromLineax:
+class FromLineax(LinearSolver):
     """A lineax solver in the form of ours; made by `from_lineax`."""
 
     solver: Any

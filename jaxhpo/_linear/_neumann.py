@@ -8,11 +8,12 @@ import jax
 
 from jaxhpo._linear._report import of_series, relative_norm, report, residual_of
 from jaxhpo._tree import add_scaled, scaled
+from jaxhpo._types import LinearSolver
 from jaxhpo._validate import check_count, check_positive
 
 
 @dataclasses.dataclass(frozen=True)
-class Neumann:
+class Neumann(LinearSolver):
     r"""Truncated Neumann series for an inverse-Hessian-vector product.
 
     Replaces :math:`H^{-1} b` by :math:`\alpha \sum_{k=0}^{K-1} (I - \alpha H)^k b`, which converges for

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 from jaxhpo._linear._iteration import conjugate_gradients
 from jaxhpo._linear._report import default_tolerance, residual_of, still_falls
 from jaxhpo._linear._system import solve_system
-from jaxhpo._types import LinearStatus
+from jaxhpo._types import LinearSolver, LinearStatus
 from jaxhpo._validate import check_count, check_nonnegative, check_positive
 
 
 @dataclasses.dataclass(frozen=True)
-class NormalCG:
+class NormalCG(LinearSolver):
     r"""Conjugate gradients on :math:`(A^\top A + \delta I) x = A^\top b`, for any matrix, also singular or indefinite.
 
     With δ = 0 the least-squares solution that is nearest to zero. The condition number is squared, so it needs many

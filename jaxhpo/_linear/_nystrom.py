@@ -10,15 +10,14 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from jaxhpo._errors import JaxhpoError
 from jaxhpo._linear._report import of_series, report, residual_of
 from jaxhpo._tree import add_scaled, cast_varying, varying_axes
-from jaxhpo._types import LinearStatus
-from jaxhpo._validate import check_count, check_positive
+from jaxhpo._types import LinearSolver, LinearStatus
+from jaxhpo._validate import check_count, check_positive, require_key
 
 
 @dataclasses.dataclass(frozen=True)
-class Nystrom:
+class Nystrom(LinearSolver):
     r"""A rank-k approximation of the matrix, inverted exactly: no iteration.
 
     With a random P×k matrix Ω of orthonormal columns and C = HΩ, :math:`H \approx C\,(\Omega^\top C)^{-1} C^\top`, and
@@ -56,11 +55,9 @@ class Nystrom:
     def __call__(self, matvec, b, x0=None, key=None):
         """Returns `(x, LinearInfo)`; `x0` is not needed."""
         del x0
-        if key is None:
-            raise JaxhpoError(f"{self!r} draws a random sketch, but got no key: write `solve(..., key=key)`.")
         flat, unravel = ravel_pytree(b)
         rank = min(self.rank, flat.size)
-        basis = jnp.linalg.qr(jax.random.normal(key, (flat.size, rank), flat.dtype))[0]
+        basis = jnp.linalg.qr(jax.random.normal(require_key(key, self), (flat.size, rank), flat.dtype))[0]
         basis = cast_varying(basis, varying_axes(b))
         damped = lambda v: add_scaled(matvec(v), self.damping, v)  # noqa: E731
         product = functools.partial(jnp.matmul, precision="highest")

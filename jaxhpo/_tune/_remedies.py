@@ -134,6 +134,8 @@ class _Marker:
     def forward(self, leaf):
         return self.mark
 
+    inverse = forward
+
 
 def projected(projections: PyTree, point: PyTree) -> tuple[PyTree, jax.Array]:
     """The point with the projected parts on their sets, and the number of entries that this moved."""

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 
 from jaxhpo._errors import JaxhpoError, NonFiniteError, ZeroHypergradientWarning
-from jaxhpo._health import forget_if_jitted, raise_if_zero, what_is_not_finite
+from jaxhpo._health import raise_if_zero, what_is_not_finite
 from jaxhpo._progress import Progress
 from jaxhpo._solves import recording_linear_solves
 from jaxhpo._transforms import to_natural, to_unconstrained
@@ -181,7 +181,6 @@ def tune(
     check_policies(remedies, on_not_finite, monitor, max_inner_steps, outer_loss, gradient)
     first_key = jax.random.key(0) if key is None else check_key(key)
     carry = jax.tree.map(jnp.asarray, check_arrays(carry, "carry"))
-    forget_if_jitted(outer_loss)
     point = to_unconstrained(transforms, hparams)
     remedies.check(transforms, point)
     check_projections(projections, transforms, point)
