@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -170,3 +171,8 @@ def relative_error(got, want) -> float:
 def grad(fn):
     """The jitted gradient."""
     return jax.jit(jax.grad(fn))
+
+
+def default_environment() -> dict[str, str]:
+    """The environment that users have: for child processes of what they run, without the settings of `conftest.py`."""
+    return {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS")}

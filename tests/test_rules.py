@@ -45,6 +45,16 @@ def test_closed_form(case, problem, dtype, tolerance):
     assert relative_error(got, case.closed_form(problem, T)) <= tolerance
 
 
+@pytest.mark.codegen
+@pytest.mark.parametrize("case", ALL_RULES, ids=lambda c: c.name)
+def test_default_code_generation(case):
+    """Each rule compiled as users compile it; the other tests let XLA optimise little."""
+    problem = PROBLEMS["ridge"]
+    T = steps_for(case)
+    got = grad(outer_loss(problem, case.make(problem), T))(jnp.asarray(problem.hparams))
+    assert relative_error(got, case.closed_form(problem, T)) <= 1e-9
+
+
 @pytest.mark.parametrize("checkpoint", ["sqrt", *(pytest.param(c, marks=pytest.mark.slow) for c in (None, 1, 7))])
 def test_unrolled_logistic(checkpoint):
     """At convergence the unrolled hypergradient is the implicit one, whose closed form is known."""
