@@ -1,11 +1,76 @@
-"""Eight host devices and float64 for every test; each test says where it wants another precision."""
+"""Eight host devices, float64 and cheap code generation for every test; each test says where it wants another setting.
 
+Two thirds of the time of the tests is compilation of small programs that run once, so XLA optimises little. What
+depends on its optimisation (memory, time, notebooks, one closed form a rule) is marked `codegen`, and runs in a process
+that leaves XLA as it comes: `JAXHPO_TEST_CODEGEN=default pytest -m codegen`.
+"""
+
+import importlib.metadata
 import os
+import sys
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+import orphans
+import pytest
+
+# Before jax is imported, and in each worker of xdist anew.
+DEFAULT_CODEGEN = os.environ.get("JAXHPO_TEST_CODEGEN") == "default"
+# jaxlib 0.12 aborts at the flag; newer ones are tested as they come.
+CHEAP = not DEFAULT_CODEGEN and importlib.metadata.version("jaxlib").startswith("0.10.")
+FLAGS = ["--xla_force_host_platform_device_count=8"]
+if CHEAP:
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+given = os.environ.get("XLA_FLAGS", "").split()
+os.environ["XLA_FLAGS"] = " ".join(given + [flag for flag in FLAGS if flag not in given])
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax  # noqa: E402
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--one-per-function", action="store_true", help="run the first case of each test function only")
+
+
+def pytest_configure(config):
+    """A plugin that had imported jax before would have left the variables without effect."""
+    if CHEAP and not jax.config.read("jax_disable_most_optimizations"):
+        raise pytest.UsageError("jax was imported before tests/conftest.py could set its environment")
+    orphans.watch()
+    if "JAXHPO_DATA_DIR" in os.environ:
+        sys.addaudithook(refuse_network)
+
+
+def pytest_unconfigure(config):
+    orphans.end()
+
+
+def refuse_network(event, args):
+    """Where a mirror is named, no test asks the network for what the mirror lacks."""
+    if event == "socket.getaddrinfo":
+        host = args[0]
+    elif event == "socket.connect" and isinstance(args[1], tuple):
+        host = args[1][0]
+    else:
+        return
+    if host not in (None, "localhost", "127.0.0.1", "::1"):
+        raise OSError(f"{host} is not asked: JAXHPO_DATA_DIR is set, and the tests keep to it")
+
+
+@pytest.hookimpl(trylast=True)  # after the selection by marks
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--one-per-function"):
+        return
+    first: dict = {}
+    for item in items:
+        first.setdefault((item.path, getattr(item, "cls", None), getattr(item, "originalname", item.name)), item)
+    kept = set(first.values())
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
+
+
+def pytest_runtest_setup(item):
+    if CHEAP and item.get_closest_marker("codegen"):
+        pytest.fail("needs the default code generation: JAXHPO_TEST_CODEGEN=default pytest -m codegen", pytrace=False)

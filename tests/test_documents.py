@@ -1,12 +1,12 @@
 """What README and the notebooks show runs as printed."""
 
-import os
 import pathlib
 import re
 import subprocess
 import sys
 
 import pytest
+from helpers import default_environment
 
 import jaxhpo
 import jaxhpo.data
@@ -18,8 +18,9 @@ README = (ROOT / "README.md").read_text()
 def test_readme_example_runs_as_printed():
     block = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[0]
     assert len([line for line in block.splitlines() if line.strip()]) <= 16
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-    out = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, env=env, check=True).stdout
+    out = subprocess.run(
+        [sys.executable, "-c", block], capture_output=True, text=True, env=default_environment(), check=True
+    ).stdout
     before, after = map(float, re.search(r"validation loss ([\d.]+) -> ([\d.]+)", out).groups())
     assert after < before
     error = float(re.search(r"relative error ([\d.e+-]+)", out).group(1))
@@ -41,8 +42,9 @@ minibatches = lambda key: jax.tree.map(lambda x: x[None], batches(0))
 validation_loss = lambda params: train_loss(params, h, {"image": images, "label": labels})
 """
     code = setting + flax_model + use + warm_start.replace("num_steps=500", "num_steps=3")
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-    subprocess.run([sys.executable, "-c", code + "assert result.status == 'finished'"], env=env, check=True)
+    subprocess.run(
+        [sys.executable, "-c", code + "assert result.status == 'finished'"], env=default_environment(), check=True
+    )
 
 
 @pytest.mark.slow
@@ -50,9 +52,10 @@ def test_readme_examples_of_methods_run(tmp_path):
     """They go on from the first example."""
     first, _, _, _, comparing, planning, pair = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     code = "\n".join([first, comparing, planning, pair, "assert result.status == 'finished'"])
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     command = [sys.executable, "-c", code]
-    out = subprocess.run(command, capture_output=True, text=True, env=env, check=True, cwd=tmp_path).stdout
+    out = subprocess.run(
+        command, capture_output=True, text=True, env=default_environment(), check=True, cwd=tmp_path
+    ).stdout
     assert "Unroll()" in out and "binomial checkpointing" in out and (tmp_path / "comparison.png").exists()
 
 
@@ -69,7 +72,7 @@ def test_links_lead_somewhere():
             assert (ROOT / target).exists(), f"{page.name}: {target}"
 
 
-@pytest.mark.slow
+@pytest.mark.codegen
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
 def test_notebook_runs(path):
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
@@ -81,4 +84,4 @@ def test_notebook_runs(path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     assert not any(cell.get("outputs") for cell in notebook.cells), "notebooks are kept without outputs"
-    nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
+    nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3").execute(env=default_environment())

@@ -83,6 +83,7 @@ def test_chunks_of_any_size_and_leaves_without_entries(chunk_size):
     np.testing.assert_allclose(jax.jit(jax.grad(loss))(jnp.ones(3)), 1 - 0.8**5, rtol=1e-12)
 
 
+@pytest.mark.codegen
 def test_forward_differentiates_only_what_moves():
     """Of 10 000 hyperparameters and one rate, only the rate is differentiated: one column, not 10 001."""
     solver = jaxhpo.from_optax(

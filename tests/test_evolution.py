@@ -191,7 +191,7 @@ def test_tuning_an_error_rate(name):
 # --- cost ---
 
 
-@pytest.mark.slow
+@pytest.mark.codegen
 @pytest.mark.parametrize("method", [EvolutionStrategies(2, 0.1), PersistentES(2, 0.1, 1000)], ids=["es", "pes"])
 def test_memory_does_not_grow_with_steps(method):
     """From T = 10 to T = 1000 the memory grows by the 990 step indices, 8 bytes each, and by nothing else."""

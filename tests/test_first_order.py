@@ -259,7 +259,7 @@ def test_explosion_is_told():
         jaxhpo.check_hypergradient(unstable(DrMAD()), jnp.asarray(2.0))
 
 
-@pytest.mark.slow
+@pytest.mark.codegen
 def test_memory_does_not_depend_on_the_number_of_steps():
     solver = jaxhpo.from_optax(lambda w, h, b: jnp.sum(h * w**2), optax.sgd(0.1))
 

@@ -11,7 +11,7 @@ from jax.flatten_util import ravel_pytree
 import jaxhpo
 from jaxhpo._cost import count_arithmetic, temporary_bytes
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.codegen
 RULES = {"default": jaxhpo.Unroll(), "reversible": jaxhpo.Reversible()}
 
 

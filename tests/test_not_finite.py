@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import pairwise
 
 import jaxhpo
 from jaxhpo import _diagnose
@@ -93,12 +94,13 @@ def test_found(place, when, number):
 
 @slow
 @pytest.mark.filterwarnings("ignore:The train loss holds `spoil`:RuntimeWarning")
-@pytest.mark.parametrize("adjoint", [jaxhpo.Unroll(), jaxhpo.Implicit()], ids=["unroll", "implicit"])
-@pytest.mark.parametrize("number", [np.nan, np.inf])
-@pytest.mark.parametrize("when", [0, STEPS // 2, STEPS - 1])
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    ("place", "when", "number", "adjoint"),
+    pairwise([*PLACES], [0, STEPS // 2, STEPS - 1], [np.nan, np.inf], [jaxhpo.Unroll(), jaxhpo.Implicit()]),
+    ids=lambda value: type(value).__name__.lower() if isinstance(value, (jaxhpo.Unroll, jaxhpo.Implicit)) else None,
+)
 def test_every_place_and_time(place, when, number, adjoint):
-    """72 cases: six places, three outer steps, two numbers, two rules."""
+    """Six places, three outer steps, two numbers, two rules: each with every value of each other."""
     check(place, when, number, adjoint)
 
 

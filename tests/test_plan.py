@@ -69,18 +69,12 @@ def network(adjoint, num_steps):
 
 PROBLEMS = {"matrix": matrix, "regression": regression, "network": network}
 CHECKPOINTS = (None, 1, "sqrt", "binomial")
-QUICK = {("matrix", "sqrt", 200), ("regression", None, 200), ("matrix", "binomial", 200)}
 
 
-@pytest.mark.parametrize(
-    ("problem", "checkpoint", "num_steps"),
-    [
-        pytest.param(p, c, t, marks=[] if (p, c, t) in QUICK else [slow])
-        for p in PROBLEMS
-        for c in CHECKPOINTS
-        for t in (20, 200)
-    ],
-)
+@pytest.mark.codegen
+@pytest.mark.parametrize("num_steps", [20, 200])
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+@pytest.mark.parametrize("problem", PROBLEMS)
 def test_memory_is_foretold(problem, checkpoint, num_steps):
     """Within 20 % where the stored states are at least half of it, as in all of these at 200 steps, else within 1.5."""
     outer, h = PROBLEMS[problem](Unroll(checkpoint=checkpoint), num_steps)

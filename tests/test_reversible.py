@@ -510,7 +510,7 @@ def test_the_buffer_is_sized_by_the_momentum(momentum, bits):
     assert sizes == [plan.depth]
 
 
-@slow
+@pytest.mark.codegen
 @pytest.mark.parametrize("momentum", [0.9, 0.98])
 def test_memory_does_not_grow_with_the_steps(momentum):
     """Temporary memory at 100 and at 1000 steps differs by the buffer's bits, within the 1.5 of its allocation."""

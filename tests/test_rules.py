@@ -1,11 +1,13 @@
 """Every derivative rule against its own closed form, through every transformation."""
 
+import contextlib
 import dataclasses
 import functools
 from typing import Any, NamedTuple
 
 import chex
 import jax
+import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -15,7 +17,7 @@ from helpers import ALL_RULES, BY_NAME, PROBLEMS, QUICK, grad, outer_loss, parti
 import jaxhpo
 from jaxhpo import CG, Direct, Identity, Implicit, Neumann, Nystrom, Unroll
 
-rules = rows()
+rules, slow = rows(), pytest.mark.slow
 SLOW = ("unroll-plain", "unroll-7", "forward", "direct", "gmres", "bicgstab", "normal-cg", "lineax")
 CONVERGED = 400  # gradient steps after which every problem here is at its solution to 1e-12
 
@@ -24,25 +26,45 @@ def steps_for(case):
     return CONVERGED if case.implicit else 40
 
 
+def closed_form_rows():
+    """Each rule on each problem, and in each precision: ridge in float64, the others in float32 and float64 in turn."""
+    rows = [(name, "ridge", 32) for name in QUICK]
+    for i, case in enumerate(ALL_RULES):
+        rows.append((case.name, "ridge", 64))
+        rows.append((case.name, "quadratic", 32 if i % 2 or not case.implicit or case.name in QUICK else 64))
+        if case.implicit:
+            rows.append((case.name, "logistic", 64 if i % 2 and case.name not in QUICK else 32))
+    return [
+        pytest.param(
+            BY_NAME[name],
+            problem,
+            bits,
+            id=f"{problem}-{name}-f{bits}",
+            marks=[] if problem == "ridge" or name in QUICK else [slow],
+        )
+        for name, problem, bits in rows
+    ]
+
+
 # What is asked of exact rules, 1e-9 in float64 and 1e-4 in float32; approximate ones reach it on their own closed form.
-@pytest.mark.parametrize(
-    ("dtype", "tolerance", "problem", "case"),
-    [
-        pytest.param(*precision, name, case, id=f"{name}-{case.name}-f{8 * precision[0].dtype.itemsize}", marks=marks)
-        for precision in ((jnp.float64, 1e-9), (jnp.float32, 1e-4))
-        for case in ALL_RULES
-        for name, p in PROBLEMS.items()
-        if case.implicit or p.unrolled
-        for quick in [case.name in QUICK or (precision[0] == jnp.float64 and name == "ridge")]
-        for marks in [[] if quick else [pytest.mark.slow]]
-    ],
-)
-def test_closed_form(case, problem, dtype, tolerance):
+@pytest.mark.parametrize(("case", "problem", "bits"), closed_form_rows())
+def test_closed_form(case, problem, bits):
+    dtype, tolerance = {64: (jnp.float64, 1e-9), 32: (jnp.float32, 1e-4)}[bits]
     problem = PROBLEMS[problem]
     T = steps_for(case)
     got = grad(outer_loss(problem, case.make(problem), T, dtype))(jnp.asarray(problem.hparams, dtype))
     assert got.dtype == dtype
     assert relative_error(got, case.closed_form(problem, T)) <= tolerance
+
+
+@pytest.mark.codegen
+@pytest.mark.parametrize("case", ALL_RULES, ids=lambda c: c.name)
+def test_default_code_generation(case):
+    """Each rule compiled as users compile it; the other tests let XLA optimise little."""
+    problem = PROBLEMS["ridge"]
+    T = steps_for(case)
+    got = grad(outer_loss(problem, case.make(problem), T))(jnp.asarray(problem.hparams))
+    assert relative_error(got, case.closed_form(problem, T)) <= 1e-9
 
 
 @pytest.mark.parametrize("checkpoint", ["sqrt", *(pytest.param(c, marks=pytest.mark.slow) for c in (None, 1, 7))])
@@ -84,10 +106,10 @@ def test_inside_scan(case):
     """Three outer gradient steps inside one scan are three steps of a Python loop."""
     problem = PROBLEMS["ridge"]
     loss = outer_loss(problem, case.make(problem), 20)
-    h = jnp.asarray(problem.hparams)
+    h, once = jnp.asarray(problem.hparams), grad(loss)
     scanned = jax.jit(lambda h: jax.lax.scan(lambda h, _: (h - 0.1 * jax.grad(loss)(h), None), h, length=3)[0])(h)
     for _ in range(3):
-        h = h - 0.1 * grad(loss)(h)
+        h = h - 0.1 * once(h)
     chex.assert_trees_all_close(scanned, h, rtol=1e-12)
 
 
@@ -98,12 +120,19 @@ def ridge_outer(h, problem):
     return problem.val_loss(jnp.linalg.solve(A, b))
 
 
+# One rule of each kind in both modes, the others in each in turn.
+HESSIANS = [(n, outer) for n in QUICK for outer in (jax.jacfwd, jax.jacrev)]
+HESSIANS += [(n, (jax.jacfwd, jax.jacrev)[i % 2]) for i, n in enumerate(SLOW)]
+
+
 @pytest.mark.parametrize(
-    "outer", [jax.jacfwd, pytest.param(jax.jacrev, marks=pytest.mark.slow)], ids=["jacfwd", "jacrev"]
-)
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param("unroll", marks=pytest.mark.slow), "cg", *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)],
+    ("name", "outer"),
+    [
+        pytest.param(
+            n, outer, id=f"{n}-{outer.__name__}", marks=[] if i == HESSIANS.index(("cg", jax.jacfwd)) else slow
+        )
+        for i, (n, outer) in enumerate(HESSIANS)
+    ],
 )
 def test_hessian(name, outer):
     """Second derivatives of the outer loss: 1e-8 is the figure asked for."""
@@ -343,20 +372,41 @@ def test_bfloat16_curvature(curvature, linear_solver):
     assert seen and set(seen) == {jnp.dtype(jnp.float32)}
 
 
+@contextlib.contextmanager
+def compilations():
+    """The durations of the compilations that happen within."""
+    found = []
+
+    def listen(event, seconds, **more):
+        if event == "/jax/core/compile/backend_compile_duration":
+            found.append(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield found
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
 @rules
 def test_one_compilation(case):
-    """100 different hyperparameter values are one trace, hence one compilation."""
+    """100 outer steps of a plain loop compile in the first alone; eagerly, each later one compiles its loops alone."""
     problem = PROBLEMS["quadratic"]
-    loss, traces = outer_loss(problem, case.make(problem), 5), []
-
-    def counted(h):
-        traces.append(h)
-        return loss(h)
-
-    step = grad(counted)
-    for i in range(100):
-        step(jnp.asarray(problem.hparams) + i)
-    assert len(traces) == 1
+    loss, h = outer_loss(problem, case.make(problem), 5), jnp.asarray(problem.hparams)
+    step = grad(loss)
+    with compilations() as first:
+        h = h - 0.01 * step(h)  # what comes out must be, in type and place, what went in
+    with compilations() as later:
+        for _ in range(99):
+            h = h - 0.01 * step(h)
+    assert first and not later
+    counts = []
+    for _ in range(3):
+        with compilations() as found:
+            h = h - 0.01 * jax.grad(loss)(h)
+        counts.append(len(found))
+    # JAX compiles a loop anew where its body is a new function: the run, the way back, those of a linear solve.
+    assert counts[2] == counts[1] <= 4, counts
 
 
 def test_settings_are_values():

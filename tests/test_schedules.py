@@ -121,6 +121,7 @@ def programs(rule, num_steps, size=64):
     return outer
 
 
+@pytest.mark.codegen
 def test_binomial_arithmetic_and_memory():
     """17 states for 1000 steps, each step taken 2.8 times: 1 + 1000⁻¹(redone) + what pulling through a step takes."""
     size, outer = 64 * 64 * jnp.zeros(()).dtype.itemsize, programs(Unroll(checkpoint="binomial"), 1000)

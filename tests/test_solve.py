@@ -40,6 +40,7 @@ def test_function_of_the_step_equals_stacked_batches(adjoint):
     chex.assert_trees_all_close(*both, rtol=1e-12)
 
 
+@pytest.mark.codegen
 def test_a_function_of_the_step_needs_no_memory_for_the_batches():
     """A million steps of 1000 numbers would be 8 GB when stacked; compiled temporary memory stays below 1 MB."""
     solver = jaxhpo.from_optax(squared, optax.sgd(STEP))
