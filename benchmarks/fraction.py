@@ -23,7 +23,7 @@ import optax
 import jaxhpo
 import jaxhpo.data
 from jaxhpo import plot
-from jaxhpo._cost import count_arithmetic
+from jaxhpo._core.cost import count_arithmetic
 
 FRACTIONS = (0.5, 0.25, 0.125)
 STEPS = (5, 20, 100)

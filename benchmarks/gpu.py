@@ -38,10 +38,10 @@ import numpy as np
 import unroll
 
 import jaxhpo
-from jaxhpo._adjoint import _exact_arithmetic as arithmetic
-from jaxhpo._adjoint import _reversible as reversible
-from jaxhpo._cost import count_arithmetic, temporary_bytes
-from jaxhpo._solve import make_problem
+from jaxhpo._adjoint import exact_arithmetic as arithmetic
+from jaxhpo._adjoint import reversible
+from jaxhpo._core.cost import count_arithmetic, temporary_bytes
+from jaxhpo._inner.problem import make_problem
 
 SIZES = {
     "small": {"layers": 2, "width": 64, "heads": 2, "vocabulary": 256, "length": 64, "batch": 4},

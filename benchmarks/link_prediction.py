@@ -44,7 +44,7 @@ import scipy.stats
 
 import jaxhpo
 from jaxhpo import plot
-from jaxhpo._progress import Progress
+from jaxhpo._core.progress import Progress
 from jaxhpo.data import knowledge_graph
 from jaxhpo.models import link_prediction as lp
 

@@ -22,10 +22,10 @@ import jax
 import jax.numpy as jnp
 import lineax
 import optax
+from _methods import METHODS, markdown
 
 import jaxhpo
-from jaxhpo._cost import count_arithmetic
-from jaxhpo._methods import METHODS, markdown
+from jaxhpo._core.cost import count_arithmetic
 
 NUM_STEPS = 20
 BATCH = 128

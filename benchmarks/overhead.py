@@ -26,7 +26,7 @@ import numpy as np
 import optax
 
 import jaxhpo
-from jaxhpo._tune._run_dir import RunDir
+from jaxhpo._tune.run_dir import RunDir
 
 SIZE, GOAL = 256, 0.02  # of the matrices; seconds that a step should take
 OPTIMIZER = optax.adam(0.01)

@@ -30,7 +30,7 @@ import optax
 
 import jaxhpo
 from jaxhpo import plot
-from jaxhpo._cost import count_and_peak
+from jaxhpo._core.cost import count_and_peak
 from jaxhpo.data import digits
 
 LEAST = 0.02  # seconds that a timed spell takes at least, in as many calls as that needs

@@ -24,10 +24,10 @@ import optax
 
 import jaxhpo
 from jaxhpo import plot
-from jaxhpo._adjoint import _exact_arithmetic as arithmetic
-from jaxhpo._adjoint import _reversible as reversible
-from jaxhpo._cost import count_arithmetic
-from jaxhpo._solve import make_problem
+from jaxhpo._adjoint import exact_arithmetic as arithmetic
+from jaxhpo._adjoint import reversible
+from jaxhpo._core.cost import count_arithmetic
+from jaxhpo._inner.problem import make_problem
 from jaxhpo.data import mnist
 
 SIZES, BATCH, STEPS = (784, 50, 50, 50, 10), 200, 100

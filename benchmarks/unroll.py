@@ -32,7 +32,7 @@ import optax
 
 import jaxhpo
 from jaxhpo import plot
-from jaxhpo._cost import count_arithmetic
+from jaxhpo._core.cost import count_arithmetic
 
 KEY = jax.random.key(3)  # of random parts of minibatches
 RATE, BATCHES = {"sgd": 1e-2, "adam": 1e-3, "momentum": 1e-1}, 20

@@ -111,7 +111,7 @@ class Tolerant(doctest.OutputChecker):
 
 
 # What these show is held to closed forms by the quick tests of hypernetworks and of models.
-LONG = {"jaxhpo.models._self_tuning", "jaxhpo.models._mlp", "jaxhpo._estimator._hypernetwork"}
+LONG = {"jaxhpo.models._self_tuning", "jaxhpo.models._mlp", "jaxhpo._estimator.hypernetwork"}
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import hashlib
 import os
 import pathlib
 
-from jaxhpo._errors import JaxhpoError
+from jaxhpo._core.errors import JaxhpoError
 
 MIRROR = "JAXHPO_DATA_DIR"  # an environment variable
 

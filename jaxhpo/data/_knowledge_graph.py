@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxhpo._errors import JaxhpoError
-from jaxhpo._validate import check_count
+from jaxhpo._core.errors import JaxhpoError
+from jaxhpo._core.validate import check_count
 from jaxhpo.data._download import fetch
 
 ADDRESS = "https://github.com/TimDettmers/ConvE/raw/master/"

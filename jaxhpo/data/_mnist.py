@@ -9,8 +9,8 @@ import zlib
 
 import numpy as np
 
-from jaxhpo._errors import JaxhpoError
-from jaxhpo._validate import check_count
+from jaxhpo._core.errors import JaxhpoError
+from jaxhpo._core.validate import check_count
 from jaxhpo.data._download import fetch
 from jaxhpo.data._split import Examples, Split
 

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxhpo._errors import JaxhpoError
-from jaxhpo._tree import names, upcast
-from jaxhpo._types import PyTree
-from jaxhpo._validate import check_count, check_key, describe, is_array
+from jaxhpo._core.errors import JaxhpoError
+from jaxhpo._core.tree import names, upcast
+from jaxhpo._core.types import PyTree
+from jaxhpo._core.validate import check_count, check_key, describe, is_array
 from jaxhpo.models.link_prediction._model import NOWHERE, Model, in_range
 from jaxhpo.models.link_prediction._triples import SIDES, check_sides, check_triples, concrete_triples
 

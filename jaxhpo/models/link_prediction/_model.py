@@ -8,9 +8,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jaxhpo._errors import JaxhpoError
-from jaxhpo._tree import upcast
-from jaxhpo._validate import check_count, check_key, check_positive
+from jaxhpo._core.errors import JaxhpoError
+from jaxhpo._core.tree import upcast
+from jaxhpo._core.validate import check_count, check_key, check_positive
 from jaxhpo.models.link_prediction._triples import check_side
 
 NOWHERE = 2**30  # beyond the rows of every table

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxhpo._errors import JaxhpoError
+from jaxhpo._core.errors import JaxhpoError
 from jaxhpo.models.link_prediction._model import Model
 from jaxhpo.models.link_prediction._triples import SIDES, Known, concrete_triples
 

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxhpo._errors import JaxhpoError
-from jaxhpo._validate import check_count, describe
+from jaxhpo._core.errors import JaxhpoError
+from jaxhpo._core.validate import check_count, describe
 
 SIDES = "spo"
 

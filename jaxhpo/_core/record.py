@@ -1,0 +1,239 @@
+"""Reports of the solves in a program: what was traced, and how each solve ended when it ran.
+
+What is active lives in one context variable, and ends with its `with` block. Inside such a block JAX traces anew what
+the user jitted before, and what it traces there is used nowhere else: no trace is left behind in JAX's caches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.xla_metadata import set_xla_metadata
+
+from jaxhpo._core.tree import norm, num_bytes
+from jaxhpo._core.types import Info, LinearInfo, LinearStatus, PyTree, Schedule
+
+
+class LinearSolve(NamedTuple):
+    """One linear solve that was run, as in `LinearInfo`."""
+
+    status: LinearStatus
+    residual: float
+    num_iterations: int
+
+
+class InnerRun(NamedTuple):
+    """One inner solve that was run.
+
+    Attributes:
+      num_steps: inner steps taken.
+      start: norm of the condition at the initial state.
+      end: the same at the solution, `info.optimality`.
+    """
+
+    num_steps: int
+    start: float
+    end: float
+
+
+class UnrolledSolve(NamedTuple):
+    """One solve that was traced by a rule which keeps states; sizes in bytes, of one step.
+
+    Attributes:
+      adjoint: the rule.
+      num_steps: inner steps.
+      schedule: what is kept.
+      state: of the inner state.
+      gradient: of the train loss's gradient; 0 where a step is no function of one.
+      activations: what the gradient keeps between its two passes.
+      residuals: what plain autodiff keeps beside the state.
+    """
+
+    adjoint: Any
+    num_steps: int
+    schedule: Schedule
+    state: int
+    gradient: int
+    activations: int
+    residuals: float
+
+
+class SolveLog:
+    """The solves that were traced.
+
+    Attributes:
+      wants_runs: whether each solve is to report when it runs, which costs a gradient.
+      wants_schedules: whether schedules are wanted, which take further traces.
+      adjoints: the rule of every solve.
+      random: the rules that asked for a key.
+      num_steps: inner steps of all solves, at most.
+      symmetric: whether every condition's Jacobian is symmetric.
+      params: the parameters of the largest inner problem, without values.
+      runs: an `InnerRun` for every solve that was run.
+      schedules: an `UnrolledSolve` for every solve that keeps states.
+    """
+
+    def __init__(self, runs: bool = False, schedules: bool = True):
+        self.wants_runs, self.wants_schedules = runs, schedules
+        self.adjoints: list[Any] = []
+        self.random: list[Any] = []
+        self.num_steps = 0
+        self.symmetric = True
+        self.params: PyTree = None
+        self.runs: list[InnerRun] = []
+        self.schedules: list[UnrolledSolve] = []
+
+    @property
+    def param_bytes(self) -> int:
+        """Bytes of the largest inner problem's parameters."""
+        return num_bytes(self.params)
+
+    @property
+    def num_params(self) -> int:
+        """Numbers in the largest inner problem's parameters."""
+        return _size(self.params)
+
+
+class StepLog:
+    """What was not finite in inner steps, as `(inner problem, inner step, name)`, with its place in order of arrival.
+
+    Attributes:
+      num_problems: inner problems that were traced.
+      before: leaves of what a step was given.
+      forward: leaves of its result, or the train loss.
+      backward: cotangents of what a step was given.
+      arriving: cotangents of its result.
+      faults: what derivative rules know to be wrong.
+      first: what a run's first step was given, by inner problem: state, inputs, batch.
+      broken: state and batch of the first step that broke, likewise.
+      advance: the step, likewise.
+    """
+
+    def __init__(self):
+        self.num_problems = 0
+        self.before: dict[tuple[int, int, str], int] = {}
+        self.forward: dict[tuple[int, int, str], int] = {}
+        self.backward: dict[tuple[int, int, str], int] = {}
+        self.arriving: dict[tuple[int, int, str], int] = {}
+        self.faults: list[str] = []
+        self.first: dict[int, tuple] = {}
+        self.broken: dict[int, tuple] = {}
+        self.advance: dict[int, Callable] = {}
+        self.arrivals = itertools.count()
+
+
+class Recording(NamedTuple):
+    """What is recorded while a program is traced; None where nobody asked.
+
+    Attributes:
+      linear_solves: the `LinearSolve`s that are run.
+      solves: the solves that are traced.
+      steps: what is not finite in inner steps.
+      schedule: `(checkpoint, memory_limit)` that every unrolled solve takes, whatever it asked for.
+    """
+
+    linear_solves: list[LinearSolve] | None = None
+    solves: SolveLog | None = None
+    steps: StepLog | None = None
+    schedule: tuple[int | str | None, float | None] | None = None
+
+
+_active: contextvars.ContextVar[Recording] = contextvars.ContextVar("jaxhpo_recording", default=Recording())  # noqa: B039
+_count = itertools.count()
+
+
+def active() -> Recording:
+    """Returns what is being recorded."""
+    return _active.get()
+
+
+@contextlib.contextmanager
+def recording(**parts: Any) -> Iterator[None]:
+    """While active, solves that are traced report to `parts`, the fields of `Recording`."""
+    token = _active.set(_active.get()._replace(**parts))
+    try:
+        with traced_anew():
+            yield
+        jax.effects_barrier()
+    finally:
+        _active.reset(token)
+
+
+@contextlib.contextmanager
+def traced_anew() -> Iterator[None]:
+    """While active, jitted functions are traced as if never before, and what is traced is used only here.
+
+    Metadata are a part of the key by which JAX finds what it has traced.
+    """
+    with set_xla_metadata(jaxhpo_recording=str(next(_count))):
+        yield
+
+
+def report_linear_solve(info: LinearInfo) -> None:
+    """Reports a linear solve, when it runs."""
+    solves = active().linear_solves
+    if solves is not None:
+
+        def append(status, residual, num_iterations):
+            solves.append(LinearSolve(LinearStatus(int(status)), float(residual), int(num_iterations)))
+
+        jax.debug.callback(append, info.status, info.residual, info.num_iterations)
+
+
+def report_schedule(make_row: Callable[[], UnrolledSolve]) -> None:
+    """Reports the schedule of an unrolled solve."""
+    log = active().solves
+    if log is not None and log.wants_schedules:
+        log.schedules.append(make_row())
+
+
+def report_random(rule: Any) -> None:
+    """Reports that a rule draws random numbers."""
+    log = active().solves
+    if log is not None:
+        log.random.append(rule)
+
+
+def report_solve(problem: Any, adjoint: Any, info: Info) -> None:
+    """Reports a solve, and if that is asked for how far its run came."""
+    log = active().solves
+    if log is None:
+        return
+    log.adjoints.append(adjoint)
+    log.num_steps += problem.num_steps
+    log.symmetric &= problem.solver.symmetric
+    if _size(problem.state.params) > _size(log.params):
+        log.params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), problem.state.params)
+    if log.wants_runs:
+        state, inputs = jax.lax.stop_gradient((problem.state, problem.residual_inputs))
+        start = norm(problem.residual(state.params, state.model_state, inputs))
+
+        def append(steps, *norms):
+            log.runs.append(InnerRun(int(steps), *map(float, norms)))
+
+        jax.debug.callback(append, info.num_steps, start, info.optimality)
+
+
+def report_fault(happened: jax.Array, text: str, **values: Any) -> None:
+    """Reports a NaN that a derivative rule gave on purpose, and why: `text`, formatted with the values.
+
+    It is to have happened only where all that the rule was given is finite: so it is the first cause.
+    """
+    log = active().steps
+    if log is not None:
+
+        def append(happened, values):
+            if happened:
+                log.faults.append(text.format(**{name: x.item() for name, x in values.items()}))
+
+        jax.debug.callback(append, happened, jax.tree.map(jnp.asarray, values))
+
+
+def _size(tree) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))

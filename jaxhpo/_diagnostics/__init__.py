@@ -1,0 +1,1 @@
+"""Diagnosis of hypergradients: checks, comparisons, memory, numbers that are not finite."""

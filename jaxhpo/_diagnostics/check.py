@@ -1,0 +1,176 @@
+"""Whether to trust a hypergradient: against central differences of the outer loss."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.flatten_util import ravel_pytree
+
+from jaxhpo._core.errors import NonFiniteError, ZeroHypergradientError, ZeroHypergradientWarning
+from jaxhpo._core.record import recording
+from jaxhpo._core.trace import differentiable_inputs
+from jaxhpo._core.tree import names
+from jaxhpo._core.types import LinearStatus, PyTree
+from jaxhpo._core.validate import check_callable, check_count, check_key, check_params, check_positive, check_scalar
+from jaxhpo._diagnostics.differences import agreement, central_differences
+from jaxhpo._diagnostics.health import raise_if_zero, raise_unless_finite
+from jaxhpo._diagnostics.not_finite import diagnose
+
+
+@dataclasses.dataclass(frozen=True)
+class HypergradientCheck:
+    """How a hypergradient compares with central differences; prints as a short report.
+
+    Attributes:
+      relative_error: ‖analytic − numeric‖ / ‖numeric‖ over the directions tried.
+      cosine: cosine of the angle between the two.
+      norm_ratio: ‖analytic‖ / ‖numeric‖.
+      numeric_error: estimated relative error of the central differences themselves, for a smooth outer loss: a relative
+        error near it is none.
+      analytic: directional derivatives by the rule, shape (directions,).
+      numeric: the same by central differences.
+      coordinates: the name of each direction where they are coordinates, else None (random directions).
+      linear_statuses: how the iterative linear solves of the hypergradient ended, as `LinearStatus`.
+    """
+
+    relative_error: float
+    cosine: float
+    norm_ratio: float
+    numeric_error: float
+    analytic: np.ndarray
+    numeric: np.ndarray
+    coordinates: tuple[str, ...] | None
+    linear_statuses: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        kind = "coordinates" if self.coordinates else "random directions"
+        text = (
+            f"hypergradient against central differences along {len(self.numeric)} {kind}: relative error "
+            f"{self.relative_error:.1e} (differences good to {self.numeric_error:.0e}), cosine {self.cosine:.6f}, norm "
+            f"ratio {self.norm_ratio:.4f}"
+        )
+        bad = sorted({LinearStatus(status).name for status in self.linear_statuses if status})
+        if bad:
+            text += f"\n  The linear solve of an implicit rule ended {', '.join(bad)}."
+        if self.relative_error <= 1e-3:
+            return text
+        if self.numeric_error > 1e-2:
+            text += (
+                "\n  The differences cannot be trusted here, so neither can this comparison: the trained model jumps "
+                "or bends sharply with the hyperparameters, as networks with ReLU do over many steps (tanh and gelu do "
+                "not), or rounding drowns the differences. Try float64, and another `step_size`."
+            )
+        worst = int(np.argmax(np.abs(self.analytic - self.numeric)))
+        where = f" at {self.coordinates[worst]}" if self.coordinates else ""
+        return (
+            f"{text}\n  worst{where}: {self.analytic[worst]:.4g} by the rule, {self.numeric[worst]:.4g} by "
+            "differences.\n  If the rule is approximate (truncated, Neumann, Identity), this is its bias. Under "
+            "`Implicit`, look at the solution's `info.optimality`: the inner problem may not have converged, or its "
+            "optimiser may have another fixed point than the train loss (decoupled weight decay, clipping, "
+            "projection: put the decay into the loss, or use `fixed_point(step)`). Randomness that differs between "
+            "calls also ends here."
+        )
+
+
+def check_hypergradient(
+    outer_loss: Callable[[PyTree], jax.Array],
+    hparams: PyTree,
+    *,
+    num_directions: int | None = None,
+    step_size: float | None = None,
+    key: jax.Array | None = None,
+) -> HypergradientCheck:
+    r"""Compares `jax.grad(outer_loss)` with central differences.
+
+    Differences are fourth order, :math:`(8 F(h+sd) - 8 F(h-sd) - F(h+2sd) + F(h-2sd)) / 12s`, along every coordinate
+    for up to 64 hyperparameters, else along random directions.
+
+    **Cost and bias**: one hypergradient and four outer losses a direction, compiled once. The differences err by
+    :math:`O(s^4)` and by rounding over s; `numeric_error` estimates both where the outer loss is smooth.
+
+    Args:
+      outer_loss: `hparams -> scalar`, deterministic.
+      hparams: where to check, a pytree of floating-point arrays.
+      num_directions: random unit directions to try; None takes all coordinates up to 64 hyperparameters, else 16
+        directions.
+      step_size: s above, relative to each hyperparameter's scale: its size, at most 1 (where it is zero, its leaf's
+        root mean square, or 1). None takes :math:`\epsilon^{1/5}`, 7e-4 in float64 and 0.04 in float32.
+      key: for the directions; `jax.random.key(0)` when None.
+
+    Returns:
+      A `HypergradientCheck`; `print` it.
+
+    Raises:
+      ZeroHypergradientError: the rule gives exactly zero for a leaf, or for entries, that it cannot see.
+      NonFiniteError: the outer loss or the hypergradient is not finite; says in which inner step that began.
+      JaxhpoError: an input that cannot work.
+
+    Example:
+      >>> solver = jaxhpo.from_optax(lambda p, h, batch: jnp.sum((p - h) ** 2), optax.sgd(0.1))
+      >>> def outer_loss(h):
+      ...     sol = jaxhpo.solve(solver, solver.init(jnp.zeros(2), h), h, num_steps=50)
+      ...     return jnp.sum((sol.params - 3.0) ** 2)
+      >>> check = jaxhpo.check_hypergradient(outer_loss, jnp.ones(2))
+      >>> check.relative_error < 1e-3
+      True
+
+    References:
+      Fornberg. Generation of Finite Difference Formulas on Arbitrarily Spaced Grids. 1988.
+    """
+    check_callable("outer_loss", outer_loss, "outer_loss(hparams)", 1)
+    hparams = check_params(hparams, "hparams")
+    if num_directions is not None:
+        check_count("num_directions", num_directions)
+    if step_size is not None:
+        check_positive("step_size", step_size)
+    direction_key = jax.random.key(0) if key is None else check_key(key)
+    flat, unravel = ravel_pytree(hparams)
+
+    def loss(flat):
+        return check_scalar(outer_loss(unravel(flat)), "outer_loss")
+
+    solves = []
+    with warnings.catch_warnings(record=True) as caught, recording(linear_solves=solves):
+        warnings.simplefilter("always")
+        value, grad = jax.jit(jax.value_and_grad(loss))(flat)
+    raise_unless_finite(value, unravel(grad), lambda: diagnose(outer_loss, hparams))
+
+    tried = None if num_directions is None and flat.size <= 64 else num_directions or 16
+    differences = central_differences(loss, hparams, tried, step_size, direction_key)
+    leaves, structure = jax.tree.flatten(hparams)
+    raise_if_zero(
+        unravel(grad),
+        [w.message for w in caught],
+        names(hparams, "hparams"),
+        lambda: differentiable_inputs(lambda leaves: outer_loss(jax.tree.unflatten(structure, leaves)), leaves),
+    )
+    for w in caught:
+        if not isinstance(w.message, ZeroHypergradientWarning):
+            warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
+    return _compare(differences.along(grad), differences, solves)
+
+
+def _compare(analytic, differences, solves) -> HypergradientCheck:
+    numeric = differences.numeric
+    if not np.all(np.isfinite(numeric)):
+        raise NonFiniteError(
+            "The outer loss is finite at `hparams` but not at all points that the differences visit: pass a smaller "
+            "`step_size`, or check at hyperparameters further from the edge of their domain."
+        )
+    if not np.any(numeric):
+        raise ZeroHypergradientError(
+            "The outer loss does not change along any direction tried: no hyperparameter affects it. Pass the "
+            "hyperparameters on to `solve`, and use them in the train loss or the optimiser."
+        )
+    return HypergradientCheck(
+        *agreement(analytic, numeric),
+        numeric_error=differences.error,
+        analytic=analytic,
+        numeric=numeric,
+        coordinates=differences.coordinates,
+        linear_statuses=tuple(solve.status for solve in solves),
+    )

@@ -1,0 +1,23 @@
+"""Helpers shared by the pairs of functions: the check of their state, and the start of an inner run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxhpo._core.errors import JaxhpoError
+from jaxhpo._core.types import InnerState, PyTree, Solver
+
+
+def inner_start(solver: Solver, inner: InnerState, hparams: PyTree, warm_start: bool) -> InnerState:
+    """The state from which an update's inner run starts: the last one, or a new one at the same parameters."""
+    return inner if warm_start else solver.init(inner.params, hparams, inner.model_state)
+
+
+def check_pair_state(state: Any, kind: type, method: Any) -> None:
+    """Raises unless the state given to a pair's `update` is what its `init` returns."""
+    if not isinstance(state, kind):
+        raise JaxhpoError(
+            f"`state` got {type(state).__name__}, but the pair of {method!r} keeps a {kind.__name__}: pass what "
+            "`pair.init(params, hparams)` or its last `update` returned (to `tune`, `carry=pair.init(params, "
+            "hparams)`)."
+        )

@@ -1,0 +1,1 @@
+"""The inner problem: its solver, one inner step, the loop over steps."""

@@ -1,0 +1,189 @@
+"""What `solve` accepts: its arguments checked one by one, before anything is traced for differentiation."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from jaxhpo._core.errors import JaxhpoError
+from jaxhpo._core.tree import names
+from jaxhpo._core.types import InnerState, Solution, Solver
+from jaxhpo._core.validate import check_arrays, check_callable, check_count, check_finite, check_params, describe
+
+
+def check_solver(solver):
+    """Raises unless this is a `Solver`."""
+    if not isinstance(solver, Solver):
+        is_tx = hasattr(solver, "update") and not isinstance(solver, type)
+        hint = "write `jaxhpo.from_optax(train_loss, tx)`" if is_tx else "make one with `from_optax`"
+        raise JaxhpoError(f"`solver` got {type(solver).__name__}, not a `jaxhpo.Solver`: {hint}.")
+
+
+def check_is_state(state):
+    """Raises unless this is an `InnerState`."""
+    if not isinstance(state, InnerState):
+        hint = "its `.state`" if isinstance(state, Solution) else "`solver.init(params, hparams)`"
+        raise JaxhpoError(f"`state` got {type(state).__name__}, not an `InnerState`: pass {hint}.")
+
+
+def check_state(state, solver, hparams):
+    """The state as JAX arrays; raises unless it is one that this solver can go on from."""
+    params = check_params(state.params, "params")
+    check_arrays(state.model_state, "model_state")
+    fresh = jax.eval_shape(solver.init, params, hparams, state.model_state)
+    _check_opt_state(state.opt_state, fresh.opt_state, solver)
+    return InnerState(params, *jax.tree.map(jnp.asarray, (state.opt_state, state.model_state)))
+
+
+def _check_opt_state(opt_state, fresh, solver):
+    instead = "pass `solver.init(params, hparams)`, or the `.state` of a solution of the same solver and model"
+    got, want = jax.tree.structure(opt_state), jax.tree.structure(fresh)
+    if got != want:
+        raise JaxhpoError(
+            f"`state.opt_state` has the tree {got}, but this `{solver.name}` solver keeps {want}, so it was made by "
+            f"another: {instead}."
+        )
+    check_arrays(opt_state, "state.opt_state")
+    leaves, wanted = jax.tree.leaves(opt_state), jax.tree.leaves(fresh)
+    for name, a, b in zip(names(fresh, "state.opt_state"), leaves, wanted, strict=True):
+        if jnp.shape(a) != b.shape:
+            raise JaxhpoError(f"`{name}` is {describe(a)}, but these parameters need {describe(b)}: {instead}.")
+
+
+def check_steps(batches, num_steps):
+    """The number of inner steps; raises where the batches and `num_steps` do not say it, or disagree."""
+    if num_steps is not None:
+        if isinstance(num_steps, Tracer):
+            raise JaxhpoError(
+                "`num_steps` is traced, but the loop's length must be known while tracing: pass a Python "
+                "integer, or jit with `static_argnames='num_steps'`."
+            )
+        check_count("num_steps", num_steps)
+        num_steps = int(num_steps)
+    if batches is None or callable(batches):
+        if num_steps is None:
+            what = "`batches=None`" if batches is None else "`batches` a function of the step"
+            raise JaxhpoError(f"With {what}, nothing says how many inner steps to take: pass `num_steps=100`, say.")
+        return num_steps
+    return _check_batches(batches, num_steps)
+
+
+def _check_batches(batches, num_steps):
+    leaves = [batches] if hasattr(batches, "__next__") else jax.tree.leaves(batches)
+    if not leaves:
+        raise JaxhpoError(
+            f"`batches` got {batches!r}, which has no leaves: pass arrays, a function of the step, or None."
+        )
+    if isinstance(batches, int):
+        raise JaxhpoError(
+            f"`batches` got the integer {batches}, which is no data: for a number of steps write `num_steps={batches}`."
+        )
+    if _is_list_of_batches(batches) or any(map(_is_function_or_iterable, leaves)):
+        what = f"a list of {len(batches)} batches" if _is_list_of_batches(batches) else describe(batches)
+        raise JaxhpoError(
+            f"`batches` got {what}, but the loop over steps is compiled and slices arrays: stack equal batches along a "
+            "leading axis (`jax.tree.map(lambda *b: jnp.stack(b), *batches)`), or pass one function `lambda t: "
+            f"batch`. (Where one batch consists of several arrays, write them as a tuple.)"
+        )
+    check_arrays(batches, "batches")
+    lengths = {}
+    for name, leaf in zip(names(batches, "batches"), leaves, strict=True):
+        if jnp.ndim(leaf) == 0:
+            raise JaxhpoError(
+                f"`{name}` is {describe(leaf)}, but every leaf needs a leading axis of length num_steps: add it "
+                f"(`jnp.broadcast_to(x, (num_steps,))`), or close over the value in the loss."
+            )
+        lengths[name] = jnp.shape(leaf)[0]
+    if len(set(lengths.values())) > 1:
+        raise JaxhpoError(
+            f"`batches` has leading axes of different lengths, {lengths}, but each leaf needs one slice per inner "
+            f"step: cut them to the same length, or close over what does not change from step to step."
+        )
+    length = next(iter(lengths.values()))
+    if length == 0:
+        raise JaxhpoError(
+            "`batches` has a leading axis of length 0, so there is no step to take: pass at least one batch."
+        )
+    if num_steps is not None and num_steps != length:
+        raise JaxhpoError(
+            f"`num_steps={num_steps}`, but `batches` holds {length} steps: drop `num_steps`, or cut the batches "
+            f"(`jax.tree.map(lambda x: x[:{num_steps}], batches)`); for one batch at every step, pass `lambda t: "
+            "batch`."
+        )
+    check_finite(batches, "batches", allow_infinite=True)
+    return length
+
+
+def _is_list_of_batches(batches) -> bool:
+    """A list whose parts look alike: a pytree too, but one whose leading axes are those of the examples."""
+    if not isinstance(batches, list) or len(batches) < 2:
+        return False
+    structures = {jax.tree.structure(b) for b in batches}
+    shapes = {tuple(np.shape(x) for x in jax.tree.leaves(b)) for b in batches}
+    return len(structures) == 1 and (len(shapes) == 1 or not jax.tree_util.treedef_is_leaf(*structures))
+
+
+def _is_function_or_iterable(leaf) -> bool:
+    return callable(leaf) or (hasattr(leaf, "__iter__") and not hasattr(leaf, "dtype") and not isinstance(leaf, str))
+
+
+def checked_batches_function(batches):
+    """The function of the step, with what it returns checked as it is traced."""
+    check_callable("batches", batches, "batches(step)", 1)
+
+    def take(step):
+        try:
+            batch = batches(step)
+        except jax.errors.TracerArrayConversionError as error:
+            raise JaxhpoError(
+                "`batches(step)` indexes a NumPy array with a traced step, which NumPy cannot do: hold the data as "
+                "`jnp.asarray(data)`."
+            ) from error
+        if batch is None:
+            raise JaxhpoError(
+                "`batches(step)` returned None, so every batch is empty: end the function with `return batch`."
+            )
+        return check_arrays(batch, "batches(step)")
+
+    return take
+
+
+def check_condition_batch(condition_batch, batch):
+    """The condition's batch as JAX arrays; raises unless it has the tree of a step's batch."""
+    got, want = jax.tree.structure(check_arrays(condition_batch, "condition_batch")), jax.tree.structure(batch)
+    if got != want:
+        raise JaxhpoError(
+            f"`condition_batch` has the tree {got}, but the batch of a step has {want}, and the same loss gets both: "
+            f"give it the tree of a step's batch."
+        )
+    check_finite(condition_batch, "condition_batch", allow_infinite=True)
+    return jax.tree.map(jnp.asarray, condition_batch)
+
+
+def check_same_state(before, after):
+    """Raises where a step changes the tree, a shape or the kind of a leaf of the state."""
+    check_arrays(after, "state")
+    if jax.tree.structure(before) != jax.tree.structure(after):
+        raise JaxhpoError(
+            f"The inner step changed the tree of the state from {jax.tree.structure(before)} to "
+            f"{jax.tree.structure(after)}: a loop needs the same tree at every step (return the whole model state, and "
+            f"make the state with `solver.init`)."
+        )
+    for name, b, a in zip(names(before, "state"), jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+        same_kind = all(jnp.issubdtype(b.dtype, k) == jnp.issubdtype(a.dtype, k) for k in (jnp.inexact, jnp.floating))
+        if b.shape != a.shape or not same_kind:
+            raise JaxhpoError(
+                f"The inner step changed `{name}` from {describe(b)} to {describe(a)}, but a loop needs the same shape "
+                f"and kind at every step: return it as it came in (reshape it, or `.astype({b.dtype})`)."
+            )
+
+
+def refuse_tol(problem, rule):
+    """Raises where the inner loop would end at a data-dependent step: the rule needs a fixed length."""
+    if problem.tol is not None:
+        raise JaxhpoError(
+            f"`tol={problem.tol}` stops the inner loop at a data-dependent step, and {rule!r} cannot differentiate "
+            f"such a loop: drop `tol`, or use `adjoint=Implicit(...)`."
+        )

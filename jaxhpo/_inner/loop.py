@@ -1,0 +1,91 @@
+"""The scan over inner steps, by the schedule of what is kept for the backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from jaxhpo._core.tree import norm
+from jaxhpo._core.types import InnerState, PyTree, Schedule
+from jaxhpo._inner.gradient import GRADIENT
+from jaxhpo._inner.problem import Problem
+
+
+def scan_steps(
+    advance: Callable,
+    state: InnerState,
+    xs: PyTree,
+    num_steps: int,
+    schedule: Schedule = Schedule(),  # noqa: B008 (immutable)
+) -> InnerState:
+    """T inner steps, to be differentiated by the schedule."""
+
+    def body(state, x):
+        return advance(state, x), None
+
+    k = schedule.segment
+    if k is None:
+        return jax.lax.scan(body, state, xs, num_steps)[0]
+    # Inside a scan nothing can be merged across iterations, so the barriers of `prevent_cse` are not needed.
+    kept = jax.checkpoint_policies.save_only_these_names(*[GRADIENT] * schedule.gradients)
+    redo = jax.checkpoint(body, prevent_cse=False, policy=kept)
+    if k == 1:
+        return jax.lax.scan(redo, state, xs, num_steps)[0]
+
+    @jax.checkpoint
+    def segment(state, xs):
+        return jax.lax.scan(redo, state, xs)[0]
+
+    num_segments, rest = divmod(num_steps, k)
+    if num_segments:
+        head = jax.tree.map(lambda x: x[: num_segments * k].reshape(num_segments, k, *x.shape[1:]), xs)
+        state = jax.lax.scan(lambda s, x: (segment(s, x), None), state, head)[0]
+    if rest:
+        state = segment(state, jax.tree.map(lambda x: x[num_segments * k :], xs))
+    return state
+
+
+def map_in_chunks(fn: Callable, xs: PyTree, size: int | None) -> PyTree:
+    """`vmap(fn)(xs)`, `size` rows at a time; None takes all at once. `lax.map` refuses empty leaves."""
+    num_rows = jax.tree.leaves(xs)[0].shape[0]
+    if size is None or size >= num_rows:
+        return jax.vmap(fn)(xs)
+    num_chunks, rest = divmod(num_rows, size)
+    head = jax.tree.map(lambda x: x[: num_chunks * size].reshape(num_chunks, size, *x.shape[1:]), xs)
+    out = jax.lax.map(jax.vmap(fn), head)
+    out = jax.tree.map(lambda x: x.reshape(num_chunks * size, *x.shape[2:]), out)
+    if not rest:
+        return out
+    last = jax.vmap(fn)(jax.tree.map(lambda x: x[num_chunks * size :], xs))
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), out, last)
+
+
+def run(problem: Problem) -> tuple[InnerState, jax.Array]:
+    """The inner run as it is, to `num_steps` or to `tol`: the final state and the number of steps taken."""
+
+    def advance(state, x):
+        return problem.advance(state, problem.inputs, x)
+
+    if problem.tol is not None:
+        return _run_until(problem, advance)
+    state = scan_steps(advance, problem.state, problem.xs, problem.num_steps)
+    return state, jnp.asarray(problem.num_steps, jnp.int32)
+
+
+def _run_until(problem, advance):
+    """Inner steps until ‖residual‖ < tol. Not reverse-differentiable."""
+
+    def unfinished(carry):
+        t, state = carry
+        residual = problem.residual(state.params, state.model_state, problem.residual_inputs)
+        # `not (norm < tol)` would run a NaN to the last step; `>=` ends it, and `info.finite` tells.
+        return (t < problem.num_steps) & (norm(residual) >= problem.tol)
+
+    def body(carry):
+        t, state = carry
+        return t + 1, advance(state, jax.tree.map(lambda x: x[t], problem.xs))
+
+    steps, state = jax.lax.while_loop(unfinished, body, (jnp.asarray(0, jnp.int32), problem.state))
+    return state, steps

@@ -1,0 +1,303 @@
+"""NaN and infinity, put into every part of a run at its first, a middle and its last step: each is found and named."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import pairwise
+
+import jaxhpo
+from jaxhpo._diagnostics import not_finite
+from jaxhpo._diagnostics.not_finite import diagnose
+from jaxhpo._diagnostics.origin import find_origin
+
+slow = pytest.mark.slow
+STEPS, INNER = 5, 3
+BAD_INNER = 1  # the inner step at which the loss, the gradient or the data break
+HPARAMS = {"goal": jnp.array([0.5, 1.0]), "penalty": jnp.asarray(0.1)}
+# Where a number is put, and the leaf and the inner step at which it is to be reported.
+PLACES = {
+    "inner loss": f"train loss is not finite at inner step {BAD_INNER}",
+    "gradient": rf"`state\.params\['w'\]` is not finite after inner step {BAD_INNER}",
+    "parameters": r"`state\.params\['w'\]` is not finite before inner step 0",
+    "data": rf"`batches\['x'\]` is not finite before inner step {BAD_INNER}",
+    "hyperparameters": r"`hparams\['goal'\]` is not finite before inner step 0",
+    "outer loss": r"The outer loss is (nan|inf)\. No inner step is at fault",
+}
+
+
+@jax.custom_vjp
+def spoil(params, add):
+    """The identity, whose gradient is off by `add`."""
+    return params
+
+
+spoil.defvjp(lambda params, add: (params, add), lambda add, g: (jax.tree.map(lambda x: x + add, g), jnp.zeros(())))
+
+
+def outer_loss(place, when, number, adjoint):
+    """The validation loss of a short training, with `number` in `place` at the outer step `when`."""
+
+    def loss(h, step, key):
+        def put(where, t=BAD_INNER):
+            return jnp.where((step == when) & (t == BAD_INNER), number, 0.0) if place == where else 0.0 * t
+
+        def train_loss(params, h, batch):
+            w = spoil(params["w"], put("gradient", batch["t"])) if place == "gradient" else params["w"]
+            residual = w - h["goal"] * batch["x"]
+            return jnp.sum(residual**2) + h["penalty"] * jnp.sum(w**2) + put("inner loss", batch["t"])
+
+        solver = jaxhpo.from_optax(train_loss, optax.sgd(0.1))
+        turns = jnp.arange(INNER)
+        batches = {"x": 1.0 + put("data", turns), "t": turns}
+        h = {"goal": h["goal"] + put("hyperparameters"), "penalty": h["penalty"]}
+        start = solver.init({"w": jnp.zeros(2) + put("parameters")}, h)
+        sol = jaxhpo.solve(solver, start, h, batches, adjoint=adjoint)
+        return jnp.sum((sol.params["w"] - 2.0) ** 2) + put("outer loss"), step + 1, None
+
+    return loss
+
+
+def check(place, when, number, adjoint):
+    def run():
+        return jaxhpo.tune(
+            outer_loss(place, when, number, adjoint),
+            HPARAMS,
+            optax.sgd(0.01),
+            num_steps=STEPS,
+            carry=jnp.zeros((), jnp.int32),
+            progress=False,
+        )
+
+    said = rf"Outer step {when}: .*{PLACES[place]}"
+    if when == 0:
+        with pytest.raises(jaxhpo.NonFiniteError, match=said):
+            run()
+        return
+    with pytest.warns(RuntimeWarning, match=said):
+        result = run()
+    assert result.status == "not_finite" and len(result.history["value"]) == when
+    assert re.search(said, result.message)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(result.hparams))
+
+
+QUICK = [("inner loss", 2, np.inf), ("outer loss", 0, np.nan)]
+
+
+@pytest.mark.parametrize(("place", "when", "number"), QUICK)
+def test_found(place, when, number):
+    check(place, when, number, jaxhpo.Unroll())
+
+
+@slow
+@pytest.mark.filterwarnings("ignore:The train loss holds `spoil`:RuntimeWarning")
+@pytest.mark.parametrize(
+    ("place", "when", "number", "adjoint"),
+    pairwise([*PLACES], [0, STEPS // 2, STEPS - 1], [np.nan, np.inf], [jaxhpo.Unroll(), jaxhpo.Implicit()]),
+    ids=lambda value: type(value).__name__.lower() if isinstance(value, (jaxhpo.Unroll, jaxhpo.Implicit)) else None,
+)
+def test_every_place_and_time(place, when, number, adjoint):
+    """Six places, three outer steps, two numbers, two rules: each with every value of each other."""
+    check(place, when, number, adjoint)
+
+
+def training(loss, optimizer=lambda h: optax.sgd(0.1), num_steps=3, outer=jnp.sum, **settings):
+    solver = jaxhpo.from_optax(loss, optimizer)
+
+    def value(h):
+        sol = jaxhpo.solve(solver, solver.init(jnp.ones(2), h), h, num_steps=num_steps, **settings)
+        return outer(sol.params)
+
+    return value
+
+
+def test_the_operation_is_named_with_its_line():
+    fn = training(lambda p, h, b: jnp.sum((p - h) ** 2) + jnp.sum(jnp.log(p - 0.9)))
+    said = diagnose(fn, jnp.asarray(0.5))
+    # The first step, of gradient 2 (1 - .5) + 1 / .1 = 11, leads to 1 - .1 * 11 = -.1, and -.1 - .9 = -1.
+    assert "train loss is not finite at inner step 1" in said
+    assert re.search(r"`log` \(test_not_finite\.py:\d+, in .*<lambda>\) took the logarithm of -1:", said)
+
+
+QUADRATIC = {"penalty": jnp.asarray(30.0), "shift": jnp.asarray(0.1), "rate": jnp.asarray(0.1)}
+
+
+@pytest.mark.parametrize("adjoint", [jaxhpo.Unroll(), pytest.param(jaxhpo.Unroll(checkpoint="sqrt"), marks=slow)])
+def test_divergence_is_traced_to_the_curvature_and_its_driver(adjoint):
+    """Rate 0.1 and curvature 2 * 30: a step multiplies an error by 1 - 6."""
+    fn = training(
+        lambda p, h, b: h["penalty"] * jnp.sum(p**2) + jnp.sum(h["shift"] * p), num_steps=500, adjoint=adjoint
+    )
+    said = diagnose(fn, QUADRATIC)
+    assert "multiplies an error along the worst direction by -5 " in said
+    assert "learning rate x curvature is 6, above 2" in said
+    assert "driven by `hparams['penalty']` = 30:" in said
+
+
+@slow
+def test_a_tuned_rate_drives_it_too():
+    fn = training(
+        lambda p, h, b: h["penalty"] * jnp.sum(p**2) + jnp.sum(h["shift"] * p), lambda h: optax.sgd(h["rate"]), 500
+    )
+    assert "driven by `hparams['penalty']` = 30 and `hparams['rate']` = 0.1:" in diagnose(fn, QUADRATIC)
+
+
+@slow
+@pytest.mark.parametrize(
+    ("fn", "at", "said"),
+    [
+        (lambda x: jnp.sqrt(x), -1.0, "square root of -1"),
+        (lambda x: jnp.sqrt(x * x), 0.0, "derivative of a square root at zero"),
+        (lambda x: jnp.linalg.norm(x * jnp.ones(2)), 0.0, "derivative of a square root at zero"),
+        (lambda x: jnp.where(x > 0, jnp.log(x), 0.0), 0.0, "divided by zero.*put one around its argument"),
+        (lambda x: x**0.5, 0.0, r"raised 0 to the power -0\.5"),
+        (lambda x: x**-2, 0.0, "raised zero to a negative power"),
+        (lambda x: jnp.exp(1000 * x), 1.0, "exponential of 1000"),
+        (lambda x: x**300, 1e3, r"overflowed"),
+        (lambda x: jnp.sum(jax.nn.softmax(jnp.where(jnp.zeros(2, bool), x, -jnp.inf))), 1.0, "infinities that cancel"),
+        (lambda x: x + jnp.array([1.0, jnp.nan])[1], 1.0, "a constant of the program.*data"),
+        (lambda x: jax.lax.fori_loop(0, 4, lambda i, y: jnp.log(y), x), 2.0, "logarithm of -0.3665"),  # log log 2
+        (lambda x: jax.lax.cond(x > 0, jnp.log, jnp.sin, x - 1.0), 0.5, "logarithm of -0.5"),
+        (jax.jit(jax.checkpoint(lambda x: jnp.log(x))), -1.0, "logarithm of -1"),
+        (lambda x: jax.vmap(jnp.log)(jnp.array([1.0, -3.0]) * x).sum(), 1.0, "logarithm of -3"),
+    ],
+)
+def test_origins(fn, at, said):
+    assert re.search(said, str(find_origin(jax.value_and_grad(fn), jnp.asarray(at))))
+
+
+def test_what_is_finite_has_no_origin():
+    assert find_origin(jnp.log, 2.0) is None
+
+
+@slow
+@pytest.mark.parametrize(
+    "adjoint", [jaxhpo.Unroll(), jaxhpo.Unroll(checkpoint=1), jaxhpo.Unroll(checkpoint="sqrt"), jaxhpo.Forward()]
+)
+def test_no_training_goes_on_from_a_loss_that_is_not_finite(adjoint):
+    """The logarithm of -1 has a derivative of -1: without a check, the parameters would be finite."""
+    fn = training(lambda p, h, b: jnp.sum(jnp.log(h * p)), num_steps=2, adjoint=adjoint)
+    assert not np.isfinite(fn(jnp.asarray(-1.0)))
+
+
+QUADRATIC_LOSS = lambda p, h, b: h["penalty"] * jnp.sum(p**2)  # noqa: E731
+
+
+def test_a_diverging_solve_within_a_scan_is_not_blamed_on_what_it_was_given():
+    """Rate .1 and curvature 2 * 1e6 multiply parameters by 1 - 2e5 at each step, on from solve to solve."""
+    solver = jaxhpo.from_optax(QUADRATIC_LOSS, optax.sgd(0.1))
+
+    def fn(h):
+        def body(params, _):
+            return jaxhpo.solve(solver, solver.init(params, h), h, num_steps=6).params, None
+
+        return jnp.sum(jax.lax.scan(body, jnp.ones(2), None, 20)[0])
+
+    said = diagnose(fn, {"penalty": jnp.asarray(1e6)})
+    # The train loss 1e6 * 2 * (2e5)**(2 t) passes 1.8e308 at t = 29, the fifth step of the fifth solve.
+    assert said.startswith("The train loss is not finite at inner step 5. It began where `mul` (test_not_finite.py:")
+    assert "overflowed: its largest operand is 5.76e+307" in said  # 2 (2e5)**(2 * 29)
+
+
+@slow
+def test_many_diverging_runs_take_one_explanation(monkeypatch):
+    """And what a run closes over comes to the host once."""
+    told, measured = [], []
+
+    class Counting(dict):
+        def setdefault(self, key, value):
+            told.append(key)
+            return super().setdefault(key, value)
+
+    class Recorder(not_finite.Recorder):
+        def __init__(self):
+            super().__init__()
+            self.first = Counting()
+
+    growth = not_finite.measure_growth
+    monkeypatch.setattr(not_finite, "Recorder", Recorder)
+    monkeypatch.setattr(not_finite, "measure_growth", lambda *args: measured.append(1) or growth(*args))
+    data = jnp.ones(1000)
+    fn = training(lambda p, h, b: QUADRATIC_LOSS(p, h, b) + 0 * data[0], num_steps=400)
+    assert "learning rate x curvature is 6" in diagnose(fn, {"penalty": jnp.asarray(30.0)})
+    assert len(told) == 1 and len(measured) == 1
+    tasks = jnp.array([30.0, 40.0, 50.0])
+    said = diagnose(lambda h: jnp.sum(jax.vmap(lambda p: fn({"penalty": p}))(h["tasks"])), {"tasks": tasks})
+    assert "The inner run diverges" in said and len(measured) == 2
+
+
+@slow
+def test_a_rule_that_approximates_the_way_back_does_not_hide_what_broke_forwards():
+    solver = jaxhpo.momentum_sgd(
+        lambda p, h, b: jnp.sum((p - h) ** 2) + jnp.sum(jnp.log(p + 0.3)), learning_rate=0.3, momentum=0.5
+    )
+
+    def fn(h):
+        sol = jaxhpo.solve(solver, solver.init(jnp.zeros(2), h), h, num_steps=9, adjoint=jaxhpo.DrMAD())
+        return jnp.sum(sol.params)
+
+    said = diagnose(fn, jnp.array([-2.0, 1.0]))
+    assert "`log` (test_not_finite.py:" in said and "took the logarithm of -" in said
+
+
+@slow
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("state", "`state.params` is not finite before inner step 0: `solve` was given it so. Mend"),
+        ("hparams", "`hparams` is not finite before inner step 0: `solve` was given it so. Mend"),
+        ("batches", "`Reversible()`: at inner step 3 a weight or a velocity left the range"),
+        ("earlier solve", "Inner problem 0: The train loss is not finite at inner step 0."),
+    ],
+)
+def test_a_rule_in_fixed_point_is_blamed_for_its_own_numbers_alone(place, said):
+    def fn(h):
+        def start_at(x, wanted):
+            return x + jnp.log(-h) if place == wanted else x
+
+        start = start_at(jnp.ones(3), "state")
+        if place == "earlier solve":
+            bad = jaxhpo.from_optax(lambda p, h, b: jnp.sum(p**2 + jnp.log(p - 9)), optax.sgd(0.1))
+            start = jaxhpo.solve(bad, bad.init(start, h), h, num_steps=2).params
+        solver = jaxhpo.momentum_sgd(lambda p, h, b: jnp.sum(h * (p - b) ** 2), 0.1, 0.9)
+        batches = jnp.zeros((5, 3)).at[3].add(start_at(0.0, "batches"))
+        given = start_at(h, "hparams")
+        sol = jaxhpo.solve(solver, solver.init(start, given), given, batches, adjoint=jaxhpo.Reversible())
+        return jnp.sum(sol.params)
+
+    assert diagnose(fn, jnp.ones(())).startswith(said)
+
+
+@slow
+def test_with_several_keys_a_step_the_one_that_broke_is_followed():
+    def loss(h, carry, key):
+        sign = jnp.where(jax.random.uniform(key) < 0.25, -1.0, 1.0)
+        return jnp.sum(h**2) + jnp.log(sign * (1 + 0 * h[0])), carry, None
+
+    def said(seed):
+        with pytest.raises(jaxhpo.NonFiniteError) as error:
+            jaxhpo.tune(
+                *(loss, jnp.ones(2), optax.sgd(0.1)),
+                **{"num_steps": 1, "remedies": jaxhpo.Remedies(accumulate=8), "key": jax.random.key(seed)},
+                progress=False,
+            )
+        return str(error.value)
+
+    assert all("`log` (test_not_finite.py:" in said(seed) for seed in range(2))
+
+
+def test_what_broke_beside_the_loss_is_named():
+    def loss(h, carry, key):
+        return jnp.sum(h**2), jnp.log(carry - 1.0), None
+
+    settings = {"num_steps": 4, "progress": False}
+    with pytest.warns(
+        RuntimeWarning, match=r"but `carry` is not\. It began where `log` \(test_not_finite.py:\d+, in test_what"
+    ):
+        jaxhpo.tune(loss, jnp.ones(2), optax.sgd(0.1), carry=jnp.asarray(8.0), **settings)
+    rate = lambda step: 0.1 / jnp.where(step == 2, 0.0, 1.0)  # noqa: E731
+    with pytest.warns(RuntimeWarning, match="update of `hparams` is not.*look at the optimiser's rate and schedule"):
+        jaxhpo.tune(lambda h: jnp.sum(h**2), jnp.ones(2), optax.sgd(rate), **settings)

@@ -1,0 +1,79 @@
+"""What unrolled hypergradients may cost at most, at the sizes of benchmarks/unroll.py: counted, and as compiled."""
+
+import pathlib
+import sys
+
+import jax
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+
+import jaxhpo
+from jaxhpo._core.cost import count_arithmetic, temporary_bytes
+
+pytestmark = pytest.mark.codegen
+RULES = {"default": jaxhpo.Unroll(), "reversible": jaxhpo.Reversible()}
+
+
+@pytest.fixture
+def unroll(monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(pathlib.Path(__file__).parents[1] / "benchmarks"), *sys.path])
+    import unroll
+
+    with jax.numpy_rank_promotion("allow"), jax.enable_x64(False):
+        yield unroll
+
+
+def cost(case, name):
+    """Matrix products in plain trainings, and compiled memory in copies of the parameters."""
+    function = jax.value_and_grad(case.losses[name])
+    training = count_arithmetic(case.training, *case.args, elementwise=False)
+    counted = count_arithmetic(function, *case.args, elementwise=False, unknown_length=1) / training
+    memory = temporary_bytes(jax.jit(function).lower(*case.args).compile())
+    return counted, memory / sum(leaf.nbytes for leaf in jax.tree.leaves(case.args[1]))
+
+
+def test_transformer(unroll):
+    """Under Adam: at 16 steps 11/3 trainings and 140 copies; at 200, 14/3 and 120 copies above one step's own."""
+    model = unroll.language_model()
+    arithmetic, memory = cost(unroll.make_case(model, "adam", 16, "all", RULES), "default")
+    assert arithmetic <= 3.75 and memory <= 140
+    _, one_step = cost(unroll.make_case(model, "adam", 1, "all", RULES), "default")
+    arithmetic, memory = cost(unroll.make_case(model, "adam", 200, "all", RULES), "default")
+    assert arithmetic <= 4.75 and memory <= 120 + one_step
+
+
+def test_network(unroll):
+    """Under SGD with momentum at 1000 steps."""
+    arithmetic, memory = cost(unroll.make_case(unroll.mlp(), "sgd", 1000, "all", RULES), "default")
+    assert arithmetic <= 4.4 and memory <= 160
+
+
+def test_reversal(unroll):
+    """The same, run backwards: a buffer of 5.0 copies (152 bits a weight, and words), four of state, the step's own."""
+    arithmetic, memory = cost(unroll.make_case(unroll.mlp(), "momentum", 1000, "all", RULES), "reversible")
+    assert arithmetic <= 4.2 and memory <= 20
+
+
+def test_a_quarter_of_each_minibatch(unroll):
+    """Of the transformer, with memory for two levels: two passes forward and a quarter of 8/3 are 2.67 trainings."""
+    case = unroll.make_case(unroll.language_model(), "adam", 200, "all", {"f": jaxhpo.Unroll(hvp_fraction=0.25)})
+    counted = count_arithmetic(jax.grad(case.losses["f"]), *case.args, elementwise=False)
+    assert counted / count_arithmetic(case.training, *case.args, elementwise=False) <= 3.0
+
+
+def test_a_quarter_of_each_minibatch_is_unbiased(unroll, monkeypatch):
+    """200 draws for a small transformer: within 3 standard errors along the exact hypergradient and 8 directions."""
+    model = unroll.language_model(layers=2, width=32, heads=2, vocabulary=64, length=16, batch=8)
+
+    def hypergradient(rule, key):
+        monkeypatch.setattr(unroll, "KEY", key)
+        case = unroll.make_case(model, "adam", 6, "all", {"f": rule})
+        return ravel_pytree(jax.grad(case.losses["f"])(*case.args))[0]
+
+    exact = np.asarray(jax.jit(lambda: hypergradient(jaxhpo.Unroll(), None))(), np.float64)
+    draw = jax.jit(lambda key: hypergradient(jaxhpo.Unroll(checkpoint=2, hvp_fraction=0.25), key))
+    draws = np.stack([np.asarray(draw(key), np.float64) for key in jax.random.split(jax.random.key(5), 200)])
+    directions = np.concatenate([exact[None], np.random.default_rng(0).normal(size=(8, exact.size))])
+    errors = (draws - exact) @ directions.T
+    assert (np.abs(errors.mean(0)) <= 3 * errors.std(0, ddof=1) / 200**0.5).all()

@@ -1,0 +1,197 @@
+"""A run of two processes whose hyperparameters are spread over the two devices of each.
+
+As a script, one of them: `python processes.py ID PORT FOLDER SCENARIO...`. It prints what its runs ended with.
+"""
+
+import datetime
+import fcntl
+import json
+import os
+import pathlib
+import signal
+import sys
+import time
+import warnings
+
+import jax
+
+if __name__ == "__main__":  # before anything asks for a device
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 2)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # The same few programs are compiled by every run.
+    jax.config.update("jax_compilation_cache_dir", os.path.join(sys.argv[3], "cache"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    jax.distributed.initialize(f"localhost:{sys.argv[2]}", num_processes=2, process_id=int(sys.argv[1]))
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import jaxhpo
+from jaxhpo._tune import sharded_dir
+
+STEPS = 6
+TIMES = {"seconds", "peak_bytes"}  # what differs from run to run
+SIZE = 8  # hyperparameters, two a device
+SOLVER = jaxhpo.from_optax(lambda p, h, b: jnp.sum((p - h["goal"]) ** 2), lambda h: optax.sgd(h["rate"]))
+
+
+def outer_loss(h, carry, key):
+    """Warm-started, and noisy: a run that goes on with another state or another key ends elsewhere."""
+    sol = jaxhpo.solve(SOLVER, jax.lax.stop_gradient(carry), h, num_steps=3)
+    noise = 0.1 * jax.random.normal(key, (SIZE,))
+    return jnp.mean((sol.params - 1.5 + noise) ** 2), sol.state, {"params": sol.params}
+
+
+def tune(folder, steps=STEPS, first=0.1, **settings):
+    """The run. Goal and moments are spread from the start, the carry, which begins in each process, by a step."""
+    mesh = jax.make_mesh((jax.device_count(),), ("all",), axis_types=(AxisType.Auto,))
+    goal = np.linspace(first, 0.8, SIZE)
+    goal = jax.make_array_from_callback(goal.shape, NamedSharding(mesh, PartitionSpec("all")), lambda i: goal[i])
+    start = {"goal": goal, "rate": jnp.asarray(0.02)}
+    return jaxhpo.tune(
+        outer_loss,
+        start,
+        optax.adam(0.1),
+        num_steps=steps,
+        transforms={"goal": None, "rate": jaxhpo.box(0.0, 0.4)},
+        carry=SOLVER.init(jnp.zeros(SIZE), start),
+        run_dir=folder,
+        progress=False,
+        **({"save_every": 1} | settings),
+    )
+
+
+def told(result) -> dict:
+    """All that a run ended with, without times; bits of arrays as hexadecimal numbers."""
+    tree = (result.hparams, result.best_hparams, result.carry.params)
+    spread = not result.hparams["goal"].is_fully_addressable
+    arrays = multihost_utils.process_allgather(tree, tiled=True)
+    history = {name: rows for name, rows in result.history.items() if name not in TIMES}
+    end = [np.asarray(x).tobytes().hex() for x in jax.tree.leaves((arrays, history, result.best_value))]
+    return {"status": result.status, "message": result.message, "spread": spread, "end": end}
+
+
+# --- scenarios, in each process: (folder) -> results ------------------------------------------------------------------
+
+
+def undisturbed(folder):
+    """And without a folder."""
+    return [tune(None)]
+
+
+def continued(folder):
+    """Stopped, and gone on with."""
+    return [tune(folder, 3), tune(folder)]
+
+
+def first_alone(change):
+    """On process 0, while the other waits."""
+    if jax.process_index() == 0:
+        change()
+    multihost_utils.sync_global_devices("changed")
+
+
+def damaged(folder):
+    """A byte of the newest checkpoint is another; a file of the newest is missing; the newest has no seal."""
+    newest = lambda: sorted(pathlib.Path(folder).glob("state-*.orbax"))[-1]  # noqa: E731
+
+    def data():
+        return max((path for path in newest().glob("**/d/*")), key=lambda path: path.stat().st_size)
+
+    def garble():
+        old = bytearray(data().read_bytes())
+        old[len(old) // 2] ^= 1
+        data().write_bytes(old)
+
+    def lose():
+        data().unlink()
+
+    def unseal():
+        next(newest().glob("sealed-*.json")).unlink()
+
+    results = [tune(folder, 3)]
+    for steps, change in ((4, garble), (5, lose), (STEPS, unseal)):
+        first_alone(change)
+        results.append(tune(folder, steps))
+    return results
+
+
+def preempted(folder):
+    """SIGTERM comes to process 1 alone, after its fourth step."""
+
+    def strike(step):
+        if step.step == 3 and jax.process_index() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return [tune(folder, callbacks=[strike]), tune(folder)]
+
+
+def timed(folder):
+    """By clocks that disagree: for process 0 alone a save is due, and the time is up, from the second step on."""
+    late = jax.process_index() == 0
+
+    def slow(step):
+        time.sleep(0.3 * late * (step.step == 1))
+
+    every = datetime.timedelta(seconds=0.25 if late else 1e6)
+    stopped = tune(folder, callbacks=[slow], save_every=every, max_seconds=0.01 if late else 1e6)
+    return [stopped._replace(message="each tells its own time"), tune(folder)]
+
+
+def full(folder):
+    """The disk of process 0 refuses the seal of the last checkpoint: all warn, and the same call saves it then."""
+    seal, refusals = sharded_dir._FirstDir.seal, [OSError("No space left")] * 2  # after the last step, and at the end
+
+    def refusing(self, *args):
+        if self.num_rows == STEPS and refusals:
+            raise refusals.pop()
+        seal(self, *args)
+
+    sharded_dir._FirstDir.seal = refusing
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = tune(folder)
+    sharded_dir._FirstDir.seal = seal
+    return [result, *(str(w.message) for w in caught if "could not be saved" in str(w.message)), tune(folder)]
+
+
+def refused(folder):
+    """Another start, a folder in use, and one that was begun by one process: all are told, though 0 alone looks."""
+    tune(folder, 1)
+    told = [refusal(folder, first=0.2)]
+    lock = open(os.path.join(folder, "lock"), "rb")  # noqa: SIM115
+    first_alone(lambda: fcntl.flock(lock, fcntl.LOCK_EX))
+    told.append(refusal(folder))
+    lone = pathlib.Path(folder, "alone")
+    first_alone(lambda: (lone.mkdir(), (lone / "state-00000001-0.npz").touch()))
+    return [*told, refusal(lone)]
+
+
+def refusal(folder, **settings) -> str:
+    try:
+        tune(folder, **settings)
+    except jaxhpo.JaxhpoError as error:
+        return str(error)
+    raise AssertionError("not refused")
+
+
+def killed(folder):
+    """Slow enough to be struck between any two steps."""
+    return [tune(folder, callbacks=[lambda step: time.sleep(0.3)])]
+
+
+def main() -> None:
+    folder, scenarios = sys.argv[3], sys.argv[4:]
+    for name in scenarios:
+        for result in globals()[name](os.path.join(folder, name)):
+            line = {"refusal": result} if isinstance(result, str) else told(result)
+            print(json.dumps({"scenario": name, **line}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

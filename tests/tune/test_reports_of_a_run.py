@@ -1,0 +1,166 @@
+"""What a run leaves to look at: the table, the picture, `jaxhpo show` and `jaxhpo plot`, callbacks that log."""
+
+import builtins
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxhpo
+from jaxhpo import plot
+from jaxhpo._cli.main import main
+from jaxhpo._tune import history
+
+START = {"scale": jnp.asarray(1.0), "vector": jnp.ones(12), "matrix": jnp.ones((4, 5)), "many": jnp.ones(2000)}
+
+
+def outer_loss(h, carry, key):
+    """Every seventh step or so is not finite."""
+    value = sum(jnp.sum(x**2) for x in jax.tree.leaves(h))
+    return jnp.where(jax.random.bernoulli(key, 1 / 7), jnp.nan, value), carry, {"held_out": value + 1.0}
+
+
+def run(**settings):
+    settings = {"num_steps": 20, "on_not_finite": "skip", "progress": False} | settings
+    return jaxhpo.tune(outer_loss, START, optax.sgd(0.1), **settings)
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    return run(run_dir=folder, monitor=lambda info: info["held_out"], remedies=jaxhpo.Remedies(clip=0.5)), folder
+
+
+def test_table(result, monkeypatch):
+    """Of a result and of its folder, with pandas and without."""
+    result, folder = result
+    frames = [jaxhpo.history_table(source) for source in (result, folder)]
+
+    def no_pandas(name, *args, **kwargs):
+        if name == "pandas":
+            raise ImportError
+        return found(name, *args, **kwargs)
+
+    found = builtins.__import__
+    monkeypatch.setattr(builtins, "__import__", no_pandas)
+    plain = jaxhpo.history_table(folder)
+    assert list(plain) == list(frames[0].columns) == list(frames[1].columns)
+    for name, column in plain.items():
+        np.testing.assert_array_equal(column, frames[0][name])
+        np.testing.assert_array_equal(column, frames[1][name])
+    assert {"value", "hparams['vector'][11]", "hparams['matrix'][3, 4]", "hparams['many'][4]"} <= set(plain)
+    assert np.isnan(plain["value"]).sum() == plain["remedies['skipped_steps']"].sum() > 0
+
+
+def test_large_leaves_are_kept_as_quantiles_and_norm():
+    """Of 2000 numbers 0, 1, …: minimum, quartiles, maximum; the norm is sqrt(n (n + 1) (2n + 1) / 6)."""
+    n = 1999
+    result = jaxhpo.tune(
+        lambda h: jnp.sum(h**2),
+        jnp.arange(n + 1.0),
+        optax.sgd(0.1),
+        num_steps=1,
+        record=["hypergradient"],
+        progress=False,
+    )
+    want = [0, n // 4, n // 2, 3 * n // 4, n, (n * (n + 1) * (2 * n + 1) / 6) ** 0.5]
+    np.testing.assert_allclose(result.history["hparams"][0], want, rtol=1e-14)
+    np.testing.assert_array_equal(result.history["hypergradient"][0], 2 * np.arange(n + 1.0))
+
+
+@pytest.mark.parametrize("run_dir", [False, True])
+def test_record(tmp_path, run_dir):
+    """One CG solve a step, of a quadratic with the curvatures 2, 4 and 6: three products; on disk as in memory."""
+    curvature = jnp.array([1.0, 2.0, 3.0])
+    solver = jaxhpo.from_optax(lambda p, h, b: jnp.sum(curvature * (p - h) ** 2), optax.sgd(0.1))
+
+    def loss(h):
+        start = solver.init(jnp.zeros(3), h)
+        sol = jaxhpo.solve(solver, start, h, num_steps=10, adjoint=jaxhpo.Implicit(jaxhpo.CG(maxiter=2)))
+        return jnp.sum((sol.params - curvature) ** 2)
+
+    settings = {
+        "record": history.EXTRAS,
+        "progress": False,
+        "run_dir": tmp_path / "run" if run_dir else None,
+    }
+    result = jaxhpo.tune(loss, jnp.asarray(0.5), optax.sgd(0.1), num_steps=3, **settings)
+    if run_dir:
+        result = jaxhpo.tune(loss, jnp.asarray(0.5), optax.sgd(0.1), num_steps=4, **settings)
+    solves = result.history["linear_solves"]
+    assert solves["num_iterations"].tolist() == [2] * len(result.history["value"])
+    assert (solves["residual"] > 1e-3).all() and (solves["not_converged"] == 1).all()
+    np.testing.assert_allclose(np.abs(result.history["hypergradient"]), result.history["hypergradient_norm"])
+    assert (np.diff(result.history["peak_bytes"]) >= 0).all() and result.history["peak_bytes"][0] > 1e6
+
+
+def test_record_of_an_unknown_name():
+    with pytest.raises(jaxhpo.JaxhpoError, match=r"`record` got .*weights.*'hypergradient'"):
+        run(record=["weights"])
+
+
+def test_table_of_what_is_no_run(tmp_path):
+    with pytest.raises(jaxhpo.JaxhpoError, match="name the `run_dir`"):
+        jaxhpo.history_table(tmp_path)
+    (tmp_path / "history.jsonl").write_text('{"value": 1')  # in the middle of its first line
+    with pytest.raises(jaxhpo.JaxhpoError, match="no outer step has ended yet"):
+        jaxhpo.history_table(tmp_path)
+    with pytest.raises(jaxhpo.JaxhpoError, match="give the result of `tune`"):
+        jaxhpo.history_table(3.0)
+
+
+def test_picture(result, tmp_path):
+    """Three panels, and one for the vector and the matrix each; what is larger is in the paths alone."""
+    figure = plot.run(result[0], tmp_path / "run.png")
+    titles = [axis.get_title() for axis in figure.axes if axis.get_visible()]
+    assert titles[:3] == ["Convergence", "Norm of the hypergradient", "Hyperparameters"]
+    assert "hparams['vector']" in titles and "hparams['matrix'] at the last step" in titles
+    assert (tmp_path / "run.png").stat().st_size > 10_000
+
+
+def test_show_and_plot(result, capsys):
+    """Of the folder alone, as another process sees it."""
+    result, folder = result
+    assert main(["show", str(folder), "--rows", "3"]) == 0
+    out = capsys.readouterr().out
+    assert f"20 outer steps in {result.history['seconds'][-1]:.3g} s; best: {result.best_value:.6g} at step" in out
+    assert len(out.split("\n\n")[0].splitlines()) == 4 and "skipped steps" in out
+    assert "finished: 20 outer steps were taken, of 20 asked for" in out
+    assert max(map(len, out.split("\n\n")[0].splitlines())) <= 80  # the width of a terminal, where none tells its own
+    assert main(["plot", str(folder)]) == 0 and (folder / "run.png").exists()
+    assert main(["show", str(folder / "no")]) == 1
+    assert "name the `run_dir`" in capsys.readouterr().err
+
+
+class FakeWriter:
+    """What TensorBoard's writer and Weights & Biases have in common."""
+
+    def __init__(self):
+        self.rows = []
+
+    def add_scalar(self, name, value, step):
+        self.rows.append((name, float(value), step))
+
+    def log(self, values, step):
+        self.rows += [(name, float(value), step) for name, value in values.items()]
+
+
+def test_callbacks_of_the_readme():
+    """TensorBoard's and Weights & Biases', as README has them."""
+    readme = (pathlib.Path(__file__).parents[2] / "README.md").read_text()
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "to_tensorboard" in block]
+    writer = FakeWriter()
+    found = {"writer": writer, "wandb": writer}
+    exec(code, found)
+    for callback in (found["to_tensorboard"], found["to_wandb"]):
+        writer.rows.clear()
+        history = jaxhpo.tune(
+            lambda h: jnp.sum(h**2), jnp.ones(2), optax.sgd(0.1), num_steps=3, callbacks=[callback], progress=False
+        ).history
+        want = [("outer loss", float(v), i) for i, v in enumerate(history["value"])]
+        assert [row for row in writer.rows if row[0] == "outer loss"] == want
+        assert len(writer.rows) == 6

@@ -1,0 +1,188 @@
+"""What a run that goes on must keep, and which changes it must refuse: found by trying to break it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxhpo
+from jaxhpo import JaxhpoError, Remedies
+from jaxhpo._tune.history import decode, encode
+from jaxhpo._tune.table import standing
+
+START = jnp.array([1.0, 2.0])
+ADAM = optax.adam(0.1)
+
+
+def noisy(h, carry, key):
+    """An outer loss with an info of one number."""
+    return jnp.sum(h**2) * jax.random.uniform(key), carry, {"sum": h.sum()}
+
+
+def plain(h, carry, key):
+    return jnp.sum(h**2), carry, {"sum": h.sum()}
+
+
+def go(folder, num_steps, loss=plain, start=START, optimizer=ADAM, **settings):
+    return jaxhpo.tune(loss, start, optimizer, num_steps=num_steps, run_dir=folder, progress=False, **settings)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ({}, {"remedies": Remedies(accumulate=3)}, r"the shape \[\] there, \[3\] here.*`remedies.accumulate`"),
+        ({"remedies": Remedies(accumulate=3)}, {}, r"the shape \[3\] there, \[\] here"),
+        ({}, {"record": "hypergradient"}, "'hypergradient' is in one of them only.*the `record`"),
+        ({"record": "hypergradient"}, {}, "'hypergradient' is in one of them only"),
+        ({}, {"monitor": lambda info: info["sum"]}, "this call has a `monitor`, the run in .* had none"),
+        ({"monitor": lambda info: info["sum"]}, {}, "this call has no `monitor`, the run in .* had one"),
+        ({}, {"optimizer": optax.sgd(0.1)}, "belongs to a run of another optimiser"),
+    ],
+    ids=["more keys", "fewer keys", "more columns", "fewer columns", "a monitor", "no monitor", "an optimiser"],
+)
+def test_a_change_that_mixes_two_kinds_is_refused(before, after, said, tmp_path):
+    first = go(tmp_path, 2, noisy, **before)
+    with pytest.raises(JaxhpoError, match=said):
+        go(tmp_path, 4, noisy, **after)
+    again = go(tmp_path, 2, noisy, **before)  # and has spoiled nothing
+    chex.assert_trees_all_equal(again.history, first.history)
+
+
+def test_a_large_leaf_recorded_whole_and_in_summary_is_refused(tmp_path):
+    go(tmp_path, 2, start=jnp.ones(1500))
+    with pytest.raises(JaxhpoError, match=r"the shape \[6\] there, \[1500\] here"):
+        go(tmp_path, 4, start=jnp.ones(1500), record="hparams")
+
+
+def test_what_is_accepted_is_told(tmp_path):
+    def loss(num_steps):
+        solver = jaxhpo.from_optax(lambda p, h, b: jnp.sum((p - h) ** 2), optax.sgd(0.1))
+        train = lambda h: jaxhpo.solve(solver, solver.init(jnp.zeros(2), h), h, num_steps=num_steps)  # noqa: E731
+        return lambda h, carry, key: (jnp.sum((train(h).params - 1) ** 2), carry, None)
+
+    simplex = optax.projections.projection_simplex
+    go(tmp_path, 2, loss(5), jnp.array([0.4, 0.6]), projections=simplex)
+    message = go(tmp_path, 4, loss(7), jnp.array([0.4, 0.6]), on_not_finite="backtrack").message
+    for said in (
+        "projections is None, was <function projection_simplex>",
+        "on_not_finite is backtrack, was stop",
+        "inner_steps is 7, was 5",
+        "the best step so far is that of the earlier inner steps",
+    ):
+        assert said in message
+
+
+@pytest.mark.parametrize("kind", ["weak", "rbg", "unsafe_rbg", "threefry2x32"])
+def test_to_the_bit_with_a_carry_that_files_hold_badly(kind, tmp_path):
+    """A Python number gives a weakly typed array, which promotes otherwise; a key's shape hides its kind."""
+    if kind == "weak":
+        carry, start = 0.731, jnp.array([1.1, 2.3], jnp.bfloat16)
+
+        def loss(h, carry, key):
+            return jnp.sum(h * carry * 1.37).astype(jnp.float32), carry, None
+    else:
+        carry, start = jax.random.key(0, impl=kind), START
+
+        def loss(h, carry, key):
+            carry, now = jax.random.split(carry)
+            return jnp.sum(h**2) * jax.random.uniform(now), carry, {"key": now}
+
+    settings = {"loss": loss, "start": start, "optimizer": optax.sgd(0.013), "carry": carry}
+    want = go(tmp_path / "whole", 5, **settings)
+    go(tmp_path / "parts", 2, **settings)
+    got = go(tmp_path / "parts", 5, **settings)
+    data = lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x  # noqa: E731
+    apart = lambda history: {k: v for k, v in history.items() if k not in ("seconds", "peak_bytes")}  # noqa: E731
+    chex.assert_trees_all_equal(apart(got.history), apart(want.history))
+    chex.assert_trees_all_equal(jax.tree.map(data, got.carry), jax.tree.map(data, want.carry))
+
+
+def test_callbacks_and_monitors_have_containers_of_their_own(tmp_path):
+    def callback(step):
+        step.hparams["loss"] = step.value
+        step.info.clear()
+
+    def monitor(info):
+        return info.pop("sum")
+
+    start = {"rate": jnp.asarray(1.0)}
+    loss = lambda h, carry, key: (h["rate"] ** 2, carry, {"sum": h["rate"]})  # noqa: E731
+    result = go(tmp_path, 3, loss, start, callbacks=[callback], monitor=monitor)
+    assert result.best_hparams.keys() == result.history["hparams"].keys() == {"rate"}
+    np.testing.assert_array_equal(result.history["info"]["sum"], result.history["score"])
+    assert len(go(tmp_path, 5, loss, start, monitor=monitor).history["value"]) == 5
+
+
+def test_functions_that_the_user_has_called_before_are_seen():
+    """JAX would take what it had traced before anyone listened."""
+    solver = jaxhpo.from_optax(lambda p, h, b: jnp.sum((p - 1) ** 2) + h * jnp.sum(p**2), optax.sgd(0.1))
+
+    @jax.jit
+    def inner(h):
+        start = solver.init(jnp.zeros(2), h)
+        return jnp.sum((jaxhpo.solve(solver, start, h, num_steps=20, adjoint=jaxhpo.Implicit()).params - 0.5) ** 2)
+
+    jax.grad(inner)(jnp.asarray(0.1))
+    settings = {"record": "linear_solves", "max_inner_steps": 70, "progress": False}
+    for _ in range(2):
+        result = jaxhpo.tune(lambda h: inner(h), jnp.asarray(0.1), ADAM, num_steps=9, **settings)
+        assert len(result.history["value"]) == 3 and result.status == "budget"  # 3 * 20 <= 70 < 4 * 20
+        np.testing.assert_array_equal(result.history["linear_solves"]["num_iterations"], 1)  # a scaled identity
+    assert len(jaxhpo.check_hypergradient(lambda h: inner(h), jnp.asarray(0.1)).linear_statuses) == 1
+
+
+def test_spent_seconds_stay_spent(tmp_path):
+    settings = {"max_seconds": 1.0, "callbacks": [lambda step: time.sleep(0.6)]}
+    runs = [go(tmp_path, 50, **settings) for _ in range(3)]
+    assert runs[0].status == "budget" and len({len(run.history["value"]) for run in runs}) == 1
+
+
+def test_the_folder_tells_how_the_run_stands(tmp_path):
+    seen = []
+    go(tmp_path, 3, callbacks=[lambda step: seen.append(standing(tmp_path, 2))])
+    assert seen[0].startswith(f"going on (process {os.getpid()} on ") and seen[0].endswith(": 2 of 3 steps")
+    assert standing(tmp_path, 3) == "finished: 3 outer steps were taken, of 3 asked for"
+
+    def broken(step):
+        raise ValueError("my own mistake")
+
+    with pytest.raises(ValueError, match="my own mistake"):
+        go(tmp_path, 5, callbacks=[broken])
+    assert standing(tmp_path, 4) == "raised: ValueError: my own mistake"
+
+
+@pytest.mark.slow
+def test_a_killed_run_is_told_from_one_that_goes_on(tmp_path):
+    program = f"""if True:
+        import os, signal, jax.numpy as jnp, optax, jaxhpo
+        kill = lambda step: step.step == 12 and os.kill(os.getpid(), signal.SIGKILL)
+        loss = lambda h: jnp.sum(h**2)
+        start, optimizer = jnp.ones(2), optax.adam(0.1)
+        jaxhpo.tune(loss, start, optimizer, num_steps=20, run_dir={str(tmp_path)!r}, save_every=5, callbacks=[kill])
+    """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True)
+    assert done.returncode == -signal.SIGKILL
+    said = standing(tmp_path, 12)
+    assert said.startswith("cut off") and said.endswith("goes on after step 9, from the last checkpoint")
+
+
+@pytest.mark.parametrize("value", [complex(1, np.inf), complex(-0.0, -0.0), complex(np.nan, 1)])
+def test_complex_numbers_are_read_back_to_the_bit(value):
+    row = {"info": np.asarray(value, np.complex64)}
+    assert decode(encode(0, row), row)["info"].tobytes() == row["info"].tobytes()
+
+
+def test_an_optimiser_may_hold_a_key():
+    key = jax.random.key(0)
+    jitter = optax.GradientTransformation(
+        lambda params: optax.EmptyState(), lambda g, s, p=None: (-jax.random.uniform(key) * g, s)
+    )
+    assert jaxhpo.tune(lambda h: jnp.sum(h**2), START, jitter, num_steps=2, progress=False).status == "finished"
