@@ -10,7 +10,7 @@ from jaxhpo._adjoint.unroll import Unroll
 from jaxhpo._core.record import report_solve
 from jaxhpo._core.types import InnerState, PyTree, Solution, Solver
 from jaxhpo._inner.problem import Adjoint, check_adjoint, info_of, make_problem
-from jaxhpo._inner.watch import watched
+from jaxhpo._inner.watch import instrumented
 
 
 def solve(
@@ -69,7 +69,7 @@ def solve(
     """
     check_adjoint(adjoint)
     given = {"num_steps": num_steps, "tol": tol, "condition_batch": condition_batch, "key": key}
-    problem = watched(make_problem(solver, state, hparams, batches, **given))
+    problem = instrumented(make_problem(solver, state, hparams, batches, **given))
     final, steps = adjoint.run(problem)
     info = info_of(problem, final, steps)
     report_solve(problem, adjoint, info)

@@ -128,7 +128,7 @@ def run_forward(advance: Callable, state: InnerState, inputs: PyTree, xs: PyTree
 
 
 def run_backward(
-    advance: Callable, kept: Kept, inputs: PyTree, xs: PyTree, moving: tuple[PyTree, PyTree], cotangent: list
+    advance: Callable, kept: Kept, inputs: PyTree, xs: PyTree, perturbed: tuple[PyTree, PyTree], cotangent: list
 ) -> tuple[list, list, list]:
     """The cotangents of the initial state's floating-point leaves, of the moving inputs, and of the moving data.
 
@@ -137,30 +137,30 @@ def run_backward(
       kept: what that kept.
       inputs: as before.
       xs: as before.
-      moving: for each leaf of `inputs` and of `xs`, whether its cotangent is wanted.
+      perturbed: for each leaf of `inputs` and of `xs`, whether its cotangent is wanted.
       cotangent: of the final state's floating-point leaves.
     """
     num_steps, slots = (jax.tree.leaves(tree)[0].shape[0] for tree in (xs, kept.slots))
     _, actions = make_actions(num_steps, slots)
-    shared, fill_shared = partition(inputs, moving[0])
+    shared, combine_shared = partition(inputs, perturbed[0])
     floats = jax.tree.map(is_inexact, kept.last)
 
     def take(state, x, d_state, sums):
         return _taken(advance, state, inputs, x), d_state, sums, zeros_of_data(x)
 
     def pull(state, x, d_state, sums):
-        data, fill_data = partition(x, moving[1])
-        moved, fill = partition(state, floats)
+        data, combine_data = partition(x, perturbed[1])
+        moved, combine = partition(state, floats)
 
         def step(moved, shared, data):
-            return partition(advance(fill(moved), fill_shared(shared), fill_data(data)), floats)[0]
+            return partition(advance(combine(moved), combine_shared(shared), combine_data(data)), floats)[0]
 
         _, pullback = jax.vjp(step, moved, shared, data)
         d_state, more, d_data = pullback(d_state)
         return state, d_state, [a + b for a, b in zip(sums, more, strict=True)], d_data
 
     def zeros_of_data(x):
-        return _zeros(partition(x, moving[1])[0])
+        return _zeros(partition(x, perturbed[1])[0])
 
     def body(carry, action):
         state, kept_states, d_state, sums, d_data = carry
@@ -172,17 +172,17 @@ def run_backward(
         d_data = [d.at[t].add(more) for d, more in zip(d_data, d_x, strict=True)]
         return (state, kept_states, d_state, sums, d_data), None
 
-    start = (kept.last, kept.slots, cotangent, _zeros(shared), _zeros(partition(xs, moving[1])[0]))
+    start = (kept.last, kept.slots, cotangent, _zeros(shared), _zeros(partition(xs, perturbed[1])[0]))
     (_, _, d_state, sums, d_data), _ = jax.lax.scan(body, start, actions)
     return d_state, sums, d_data
 
 
 def _taken(advance, state, inputs, x):
     """A step as its own derivative rules compute it on their way forward: in operations that have any derivative."""
-    floats, fill = partition(state, jax.tree.map(is_inexact, state))
+    floats, combine = partition(state, jax.tree.map(is_inexact, state))
 
     def step(floats):
-        after = advance(fill(floats), inputs, x)
+        after = advance(combine(floats), inputs, x)
         return partition(after, jax.tree.map(is_inexact, after))[0], after
 
     _, _, after = jax.vjp(step, floats, has_aux=True)

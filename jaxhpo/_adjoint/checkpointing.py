@@ -48,7 +48,7 @@ def sizes_of(problem: Problem, peak: Callable[[Schedule], int]) -> Sizes:
 
     def activations():
         loss: Any = solver.loss
-        pure, consts = problem.hoist(lambda s, h, batch: loss(s.params, h, batch, s.model_state)[0])
+        pure, consts = problem.closure_convert(lambda s, h, batch: loss(s.params, h, batch, s.model_state)[0])
         return bytes_between_passes(lambda p: pure(consts, state._replace(params=p), hparams, x), state.params)
 
     def residuals():

@@ -15,7 +15,7 @@ from jaxhpo._adjoint.pullback import (
     in_condition,
     run_with_pullback,
     used_in_steps,
-    warn_moving,
+    warn_perturbed,
 )
 from jaxhpo._core.mesh import cast_varying, varying_axes
 from jaxhpo._core.record import report_fault
@@ -98,8 +98,8 @@ class DrMAD:
             final, _ = run(problem._replace(state=at.state, inputs=at.inputs, xs=at.xs))
             return final, final
 
-        def pull(at, moving, final, cotangent):
-            pulled, growth = _pull_back(problem.advance, line(at, final), steps, length, at, moving, cotangent)
+        def pull(at, perturbed, final, cotangent):
+            pulled, growth = _pull_back(problem.advance, line(at, final), steps, length, at, perturbed, cotangent)
             exploded = ~(growth <= self.max_growth)
             report_fault(exploded & all_finite((at, final, cotangent)), f"`{self!r}`: {_EXPLODED}", growth=growth)
             return [jnp.where(exploded, jnp.nan, c) for c in pulled]
@@ -109,18 +109,20 @@ class DrMAD:
     def _check(self, problem, points) -> Callable[[Inputs, Inputs], None]:
         """Warns of what happened in steps that are not visited."""
         if points == problem.num_steps:
-            return lambda at, moving: None
+            return lambda at, perturbed: None
         seen = in_condition(problem)
 
-        def check(at, moving):
+        def check(at, perturbed):
             instead = (
                 f"the hypergradient of the others is exactly zero. `DrMAD()` visits all {problem.num_steps} steps."
             )
             here = f"and {self!r} visits only {points} inner steps: "
-            warn_moving(names(at.xs, "batches"), moving.xs, f"is being differentiated, {here}{instead}", partial=True)
-            used, leaves = used_in_steps(problem, at, moving), jax.tree.leaves(at.inputs)
+            warn_perturbed(
+                names(at.xs, "batches"), perturbed.xs, f"is being differentiated, {here}{instead}", partial=True
+            )
+            used, leaves = used_in_steps(problem, at, perturbed), jax.tree.leaves(at.inputs)
             unseen = [u and not s and x.ndim > 0 for u, s, x in zip(used, seen, leaves, strict=True)]
-            warn_moving(
+            warn_perturbed(
                 [*names(at.inputs[0], "hparams"), *closed_over_names(at.inputs[1])],
                 unseen,
                 f"acts through the optimiser alone, {here}if its entries are those of a schedule, {instead}",
@@ -138,7 +140,7 @@ _EXPLODED = (
 )
 
 
-def _pull_back(advance, line, steps, length, at, moving, cotangent) -> tuple[list, jax.Array]:
+def _pull_back(advance, line, steps, length, at, perturbed, cotangent) -> tuple[list, jax.Array]:
     r"""The cotangents of the moving leaves, and by how much that of the parameters grew at most.
 
     With N points for T steps: :math:`g \mathrel{+}= \tfrac TN (\partial_h \Phi_t)^\top a`,
@@ -147,16 +149,16 @@ def _pull_back(advance, line, steps, length, at, moving, cotangent) -> tuple[lis
     points = len(steps)
     floats = jax.tree.map(is_inexact, at.state)
     a, refill = partition(cotangent, floats)
-    shared, fill = partition(at.inputs, moving.inputs)
+    shared, combine = partition(at.inputs, perturbed.inputs)
     sums = [cast_varying(jnp.zeros_like(upcast(z)), varying_axes(z)) for z in shared]
 
     def body(carry, t):
         a, sums, largest = carry
-        state, fill_state = partition(line(t), floats)
-        data, fill_data = partition(jax.tree.map(lambda x: x[t], at.xs), moving.xs)
+        state, combine_state = partition(line(t), floats)
+        data, combine_data = partition(jax.tree.map(lambda x: x[t], at.xs), perturbed.xs)
 
         def step(state, shared, data):
-            return partition(advance(fill_state(state), fill(shared), fill_data(data)), floats)[0]
+            return partition(advance(combine_state(state), combine(shared), combine_data(data)), floats)[0]
 
         _, pullback = jax.vjp(step, state, shared, data)
         a, more, d_data = pullback(a)
@@ -166,10 +168,10 @@ def _pull_back(advance, line, steps, length, at, moving, cotangent) -> tuple[lis
     start = (a, sums, _size(refill(a).params))
     (a, sums, largest), d_data = jax.lax.scan(body, start, jnp.asarray(steps), reverse=True)
     if points < length:
-        whole, _ = partition(at.xs, moving.xs)
+        whole, _ = partition(at.xs, perturbed.xs)
         d_data = [jnp.zeros_like(x).at[steps].set(d) for x, d in zip(whole, d_data, strict=True)]
-    d_state, _ = partition(refill(a), moving.state)
-    d_consts = [jnp.zeros_like(c) for c in partition(at.consts, moving.consts)[0]]
+    d_state, _ = partition(refill(a), perturbed.state)
+    d_consts = [jnp.zeros_like(c) for c in partition(at.consts, perturbed.consts)[0]]
     scale = _size(partition(cotangent, floats)[0])
     return [*d_state, *sums, *d_data, *d_consts], largest / jnp.where(scale > 0, scale, 1)
 
@@ -192,7 +194,7 @@ def _line(problem: Problem) -> tuple[Callable, list]:
     def rates(state, hparams, batch, t):
         return own_rates(state.params, hparams, state.opt_state.count + t)[0]
 
-    pure, consts = problem.hoist(rates, jnp.zeros((), jnp.int32))
+    pure, consts = problem.closure_convert(rates, jnp.zeros((), jnp.int32))
 
     def line(at, final):
         first = at.state

@@ -65,7 +65,7 @@ class FiniteDifference:
     def run(self, problem: Problem) -> tuple[InnerState, jax.Array]:
         """Runs the inner loop; the derivative of its last step is a difference of two gradients."""
 
-        def direction(inputs, moving, loss, before, v):
+        def direction(inputs, perturbed, loss, before, v):
             return scaled(-self.step_size, v), None  # w' = w − α g
 
         return run_one_step(problem, self, direction, sees_optimiser=False)

@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxhpo._adjoint.pushforward import combine, push, run_with_tangent
+from jaxhpo._adjoint.pushforward import push, run_with_tangent, weighted_sum
 from jaxhpo._core.types import InnerState
 from jaxhpo._core.validate import check_count
 from jaxhpo._inner.inputs import refuse_tol
@@ -52,6 +52,6 @@ class Forward:
 
         def tangent(fn, z, dz, key):
             del key
-            return combine(dz, push(fn, z, jnp.eye(z.size, dtype=z.dtype), self.chunk_size))
+            return weighted_sum(dz, push(fn, z, jnp.eye(z.size, dtype=z.dtype), self.chunk_size))
 
         return run_with_tangent(problem, tangent)

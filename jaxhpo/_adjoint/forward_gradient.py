@@ -6,7 +6,7 @@ import dataclasses
 
 import jax
 
-from jaxhpo._adjoint.pushforward import combine, push, run_with_tangent
+from jaxhpo._adjoint.pushforward import push, run_with_tangent, weighted_sum
 from jaxhpo._core.types import InnerState
 from jaxhpo._core.validate import check_count
 from jaxhpo._inner.inputs import refuse_tol
@@ -50,6 +50,6 @@ class ForwardGradient:
         def tangent(fn, z, dz, key):
             v = jax.random.normal(key, (self.num_directions, z.size), z.dtype)
             # E[v vᵀ] = I, so the mean of (v·dz) times the derivative along v is the derivative along dz.
-            return combine(v @ dz / self.num_directions, push(fn, z, v, None))
+            return weighted_sum(v @ dz / self.num_directions, push(fn, z, v, None))
 
         return run_with_tangent(problem, tangent, key)

@@ -169,7 +169,7 @@ def _warn_of_own_rule(rule, problem):
     loss = problem.solver.loss
     if loss is None:
         return
-    pure, consts = problem.hoist(lambda state, h, batch: loss(state.params, h, batch, state.model_state)[0])
+    pure, consts = problem.closure_convert(lambda state, h, batch: loss(state.params, h, batch, state.model_state)[0])
     own = own_rule(pure, consts, problem.state, problem.inputs[0], jax.tree.map(lambda x: x[-1], problem.xs))
     if own is not None:
         warnings.warn(

@@ -13,7 +13,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.stop_gradient import warn_zero
-from jaxhpo._core.trace import differentiable_inputs, equations, hoist
+from jaxhpo._core.trace import closure_convert, differentiable_inputs, equations
 from jaxhpo._core.tree import cast_like, is_inexact, names, scaled, upcast, zeros_like
 from jaxhpo._core.types import LinearSolver, PyTree
 from jaxhpo._core.validate import check_arrays, check_callable, check_finite, check_params, check_residual, describe
@@ -52,19 +52,19 @@ def _attach_jvp(rule, primals, tangents):
     _, dots, _ = tangents
     # Attached again, so that what follows depends on h through θ(h) too: without it second derivatives are wrong.
     params = attach(rule, params, leaves, key)
-    moving = [i for i, d in enumerate(dots) if not isinstance(d, SymbolicZero) and is_inexact(leaves[i])]
-    if not moving:
+    perturbed = [i for i, d in enumerate(dots) if not isinstance(d, SymbolicZero) and is_inexact(leaves[i])]
+    if not perturbed:
         return params, jax.tree.map(jnp.zeros_like, params)
     point = upcast(params)  # a bfloat16 model's linear solve runs in float32
 
     def residual(params, moved):
         every = list(leaves)
-        for i, leaf in zip(moving, moved, strict=True):
+        for i, leaf in zip(perturbed, moved, strict=True):
             every[i] = leaf
         return cast_like(rule.residual(params, every), point)
 
-    moved = [leaves[i] for i in moving]
-    for i, seen in zip(moving, differentiable_inputs(lambda m: residual(point, m), moved), strict=True):
+    moved = [leaves[i] for i in perturbed]
+    for i, seen in zip(perturbed, differentiable_inputs(lambda m: residual(point, m), moved), strict=True):
         if not seen:
             warn_zero(rule.names[i], rule.remedy)
 
@@ -75,7 +75,7 @@ def _attach_jvp(rule, primals, tangents):
             return jax.linearize(lambda p: residual(p, m), point)
         return residual(point, m), jax.linearize(lambda v: rule.curvature(point, leaves, v), zeros_like(point))[1]
 
-    _, rhs, matvec = jax.jvp(linearised, (moved,), ([dots[i] for i in moving],), has_aux=True)
+    _, rhs, matvec = jax.jvp(linearised, (moved,), ([dots[i] for i in perturbed],), has_aux=True)
     # What JAX leaves in place of a product that it cannot take, to fail when it is run.
     if any(equation.primitive.name == "custom_lin" for equation in equations(jax.make_jaxpr(matvec)(point).jaxpr)):
         raise JaxhpoError(
@@ -86,7 +86,7 @@ def _attach_jvp(rule, primals, tangents):
     solve = rule.linear_solver if key is None else functools.partial(rule.linear_solver, key=key)
     # A leaf of the right-hand side that no moving input reaches is a constant zero; `lax.custom_linear_solve` is
     # transposed only if all of it depends on the tangents.
-    zero = sum(jnp.sum(dots[i]) * 0 for i in moving)
+    zero = sum(jnp.sum(dots[i]) * 0 for i in perturbed)
     rhs = jax.tree.map(lambda r: r + jnp.asarray(zero).astype(r.dtype), rhs)
     params_dot = checked_solution(solve(matvec, scaled(-1.0, rhs)), rhs)
     return params, cast_like(params_dot, params)
@@ -147,7 +147,7 @@ def implicit(condition: Callable, params: PyTree, args: Any, linear_solver: Line
     params = check_params(params, "params")
     check_finite(check_arrays(args, "args"), "args", allow_infinite=True)
     args = jax.tree.map(jnp.asarray, args)
-    pure, consts = hoist(lambda p, a: check_residual(condition(p, a), p), upcast(params), upcast(args))
+    pure, consts = closure_convert(lambda p, a: check_residual(condition(p, a), p), upcast(params), upcast(args))
     leaves, structure = jax.tree.flatten(args)
 
     def residual(params, leaves):

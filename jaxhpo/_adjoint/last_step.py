@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core as jex
 
-from jaxhpo._adjoint.pullback import Inputs, closed_over_names, run_with_pullback, used_in_steps, warn_moving
+from jaxhpo._adjoint.pullback import Inputs, closed_over_names, run_with_pullback, used_in_steps, warn_perturbed
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.tree import add_scaled, is_inexact, names, norm, partition, upcast
 from jaxhpo._core.types import InnerState, PyTree
@@ -48,12 +48,12 @@ def run_one_step(
             before = scan_steps(lambda s, x: problem.advance(s, at.inputs, x), before, head, problem.num_steps - 1)
         return problem.advance(before, at.inputs, last(at.xs)), before
 
-    def pull(at, moving, before, cotangent):
-        p, direct = direction(at, moving, loss, before, cotangent.params)
-        moved, fill = partition(at, moving)
+    def pull(at, perturbed, before, cotangent):
+        p, direct = direction(at, perturbed, loss, before, cotangent.params)
+        moved, combine = partition(at, perturbed)
         # In float32 at least: differences of 16-bit gradients would be noise.
         params, z, p = upcast((before.params, moved, p))
-        mixed = mixed_product(lambda w, z: loss(fill(z), before, w), params, z, p, adjoint.epsilon)
+        mixed = mixed_product(lambda w, z: loss(combine(z), before, w), params, z, p, adjoint.epsilon)
         return mixed if direct is None else jax.tree.map(jnp.add, mixed, upcast(direct))
 
     in_loss = [next((i for i, o in enumerate(loss_consts) if o is c), None) for c in problem.inputs[1]]
@@ -107,7 +107,7 @@ def _hoist_loss(problem, rule):
     own = problem.state.params, problem.inputs[0]
     low = [x for x in jax.tree.leaves(own) if is_inexact(x) and x.dtype.itemsize < 4]
     try:
-        pure, consts = problem.hoist(value, *upcast(own))
+        pure, consts = problem.closure_convert(value, *upcast(own))
     except TypeError as error:
         if not low:
             raise
@@ -123,36 +123,36 @@ def _hoist_loss(problem, rule):
     return loss, consts
 
 
-def _check(problem, rule, loss, in_loss, sees_optimiser, at, moving):
+def _check(problem, rule, loss, in_loss, sees_optimiser, at, perturbed):
     """Warns of what is being differentiated and the last step cannot see; refuses what it would see badly."""
-    warn_moving(
+    warn_perturbed(
         names(at.state, "state"),
-        moving.state,
+        perturbed.state,
         f"is an initial value, and {rule!r} differentiates the last inner step alone, so its hypergradient through "
         "this solve is exactly zero. `Unroll()` sees it.",
     )
     xs_names = names(at.xs, "batches")
     if problem.num_steps > 1:
-        warn_moving(
+        warn_perturbed(
             xs_names,
-            moving.xs,
+            perturbed.xs,
             f"is being differentiated, and {rule!r} differentiates the last inner step alone: all batches but the last "
             "have a hypergradient of exactly zero. `Unroll()` sees them.",
             partial=True,
         )
     data_names = [*xs_names, *closed_over_names(at.consts[0])]
-    _refuse_low(rule, data_names, (at.xs, at.consts[0]), (moving.xs, moving.consts[0]))
-    _check_inputs(problem, rule, _seen(loss, at, moving), in_loss, sees_optimiser, at, moving)
+    _refuse_low(rule, data_names, (at.xs, at.consts[0]), (perturbed.xs, perturbed.consts[0]))
+    _check_inputs(problem, rule, _seen(loss, at, perturbed), in_loss, sees_optimiser, at, perturbed)
 
 
-def _check_inputs(problem, rule, seen, in_loss, sees_optimiser, at, moving):
+def _check_inputs(problem, rule, seen, in_loss, sees_optimiser, at, perturbed):
     """Warns of hyperparameters and closed-over values that act through the optimiser alone, or not at all."""
     hparams, closed_over = at.inputs
     every = [*names(hparams, "hparams"), *closed_over_names(closed_over)]
     in_step = [*jax.tree.leaves(seen.inputs[0]), *(i is not None and seen.consts[0][i] for i in in_loss)]
-    unseen = [m and not s for m, s in zip(jax.tree.leaves(moving.inputs), in_step, strict=True)]
+    unseen = [m and not s for m, s in zip(jax.tree.leaves(perturbed.inputs), in_step, strict=True)]
     if not sees_optimiser:
-        warn_moving(
+        warn_perturbed(
             every,
             unseen,
             f"does not enter the train loss together with the parameters, so under {rule!r} its hypergradient through "
@@ -161,8 +161,8 @@ def _check_inputs(problem, rule, seen, in_loss, sees_optimiser, at, moving):
         )
     elif problem.num_steps > 1:
         # An entry of a schedule may be used in an early step alone; what is one number is used in every step.
-        used, leaves = used_in_steps(problem, at, moving), jax.tree.leaves(at.inputs)
-        warn_moving(
+        used, leaves = used_in_steps(problem, at, perturbed), jax.tree.leaves(at.inputs)
+        warn_perturbed(
             every,
             [a and b and x.ndim > 0 for a, b, x in zip(unseen, used, leaves, strict=True)],
             f"acts through the optimiser alone, and {rule!r} differentiates the last of {problem.num_steps} inner "
@@ -172,8 +172,8 @@ def _check_inputs(problem, rule, seen, in_loss, sees_optimiser, at, moving):
         )
 
 
-def _refuse_low(rule, leaf_names, tree, moving):
-    for name, x, m in zip(leaf_names, jax.tree.leaves(tree), jax.tree.leaves(moving), strict=True):
+def _refuse_low(rule, leaf_names, tree, perturbed):
+    for name, x, m in zip(leaf_names, jax.tree.leaves(tree), jax.tree.leaves(perturbed), strict=True):
         if m and x.dtype.itemsize < 4:
             raise JaxhpoError(
                 f"{name} is {describe(x)} and being differentiated, but {rule!r} takes a difference of two gradients, "
@@ -181,12 +181,12 @@ def _refuse_low(rule, leaf_names, tree, moving):
             )
 
 
-def _seen(loss, at, moving) -> Inputs:
+def _seen(loss, at, perturbed) -> Inputs:
     """For each moving leaf, whether the loss's gradient in it depends on the parameters at all; False for others."""
-    moved, fill = partition(at, moving)
+    moved, combine = partition(at, perturbed)
 
     def grad(params):
-        return jax.grad(lambda z: loss(fill(z), at.state, params))(upcast(moved))
+        return jax.grad(lambda z: loss(combine(z), at.state, params))(upcast(moved))
 
     jaxpr = jax.make_jaxpr(grad)(upcast(at.state.params)).jaxpr
     reached = set(jaxpr.invars)
@@ -194,4 +194,4 @@ def _seen(loss, at, moving) -> Inputs:
         if any(not isinstance(v, jex.Literal) and v in reached for v in eqn.invars):
             reached.update(eqn.outvars)
     found = [not isinstance(v, jex.Literal) and v in reached for v in jaxpr.outvars]
-    return partition(jax.tree.map(lambda _: False, moving), moving)[1](found)
+    return partition(jax.tree.map(lambda _: False, perturbed), perturbed)[1](found)

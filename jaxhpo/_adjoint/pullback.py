@@ -89,18 +89,18 @@ def _run(rule, leaves):
 
 
 def _run_fwd(rule, leaves):
-    moving = Flags(tuple(bool(x.perturbed) and is_inexact(x.value) for x in leaves))
+    perturbed = Flags(tuple(bool(x.perturbed) and is_inexact(x.value) for x in leaves))
     leaves = [x.value for x in leaves]
     if rule.once:
         leaves = first_order(leaves, rule.adjoint)  # forward over reverse mode begins here
     inputs = jax.tree.unflatten(rule.structure, leaves)
-    rule.check(inputs, jax.tree.unflatten(rule.structure, moving.values))
+    rule.check(inputs, jax.tree.unflatten(rule.structure, perturbed.values))
     state, kept = rule.forward(inputs)
-    return state, (leaves, kept, moving)
+    return state, (leaves, kept, perturbed)
 
 
 def _run_bwd(rule, residuals, cotangent):
-    leaves, kept, moving = residuals
+    leaves, kept, perturbed = residuals
     if rule.params_only:
         _warn_of_other_results(rule, cotangent)
     axes = varying_axes(jax.tree.unflatten(rule.structure, leaves).state)
@@ -108,8 +108,8 @@ def _run_bwd(rule, residuals, cotangent):
     if rule.once:
         (leaves, kept), cotangent = first_order(((leaves, kept), cotangent), rule.adjoint)
     inputs = jax.tree.unflatten(rule.structure, leaves)
-    pulled = iter(rule.pull(inputs, jax.tree.unflatten(rule.structure, moving.values), kept, cotangent))
-    return ([_as_cotangent(next(pulled), x) if m else None for x, m in zip(leaves, moving.values, strict=True)],)
+    pulled = iter(rule.pull(inputs, jax.tree.unflatten(rule.structure, perturbed.values), kept, cotangent))
+    return ([_as_cotangent(next(pulled), x) if m else None for x, m in zip(leaves, perturbed.values, strict=True)],)
 
 
 _run.defvjp(_run_fwd, _run_bwd, symbolic_zeros=True)
@@ -135,7 +135,7 @@ def _instantiated(cotangent):
 def _warn_of_other_results(rule, cotangent):
     results = cotangent._replace(params=None)
     read = [not _is_zero(c) and c.dtype != jax.dtypes.float0 for c in jax.tree.leaves(results, is_leaf=_is_zero)]
-    warn_moving(
+    warn_perturbed(
         names(jax.tree.map(lambda c: 0, results, is_leaf=_is_zero), "solution"),
         read,
         f"is being differentiated, and {rule.adjoint!r} sees the solution's parameters alone: what is computed from it "
@@ -143,9 +143,9 @@ def _warn_of_other_results(rule, cotangent):
     )
 
 
-def warn_moving(leaf_names: list[str], moving: PyTree, message: str, partial: bool = False) -> None:
+def warn_perturbed(leaf_names: list[str], perturbed: PyTree, message: str, partial: bool = False) -> None:
     """One warning for all leaves that are moving, which names the first."""
-    found = [name for name, m in zip(leaf_names, jax.tree.leaves(moving), strict=True) if m]
+    found = [name for name, m in zip(leaf_names, jax.tree.leaves(perturbed), strict=True) if m]
     if found:
         more = f"(and {len(found) - 1} more leaves) " if len(found) > 1 else ""
         warn_zero(found[0], more + message, partial)
@@ -156,16 +156,16 @@ def closed_over_names(values: list) -> list[str]:
     return [f"a {describe(value)} that is closed over" for value in values]
 
 
-def used_in_steps(problem: Problem, at: Inputs, moving: Inputs) -> list[bool]:
+def used_in_steps(problem: Problem, at: Inputs, perturbed: Inputs) -> list[bool]:
     """For each leaf of `at.inputs`, whether it is moving and a step computes anything from it."""
-    moved, fill = partition(at.inputs, moving.inputs)
+    moved, combine = partition(at.inputs, perturbed.inputs)
     first = jax.tree.map(lambda x: x[0], at.xs)
-    jaxpr = jax.make_jaxpr(lambda moved: problem.advance(at.state, fill(moved), first))(moved).jaxpr
+    jaxpr = jax.make_jaxpr(lambda moved: problem.advance(at.state, combine(moved), first))(moved).jaxpr
     needed = set(v for v in jaxpr.outvars if not isinstance(v, jex.Literal))
     for eqn in reversed(jaxpr.eqns):
         if needed.intersection(eqn.outvars):
             needed.update(v for v in eqn.invars if not isinstance(v, jex.Literal))
-    used = partition(jax.tree.map(lambda _: False, moving.inputs), moving.inputs)[1](
+    used = partition(jax.tree.map(lambda _: False, perturbed.inputs), perturbed.inputs)[1](
         [v in needed for v in jaxpr.invars]
     )
     return jax.tree.leaves(used)
@@ -174,10 +174,10 @@ def used_in_steps(problem: Problem, at: Inputs, moving: Inputs) -> list[bool]:
 def in_condition(problem: Problem) -> list[bool]:
     """For each leaf of `problem.inputs`, whether the condition sees it; if not, it is a setting of the optimiser."""
     hparams, *rest = problem.residual_inputs
-    moved, fill = partition(hparams, jax.tree.map(is_inexact, hparams))
+    moved, combine = partition(hparams, jax.tree.map(is_inexact, hparams))
 
     def residual(moved):
-        return problem.residual(problem.state.params, problem.state.model_state, (fill(moved), *rest))
+        return problem.residual(problem.state.params, problem.state.model_state, (combine(moved), *rest))
 
     seen = differentiable_inputs(residual, moved)
     every = partition(jax.tree.map(lambda _: True, hparams), jax.tree.map(is_inexact, hparams))[1](seen)

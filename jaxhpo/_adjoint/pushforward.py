@@ -58,13 +58,13 @@ def _attach_jvp(rule, primals, tangents):
     (leaves, key), (dots, _) = primals, tangents
     # Called through the rule again, so that second derivatives see it too.
     out, structure = jax.tree.flatten(_attach(rule, leaves, key))
-    moving = [i for i, d in enumerate(dots) if not isinstance(d, SymbolicZero) and is_inexact(leaves[i])]
-    z, unravel = ravel_pytree([leaves[i] for i in moving])
-    dz, _ = ravel_pytree([dots[i] for i in moving])
+    perturbed = [i for i, d in enumerate(dots) if not isinstance(d, SymbolicZero) and is_inexact(leaves[i])]
+    z, unravel = ravel_pytree([leaves[i] for i in perturbed])
+    dz, _ = ravel_pytree([dots[i] for i in perturbed])
 
     def final(z):
         every = list(leaves)
-        for i, leaf in zip(moving, unravel(z), strict=True):
+        for i, leaf in zip(perturbed, unravel(z), strict=True):
             every[i] = leaf
         return [x for x in jax.tree.leaves(rule.final(every)) if is_inexact(x)]
 
@@ -86,6 +86,6 @@ def push(fn: Callable, z: jax.Array, directions: jax.Array, chunk_size: int | No
     return map_in_chunks(along, directions, chunk_size)
 
 
-def combine(weights: jax.Array, columns: list) -> list:
+def weighted_sum(weights: jax.Array, columns: list) -> list:
     """Σ_k weights[k] columns[k]: linear in the weights."""
     return [jnp.tensordot(weights.astype(c.dtype), c, axes=1) for c in columns]

@@ -31,7 +31,7 @@ from jaxhpo._adjoint.pullback import Inputs, run_with_pullback
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.mesh import cast_varying, varying_axes
 from jaxhpo._core.record import report_fault
-from jaxhpo._core.trace import hoist
+from jaxhpo._core.trace import closure_convert
 from jaxhpo._core.tree import all_finite, cast_like, names, partition
 from jaxhpo._core.types import InnerState, PyTree
 from jaxhpo._core.validate import check_positive
@@ -108,14 +108,14 @@ class Reversible:
             report_fault(broke, _OUT_OF_RANGE, limit=plan.format.limit, step=end.broken)
             return _solution(plan, inputs.state, end), end
 
-        def pull(inputs, moving, end, cotangent):
-            pulled, back = run_backward(plan, inputs, end, moving, cotangent)
+        def pull(inputs, perturbed, end, cotangent):
+            pulled, back = run_backward(plan, inputs, end, perturbed, cotangent)
             fits, held, recovered = end.broken == plan.num_steps, ~end.buffer.full, is_start(back, end)
             report_fault(fits & ~held, _FULL, bits=plan.depth * DIGIT / (plan.layout.rows * plan.num_steps))
             report_fault(fits & held & ~recovered, _NOT_RECOVERED)
             return [jnp.where(fits & held & recovered, c, jnp.nan) for c in pulled]
 
-        return run_with_pullback(problem, self, forward, pull, lambda inputs, moving: None, consts)
+        return run_with_pullback(problem, self, forward, pull, lambda inputs, perturbed: None, consts)
 
     def _check(self, problem):
         refuse_tol(problem, self)
@@ -160,10 +160,10 @@ class Layout(NamedTuple):
     rows: int
     lanes: int
 
-    def pack(self, tree: PyTree, fill: Any = 0) -> jax.Array:
+    def pack(self, tree: PyTree, pad: Any = 0) -> jax.Array:
         """The leaves (of one type, each of its parameter's shape) as one array."""
         flat = jnp.concatenate([x.ravel() for x in jax.tree.leaves(tree)])
-        return jnp.pad(flat, (0, self.rows * self.lanes - flat.size), constant_values=fill).reshape(self.rows, -1)
+        return jnp.pad(flat, (0, self.rows * self.lanes - flat.size), constant_values=pad).reshape(self.rows, -1)
 
     def unpack(self, array: jax.Array, cast: bool = True) -> PyTree:
         """The inverse of `pack`, in the parameters' types unless `cast` is False."""
@@ -202,10 +202,10 @@ def make_plan(problem: Problem, buffer_bits: float | None) -> tuple[Plan, Proble
     """The plan, the problem without what only `advance` closes over, and what the plan's functions close over."""
     (hparams, _), state = problem.inputs, problem.state
     solver: Any = problem.solver
-    pure, consts = problem.hoist(
+    pure, consts = problem.closure_convert(
         lambda s, h, batch: mixed_value_and_grad(solver.loss, s.params, h, batch, s.model_state)[1]
     )
-    pure_rates, rate_consts = hoist(
+    pure_rates, rate_consts = closure_convert(
         lambda h, count: solver.rates(state.params, h, count), hparams, state.opt_state.count
     )
 
@@ -295,21 +295,21 @@ def run_forward(plan: Plan, inputs: Inputs) -> End:
     )[0]
 
 
-def run_backward(plan: Plan, inputs: Inputs, end: End, moving: Inputs, cotangent: InnerState) -> tuple[list, End]:
+def run_backward(plan: Plan, inputs: Inputs, end: End, perturbed: Inputs, cotangent: InnerState) -> tuple[list, End]:
     """The cotangents of the moving leaves, and where the run backwards ended."""
-    shared, fill = partition(_shared(inputs), _shared(moving))
+    shared, combine = partition(_shared(inputs), _shared(perturbed))
 
     def body(carry, tx):
         (now, d_params, d_velocity, sums), (t, x) = carry, tx
         now, grad = unstep(plan, now, inputs, t, x)
-        data, fill_data = partition(x, moving.xs)
+        data, combine_data = partition(x, perturbed.xs)
         params, velocity = _floats(plan, now, inputs.state)
 
         def apply(params, velocity, grad, shared):
-            return _float_step(plan, params, velocity, grad, fill(shared), inputs.state.opt_state.count + t)
+            return _float_step(plan, params, velocity, grad, combine(shared), inputs.state.opt_state.count + t)
 
         def gradient(params, shared, data):
-            return plan.gradient(fill(shared), params, fill_data(data))
+            return plan.gradient(combine(shared), params, combine_data(data))
 
         # Apart, so that the gradient that undid the step is not computed once more: its derivative does without it.
         _, pullback = jax.vjp(apply, params, velocity, grad, shared)
@@ -323,8 +323,8 @@ def run_backward(plan: Plan, inputs: Inputs, end: End, moving: Inputs, cotangent
     carry = (end, cotangent.params, cotangent.opt_state.velocity, sums)
     (now, d_params, d_velocity, sums), d_data = jax.lax.scan(body, carry, plan.steps(inputs), reverse=True)
     # In the order of `Inputs`: the state, what all steps share, the data, what the plan's functions close over.
-    d_state, _ = partition((d_params, d_velocity), (moving.state.params, moving.state.opt_state.velocity))
-    own = sum(jax.tree.leaves(moving.inputs))
+    d_state, _ = partition((d_params, d_velocity), (perturbed.state.params, perturbed.state.opt_state.velocity))
+    own = sum(jax.tree.leaves(perturbed.inputs))
     return [*d_state, *sums[:own], *d_data, *sums[own:]], now
 
 

@@ -80,14 +80,14 @@ class SAMA:
             out = solver.loss(state.params, hparams, batch, state.model_state)  # an optimiser may look at the value
             return solver.apply(state, hparams, batch, out, grad).params
 
-        update, consts = problem.hoist(after, problem.state.params)
+        update, consts = problem.closure_convert(after, problem.state.params)
 
-        def direction(inputs, moving, loss, before, v):
+        def direction(inputs, perturbed, loss, before, v):
             grad = jax.grad(lambda w: loss(inputs, before, w))(upcast(before.params))
-            moved, fill = partition(inputs, moving)
+            moved, combine = partition(inputs, perturbed)
 
             def step(grad, moved):
-                at = fill(moved)
+                at = combine(moved)
                 return update(at.consts[1], before, at.inputs[0], last(at.xs), grad)
 
             _, pullback = jax.vjp(step, cast_like(grad, before.params), moved)

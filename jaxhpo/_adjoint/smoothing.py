@@ -6,7 +6,7 @@ import dataclasses
 
 import jax
 
-from jaxhpo._adjoint.pushforward import combine, run_with_tangent
+from jaxhpo._adjoint.pushforward import run_with_tangent, weighted_sum
 from jaxhpo._core.types import InnerState
 from jaxhpo._core.validate import check_count, check_positive
 from jaxhpo._inner.inputs import refuse_tol
@@ -60,6 +60,6 @@ class Smoothing:
                 pair = fn(z + self.sigma * e), fn(z - self.sigma * e)
                 return jax.tree.map(lambda plus, minus: (plus - minus) / (2 * self.sigma), *pair)
 
-            return combine(noise @ dz / self.num_pairs, jax.vmap(slope)(noise))
+            return weighted_sum(noise @ dz / self.num_pairs, jax.vmap(slope)(noise))
 
         return run_with_tangent(problem, tangent, key)

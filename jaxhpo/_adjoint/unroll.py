@@ -160,10 +160,10 @@ class Unroll:
         """Bytes that run and backward pass take."""
 
         def pulled(state, inputs):
-            moved, fill = partition((state, inputs), jax.tree.map(is_inexact, (state, inputs)))
+            moved, combine = partition((state, inputs), jax.tree.map(is_inexact, (state, inputs)))
 
             def run(moved):
-                state, (hparams, _) = fill(moved)
+                state, (hparams, _) = combine(moved)
                 own = self._with_gradient(problem, schedule)
                 return self._run(own._replace(state=state, inputs=(hparams, own.inputs[1])), schedule).params
 
@@ -232,15 +232,15 @@ def _run_binomial(rule, problem, slots) -> InnerState:
     def forward(inputs):
         return run_forward(problem.advance, inputs.state, inputs.inputs, inputs.xs, slots)
 
-    def pull(inputs, moving, kept, cotangent):
+    def pull(inputs, perturbed, kept, cotangent):
         floats = partition(cotangent, jax.tree.map(is_inexact, inputs.state))[0]
         of_state, *of_rest = run_backward(
-            problem.advance, kept, inputs.inputs, inputs.xs, (moving.inputs, moving.xs), floats
+            problem.advance, kept, inputs.inputs, inputs.xs, (perturbed.inputs, perturbed.xs), floats
         )
         of_state = partition(inputs.state, jax.tree.map(is_inexact, inputs.state))[1](of_state)
-        return [*partition(of_state, moving.state)[0], *of_rest[0], *of_rest[1]]
+        return [*partition(of_state, perturbed.state)[0], *of_rest[0], *of_rest[1]]
 
-    return run_with_pullback(problem, rule, forward, pull, lambda inputs, moving: None, once=False)[0]
+    return run_with_pullback(problem, rule, forward, pull, lambda inputs, perturbed: None, once=False)[0]
 
 
 def _nan_unless_mean(problem) -> Problem:
@@ -257,7 +257,7 @@ def _nan_unless_mean(problem) -> Problem:
         # Weights that are all zero may hide what the batch has to do with the loss.
         return holds_at(state.params) & holds_at(_moved(state.params))
 
-    pure, consts = problem.hoist(holds)
+    pure, consts = problem.closure_convert(holds)
     first = jax.tree.map(lambda x: x[0], problem.xs)
     good = pure(consts, *jax.lax.stop_gradient((problem.state, problem.inputs[0])), first)
     report_fault(~good, _NO_MEAN)

@@ -81,11 +81,11 @@ def bytes_between_passes(function: Callable, *args: Any) -> int:
       >>> bytes_between_passes(lambda x: jnp.sum(jnp.sin(x)), jnp.ones(3, jnp.float32))  # cos(x)
       12
     """
-    moved, fill = partition(args, jax.tree.map(is_inexact, args))
+    moved, combine = partition(args, jax.tree.map(is_inexact, args))
 
     def pullback(moved):
         def floats(moved):
-            out = function(*fill(moved))
+            out = function(*combine(moved))
             return partition(out, jax.tree.map(is_inexact, out))[0]
 
         return jax.vjp(floats, moved)[1]

@@ -42,14 +42,14 @@ def _constant(mark, leaves):
 
 def _constant_jvp(mark, primals, tangents):
     (leaves,), (dots,) = primals, tangents
-    moving = [
+    perturbed = [
         name
         for name, x, d in zip(mark.names, leaves, dots, strict=True)
         if is_inexact(x) and not isinstance(d, SymbolicZero)
     ]
-    if moving:
-        more = f" (and {len(moving) - 1} more leaves)" if len(moving) > 1 else ""
-        warn_zero(moving[0], more.lstrip() + " " * bool(more) + mark.message, mark.partial)
+    if perturbed:
+        more = f" (and {len(perturbed) - 1} more leaves)" if len(perturbed) > 1 else ""
+        warn_zero(perturbed[0], more.lstrip() + " " * bool(more) + mark.message, mark.partial)
     return leaves, _zero_tangents(leaves)
 
 

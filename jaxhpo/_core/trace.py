@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.extend import core as jex
 
 
-def hoist(fn: Callable, *args) -> tuple[Callable, list]:
+def closure_convert(fn: Callable, *args) -> tuple[Callable, list]:
     """Returns `pure, consts` with `pure(consts, *args) == fn(*args)` and nothing closed over.
 
     Every array that `fn` closes over, tracer or not, of any type, becomes an explicit argument. (A loss that closes

@@ -79,18 +79,18 @@ def names(tree: PyTree, root: str) -> list[str]:
     return [root + jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
 
 
-def partition(tree: PyTree, moving: PyTree) -> tuple[list, Callable[[list], PyTree]]:
-    """The leaves that `moving`, a tree of booleans, marks, and the function that puts others in their place."""
+def partition(tree: PyTree, perturbed: PyTree) -> tuple[list, Callable[[list], PyTree]]:
+    """The leaves that `perturbed`, a tree of booleans, marks, and the function that puts others in their place."""
     leaves, structure = jax.tree.flatten(tree)
-    where = [i for i, m in enumerate(jax.tree.leaves(moving)) if m]
+    where = [i for i, m in enumerate(jax.tree.leaves(perturbed)) if m]
 
-    def fill(moved):
+    def combine(moved):
         every = list(leaves)
         for i, leaf in zip(where, moved, strict=True):
             every[i] = leaf
         return jax.tree.unflatten(structure, every)
 
-    return [leaves[i] for i in where], fill
+    return [leaves[i] for i in where], combine
 
 
 @jax.tree_util.register_static

@@ -133,23 +133,23 @@ def measure_growth(advance: Callable, state: PyTree, inputs: PyTree, x: PyTree) 
     down to half of the largest.
     """
     floats = jax.tree.map(is_inexact, state)
-    moving, fill = partition(state, floats)
-    if not moving or not bool(all_finite((moving, inputs))):
+    perturbed, combine = partition(state, floats)
+    if not perturbed or not bool(all_finite((perturbed, inputs))):
         return None
 
     def pulled(hparams, v):
-        def step(moving):
-            return partition(advance(fill(moving), (hparams, *inputs[1:]), x), floats)[0]
+        def step(perturbed):
+            return partition(advance(combine(perturbed), (hparams, *inputs[1:]), x), floats)[0]
 
-        return jax.vjp(step, moving)[1](v)[0]
+        return jax.vjp(step, perturbed)[1](v)[0]
 
     def turn(v, _):
         after = pulled(inputs[0], v)
         size = _norm(after)
         return scaled(1 / size, after), (size, vdot(v, after))
 
-    keys = jax.random.split(jax.random.key(0), len(moving))
-    v = [jax.random.normal(key, m.shape, m.dtype) for key, m in zip(keys, moving, strict=True)]
+    keys = jax.random.split(jax.random.key(0), len(perturbed))
+    v = [jax.random.normal(key, m.shape, m.dtype) for key, m in zip(keys, perturbed, strict=True)]
     v, (sizes, products) = jax.lax.scan(turn, v, None, POWER_ITERATIONS)
     # Complex eigenvalues make the norms swing; their mean over many turns does not.
     factor = float(jnp.exp(jnp.mean(jnp.log(sizes[POWER_ITERATIONS // 2 :]))))

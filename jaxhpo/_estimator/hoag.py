@@ -20,7 +20,7 @@ from jaxhpo._estimator.implicit_product import implicit_product
 from jaxhpo._estimator.pair import check_pair_state, inner_start
 from jaxhpo._inner.loop import run
 from jaxhpo._inner.problem import make_problem
-from jaxhpo._inner.watch import watched
+from jaxhpo._inner.watch import instrumented
 from jaxhpo._linear.iteration import conjugate_gradients
 
 _SCHEDULES = ("quadratic", "cubic", "exponential", "exact")
@@ -123,7 +123,7 @@ class HOAG:
         def update(hparams, state, batches, outer_batch, key):
             check_pair_state(state, HOAGState, self)
             start = inner_start(solver, state.inner, hparams, warm_start)
-            problem = watched(make_problem(solver, start, hparams, batches, num_steps=num_steps, key=key))
+            problem = instrumented(make_problem(solver, start, hparams, batches, num_steps=num_steps, key=key))
             scale = _scale(problem, state)
             tolerance = _tolerance(self.tolerance, self.initial_tolerance, self.decay, state.count, scale.dtype)
             ended = run(problem._replace(tol=tolerance * scale))

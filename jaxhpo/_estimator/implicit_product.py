@@ -121,17 +121,17 @@ def _next_start(q, linear: LinearInfo | None):
 def _warn(rule, problem, final, outer_of_others, residual_of_hparams):
     """A `ZeroHypergradientWarning` for what the rule does not see and the outer loss, or the caller, may count on."""
     leaves, structure = jax.tree.flatten(final[1:])
-    moving = [i for i, leaf in enumerate(leaves) if is_inexact(leaf)]
+    perturbed = [i for i, leaf in enumerate(leaves) if is_inexact(leaf)]
     every = [*names(final.opt_state, "opt_state"), *names(final.model_state, "model_state")]
 
     def outer(moved):
         others = list(leaves)
-        for i, leaf in zip(moving, moved, strict=True):
+        for i, leaf in zip(perturbed, moved, strict=True):
             others[i] = leaf
         return outer_of_others(jax.tree.unflatten(structure, others))
 
-    read = differentiable_inputs(outer, [leaves[i] for i in moving]) if moving else []
-    for i in [i for i, seen in zip(moving, read, strict=True) if seen][:1]:
+    read = differentiable_inputs(outer, [leaves[i] for i in perturbed]) if perturbed else []
+    for i in [i for i, seen in zip(perturbed, read, strict=True) if seen][:1]:
         warn_zero(every[i], trained_state_is_constant(rule))
     leaves, structure = jax.tree.flatten(problem.residual_inputs[0])
     if leaves:

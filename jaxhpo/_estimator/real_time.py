@@ -15,7 +15,7 @@ from jaxhpo._core.tree import is_inexact, upcast
 from jaxhpo._core.types import Hypergradient, HypergradientInfo, InnerState, Solution
 from jaxhpo._estimator.pair import check_pair_state
 from jaxhpo._inner.problem import info_of, make_problem
-from jaxhpo._inner.watch import watched
+from jaxhpo._inner.watch import instrumented
 
 
 class RealTimeState(NamedTuple):
@@ -86,7 +86,7 @@ class RealTime:
         def update(hparams, state, batches, outer_batch, key):
             check_pair_state(state, RealTimeState, self)
             _check_jacobian(state, hparams)
-            problem = watched(make_problem(solver, state.inner, hparams, batches, num_steps=num_steps, key=key))
+            problem = instrumented(make_problem(solver, state.inner, hparams, batches, num_steps=num_steps, key=key))
             inner, jacobian = _run(problem, state.jacobian)
             info = info_of(problem, inner, jnp.asarray(problem.num_steps, jnp.int32))
 

@@ -15,7 +15,7 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.mesh import cast_varying, varying_axes
-from jaxhpo._core.trace import equations, hoist
+from jaxhpo._core.trace import closure_convert, equations
 from jaxhpo._core.tree import Flags, cast_like, is_inexact, partition
 from jaxhpo._core.types import PyTree
 
@@ -69,11 +69,11 @@ def mixed_value_and_grad(
         out, grad = value_and_grad(loss, params, *rest)
         return out, checkpoint_name(grad, GRADIENT)
     params = _cast_to_vary(loss, params, *rest)
-    pure, consts = hoist(lambda params, rest: loss(params, *rest), params, rest)
+    pure, consts = closure_convert(lambda params, rest: loss(params, *rest), params, rest)
     on_all = on_part = lambda params, given: pure(given[0], params, given[2])
     part_consts = []
     if thin is not None:
-        part, part_consts = hoist(lambda params, h, b, state: loss(params, h, thin(b), state), params, *rest)
+        part, part_consts = closure_convert(lambda params, h, b, state: loss(params, h, thin(b), state), params, *rest)
         on_part = lambda params, given: part(given[1], params, *given[2])  # noqa: E731
     both: Any = _mixed((on_all, on_part), params, (consts, part_consts, rest))
     out, grad = both
@@ -107,29 +107,31 @@ def _mixed(losses, params, rest):
 
 
 def _mixed_fwd(losses, params, rest):
-    moving = Flags(tuple(bool(x.perturbed) and is_inexact(x.value) for x in jax.tree.leaves(rest, is_leaf=_is_marked)))
+    perturbed = Flags(
+        tuple(bool(x.perturbed) and is_inexact(x.value) for x in jax.tree.leaves(rest, is_leaf=_is_marked))
+    )
     params, rest = jax.tree.map(lambda x: x.value, (params, rest), is_leaf=_is_marked)
     # Not by calling itself: forward mode over this, as for a Hessian, must find plain operations.
-    return jax.value_and_grad(losses[0], has_aux=True)(params, rest), (params, rest, moving)
+    return jax.value_and_grad(losses[0], has_aux=True)(params, rest), (params, rest, perturbed)
 
 
 def _mixed_bwd(losses, residuals, cotangents):
     params, rest, flags = residuals
-    moving = jax.tree.unflatten(jax.tree.structure(rest), flags.values)
-    moved, fill = partition(rest, moving)
+    perturbed = jax.tree.unflatten(jax.tree.structure(rest), flags.values)
+    moved, combine = partition(rest, perturbed)
 
     of_loss, of_grad = cotangents
     pulled = []
     if not all(map(_is_zero, jax.tree.leaves(of_grad, is_leaf=_is_zero))):
         direction = jax.tree.map(_dense, of_grad, params, is_leaf=_is_zero)
-        grads = jax.grad(lambda params, moved: losses[1](params, fill(moved))[0], argnums=(0, 1))
+        grads = jax.grad(lambda params, moved: losses[1](params, combine(moved))[0], argnums=(0, 1))
         pulled.append(jax.jvp(lambda params: grads(params, moved), (params,), (direction,))[1])
     if not all(map(_is_zero, jax.tree.leaves(of_loss, is_leaf=_is_zero))):
-        out, pullback = jax.vjp(lambda params, moved: losses[0](params, fill(moved)), params, moved)
+        out, pullback = jax.vjp(lambda params, moved: losses[0](params, combine(moved)), params, moved)
         pulled.append(pullback(jax.tree.map(_dense, of_loss, out, is_leaf=_is_zero)))
     of_params, of_moved = functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), pulled)
     of_moved = iter(of_moved)
-    return of_params, jax.tree.map(lambda m: next(of_moved) if m else None, moving)
+    return of_params, jax.tree.map(lambda m: next(of_moved) if m else None, perturbed)
 
 
 _mixed.defvjp(_mixed_fwd, _mixed_bwd, symbolic_zeros=True)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.mesh import cast_varying, varying_axes
 from jaxhpo._core.record import report_random
-from jaxhpo._core.trace import hoist
+from jaxhpo._core.trace import closure_convert
 from jaxhpo._core.tree import all_finite, cast_like, norm, upcast
 from jaxhpo._core.types import Info, InnerState, PyTree, Solver, StatefulMethod
 from jaxhpo._core.validate import check_hparams, check_key, check_residual, check_traceable_number, require_key
@@ -41,9 +41,9 @@ class Problem(NamedTuple):
       residual: `(params, model_state, residual_inputs) -> pytree like params`, the condition, zero at the solution.
       residual_inputs: `(hparams, condition batch, closed-over values)` of `residual`.
       tol: stop when the norm of the residual is below it; None for a fixed number of steps.
-      solver: the `Solver`: its name and symmetry, and its own functions, to be passed to `hoist`.
+      solver: the `Solver`: its name and symmetry, and its own functions, to be passed to `closure_convert`.
       require_key: `rule -> key`, the key given to `solve`; raises `JaxhpoError` where none was.
-      hoist: `(fn, *more) -> (pure, consts)` with `pure(consts, state, hparams, x, *more)` equal to
+      closure_convert: `(fn, *more) -> (pure, consts)` with `pure(consts, state, hparams, x, *more)` equal to
         `fn(state, hparams, batch, *more)` and nothing closed over; `x` is a slice of `xs`.
       at_condition: `(fn, *more) -> (pure, consts)` with `pure(consts, params, hparams, x, *more)` equal to
         `fn(params, hparams, batch, *more)` at the condition's batch; `x` is `residual_inputs[1]`.
@@ -62,7 +62,7 @@ class Problem(NamedTuple):
     tol: Any
     solver: Solver
     require_key: Callable[[Any], jax.Array]
-    hoist: Callable[..., tuple[Callable, list]]
+    closure_convert: Callable[..., tuple[Callable, list]]
     at_condition: Callable[..., tuple[Callable, list]]
     with_gradient: Callable[..., Problem]
 
@@ -124,11 +124,19 @@ def make_problem(
             out, grad = gradient(solver.loss, state.params, hparams, batch, state.model_state, step_key)
             return solver.apply(state, hparams, batch, out, grad)
 
-        def hoist_own(fn, *more):
-            return hoist(lambda s, h, x, *more: fn(s, h, take(split(x)[0]), *more), state, hparams, one, *more)
+        def closure_convert_own(fn, *more):
+            return closure_convert(
+                lambda s, h, x, *more: fn(s, h, take(split(x)[0]), *more), state, hparams, one, *more
+            )
 
         start, advance, closed_over = _closed_step(step, state, hparams, one)
-        return {"advance": advance, "inputs": (hparams, closed_over), "xs": xs, "state": start, "hoist": hoist_own}
+        return {
+            "advance": advance,
+            "inputs": (hparams, closed_over),
+            "xs": xs,
+            "state": start,
+            "closure_convert": closure_convert_own,
+        }
 
     plain = steps()
     state = plain["state"]
@@ -148,7 +156,7 @@ def make_problem(
 
     def at_condition(fn, *more):
         args = upcast((state.params, hparams, last))
-        return hoist(lambda params, hparams, x, *more: fn(params, hparams, batch_of(x), *more), *args, *more)
+        return closure_convert(lambda params, hparams, x, *more: fn(params, hparams, batch_of(x), *more), *args, *more)
 
     def require_key_of(rule):
         report_random(rule)
@@ -192,7 +200,7 @@ def _closed_step(step, state, hparams, x):
     # type throughout, so the start is cast until the type no longer changes (one axis may bring in another).
     while True:
         state = cast_varying(state, axes)
-        pure, consts = hoist(typed_step, state, hparams, x)
+        pure, consts = closure_convert(typed_step, state, hparams, x)
         if grown <= axes:
             break
         axes |= grown
@@ -200,7 +208,7 @@ def _closed_step(step, state, hparams, x):
 
 
 def _traced_high(fn, args) -> tuple[Callable, list, PyTree]:
-    """`hoist(fn, *args)` in the precision of the linear solves, and the types of the arguments that it was traced with.
+    """`closure_convert(fn, *args)` in the precision of the linear solves, and the types of the traced arguments.
 
     A bfloat16 model's condition is traced in float32, unless the model insists on its own type, as a convolution of
     16-bit data does with 16-bit weights: JAX then raises a `TypeError`.
@@ -208,10 +216,10 @@ def _traced_high(fn, args) -> tuple[Callable, list, PyTree]:
     high = upcast(args)
     if any(a.dtype != b.dtype for a, b in zip(*map(jax.tree.leaves, (args, high)), strict=True)):
         try:
-            return *hoist(fn, *high), jax.eval_shape(lambda: high)
+            return *closure_convert(fn, *high), jax.eval_shape(lambda: high)
         except TypeError:
             high = args
-    return *hoist(fn, *high), jax.eval_shape(lambda: high)
+    return *closure_convert(fn, *high), jax.eval_shape(lambda: high)
 
 
 def info_of(problem: Problem, final: InnerState, steps: Any) -> Info:

@@ -14,7 +14,7 @@ from jaxhpo._core.tree import all_finite, is_inexact, names
 from jaxhpo._inner.problem import Problem
 
 
-def watched(problem: Problem) -> Problem:
+def instrumented(problem: Problem) -> Problem:
     """The problem itself, or, while recording, one whose steps report."""
     recorder = active().steps
     if recorder is None:
@@ -47,15 +47,18 @@ def _reporting(problem, recorder, index) -> Problem:
         _keep_if(broke, recorder.broken, index, (given[0], given[2]))
         return _report(tap(names(after, "state")), after, t)
 
-    def hoist(fn, *more):
-        pure, consts = problem.hoist(fn, *more)
+    def closure_convert(fn, *more):
+        pure, consts = problem.closure_convert(fn, *more)
         return lambda consts, state, hparams, x, *more: pure(consts, state, hparams, x[1], *more), consts
 
     def with_gradient(gradient, keys=None):
         return _reporting(problem.with_gradient(gradient, keys), recorder, index)
 
     return problem._replace(
-        advance=advance, xs=(jnp.arange(problem.num_steps), problem.xs), hoist=hoist, with_gradient=with_gradient
+        advance=advance,
+        xs=(jnp.arange(problem.num_steps), problem.xs),
+        closure_convert=closure_convert,
+        with_gradient=with_gradient,
     )
 
 
@@ -75,7 +78,9 @@ def _train_loss(problem) -> Callable:
     """`(state, inputs, x) -> loss`, with nothing closed over; of a step that has none, zero."""
     if problem.solver.loss is None:
         return lambda state, inputs, x: jnp.zeros(())
-    pure, consts = problem.hoist(lambda s, h, batch: problem.solver.loss(s.params, h, batch, s.model_state)[0])
+    pure, consts = problem.closure_convert(
+        lambda s, h, batch: problem.solver.loss(s.params, h, batch, s.model_state)[0]
+    )
     closed_over = problem.inputs[1]
     where = [next((i for i, c in enumerate(closed_over) if c is const), None) for const in consts]
     if None in where:

@@ -10,7 +10,7 @@ from jax.flatten_util import ravel_pytree
 
 from jaxhpo._core.mesh import cast_varying, drop_varying, varying_axes
 from jaxhpo._core.record import report_linear_solve
-from jaxhpo._core.trace import hoist
+from jaxhpo._core.trace import closure_convert
 from jaxhpo._core.types import LinearInfo, PyTree
 from jaxhpo._linear.report import largest
 
@@ -44,7 +44,7 @@ def solve_system(
     # hyperparameter may reach some leaves only (a penalty on kernels and not on biases).
     b, unravel = ravel_pytree(b)
     x0 = None if x0 is None else jax.lax.stop_gradient(ravel_pytree(x0)[0])
-    pure, consts = hoist(lambda v: ravel_pytree(matvec(unravel(v)))[0], b)
+    pure, consts = closure_convert(lambda v: ravel_pytree(matvec(unravel(v)))[0], b)
     own = varying_axes(b)
     axes = own | varying_axes(consts)
 
