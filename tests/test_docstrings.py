@@ -126,6 +126,15 @@ def test_examples_run(module_name):
     assert not runner.failures, "".join(report)
 
 
+def test_the_searches_find_names_and_examples():
+    assert len(module_names()) > 60 and {"jaxhpo", "jaxhpo.testing"} <= set(module_names())
+    names = {name for name, value in public_objects(jaxhpo)}
+    assert {"solve", "tune", "Unroll", "CG"} <= names
+    assert len(names) > 40
+    for name in ("solve", "tune", "CG"):
+        assert any(test.examples for test in doctest.DocTestFinder().find(getattr(jaxhpo, name), name))
+
+
 # --- these checks can fail -------------------------------------------------------------------------------------------
 
 

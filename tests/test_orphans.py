@@ -29,6 +29,9 @@ def test():
     pathlib.Path("pids.part").write_text(f"{os.getpid()} {child.pid}")
     os.rename("pids.part", "pids")
 """
+# What a shell's background job ignores, its children would too.
+PYTEST = "import signal, sys, pytest; signal.signal(signal.SIGINT, signal.default_int_handler); sys.exit(pytest.main())"
+LONG = 120  # seconds: one or two are usual
 ENDINGS = {
     "by itself": ("", None),
     "crash": ("os._exit(3)", None),
@@ -47,7 +50,7 @@ def alive(pid) -> bool:
 
 
 def wait_for(condition) -> bool:
-    end = time.monotonic() + 60  # seconds: a second is usual
+    end = time.monotonic() + LONG
     while not (met := condition()) and time.monotonic() < end:
         time.sleep(0.02)
     return met
@@ -62,12 +65,17 @@ def test_no_child_is_left(ending, tmp_path):
     (tmp_path / "test_it.py").write_text(TEST + f"    {last}\n")
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
     env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    command = [sys.executable, "-m", "pytest", "-p", "xdist", "-n", "1", "--maxfail=1"]
-    run = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    assert wait_for((tmp_path / "pids").exists)
-    worker, child = map(int, (tmp_path / "pids").read_text().split())
-    if number:
-        assert alive(child)
-        run.send_signal(number)
-    run.wait(60)
-    assert wait_for(lambda: not alive(worker) and not alive(child))
+    command = [sys.executable, "-c", PYTEST, "-p", "xdist", "-n", "1", "--maxfail=1"]
+    with open(tmp_path / "output", "w") as out:
+        run = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=out, stderr=out)
+    try:
+        assert wait_for((tmp_path / "pids").exists), (tmp_path / "output").read_text()
+        worker, child = map(int, (tmp_path / "pids").read_text().split())
+        if number:
+            assert alive(child)
+            run.send_signal(number)
+        run.wait(LONG)
+        assert wait_for(lambda: not alive(worker) and not alive(child))
+    finally:
+        run.kill()
+        run.wait()

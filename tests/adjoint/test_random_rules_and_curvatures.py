@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import PROBLEMS, relative_error
+from helpers import PROBLEMS, grad, outer_loss, relative_error
 
 import jaxhpo
 from jaxhpo import CG, GMRES, BiCGStab, Direct, ForwardGradient, Implicit, NormalCG, Nystrom, Smoothing, from_lineax
@@ -28,6 +28,16 @@ def draws(rule, num_draws):
 
     keys = jax.random.split(jax.random.key(0), num_draws)
     return np.asarray(jax.jit(jax.vmap(jax.grad(loss), in_axes=(None, 0)))(H, keys))
+
+
+@pytest.mark.parametrize("make", [ForwardGradient, lambda m: Smoothing(m, 0.1)], ids=["forward", "smoothing"])
+def test_directions_that_span_the_space_leave_no_error(make, monkeypatch):
+    """For v_k = √m e_k the mean of v vᵀ is the identity; here θ is linear in h, so that differences are exact too."""
+    problem = PROBLEMS["quadratic"]
+    m = len(problem.hparams)
+    monkeypatch.setattr(jax.random, "normal", lambda key, shape, dtype: m**0.5 * jnp.eye(*shape, dtype=dtype))
+    got = grad(outer_loss(problem, make(m), STEPS))(jnp.asarray(problem.hparams))
+    assert relative_error(got, problem.unrolled(problem.hparams, problem.step_size, STEPS)) <= 1e-12
 
 
 @pytest.mark.parametrize(
