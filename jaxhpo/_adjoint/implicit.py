@@ -1,15 +1,16 @@
-"""Differentiate the equation that the solution satisfies, not the path to it."""
+"""Implicit differentiation of the condition that the solution satisfies."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
-from jaxhpo._adjoint.implicit_function import Rule, attach, check_linear_solver, declared
+from jaxhpo._adjoint.implicit_function import Root, attach, check_linear_solver, declared
+from jaxhpo._adjoint.pullback import closed_over_names
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.stop_gradient import blind, constant
 from jaxhpo._core.tree import names, upcast
@@ -28,8 +29,8 @@ class Implicit:
 
     With g the condition (:math:`\nabla_\theta L` for `from_optax`) and H its Jacobian in θ,
     :math:`(d\theta/dh)^\top v = -(\partial_h g)^\top H^{-1} v`, with :math:`H^{-1} v` from a linear solver.
-    The initial state, the optimiser's state and the model state are constants of the differentiation, and so is every
-    setting of the optimiser: a `ZeroHypergradientWarning` says so where one is being differentiated.
+    The initial state, the optimiser's state, the model state and every setting of the optimiser are constants of the
+    differentiation; a `ZeroHypergradientWarning` names each of them that is being differentiated.
 
     Several outer losses share one training and one linearisation: `jax.jacrev` of a vector of them solves for all
     right-hand sides at once.
@@ -38,14 +39,13 @@ class Implicit:
     independent of T. Exact where the inner problem has converged (`info.optimality` → 0) and the linear solve is.
 
     Args:
-      linear_solver: `CG()`, `Neumann(num_terms, step_size)`, `Identity(scale)`, `Direct()`, or any function
-        `(matvec, b, x0=None) -> (x, LinearInfo)`.
-
-      curvature: `"hessian"`, the Jacobian of the condition itself, or a positive semi-definite stand-in:
+      linear_solver: `CG()`, `Neumann(num_terms, step_size)`, `Identity(scale)`, `Direct()`, any other `LinearSolver`,
+        or any function `(matvec, b, x0=None) -> (x, LinearInfo)`.
+      curvature: `"hessian"`, the Jacobian of the condition itself, or a positive semi-definite matrix in its place:
         `gauss_newton(...)`, `outer_product(...)`.
 
     Raises:
-      JaxhpoError: no linear solver, or one that the solver's condition does not suit.
+      JaxhpoError: not a linear solver, or one that does not suit the condition.
 
     Example:
       >>> adjoint = jaxhpo.Implicit(jaxhpo.CG(maxiter=20))
@@ -57,38 +57,71 @@ class Implicit:
       arXiv:1911.02590
     """
 
-    linear_solver: LinearSolver = CG()
+    linear_solver: LinearSolver | Callable = CG()
     curvature: str | GaussNewton | OuterProduct = "hessian"
 
     def __post_init__(self):
         check_linear_solver(self.linear_solver)
         if self.curvature != "hessian" and not isinstance(self.curvature, GaussNewton | OuterProduct):
             raise JaxhpoError(
-                f"`Implicit(curvature=...)` got {describe(self.curvature)}, which is no curvature: write 'hessian', "
+                f"`Implicit(curvature=...)` got {describe(self.curvature)}, which is not a curvature: write 'hessian', "
                 f"`gauss_newton(predict, output_loss)` or `outer_product(example_loss)`."
             )
 
     def run(self, problem: Problem) -> tuple[InnerState, jax.Array]:
-        """Runs the inner loop, undifferentiated, and attaches the implicit derivative to the parameters it ends at."""
+        """Runs the inner loop, undifferentiated, and attaches the implicit derivative to the final parameters."""
         self.check(problem)
         state, steps = run(self._as_constants(problem))
-        return self._attach(problem, state), steps
+        root, leaves = self.root(problem, state, self)
+        key = problem.require_key(self) if declared(self.linear_solver).needs_key else None
+        params = attach(root, jax.lax.stop_gradient(state.params), leaves, key)
+        model_state = blind(state.model_state, problem.residual_inputs[0], trained_state_is_constant(self))
+        return jax.lax.stop_gradient(state)._replace(params=params, model_state=model_state), steps
 
     def check(self, problem: Problem) -> None:
-        """Raises where the linear solver does not suit the problem's condition."""
-        needs_symmetry = declared(self.linear_solver).needs_symmetry
-        if needs_symmetry and self.curvature == "hessian":
-            _warn_of_own_rule(self, problem)
-        symmetric = problem.solver.symmetric or self.curvature != "hessian"
-        if needs_symmetry and not symmetric:
+        """Raises if the linear solver does not suit the problem's condition."""
+        if not declared(self.linear_solver).needs_symmetry or self.curvature != "hessian":
+            return
+        if not problem.solver.symmetric:
             raise JaxhpoError(
                 f"{self!r} needs a symmetric matrix, but the Jacobian of `{problem.solver.name}`'s condition θ − Φ(θ) "
                 "is not symmetric in general: use `Neumann(num_terms, 1.0)` or `Direct()`, or give `fixed_point` a "
                 f"`condition` that is the gradient of an objective."
             )
+        _warn_of_own_rule(self, problem)
+
+    def root(self, problem: Problem, state: InnerState, method: Any) -> tuple[Root, list]:
+        """The root of the problem's condition that `state` is, and the leaves that the condition depends on."""
+        hparams, batch, closed_over = problem.residual_inputs
+        leaves, structure = jax.tree.flatten((jax.lax.stop_gradient(state.model_state), problem.residual_inputs))
+        leaf_names = [*names(state.model_state, "model_state"), *names(hparams, "hparams"), *names(batch, "batch")]
+        size, product = structure.num_leaves, None
+
+        def condition(params, leaves):
+            return problem.residual(params, *upcast(jax.tree.unflatten(structure, leaves[:size])))
+
+        if self.curvature != "hessian":
+            matrix: Any = self.curvature
+            pure, consts = problem.at_condition(lambda p, h, x, v: matrix.linearise(p, h, x)(v), upcast(state.params))
+
+            def times(params, leaves, v):
+                hparams, x, _ = upcast(jax.tree.unflatten(structure, leaves[:size])[1])
+                return pure(leaves[size:], params, hparams, x, v)
+
+            product = times
+            # It only replaces the Jacobian: the values that it closes over are not differentiated a second time.
+            leaves, closed_over = [*leaves, *jax.lax.stop_gradient(consts)], [*closed_over, *consts]
+        remedy = (
+            f"does not enter the condition of `{problem.solver.name}`, so under {method!r} its hypergradient through "
+            "this solve is exactly zero. If it is a setting of the optimiser (a learning rate, a momentum), "
+            "`Unroll()` sees it; if nothing uses it, remove it; if it enters the outer loss directly, that part is "
+            "still right."
+        )
+        every_name = (*leaf_names, *closed_over_names(closed_over))
+        return Root(condition, self.linear_solver, product, every_name, remedy), leaves
 
     def _as_constants(self, problem):
-        """The problem with nothing to differentiate, and a warning for each input that this cuts off altogether."""
+        """The problem with all inputs constant, and a warning for each input whose derivative is lost entirely."""
         why = f"{self!r} differentiates the equation that the solution satisfies, in which"
         state = constant(
             problem.state,
@@ -98,11 +131,11 @@ class Implicit:
         )
         hparams, closed_over = problem.inputs
         unseen = (
-            f"does not appear in the train loss, and {why} only that appears, so its hypergradient through this solve "
-            f"is exactly zero. `Unroll()` sees it."
+            f"does not appear in the train loss, and {why} only the train loss appears, so its hypergradient through "
+            "this solve is exactly zero. `Unroll()` sees it."
         )
         closed_over = [
-            jax.lax.stop_gradient(c) if seen else constant(c, [_closed_over(c)], unseen)
+            jax.lax.stop_gradient(c) if seen else constant(c, closed_over_names([c]), unseen)
             for c, seen in zip(closed_over, problem.in_residual(), strict=True)
         ]
         xs = problem.xs
@@ -114,55 +147,16 @@ class Implicit:
                 f"`condition_batch` is given): all others have a hypergradient of exactly zero. `Unroll()` sees them.",
                 partial=True,
             )
-        return problem._replace(
-            state=state,
-            inputs=(jax.lax.stop_gradient(hparams), closed_over),
-            xs=jax.lax.stop_gradient(xs),
-            residual_inputs=jax.lax.stop_gradient(problem.residual_inputs),
-        )
-
-    def _attach(self, problem, state):
-        state = jax.lax.stop_gradient(state)
-        condition, hparams = problem.residual, problem.residual_inputs[0]
-        model_state = blind(state.model_state, hparams, trained_state_is_constant(self))
-        args = (state.model_state, problem.residual_inputs)
-        leaves, structure = jax.tree.flatten(args)
-
-        def residual(params, leaves):
-            leaves = leaves[: structure.num_leaves]  # less what the curvature closes over
-            return condition(params, *upcast(jax.tree.unflatten(structure, leaves)))
-
-        hparams, batch, closed_over = problem.residual_inputs
-        leaf_names = [
-            *names(state.model_state, "model_state"),
-            *names(hparams, "hparams"),
-            *names(batch, "batch"),
-            *map(_closed_over, closed_over),
-        ]
-        curvature = None
-        if self.curvature != "hessian":
-            apply, consts = curvature_product(self.curvature, problem)
-            # A stand-in for the Jacobian: what it closes over is not differentiated a second time.
-            leaves, leaf_names = [*leaves, *jax.lax.stop_gradient(consts)], [*leaf_names, *map(_closed_over, consts)]
-            curvature = functools.partial(_curvature_product, apply, structure)
-
-        remedy = not_in_condition(self, problem.solver.name)
-        rule = Rule(residual, self.linear_solver, curvature, tuple(leaf_names), remedy)
-        key = problem.require_key(self) if declared(self.linear_solver).needs_key else None
-        return state._replace(params=attach(rule, state.params, leaves, key), model_state=model_state)
+        hparams, xs, residual_inputs = jax.lax.stop_gradient((hparams, xs, problem.residual_inputs))
+        return problem._replace(state=state, inputs=(hparams, closed_over), xs=xs, residual_inputs=residual_inputs)
 
 
-def curvature_product(curvature, problem) -> tuple:
-    """`(params, residual inputs, consts, v) -> v times the curvature`, and `consts`."""
-    pure, consts = problem.at_condition(
-        lambda params, hparams, batch, v: curvature.linearise(params, hparams, batch)(v), upcast(problem.state.params)
+def trained_state_is_constant(method: Any) -> str:
+    """The warning about a model state, or an optimiser's state, that the outer loss reads."""
+    return (
+        f"was trained with hyperparameters that are being differentiated, but {method!r} treats it as a constant: the "
+        "hypergradient through what the outer loss reads of it (batch statistics) is exactly zero. `Unroll()` sees it."
     )
-
-    def apply(params, residual_inputs, consts, v):
-        hparams, x, _ = upcast(residual_inputs)
-        return pure(consts, params, hparams, x, v)
-
-    return apply, consts
 
 
 def _warn_of_own_rule(rule, problem):
@@ -174,36 +168,9 @@ def _warn_of_own_rule(rule, problem):
     if own is not None:
         warnings.warn(
             f"The train loss holds {own}, with a derivative rule of its own, and {rule!r} takes the Hessian to be "
-            "symmetric. Where that rule is not the derivative (where it reverses or clips a gradient, say) it is not, "
-            "and the hypergradient is wrong: take `Implicit(GMRES())`, `Implicit(Direct())` or `Unroll()`.",
+            "symmetric. If that rule is not the true derivative (if it reverses or clips a gradient, say), the Hessian "
+            "is not symmetric and the hypergradient is wrong: use `Implicit(GMRES())`, `Implicit(Direct())` or "
+            "`Unroll()`.",
             RuntimeWarning,
             stacklevel=5,
         )
-
-
-def not_in_condition(rule: Any, solver: str) -> str:
-    """What is said of a leaf that the condition cannot see."""
-    return (
-        f"does not enter the condition of `{solver}`, so under {rule!r} its hypergradient through "
-        "this solve is exactly zero. If it is a setting of the optimiser (a learning rate, a momentum), "
-        "`Unroll()` sees it; if nothing uses it, remove it; if it enters the outer loss directly, that part is "
-        "still right."
-    )
-
-
-def trained_state_is_constant(rule: Any) -> str:
-    """What is said of what training leaves behind beside the parameters."""
-    return (
-        f"was trained with hyperparameters that are being differentiated, and {rule!r} takes it for a constant: "
-        f"what the outer loss reads of it (batch statistics) has a hypergradient of exactly zero. `Unroll()` sees "
-        "it."
-    )
-
-
-def _curvature_product(apply, structure, params, leaves, v):
-    _, residual_inputs = jax.tree.unflatten(structure, leaves[: structure.num_leaves])
-    return apply(params, residual_inputs, leaves[structure.num_leaves :], v)
-
-
-def _closed_over(value) -> str:
-    return f"a {describe(value)} that is closed over"

@@ -1,9 +1,17 @@
-"""The one custom derivative rule: a root of condition(point, args) moves as the implicit function theorem says."""
+"""The implicit function theorem, forward (`attach`) and in reverse (`pull_back`).
+
+With g(θ(a), a) = 0 for all a, and H = ∂g/∂θ, differentiating along ȧ gives
+
+    H θ̇ + ∂g/∂a ȧ = 0,      so that      θ̇ = −H⁻¹ ∂g/∂a ȧ.
+
+Transposed, a cotangent v of θ becomes the cotangent −(∂g/∂a)ᵀ q of a, where Hᵀ q = v.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -14,99 +22,151 @@ from jax.custom_derivatives import SymbolicZero
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.stop_gradient import warn_zero
 from jaxhpo._core.trace import closure_convert, differentiable_inputs, equations
-from jaxhpo._core.tree import cast_like, is_inexact, names, scaled, upcast, zeros_like
-from jaxhpo._core.types import LinearSolver, PyTree
+from jaxhpo._core.tree import cast_like, is_inexact, names, partition, scaled, upcast, zeros_like
+from jaxhpo._core.types import LinearInfo, LinearSolver, PyTree
 from jaxhpo._core.validate import check_arrays, check_callable, check_finite, check_params, check_residual, describe
 from jaxhpo._inner.problem import Adjoint
 from jaxhpo._linear.cg import CG
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Rule:
-    """What `attach` needs besides arrays.
+class Root:
+    """A root of a condition, and how to solve with its Jacobian.
 
     Attributes:
-      residual: `(params, leaves) -> pytree like params`, closing over nothing.
-      linear_solver: solves with the residual's Jacobian in `params`.
-      curvature: `(params, leaves, v) -> v times what stands in for that Jacobian`, or None.
+      condition: `(params, leaves) -> pytree like params`, which closes over nothing.
+      linear_solver: solves with the condition's Jacobian in `params`.
+      curvature: `(params, leaves, v) -> product of v with a matrix used in place of that Jacobian`, or None.
       names: the name of every leaf, for warnings.
-      remedy: the end of the warning about a leaf that the residual cannot see.
+      remedy: the end of the warning about a leaf that does not enter the condition.
     """
 
-    residual: Callable[[PyTree, list], PyTree]
-    linear_solver: LinearSolver
+    condition: Callable[[PyTree, list], PyTree]
+    linear_solver: LinearSolver | Callable
     curvature: Callable[[PyTree, list, PyTree], PyTree] | None
     names: tuple[str, ...]
     remedy: str
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def attach(rule: Rule, params: PyTree, leaves: list, key: jax.Array | None) -> PyTree:
-    """Returns `params` unchanged, with the derivative of the root of `rule.residual` with respect to `leaves`."""
+def attach(root: Root, params: PyTree, leaves: list, key: jax.Array | None) -> PyTree:
+    """Returns `params` unchanged, with the derivative of the root with respect to `leaves`."""
     return params
 
 
-def _attach_jvp(rule, primals, tangents):
-    # g(θ(h), h) = 0 for all h  ⟹  H θ̇ = −∂g/∂h ḣ  with H = ∂g/∂θ.
+def _attach_jvp(root, primals, tangents):
     params, leaves, key = primals
     _, dots, _ = tangents
-    # Attached again, so that what follows depends on h through θ(h) too: without it second derivatives are wrong.
-    params = attach(rule, params, leaves, key)
-    perturbed = [i for i, d in enumerate(dots) if not isinstance(d, SymbolicZero) and is_inexact(leaves[i])]
-    if not perturbed:
-        return params, jax.tree.map(jnp.zeros_like, params)
-    point = upcast(params)  # a bfloat16 model's linear solve runs in float32
-
-    def residual(params, moved):
-        every = list(leaves)
-        for i, leaf in zip(perturbed, moved, strict=True):
-            every[i] = leaf
-        return cast_like(rule.residual(params, every), point)
-
-    moved = [leaves[i] for i in perturbed]
-    for i, seen in zip(perturbed, differentiable_inputs(lambda m: residual(point, m), moved), strict=True):
-        if not seen:
-            warn_zero(rule.names[i], rule.remedy)
-
-    def linearised(m):
-        # Linearised once, so that what does not depend on v is left out of the iterations; within the mixed product,
-        # so that both share one evaluation at the point.
-        if rule.curvature is None:
-            return jax.linearize(lambda p: residual(p, m), point)
-        return residual(point, m), jax.linearize(lambda v: rule.curvature(point, leaves, v), zeros_like(point))[1]
-
-    _, rhs, matvec = jax.jvp(linearised, (moved,), ([dots[i] for i in perturbed],), has_aux=True)
-    # What JAX leaves in place of a product that it cannot take, to fail when it is run.
-    if any(equation.primitive.name == "custom_lin" for equation in equations(jax.make_jaxpr(matvec)(point).jaxpr)):
-        raise JaxhpoError(
-            "The condition holds a `jax.custom_vjp` function whose forward rule calls the function itself, or that has "
-            "no second derivative, so its products with a vector cannot be taken. Let the forward rule compute the "
-            "value without that call, write the function with `jax.custom_jvp`, or take `Unroll()`."
-        )
-    solve = rule.linear_solver if key is None else functools.partial(rule.linear_solver, key=key)
-    # A leaf of the right-hand side that no moving input reaches is a constant zero; `lax.custom_linear_solve` is
-    # transposed only if all of it depends on the tangents.
-    zero = sum(jnp.sum(dots[i]) * 0 for i in perturbed)
+    # Attached again: H and ∂g/∂a are taken at θ(a), which depends on a too. Without this line second derivatives are
+    # wrong, silently.
+    params = attach(root, params, leaves, key)
+    perturbed = [not isinstance(d, SymbolicZero) and is_inexact(x) for d, x in zip(dots, leaves, strict=True)]
+    if not any(perturbed):
+        return params, zeros_like(params)
+    point = upcast(params)  # the linear solve of a bfloat16 model runs in float32
+    values, linearised = _linearised(root, point, leaves, perturbed)
+    dots = [d for d, p in zip(dots, perturbed, strict=True) if p]
+    # ∂g/∂a ȧ, and v ↦ H v
+    _, rhs, matvec = jax.jvp(linearised, (values,), (dots,), has_aux=True)
+    _check_products(matvec, point)
+    # `lax.custom_linear_solve` is transposed only if every entry of its right-hand side depends on the tangents, and a
+    # perturbed leaf may reach some leaves of the condition only.
+    zero = sum(jnp.sum(d) * 0 for d in dots)
     rhs = jax.tree.map(lambda r: r + jnp.asarray(zero).astype(r.dtype), rhs)
-    params_dot = checked_solution(solve(matvec, scaled(-1.0, rhs)), rhs)
+    solve = root.linear_solver if key is None else functools.partial(root.linear_solver, key=key)
+    params_dot, _ = _checked(solve(matvec, scaled(-1.0, rhs)), rhs)  # θ̇ = H⁻¹ (−∂g/∂a ȧ)
     return params, cast_like(params_dot, params)
 
 
 attach.defjvp(_attach_jvp, symbolic_zeros=True)
 
 
-def checked_solution(out: Any, rhs: PyTree) -> PyTree:
-    """The solution that a linear solver returned; raises unless it returned one, and a report."""
+def pull_back(
+    root: Root, params: PyTree, leaves: list, perturbed: list[bool], cotangent: PyTree, x0: PyTree, symmetric: bool
+) -> tuple[list, PyTree, LinearInfo | None]:
+    """The transpose of `attach`, written out, so that the linear solve can be warm-started and its report kept.
+
+    Args:
+      root: the root.
+      params: where it is.
+      leaves: what the condition depends on.
+      perturbed: for each leaf, whether its cotangent is wanted.
+      cotangent: v, like `params`.
+      x0: where the linear solve starts; None for its default.
+      symmetric: whether H is, so that its transpose needs no transposition.
+
+    Returns:
+      The cotangents of the perturbed leaves, q, and the linear solver's report.
+    """
+    point, rhs = upcast(params), upcast(cotangent)
+    values, linearised = _linearised(root, point, leaves, perturbed)
+    _, pull, matvec = jax.vjp(linearised, values, has_aux=True)
+    _check_products(matvec, point)
+    solve: Any = root.linear_solver
+    if x0 is not None and _takes_start(solve):
+        solve = functools.partial(solve, x0=x0)
+    q, info = _checked(solve(matvec if symmetric else _transposed(matvec, point), rhs), rhs)  # Hᵀ q = v
+    q = cast_like(q, rhs)
+    return scaled(-1.0, pull(q)[0]), q, info  # −(∂g/∂a)ᵀ q
+
+
+def _linearised(root, point, leaves, perturbed) -> tuple[list, Callable]:
+    """The perturbed leaves a, and `a -> (g(θ, a), v -> H v)`; warns of leaves that do not enter the condition."""
+    values, combine = partition(leaves, perturbed)
+
+    def condition(params, values):
+        return cast_like(root.condition(params, combine(values)), point)
+
+    def linearised(values):
+        # Linearised once, so that the iterations of the linear solver repeat only what depends on v. H and ∂g/∂a share
+        # one evaluation of g.
+        if root.curvature is None:
+            return jax.linearize(lambda p: condition(p, values), point)
+        curvature: Any = root.curvature
+        return condition(point, values), jax.linearize(lambda v: curvature(point, leaves, v), zeros_like(point))[1]
+
+    if values:
+        perturbed_names = [name for name, p in zip(root.names, perturbed, strict=True) if p]
+        seen = differentiable_inputs(lambda values: condition(point, values), values)
+        for name in [name for name, s in zip(perturbed_names, seen, strict=True) if not s]:
+            warn_zero(name, root.remedy)
+    return values, linearised
+
+
+def _transposed(matvec, point):
+    transposed = jax.linear_transpose(matvec, point)
+    return lambda v: transposed(v)[0]
+
+
+def _check_products(matvec, point):
+    """Raises where JAX left, in place of a product that it cannot take, an equation that fails when it runs."""
+    if any(equation.primitive.name == "custom_lin" for equation in equations(jax.make_jaxpr(matvec)(point).jaxpr)):
+        raise JaxhpoError(
+            "The condition holds a `jax.custom_vjp` function whose forward rule calls the function itself, or that has "
+            "no second derivative, so its products with a vector cannot be taken. Let the forward rule compute the "
+            "value without that call, write the function with `jax.custom_jvp`, or use `Unroll()`."
+        )
+
+
+def _takes_start(linear_solver) -> bool:
+    try:
+        return "x0" in inspect.signature(linear_solver).parameters
+    except ValueError:  # a builtin without a signature
+        return False
+
+
+def _checked(out: Any, rhs: PyTree) -> tuple[PyTree, LinearInfo | None]:
+    """The solution and report that a linear solver returned; raises unless it returned both."""
     if not (isinstance(out, tuple) and len(out) == 2):
         raise JaxhpoError(
             f"`linear_solver` returned {describe(out)}, but it must return a solution and a report: write "
             f"`return x, info`, where info is a `LinearInfo` or None."
         )
-    return check_residual(out[0], rhs, "linear_solver", "b")
+    return check_residual(out[0], rhs, "linear_solver", "b"), out[1]
 
 
 def implicit(condition: Callable, params: PyTree, args: Any, linear_solver: LinearSolver | None = None) -> PyTree:
-    r"""Attaches an implicit derivative to a point found by any solver whatever.
+    r"""Attaches an implicit derivative to a solution found by any solver.
 
     Returns `params` unchanged, but with
     :math:`d\theta/da = -(\partial_\theta g)^{-1} \partial_a g` where g is the condition: closed forms, scikit-learn,
@@ -159,8 +219,8 @@ def implicit(condition: Callable, params: PyTree, args: Any, linear_solver: Line
         "Put it into the condition, or do not differentiate with respect to it."
     )
     closed_over = [f"a {describe(c)} that the condition closes over" for c in consts]
-    rule = Rule(residual, solver, None, (*closed_over, *names(args, "args")), remedy)
-    return attach(rule, jax.lax.stop_gradient(params), [*consts, *leaves], None)
+    root = Root(residual, solver, None, (*closed_over, *names(args, "args")), remedy)
+    return attach(root, jax.lax.stop_gradient(params), [*consts, *leaves], None)
 
 
 def check_linear_solver(linear_solver: Any) -> Any:
