@@ -151,8 +151,14 @@ def warn_perturbed(leaf_names: list[str], perturbed: PyTree, message: str, parti
         warn_zero(found[0], more + message, partial)
 
 
+def input_names(inputs: PyTree) -> list[str]:
+    """The name of each leaf of `Problem.inputs`, for messages."""
+    hparams, closed_over = inputs
+    return [*names(hparams, "hparams"), *closed_over_names(closed_over)]
+
+
 def closed_over_names(values: list) -> list[str]:
-    """What closed-over values are called in messages."""
+    """The names of closed-over values, for messages."""
     return [f"a {describe(value)} that is closed over" for value in values]
 
 
