@@ -1,4 +1,4 @@
-"""`solve`: an inner optimisation whose result is differentiable by the rule of your choice."""
+"""`solve`: an inner optimisation whose result is differentiable by a rule of your choice."""
 
 from __future__ import annotations
 
@@ -28,32 +28,32 @@ def solve(
     r"""Trains the inner parameters; the result is differentiable with respect to the hyperparameters.
 
     Runs :math:`\theta_{t+1} = \Phi_t(\theta_t, h)` for `num_steps` steps from `state`. `jax.grad` of any function of
-    the result is a hypergradient, by the rule that `adjoint` names; swap the rule and nothing else changes. `jit`,
-    `vmap`, `grad` of `grad`, `scan`, sharding and nesting work as for any JAX function. (For `jax.jvp` alone,
-    differentiate in reverse first: `jacfwd(grad(f))`.)
+    the result is a hypergradient, computed by the rule `adjoint`; nothing else changes with the rule. `jit`, `vmap`,
+    `grad` of `grad`, `scan`, sharding and nesting work as for any JAX function. (Forward mode needs reverse mode first,
+    `jacfwd(grad(f))`, or `adjoint=Forward()`.)
 
-    **Cost and bias**: T gradients forward; backward as the rule says.
+    **Cost and bias**: T gradients forward; backward that of the rule.
 
     Args:
       solver: the inner problem, from `from_optax`, `momentum_sgd` or `fixed_point`.
-      state: where to start: `solver.init(params, hparams)`, or an earlier solution's `.state` (warm start).
+      state: the initial state: `solver.init(params, hparams)`, or an earlier solution's `.state` (warm start).
       hparams: pytree of floating-point hyperparameters, passed to the loss and to `tx`; None if all are closed over.
       batches: a pytree whose leaves have a leading axis of length `num_steps`, or a pure function of the step index
-        (`lambda t: data[jax.random.randint(jax.random.fold_in(key, t), ...)]`), which keeps memory independent of T;
+        (`lambda t: data[jax.random.randint(jax.random.fold_in(key, t), ...)]`), which makes memory independent of T;
         with None the loss gets `batch=None`.
       num_steps: inner steps T; may be omitted when `batches` is a pytree.
       tol: under `Implicit`, stop when the norm of the condition is below this; `num_steps` is then the maximum. Costs
-        one more gradient a step.
-      condition_batch: where the condition is evaluated, for `tol`, `info` and the implicit derivative; the last batch
-        when None.
-      key: feeds the randomised rules.
+        one more gradient per step.
+      condition_batch: the batch on which the condition is evaluated, for `tol`, `info` and the implicit derivative; the
+        last batch if None.
+      key: for randomised rules.
       adjoint: the derivative rule: `Unroll(...)`, `Implicit(...)`.
 
     Returns:
       A `Solution`: `params`, `opt_state`, `model_state`, `info`; `.state` to warm-start from.
 
     Raises:
-      JaxhpoError: any input that cannot work, named, with what to write instead.
+      JaxhpoError: an input that cannot work; the message names it and says what to write instead.
 
     Example:
       >>> solver = jaxhpo.from_optax(lambda p, h, batch: jnp.sum((p - h) ** 2), optax.sgd(0.1))

@@ -1,11 +1,11 @@
-"""Binomial checkpointing: a fixed number of states, from which the others are redone as seldom as can be.
+"""Binomial checkpointing: reverse mode with a fixed number of stored states and as few recomputed steps as possible.
 
-Reversing n steps from one stored state, with s slots in all (that state's own included), splits them at m: go m steps
-ahead and store, reverse the n − m steps beyond with s − 1 slots, and then the first m with s. Of n ≤ β(s, r) =
-C(s + r, s) steps none need be taken more than r times, and any split with β(s, r−2) ≤ m ≤ β(s, r−1) and β(s−1, r−1) ≤
-n − m ≤ β(s−1, r) takes the fewest in all (Griewank & Walther 2000, Algorithm 799: revolve). The order of things depends
-on the number of steps alone, so it is a table made while tracing, and one scan runs through it: compilation takes as
-long for any number of steps.
+To reverse n steps from one stored state with s slots in all (that state's own included), split them at m: take m steps
+and store the state there, reverse the n − m steps after it with s − 1 slots, then the first m steps with s slots. Let
+β(s, r) = C(s + r, s). For n ≤ β(s, r) no step need be taken more than r times, and any split with β(s, r−2) ≤ m ≤
+β(s, r−1) and β(s−1, r−1) ≤ n − m ≤ β(s−1, r) takes the fewest steps in all (Griewank & Walther 2000, Algorithm 799:
+revolve). The order of the actions depends on n and s alone, so it is a table made while tracing, and one scan runs
+through it: compilation takes as long for any number of steps.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from jaxhpo._core.mesh import cast_varying, varying_axes
 from jaxhpo._core.tree import is_inexact, partition
 from jaxhpo._core.types import InnerState, PyTree
 
-KEEP = -1  # no slot: stay with the state in hand, or store nothing
+NO_SLOT = -1  # load: keep the current state; store: store nothing
 
 
 class Actions(NamedTuple):
-    """What the scan of the backward pass does, one entry an iteration.
+    """The actions of the backward scan, one entry an iteration.
 
     Attributes:
-      load: the slot whose state to take up first, or `KEEP`.
-      store: the slot to put that state into, or `KEEP`.
-      step: the inner step t at which the state stands.
-      pull: whether to pull the cotangent back through step t, or to take it.
+      load: the slot of the state to continue from, or `NO_SLOT` for the current one.
+      store: the slot in which to store that state, or `NO_SLOT`.
+      step: the index t of the inner step that starts at that state.
+      pull: True to pull the cotangent back through step t, False to take step t.
     """
 
     load: np.ndarray
@@ -42,7 +42,7 @@ class Actions(NamedTuple):
 
 
 def least_slots(num_steps: int, repeats: int) -> int:
-    """The fewest states with which no step need be taken more than `repeats` times: C(s + r, r) ≥ T."""
+    """The fewest slots s with which no step is taken more than r times: β(s, r) = C(s + r, r) ≥ T."""
     slots = 1
     while math.comb(slots + repeats, repeats) < num_steps:
         slots += 1
@@ -50,68 +50,74 @@ def least_slots(num_steps: int, repeats: int) -> int:
 
 
 def count_redone(num_steps: int, slots: int) -> int:
-    """Steps that the backward pass takes forward again: r T − C(s + r, r − 1), less those of the first sweep."""
-    repeats = 0
-    while math.comb(slots + repeats, repeats) < num_steps:
-        repeats += 1
-    sweep = num_steps - 1
-    return repeats * num_steps - math.comb(slots + repeats, repeats - 1) - sweep if repeats else 0
+    """Steps that the backward pass takes again: r T − C(s + r, r − 1), less the T − 1 of the forward pass."""
+    repeats = _repeats(num_steps, slots)
+    return repeats * num_steps - math.comb(slots + repeats, repeats - 1) - (num_steps - 1) if repeats else 0
 
 
-def split(num_steps: int, slots: int) -> int:
-    """How far ahead to store the next state."""
+def _repeats(num_steps, slots):
+    """The least r with β(s, r) ≥ T."""
     repeats = 0
     while math.comb(slots + repeats, slots) < num_steps:
         repeats += 1
+    return repeats
+
+
+def split(num_steps: int, slots: int) -> int:
+    """The least optimal m: m ≥ β(s, r−2), and n − m ≤ β(s−1, r)."""
+    repeats = _repeats(num_steps, slots)
     least = math.comb(slots + repeats - 2, slots) if repeats > 1 else 1
     return max(least, num_steps - math.comb(slots - 1 + repeats, slots - 1))
 
 
 def make_actions(num_steps: int, slots: int) -> tuple[np.ndarray, Actions]:
-    """The slot into which each state is stored on the way forward (or `KEEP`), and what the way back does."""
+    """The slot in which the forward pass stores each state (or `NO_SLOT`), and the actions of the backward scan."""
     actions: list[tuple[int, int, int, bool]] = []
 
     def reverse(begin, length, slot, load, store, free):
-        # The state at `begin` is in hand, or in `slot` where `load` says so; it is stored there if `store` says so.
+        # Reverses `length` steps from the state at step `begin`, which is the current one, or in `slot` if `load` says
+        # so, and is stored there if `store` says so.
         if length == 1:
             actions.append((load, store, begin, True))
             return
-        if free == 1:
+        if free == 1:  # no slot to split with: start from `begin` for every step, the last one first
             for step in range(begin + length - 1, begin - 1, -1):
                 for at in range(begin, step + 1):
-                    actions.append((load if at == begin else KEEP, store if at == begin else KEEP, at, at == step))
-                load, store = slot, KEEP
+                    first = at == begin
+                    actions.append((load if first else NO_SLOT, store if first else NO_SLOT, at, at == step))
+                load, store = slot, NO_SLOT
             return
-        ahead = split(length, free)
+        ahead = split(length, free)  # m
         actions.append((load, store, begin, False))
-        actions.extend((KEEP, KEEP, at, False) for at in range(begin + 1, begin + ahead))
-        reverse(begin + ahead, length - ahead, slot + 1, KEEP, slot + 1, free - 1)
-        reverse(begin, ahead, slot, slot, KEEP, free)
+        actions.extend((NO_SLOT, NO_SLOT, at, False) for at in range(begin + 1, begin + ahead))
+        reverse(begin + ahead, length - ahead, slot + 1, NO_SLOT, slot + 1, free - 1)  # the n − m steps after it
+        reverse(begin, ahead, slot, slot, NO_SLOT, free)  # the first m steps
 
-    reverse(0, num_steps, 0, KEEP, 0, slots)
+    reverse(0, num_steps, 0, NO_SLOT, 0, slots)
+    # The actions before the first pullback are the forward pass.
     first = next(i for i, action in enumerate(actions) if action[3])
     stored = np.array([store for _, store, _, _ in actions[: first + 1]], np.int32)
     table = Actions(*(np.array(column, np.int32) for column in zip(*actions[first:], strict=True)))
-    table.store[0] = KEEP  # the way forward has done so
+    table.store[0] = NO_SLOT  # the forward pass has stored it
     return stored, table._replace(pull=table.pull.astype(bool))
 
 
 class Kept(NamedTuple):
-    """What the forward pass hands over: the slots, and the state before the last step."""
+    """The residuals of the forward pass: the slots, and the state before the last step."""
 
     slots: InnerState
     last: InnerState
 
 
 def run_forward(advance: Callable, state: InnerState, inputs: PyTree, xs: PyTree, slots: int) -> tuple[Any, Kept]:
-    """All steps, and what is kept of them.
+    """Takes all steps; returns the final state and the residuals.
 
     Args:
       advance: `(state, inputs, x) -> state`.
       state: the initial state.
       inputs: what all steps depend on.
       xs: with a leading axis of T steps.
-      slots: the number of states that are kept.
+      slots: the number of states to store.
     """
     num_steps = jax.tree.leaves(xs)[0].shape[0]
     stored, _ = make_actions(num_steps, slots)
@@ -119,66 +125,67 @@ def run_forward(advance: Callable, state: InnerState, inputs: PyTree, xs: PyTree
 
     def body(carry, tx):
         (state, kept), (slot, x) = carry, tx
-        return (_taken(advance, state, inputs, x), _stored(kept, slot, state)), None
+        return (_take(advance, state, inputs, x), _store(kept, slot, state)), None
 
     before, end = jax.tree.map(lambda x: x[:-1], xs), jax.tree.map(lambda x: x[-1], xs)
     (last, kept), _ = jax.lax.scan(body, (state, empty), (stored[:-1], before))
-    kept = _stored(kept, stored[-1], last)
-    return _taken(advance, last, inputs, end), Kept(kept, last)
+    kept = _store(kept, stored[-1], last)
+    return _take(advance, last, inputs, end), Kept(kept, last)
 
 
 def run_backward(
     advance: Callable, kept: Kept, inputs: PyTree, xs: PyTree, perturbed: tuple[PyTree, PyTree], cotangent: list
 ) -> tuple[list, list, list]:
-    """The cotangents of the initial state's floating-point leaves, of the moving inputs, and of the moving data.
+    """The cotangents of the initial state's floating-point leaves, of the perturbed inputs, and of the perturbed data.
+
+    With the cotangent a_{t+1} of the state after step t, each pullback computes
+
+        a_t = (∂Φ_t/∂θ)ᵀ a_{t+1},      g += (∂Φ_t/∂h)ᵀ a_{t+1},      (∂Φ_t/∂x_t)ᵀ a_{t+1}.
 
     Args:
       advance: as for `run_forward`.
-      kept: what that kept.
+      kept: its residuals.
       inputs: as before.
       xs: as before.
       perturbed: for each leaf of `inputs` and of `xs`, whether its cotangent is wanted.
-      cotangent: of the final state's floating-point leaves.
+      cotangent: a_T, of the final state's floating-point leaves.
     """
     num_steps, slots = (jax.tree.leaves(tree)[0].shape[0] for tree in (xs, kept.slots))
     _, actions = make_actions(num_steps, slots)
     shared, combine_shared = partition(inputs, perturbed[0])
-    floats = jax.tree.map(is_inexact, kept.last)
+    inexact = jax.tree.map(is_inexact, kept.last)
 
-    def take(state, x, d_state, sums):
-        return _taken(advance, state, inputs, x), d_state, sums, zeros_of_data(x)
+    def take(state, x, a, sums):
+        return _take(advance, state, inputs, x), a, sums, _zeros(partition(x, perturbed[1])[0])
 
-    def pull(state, x, d_state, sums):
+    def pull(state, x, a, sums):
         data, combine_data = partition(x, perturbed[1])
-        moved, combine = partition(state, floats)
+        floats, combine = partition(state, inexact)
 
-        def step(moved, shared, data):
-            return partition(advance(combine(moved), combine_shared(shared), combine_data(data)), floats)[0]
+        def step(floats, shared, data):
+            return partition(advance(combine(floats), combine_shared(shared), combine_data(data)), inexact)[0]
 
-        _, pullback = jax.vjp(step, moved, shared, data)
-        d_state, more, d_data = pullback(d_state)
-        return state, d_state, [a + b for a, b in zip(sums, more, strict=True)], d_data
-
-    def zeros_of_data(x):
-        return _zeros(partition(x, perturbed[1])[0])
+        _, pullback = jax.vjp(step, floats, shared, data)
+        a, by_shared, by_data = pullback(a)
+        return state, a, [g + more for g, more in zip(sums, by_shared, strict=True)], by_data
 
     def body(carry, action):
-        state, kept_states, d_state, sums, d_data = carry
-        load, slot, t, backwards = action
-        state = jax.tree.map(lambda s, now: jnp.where(load == KEEP, now, s[load]), kept_states, state)
-        kept_states = _stored(kept_states, slot, state)
+        state, states, a, sums, by_xs = carry
+        load, slot, t, is_pull = action
+        state = jax.tree.map(lambda s, now: jnp.where(load == NO_SLOT, now, s[load]), states, state)
+        states = _store(states, slot, state)
         x = jax.tree.map(lambda x: x[t], xs)
-        state, d_state, sums, d_x = jax.lax.cond(backwards, pull, take, state, x, d_state, sums)
-        d_data = [d.at[t].add(more) for d, more in zip(d_data, d_x, strict=True)]
-        return (state, kept_states, d_state, sums, d_data), None
+        state, a, sums, by_x = jax.lax.cond(is_pull, pull, take, state, x, a, sums)
+        by_xs = [d.at[t].add(more) for d, more in zip(by_xs, by_x, strict=True)]
+        return (state, states, a, sums, by_xs), None
 
     start = (kept.last, kept.slots, cotangent, _zeros(shared), _zeros(partition(xs, perturbed[1])[0]))
-    (_, _, d_state, sums, d_data), _ = jax.lax.scan(body, start, actions)
-    return d_state, sums, d_data
+    (_, _, a, sums, by_xs), _ = jax.lax.scan(body, start, actions)
+    return a, sums, by_xs
 
 
-def _taken(advance, state, inputs, x):
-    """A step as its own derivative rules compute it on their way forward: in operations that have any derivative."""
+def _take(advance, state, inputs, x):
+    """A step, computed as in the forward pass of its own derivative rules: in operations that have any derivative."""
     floats, combine = partition(state, jax.tree.map(is_inexact, state))
 
     def step(floats):
@@ -189,9 +196,9 @@ def _taken(advance, state, inputs, x):
     return after
 
 
-def _stored(slots, slot, state):
-    # Out of range where nothing is to be stored: dropped.
-    return jax.tree.map(lambda s, x: s.at[jnp.where(slot == KEEP, len(s), slot)].set(x, mode="drop"), slots, state)
+def _store(slots, slot, state):
+    # `NO_SLOT` becomes an index out of range, which is dropped.
+    return jax.tree.map(lambda s, x: s.at[jnp.where(slot == NO_SLOT, len(s), slot)].set(x, mode="drop"), slots, state)
 
 
 def _zeros(leaves):

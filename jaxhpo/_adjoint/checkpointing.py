@@ -1,4 +1,4 @@
-"""Which inner states are kept for the backward pass: what a `checkpoint=` argument stands for."""
+"""Choice of the inner states that are stored for the backward pass: the meaning of a `checkpoint=` argument."""
 
 from __future__ import annotations
 
@@ -16,22 +16,23 @@ from jaxhpo._core.tree import num_bytes
 from jaxhpo._core.types import Schedule
 from jaxhpo._inner.problem import Problem
 
-EVERYTHING = Schedule()  # what plain autodiff keeps
-MOST_REPEATS = 3  # of a step under "binomial"
-MOST_TIMES, LONGEST = 20, 200_000  # that a step is taken for the sake of a memory limit, unless the table stays short
-FEW = 16  # steps, or kept gradients, that are not worth saving memory on
-LITTLE = 2**24  # nor are 16 MiB, about what a processor caches
+EVERYTHING = Schedule()  # all that plain autodiff stores
+MAX_REPEATS = 3  # times that a step is taken under "binomial"
+# Under a memory limit a step is taken at most MAX_TIMES, unless the table of actions stays below MAX_ACTIONS.
+MAX_TIMES, MAX_ACTIONS = 20, 200_000
+FEW = 16  # a number of steps, or of stored gradients, for which it is not worth saving memory
+LITTLE = 2**24  # bytes for which it is not worth saving memory: 16 MiB, about the cache of a processor
 
 
 class Sizes(NamedTuple):
-    """Bytes of what a schedule may keep.
+    """Bytes that a schedule may store for one step. The functions take a trace each, so they are called when needed.
 
     Attributes:
       state: of an inner state.
-      gradient: of the train loss's gradient; 0 where a step is no function of one.
-      activations: asked for when needed, as it takes a trace: what the gradient keeps between its two passes.
-      residuals: likewise: what plain autodiff keeps of a step; infinite where that has no derivative.
-      peak: likewise: `Schedule -> bytes`, what run and backward pass take at their peak.
+      gradient: of the train loss's gradient; 0 for steps that are not a function of one.
+      activations: `() -> bytes` that the gradient stores between its two passes.
+      residuals: `() -> bytes` that plain autodiff stores; infinite if the step has no derivative.
+      peak: `Schedule -> bytes` that the run and its backward pass take at their peak.
     """
 
     state: int
@@ -42,74 +43,76 @@ class Sizes(NamedTuple):
 
 
 def sizes_of(problem: Problem, peak: Callable[[Schedule], int]) -> Sizes:
-    """The sizes of a problem's step."""
-    solver, state, (hparams, closed_over) = problem.solver, problem.state, problem.inputs
+    """Returns the sizes of a problem's step."""
+    state, (hparams, closed_over) = problem.state, problem.inputs
     x = jax.tree.map(lambda x: x[0], problem.xs)
 
     def activations():
-        loss: Any = solver.loss
+        loss: Any = problem.solver.loss
         pure, consts = problem.closure_convert(lambda s, h, batch: loss(s.params, h, batch, s.model_state)[0])
         return bytes_between_passes(lambda p: pure(consts, state._replace(params=p), hparams, x), state.params)
 
     def residuals():
         try:
             return bytes_between_passes(lambda s, h: problem.advance(s, (h, closed_over), x), state, hparams)
-        except (TypeError, ValueError, NotImplementedError):  # a step that has no derivative can be taken all the same
+        except (TypeError, ValueError, NotImplementedError):  # a step without a derivative can be run all the same
             return math.inf
 
-    gradient = 0 if solver.apply is None else num_bytes(state.params)
+    gradient = 0 if problem.solver.apply is None else num_bytes(state.params)
     return Sizes(num_bytes(state), gradient, activations if gradient else lambda: 0, residuals, peak)
 
 
 def choose(checkpoint: int | str | None, num_steps: int, sizes: Sizes, memory_limit: float | None = None) -> Schedule:
-    """The schedule that a `checkpoint=` argument stands for.
+    """Returns the schedule for a `checkpoint=` argument.
 
-    With segments of k steps, ⌈T/k⌉ states are kept, and k more, with their gradients g where these are kept, while a
-    segment is redone: least at k = √(T state/(state + g)). A kept gradient saves redoing a third of a step's work, and
-    its memory is nothing beside the activations of the one step that is being differentiated, unless those are small.
+    With segments of k steps, ⌈T/k⌉ states are stored, and k more while a segment is recomputed, with their gradients g
+    if these are stored: T/k · state + k (state + g), which is least at k = √(T state / (state + g)). A stored gradient
+    saves a third of the work of recomputing a step; its memory matters only where the activations of the one step that
+    is being differentiated are smaller.
     """
     imposed = active().schedule
     if imposed is not None:
         checkpoint, memory_limit = imposed
     if memory_limit is not None:
-        return _cheapest(num_steps, sizes, memory_limit)
+        return _fastest_within(num_steps, sizes, memory_limit)
     if checkpoint is None or checkpoint == "auto" and _little(num_steps, sizes):
         return EVERYTHING
     if checkpoint == "binomial":
-        return Schedule(slots=least_slots(num_steps, MOST_REPEATS))
+        return Schedule(slots=least_slots(num_steps, MAX_REPEATS))
     if checkpoint == 1 or (checkpoint in ("auto", "sqrt") and num_steps <= FEW):
-        return Schedule(1, gradients=True)  # every state, for the sake of time
+        return Schedule(1, gradients=True)
     if checkpoint == "auto" and num_steps * (sizes.state + sizes.gradient) <= LITTLE:
         return Schedule(1, gradients=True)
 
     def affordable(segment):
-        kept = segment * sizes.gradient
-        return segment <= FEW or kept <= LITTLE or kept <= 2 * sizes.activations()
+        stored = segment * sizes.gradient
+        return segment <= FEW or stored <= LITTLE or stored <= 2 * sizes.activations()
 
     if not isinstance(checkpoint, str):
         return Schedule(int(checkpoint), affordable(min(checkpoint, num_steps)))
-    least = _root(num_steps)
+    segment = _sqrt_segment(num_steps)
     if checkpoint == "auto":
-        with_gradients = _segment(num_steps, sizes)
-        least = with_gradients if affordable(with_gradients) else least
-    return Schedule(least, affordable(least))
+        with_gradients = _gradient_segment(num_steps, sizes)
+        segment = with_gradients if affordable(with_gradients) else segment
+    return Schedule(segment, affordable(segment))
 
 
 def _little(num_steps, sizes):
     return num_steps * sizes.state <= LITTLE and num_steps * (sizes.state + sizes.residuals()) <= LITTLE
 
 
-def _root(num_steps):
+def _sqrt_segment(num_steps):
+    """⌈√T⌉, the best length if gradients are not stored."""
     return _even(num_steps, math.isqrt(num_steps - 1) + 1)
 
 
-def _segment(num_steps, sizes):
-    """The segments that take the least memory where gradients are kept."""
+def _gradient_segment(num_steps, sizes):
+    """√(T state / (state + gradient)), the best length if gradients are stored."""
     return _even(num_steps, max(1, round(math.sqrt(num_steps * sizes.state / (sizes.state + sizes.gradient)))))
 
 
 def _even(num_steps, segment):
-    """The length nearest to this one that leaves no shorter segment, which would be compiled once more.
+    """The nearest length that divides T: a shorter last segment would be compiled once more.
 
     A third more or less costs at most 5 % of the memory: (1.35 + 1/1.35) / 2 = 1.05.
     """
@@ -117,7 +120,7 @@ def _even(num_steps, segment):
     return min(divisors, key=lambda k: abs(math.log(k / segment)), default=segment)
 
 
-def _cheapest(num_steps, sizes, memory_limit):
+def _fastest_within(num_steps, sizes, memory_limit):
     peaks = {}
     for schedule in _by_time(num_steps, sizes):
         peaks[schedule] = sizes.peak(schedule)
@@ -126,31 +129,31 @@ def _cheapest(num_steps, sizes, memory_limit):
     least = min(peaks, key=peaks.__getitem__)
     raise JaxhpoError(
         f"`Unroll(memory_limit={memory_limit:.3g})`: {num_steps} inner steps and their backward pass take about "
-        f"{peaks[least]:.3g} bytes even where what is kept is {describe(least)}. Raise the limit, make the batch "
-        "smaller, differentiate fewer steps (`truncate=`), or write `Implicit(CG())`, which stores none."
+        f"{peaks[least]:.3g} bytes even if what is kept is {describe_schedule(least)}. Raise the limit, make the batch "
+        "smaller, differentiate fewer steps (`truncate=`), or write `Implicit(CG())`, which stores no states."
     )
 
 
 def _by_time(num_steps: int, sizes: Sizes) -> Iterator[Schedule]:
-    """Schedules, the fastest first."""
+    """Yields schedules, the fastest first."""
     yield EVERYTHING
     if sizes.gradient:
         yield Schedule(1, gradients=True)
     yield Schedule(1)
     if num_steps > 2:
         if sizes.gradient:
-            yield Schedule(_segment(num_steps, sizes), gradients=True)
-        yield Schedule(_root(num_steps))
+            yield Schedule(_gradient_segment(num_steps, sizes), gradients=True)
+        yield Schedule(_sqrt_segment(num_steps))
     slots = num_steps
-    for repeats in range(2, min(num_steps, max(MOST_TIMES, LONGEST // num_steps))):
+    for repeats in range(2, min(num_steps, max(MAX_TIMES, MAX_ACTIONS // num_steps))):
         fewer = least_slots(num_steps, repeats)
-        if fewer < min(slots, _root(num_steps)):
+        if fewer < min(slots, _sqrt_segment(num_steps)):
             yield Schedule(slots=fewer)
         slots = min(slots, fewer)
 
 
-def describe(schedule: Schedule) -> str:
-    """What a schedule keeps, in words."""
+def describe_schedule(schedule: Schedule) -> str:
+    """Returns in words what a schedule stores."""
     if schedule.slots is not None:
         return f"{schedule.slots} state{'s' * (schedule.slots > 1)}, by binomial checkpointing"
     if schedule.segment is None:

@@ -1,4 +1,4 @@
-"""What the rules share that pull a cotangent back through the run by an approximation of their own."""
+"""Rules with a backward pass of their own: reverse mode only."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from jaxhpo._inner.problem import Problem
 
 
 class Inputs(NamedTuple):
-    """All that a run and its rule depend on; or, with the same tree, whether each leaf is being differentiated.
+    """All inputs of a run and of its rule; or, with the same structure, whether each leaf is perturbed.
 
     Attributes:
       state: the initial `InnerState`.
       inputs: `(hparams, closed-over values)`, as in `Problem`.
       xs: with leading axis `num_steps`, as in `Problem`.
-      consts: what the rule's own hoisted functions close over.
+      consts: the values that the rule's own functions close over.
     """
 
     state: Any
@@ -39,7 +39,7 @@ class Inputs(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Rule:
+class _Pullback:
     adjoint: Any
     structure: Any
     forward: Callable[[Inputs], tuple[InnerState, PyTree]]
@@ -59,27 +59,26 @@ def run_with_pullback(
     params_only: bool = False,
     once: bool = True,
 ) -> tuple[InnerState, jax.Array]:
-    """Runs the inner problem; how a cotangent of the result is pulled back is for the rule to say.
-
-    In reverse mode alone.
+    """Runs the inner problem with a backward pass of the rule's own (a `custom_vjp`).
 
     Args:
       problem: the inner problem, without `tol`.
       adjoint: the rule, for messages.
-      forward: `Inputs -> (final state, kept)`, where kept is what `pull` needs besides.
-      pull: `(inputs, moving, kept, cotangent of the final state) -> list`, the cotangents of the leaves that are
-        moving, in their order. Under `shard_map`, the cotangent of a leaf that is the same on all devices is a sum over
-        them: JAX's own transposes make it so, as long as nothing that differs is multiplied in afterwards.
-      check: `(inputs, moving)`, called where a derivative is taken: warns of what the rule cannot see.
-      consts: what the rule's own hoisted functions close over.
-      params_only: whether `pull` looks at the cotangent of the final parameters alone; then a warning tells of others.
-      once: whether a second derivative raises, as `pull` is not to be differentiated.
+      forward: `Inputs -> (final state, residuals)`.
+      pull: `(inputs, perturbed, residuals, cotangent of the final state) -> list`, the cotangents of the perturbed
+        leaves, in their order. Under `shard_map`, the cotangent of a device-invariant leaf is a sum over the devices:
+        JAX's own transposes make it so, if no device-varying value is multiplied in afterwards.
+      check: `(inputs, perturbed)`, called when a derivative is taken: warns of what the rule cannot see.
+      consts: the values that the rule's own functions close over.
+      params_only: True if `pull` reads the cotangent of the final parameters alone; then a warning names other results
+        that are being differentiated.
+      once: True if `pull` must not be differentiated, so that a second derivative raises.
 
     Returns:
       The final state, and the number of steps taken.
     """
     leaves, structure = jax.tree.flatten(Inputs(problem.state, problem.inputs, problem.xs, consts))
-    state: Any = _run(_Rule(adjoint, structure, forward, pull, check, params_only, once), leaves)
+    state: Any = _run(_Pullback(adjoint, structure, forward, pull, check, params_only, once), leaves)
     return state, jnp.asarray(problem.num_steps, jnp.int32)
 
 
@@ -92,7 +91,7 @@ def _run_fwd(rule, leaves):
     perturbed = Flags(tuple(bool(x.perturbed) and is_inexact(x.value) for x in leaves))
     leaves = [x.value for x in leaves]
     if rule.once:
-        leaves = first_order(leaves, rule.adjoint)  # forward over reverse mode begins here
+        leaves = first_order(leaves, rule.adjoint)  # for forward over reverse mode
     inputs = jax.tree.unflatten(rule.structure, leaves)
     rule.check(inputs, jax.tree.unflatten(rule.structure, perturbed.values))
     state, kept = rule.forward(inputs)
@@ -116,7 +115,7 @@ _run.defvjp(_run_fwd, _run_bwd, symbolic_zeros=True)
 
 
 def _as_cotangent(c, x):
-    """In the leaf's own type. Where a rule gave NaN on one device alone, an input of all devices gets NaN on all."""
+    """The cotangent in the leaf's type: NaN on one device becomes NaN on all for a device-invariant leaf."""
     own = varying_axes(x)
     return cast_varying(drop_varying(cast_like(c, x), varying_axes(c) - own), own)
 
@@ -138,13 +137,13 @@ def _warn_of_other_results(rule, cotangent):
     warn_perturbed(
         names(jax.tree.map(lambda c: 0, results, is_leaf=_is_zero), "solution"),
         read,
-        f"is being differentiated, and {rule.adjoint!r} sees the solution's parameters alone: what is computed from it "
-        "has a hypergradient of exactly zero. `Unroll()` sees it.",
+        f"is being differentiated, but {rule.adjoint!r} sees the solution's parameters alone: the hypergradient through "
+        "it is exactly zero. `Unroll()` sees it.",
     )
 
 
 def warn_perturbed(leaf_names: list[str], perturbed: PyTree, message: str, partial: bool = False) -> None:
-    """One warning for all leaves that are moving, which names the first."""
+    """Issues one warning for all perturbed leaves, which names the first."""
     found = [name for name, m in zip(leaf_names, jax.tree.leaves(perturbed), strict=True) if m]
     if found:
         more = f"(and {len(found) - 1} more leaves) " if len(found) > 1 else ""
@@ -163,7 +162,7 @@ def closed_over_names(values: list) -> list[str]:
 
 
 def used_in_steps(problem: Problem, at: Inputs, perturbed: Inputs) -> list[bool]:
-    """For each leaf of `at.inputs`, whether it is moving and a step computes anything from it."""
+    """For each leaf of `at.inputs`, whether it is perturbed and a step computes anything from it."""
     moved, combine = partition(at.inputs, perturbed.inputs)
     first = jax.tree.map(lambda x: x[0], at.xs)
     jaxpr = jax.make_jaxpr(lambda moved: problem.advance(at.state, combine(moved), first))(moved).jaxpr
@@ -178,7 +177,7 @@ def used_in_steps(problem: Problem, at: Inputs, perturbed: Inputs) -> list[bool]
 
 
 def in_condition(problem: Problem) -> list[bool]:
-    """For each leaf of `problem.inputs`, whether the condition sees it; if not, it is a setting of the optimiser."""
+    """For each leaf of `problem.inputs`, whether it enters the condition; if not, it is a setting of the optimiser."""
     hparams, *rest = problem.residual_inputs
     moved, combine = partition(hparams, jax.tree.map(is_inexact, hparams))
 

@@ -127,7 +127,7 @@ class Unroll:
 
         def own(schedule):
             if self._subsamples:
-                # A part of a minibatch gives the gradient's derivative, not the gradient: that is stored, or recomputed.
+                # A part of a minibatch gives the derivative of the gradient: the gradient is stored, or recomputed.
                 schedule = schedule._replace(gradients=schedule.slots is None)
             return schedule._replace(gradients=schedule.gradients and problem.solver.apply is not None)
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxhpo._adjoint.checkpointing import describe
+from jaxhpo._adjoint.checkpointing import describe_schedule
 from jaxhpo._core.cost import available_bytes, count_and_peak, count_arithmetic
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.record import SolveLog, UnrolledSolve, recording
@@ -174,7 +174,7 @@ def _row(outer_loss, hparams, shape, unit, call=None) -> tuple[PlanRow, SolveLog
         warnings.simplefilter("ignore")  # they are for the run
         operations, peak = count_and_peak(with_grad, hparams, unknown_length=UNKNOWN_LENGTH)
     call = call or ", ".join(dict.fromkeys(map(short_name, log.adjoints))) or "no solve"
-    return PlanRow(call, peak, operations / unit, tuple(describe(row.schedule) for row in log.schedules)), log
+    return PlanRow(call, peak, operations / unit, tuple(describe_schedule(row.schedule) for row in log.schedules)), log
 
 
 def _within(outer_loss, hparams, shape, unit, rules, limit) -> list[PlanRow]:
@@ -190,8 +190,8 @@ def _within(outer_loss, hparams, shape, unit, rules, limit) -> list[PlanRow]:
 def _reason(row: UnrolledSolve) -> str:
     steps = row.num_steps
     text = (
-        f"{short_name(row.adjoint)} keeps {describe(row.schedule)}: a state is {human(row.state)}, {steps} of them "
-        f"{human(steps * row.state)}, with all that plain autodiff may keep at most "
+        f"{short_name(row.adjoint)} keeps {describe_schedule(row.schedule)}: a state is {human(row.state)}, {steps} of "
+        f"them {human(steps * row.state)}, with all that plain autodiff may keep at most "
         f"{human(steps * (row.state + row.residuals))}"
     )
     if row.gradient:

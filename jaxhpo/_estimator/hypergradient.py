@@ -1,4 +1,4 @@
-"""The second door: hypergradient methods as pairs of pure functions that carry state between outer steps."""
+"""Hypergradient methods as pairs of pure functions that carry state between outer steps."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def hypergradient(
 ) -> Hypergradient:
     r"""A hypergradient method as two pure functions, as in optax.
 
-    For methods that carry something between outer steps (a warm start of the linear solve, a running Jacobian,
-    perturbed copies, a hypernetwork) or need no derivative of the trained parameters. Any derivative rule is a method
-    too, so that methods are compared by changing one argument:
+    For methods that carry state between outer steps (a warm start of the linear solve, a running Jacobian, perturbed
+    copies, a hypernetwork) or need no derivative of the trained parameters. Every derivative rule is a method too, so
+    methods are compared by changing one argument:
 
     .. code-block:: python
 
@@ -51,22 +51,22 @@ def hypergradient(
     - Lorraine: `Implicit(Neumann(K, learning_rate))` with a few steps an update.
     - Greedy, or one-step unrolling: `Unroll()` with `num_steps=1`.
     - `HOAG()`: `Implicit(CG())` with tolerances that tighten from update to update.
-    - `RealTime()`: `Forward()` that goes on from update to update.
+    - `RealTime()`: `Forward()` that continues from update to update.
 
-    The pair of an `Implicit` rule reports the linear solve in `info.linear`, and with `warm_start` begins it where the
-    last one ended, unless that failed or the linear solver has no use for a start (`Neumann`, `Identity`, `Direct`,
-    `Nystrom`). (Neither for a data-parallel loss inside `jax.shard_map`, with a `pmean`: there it is `jax.grad`.)
+    The pair of an `Implicit` rule reports the linear solve in `info.linear`, and with `warm_start` starts it from the
+    last solution, unless that solve failed or the linear solver uses no start (`Neumann`, `Identity`, `Direct`,
+    `Nystrom`). It does neither for a data-parallel loss inside `jax.shard_map`, with a `pmean`: there it is `jax.grad`.
 
     **Cost and bias**: those of the method.
 
     Args:
-      method: a second-door method (`HOAG()`, `RealTime()`, ...) or a derivative rule (`Implicit(CG())`, ...).
+      method: a stateful method (`HOAG()`, `RealTime()`, ...) or a derivative rule (`Implicit(CG())`, ...).
       solver: the inner problem.
       outer_loss: `(solution, hparams, outer_batch) -> scalar`, or `-> (scalar, metrics)`.
-      num_steps: inner steps an update, which `batches` given as a function of the step index counts from 0 in every
-        update: draw other data in each, as `from_pair(pair, data)` does. May be omitted where `batches` is a
-        pytree with a leading axis of steps.
-      warm_start: each update goes on from where the last one ended; otherwise from the parameters given to `init`.
+      num_steps: inner steps per update; may be omitted if `batches` is a pytree with a leading axis of steps. `batches`
+        given as a function of the step index counts from 0 in every update: draw new data in each, as
+        `from_pair(pair, data)` does.
+      warm_start: True to start each update from the last state; False to start from the parameters given to `init`.
 
     Returns:
       A `Hypergradient(init, update)`. Only the `hparams` argument of the losses is differentiated.
@@ -113,10 +113,10 @@ def hypergradient(
 
 
 class RuleState(NamedTuple):
-    """What the pair of a derivative rule carries.
+    """State of the pair of a derivative rule.
 
     Attributes:
-      inner: where the next inner run starts.
+      inner: the state from which the next inner run starts.
     """
 
     inner: InnerState
@@ -143,11 +143,11 @@ def _of_rule(adjoint: Adjoint, solver, outer_loss, num_steps, warm_start) -> Hyp
 
 
 class ImplicitState(NamedTuple):
-    """What the pair of an `Implicit` rule carries.
+    """State of the pair of an `Implicit` rule.
 
     Attributes:
-      inner: where the next inner run starts.
-      linear_solution: where the next linear solve starts, like the parameters; None without warm start.
+      inner: the state from which the next inner run starts.
+      linear_solution: the start of the next linear solve, like the parameters; None without warm start.
     """
 
     inner: InnerState
@@ -166,7 +166,7 @@ def _of_implicit(rule: Implicit, solver, outer_loss, num_steps, warm_start) -> H
         start = inner_start(solver, state.inner, hparams, warm_start)
         problem = instrumented(make_problem(solver, start, hparams, batches, num_steps=num_steps, key=key))
         if varying_axes(problem.residual_inputs) - varying_axes(problem.state.params):
-            # Data-parallel inside `shard_map`, where JAX runs a `custom_linear_solve` only transposed, as by `grad`.
+            # Data-parallel inside `shard_map`: there JAX runs a `custom_linear_solve` only transposed, as `grad` does.
             grad, after, info = by_grad.update(hparams, RuleState(state.inner), batches, outer_batch, key)
             return grad, state._replace(inner=after.inner), info
         linear_solver: Any = rule.linear_solver
@@ -184,7 +184,7 @@ def _of_implicit(rule: Implicit, solver, outer_loss, num_steps, warm_start) -> H
 
 
 def _checked_outer_loss(outer_loss):
-    """`(solution, hparams, outer_batch) -> (value, metrics)`."""
+    """`outer_loss` as `(solution, hparams, outer_batch) -> (value, metrics)`."""
 
     def checked(solution, hparams, outer_batch):
         out = outer_loss(solution, hparams, outer_batch)
@@ -200,21 +200,21 @@ def _checked_outer_loss(outer_loss):
 
 
 def from_pair(pair: Hypergradient, data: Any = None) -> Callable[[PyTree, PyTree, jax.Array], tuple]:
-    """A pair as the `gradient=` argument of `tune`, whose carry is the pair's state.
+    """Makes the `gradient=` argument of `tune` from a pair, whose state is the carry.
 
     **Cost and bias**: those of the pair.
 
     Args:
       pair: from `hypergradient`.
-      data: a function `key -> (batches, outer_batch)` that draws new data at every outer step, or `(batches,
-        outer_batch)`, the same at every one (a function of the inner step counts from 0 each time); None where the
-        losses close over their data.
+      data: a function `key -> (batches, outer_batch)` that draws new data at every outer step, or one `(batches,
+        outer_batch)` for all (a function of the inner step counts from 0 each time); None if the losses close over
+        their data.
 
     Returns:
       `(hparams, carry, key) -> (value, hypergradient, carry, info)`.
 
     Raises:
-      JaxhpoError: no pair, or data that is neither.
+      JaxhpoError: `pair` is not a pair, or `data` is neither.
 
     Example:
       >>> solver = jaxhpo.from_optax(lambda p, h, batch: jnp.sum((p - h) ** 2), optax.sgd(0.1))

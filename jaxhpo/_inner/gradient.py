@@ -22,38 +22,39 @@ from jaxhpo._core.types import PyTree
 OWN = os.path.join(os.path.dirname(__file__), "")
 # JAX's functions have true derivatives; those that it has for reverse mode alone cannot always be differentiated again.
 TRUSTED = {"custom_vjp_call": (OWN,), "custom_jvp_call": (OWN, os.path.join(os.path.dirname(jax.__file__), ""))}
-GRADIENT = "jaxhpo_gradient"  # what checkpoint policies call a gradient that `mixed_value_and_grad` made
+GRADIENT = "jaxhpo_gradient"  # the name, for checkpoint policies, of a gradient of `mixed_value_and_grad`
 
 
 def value_and_grad(loss: Callable, params: PyTree, hparams, batch, model_state) -> tuple[tuple, PyTree]:
-    """`((value, new model state), gradient)` of `loss(params, hparams, batch, model_state)`.
+    """Returns `((value, new model state), gradient)` of `loss(params, hparams, batch, model_state)`.
 
-    Where the value is not finite, neither is the gradient.
+    If the value is not finite, the gradient is not finite either.
     """
     params = _cast_to_vary(loss, params, hparams, batch, model_state)
     out, grad = jax.value_and_grad(loss, has_aux=True)(params, hparams, batch, model_state)
-    return out, _broken_with(out[0], cast_like(grad, params))
+    return out, _spread_nan(out[0], cast_like(grad, params))
 
 
-def _broken_with(value, grad):
-    """The gradient, not finite where the loss is not: log x has one at -1. No training goes on from such a loss."""
+def _spread_nan(value, grad):
+    """The gradient plus the loss if that is not finite: log x is NaN at -1, but has the derivative -1 there."""
     value = jax.lax.stop_gradient(value)
     add = jnp.where(jnp.isfinite(value), 0, value)
     return jax.tree.map(lambda g: g + add.astype(g.dtype), grad)
 
 
 def mixed_value_and_grad(
-    loss: Callable, params: PyTree, hparams, batch, model_state, thin: Callable | None = None
+    loss: Callable, params: PyTree, hparams, batch, model_state, part: Callable | None = None
 ) -> tuple[tuple, PyTree]:
-    r"""The same, to be differentiated in reverse mode: from its inputs alone, in one pass.
+    r"""`value_and_grad` whose reverse-mode derivative is one forward-over-reverse pass that stores the inputs alone.
 
-    Reverse mode over reverse mode keeps, for :math:`v \mapsto (\partial_\theta \nabla_\theta L\, v, \partial_h
-    \nabla_\theta L\, v)`, all that the gradient's own two passes computed. By the symmetry of second derivatives it is
-    the gradient of the one number :math:`\langle \nabla_\theta L, v\rangle` in θ and h: forward over reverse mode, for
-    which the inputs suffice. Where `thin` is given, that derivative is taken on `thin(batch)` in place of the batch.
+    The derivative of the gradient in reverse mode is :math:`v \mapsto ((\partial_\theta \nabla_\theta L)^\top v,
+    (\partial_h \nabla_\theta L)^\top v)`. Reverse over reverse mode stores for it everything that the two passes of the
+    gradient computed. Second derivatives are symmetric, so it is also the directional derivative of
+    :math:`(\nabla_\theta L, \nabla_h L)` along v in θ: forward over reverse mode, which needs the inputs alone. With
+    `part`, that derivative is taken on `part(batch)` in place of the batch.
 
-    A gradient that a user's own derivative rule has made (one that reverses or clips it) need be that of no function,
-    and its derivative not symmetric: then plain reverse mode over reverse mode it is.
+    A gradient changed by a `custom_vjp` of the user's (reversed, clipped) may be the gradient of no function, with a
+    derivative that is not symmetric: then this is plain reverse over reverse mode.
 
     References:
       Kemaev et al. Scalable Meta-Learning via Mixed-Mode Differentiation. 2025. arXiv:2505.00793
@@ -61,10 +62,10 @@ def mixed_value_and_grad(
     rest = (hparams, batch, model_state)
     rule = own_rule(loss, params, *rest)
     if rule is not None:
-        if thin is not None:
+        if part is not None:
             raise JaxhpoError(
-                f"`Unroll(hvp_fraction=...)` takes Hessian products of the train loss, but that holds {rule}, with a "
-                "derivative rule of its own, of which there may be no Hessian: leave `hvp_fraction` away."
+                f"`Unroll(hvp_fraction=...)` takes Hessian products of the train loss, but it contains {rule}, with a "
+                "derivative rule of its own, which may have no Hessian: omit `hvp_fraction`."
             )
         out, grad = value_and_grad(loss, params, *rest)
         return out, checkpoint_name(grad, GRADIENT)
@@ -72,13 +73,13 @@ def mixed_value_and_grad(
     pure, consts = closure_convert(lambda params, rest: loss(params, *rest), params, rest)
     on_all = on_part = lambda params, given: pure(given[0], params, given[2])
     part_consts = []
-    if thin is not None:
-        part, part_consts = closure_convert(lambda params, h, b, state: loss(params, h, thin(b), state), params, *rest)
-        on_part = lambda params, given: part(given[1], params, *given[2])  # noqa: E731
+    if part is not None:
+        pure_part, part_consts = closure_convert(lambda p, h, b, state: loss(p, h, part(b), state), params, *rest)
+        on_part = lambda params, given: pure_part(given[1], params, *given[2])  # noqa: E731
     both: Any = _mixed((on_all, on_part), params, (consts, part_consts, rest))
     out, grad = both
-    # Broken first: where the gradient is kept, the loss need not be taken again.
-    return out, checkpoint_name(_broken_with(out[0], cast_like(grad, params)), GRADIENT)
+    # NaN is added before the name: if the gradient is stored, the loss is not recomputed.
+    return out, checkpoint_name(_spread_nan(out[0], cast_like(grad, params)), GRADIENT)
 
 
 def own_rule(fn: Callable, *args) -> str | None:
@@ -95,8 +96,8 @@ def own_rule(fn: Callable, *args) -> str | None:
 
 
 def _cast_to_vary(loss, params, *rest):
-    # Inside `shard_map`, the gradient of a loss that differs from device to device, at parameters that do not, would be
-    # summed over devices: separate inner problems would silently become one. A loss with a `pmean` does not differ.
+    # Inside `shard_map`, the gradient of a device-varying loss at device-invariant parameters is summed over devices:
+    # separate inner problems would silently become one. A loss with a `pmean` does not vary.
     value = jax.eval_shape(lambda: loss(params, *rest)[0])
     return cast_varying(params, varying_axes(value))
 
@@ -111,27 +112,31 @@ def _mixed_fwd(losses, params, rest):
         tuple(bool(x.perturbed) and is_inexact(x.value) for x in jax.tree.leaves(rest, is_leaf=_is_marked))
     )
     params, rest = jax.tree.map(lambda x: x.value, (params, rest), is_leaf=_is_marked)
-    # Not by calling itself: forward mode over this, as for a Hessian, must find plain operations.
+    # Not `_mixed(...)`: forward mode over this rule, as in a Hessian, must find plain operations.
     return jax.value_and_grad(losses[0], has_aux=True)(params, rest), (params, rest, perturbed)
 
 
 def _mixed_bwd(losses, residuals, cotangents):
+    # With (c, v) the cotangents of L and ∇_θ L, and z the perturbed ones of h, batch and model state, the cotangent of
+    # θ is c ∇_θ L + ∇²_θθ L v, and that of z is c ∇_z L + ∇²_zθ L v. By symmetry
+    #     (∇²_θθ L v, ∇²_zθ L v) = d/dε (∇_θ L, ∇_z L)(θ + ε v, z) at ε = 0,
+    # a JVP of one gradient.
     params, rest, flags = residuals
     perturbed = jax.tree.unflatten(jax.tree.structure(rest), flags.values)
-    moved, combine = partition(rest, perturbed)
+    z, combine = partition(rest, perturbed)
 
     of_loss, of_grad = cotangents
     pulled = []
     if not all(map(_is_zero, jax.tree.leaves(of_grad, is_leaf=_is_zero))):
-        direction = jax.tree.map(_dense, of_grad, params, is_leaf=_is_zero)
-        grads = jax.grad(lambda params, moved: losses[1](params, combine(moved))[0], argnums=(0, 1))
-        pulled.append(jax.jvp(lambda params: grads(params, moved), (params,), (direction,))[1])
+        v = jax.tree.map(_dense, of_grad, params, is_leaf=_is_zero)
+        grads = jax.grad(lambda params, z: losses[1](params, combine(z))[0], argnums=(0, 1))
+        pulled.append(jax.jvp(lambda params: grads(params, z), (params,), (v,))[1])
     if not all(map(_is_zero, jax.tree.leaves(of_loss, is_leaf=_is_zero))):
-        out, pullback = jax.vjp(lambda params, moved: losses[0](params, combine(moved)), params, moved)
+        out, pullback = jax.vjp(lambda params, z: losses[0](params, combine(z)), params, z)
         pulled.append(pullback(jax.tree.map(_dense, of_loss, out, is_leaf=_is_zero)))
-    of_params, of_moved = functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), pulled)
-    of_moved = iter(of_moved)
-    return of_params, jax.tree.map(lambda m: next(of_moved) if m else None, perturbed)
+    by_params, by_z = functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), pulled)
+    by_z = iter(by_z)
+    return by_params, jax.tree.map(lambda p: next(by_z) if p else None, perturbed)
 
 
 _mixed.defvjp(_mixed_fwd, _mixed_bwd, symbolic_zeros=True)

@@ -1,4 +1,4 @@
-"""The scan over inner steps, by the schedule of what is kept for the backward pass."""
+"""The loop over inner steps: a scan that stores states by a schedule, and a loop that stops at a tolerance."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def scan_steps(
     num_steps: int,
     schedule: Schedule = Schedule(),  # noqa: B008 (immutable)
 ) -> InnerState:
-    """T inner steps, to be differentiated by the schedule."""
+    """Takes T inner steps, of which reverse mode stores what the schedule says."""
 
     def body(state, x):
         return advance(state, x), None
@@ -28,15 +28,16 @@ def scan_steps(
     k = schedule.segment
     if k is None:
         return jax.lax.scan(body, state, xs, num_steps)[0]
-    # Inside a scan nothing can be merged across iterations, so the barriers of `prevent_cse` are not needed.
-    kept = jax.checkpoint_policies.save_only_these_names(*[GRADIENT] * schedule.gradients)
-    redo = jax.checkpoint(body, prevent_cse=False, policy=kept)
+    # XLA cannot merge a recomputed step with the first computation across iterations of a scan, so the barriers of
+    # `prevent_cse` are not needed.
+    stored = jax.checkpoint_policies.save_only_these_names(*[GRADIENT] * schedule.gradients)
+    step = jax.checkpoint(body, prevent_cse=False, policy=stored)
     if k == 1:
-        return jax.lax.scan(redo, state, xs, num_steps)[0]
+        return jax.lax.scan(step, state, xs, num_steps)[0]
 
-    @jax.checkpoint
+    @jax.checkpoint  # two levels: one state a segment, and every state of the segment that is being differentiated
     def segment(state, xs):
-        return jax.lax.scan(redo, state, xs)[0]
+        return jax.lax.scan(step, state, xs)[0]
 
     num_segments, rest = divmod(num_steps, k)
     if num_segments:
@@ -63,7 +64,7 @@ def map_in_chunks(fn: Callable, xs: PyTree, size: int | None) -> PyTree:
 
 
 def run(problem: Problem) -> tuple[InnerState, jax.Array]:
-    """The inner run as it is, to `num_steps` or to `tol`: the final state and the number of steps taken."""
+    """Runs to `num_steps` or to `tol`, by plain JAX; returns the final state and the number of steps taken."""
 
     def advance(state, x):
         return problem.advance(state, problem.inputs, x)
@@ -75,12 +76,12 @@ def run(problem: Problem) -> tuple[InnerState, jax.Array]:
 
 
 def _run_until(problem, advance):
-    """Inner steps until ‖residual‖ < tol. Not reverse-differentiable."""
+    """Takes inner steps until ‖residual‖ < tol. Not reverse-differentiable."""
 
     def unfinished(carry):
         t, state = carry
         residual = problem.residual(state.params, state.model_state, problem.residual_inputs)
-        # `not (norm < tol)` would run a NaN to the last step; `>=` ends it, and `info.finite` tells.
+        # `>=` is False for NaN, so the loop ends, and `info.finite` reports it.
         return (t < problem.num_steps) & (norm(residual) >= problem.tol)
 
     def body(carry):

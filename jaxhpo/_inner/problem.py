@@ -42,14 +42,14 @@ class Problem(NamedTuple):
       residual_inputs: `(hparams, condition batch, closed-over values)` of `residual`.
       tol: stop when the norm of the residual is below it; None for a fixed number of steps.
       solver: the `Solver`: its name and symmetry, and its own functions, to be passed to `closure_convert`.
-      require_key: `rule -> key`, the key given to `solve`; raises `JaxhpoError` where none was.
+      require_key: `rule -> key`, the key given to `solve`; raises `JaxhpoError` if there is none.
       closure_convert: `(fn, *more) -> (pure, consts)` with `pure(consts, state, hparams, x, *more)` equal to
         `fn(state, hparams, batch, *more)` and nothing closed over; `x` is a slice of `xs`.
       at_condition: `(fn, *more) -> (pure, consts)` with `pure(consts, params, hparams, x, *more)` equal to
         `fn(params, hparams, batch, *more)` at the condition's batch; `x` is `residual_inputs[1]`.
       with_gradient: `(gradient, keys=None) -> Problem` whose steps take `gradient(loss, params, hparams, batch,
         model_state, key) -> ((value, model_state), grad)` for the gradient of the train loss, with `keys[t]` at step t;
-        None takes the optimiser's own step. Steps that are no function of a gradient stay as they are.
+        None takes the optimiser's own step. Steps that are not a function of a gradient do not change.
     """
 
     advance: Callable[[InnerState, PyTree, PyTree], InnerState]
@@ -73,15 +73,37 @@ class Problem(NamedTuple):
 
 @runtime_checkable
 class Adjoint(Protocol):
-    """A derivative rule: the value of `adjoint=`. Anything with this one method is one."""
+    """A derivative rule: the value of `adjoint=`. Any object with this one method is a rule.
+
+    Example:
+      >>> class LastStep:  # the derivative of the last inner step, as `Unroll(truncate=1)`
+      ...     def run(self, problem):
+      ...         before, last = (jax.tree.map(lambda x: x[i], problem.xs) for i in (slice(-1), -1))
+      ...         state, constants = jax.lax.stop_gradient((problem.state, problem.inputs))
+      ...         state, _ = jax.lax.scan(lambda s, x: (problem.advance(s, constants, x), None), state, before)
+      ...         return problem.advance(state, problem.inputs, last), problem.num_steps
+      >>> solver = jaxhpo.from_optax(lambda p, h, batch: (p - h) ** 2, optax.sgd(0.5))
+      >>> def outer_loss(h):
+      ...     return jaxhpo.solve(solver, solver.init(0.0, h), h, num_steps=3, adjoint=LastStep()).params
+      >>> print(jax.grad(outer_loss)(1.0))
+      1.0
+    """
 
     def run(self, problem: Problem) -> tuple[InnerState, Any]:
-        """Runs the inner loop; returns the final state, which carries the rule's derivative, and the steps taken."""
+        """Runs the inner loop.
+
+        Args:
+          problem: the inner solve.
+
+        Returns:
+          The final state, whose derivative with respect to `problem.inputs`, `problem.state`, `problem.xs` and
+          `problem.residual_inputs` is the rule's, and the number of inner steps taken.
+        """
         ...
 
 
 def check_adjoint(adjoint):
-    """Raises unless this is a derivative rule, set up."""
+    """Raises unless this is a derivative rule, and not its class."""
     if isinstance(adjoint, type):
         name = adjoint.__name__
         hint = f"`{name}()`" if isinstance(adjoint, Adjoint) else f"`Implicit({name}(...))` if it is a linear solver"
@@ -93,13 +115,13 @@ def check_adjoint(adjoint):
             hint = f"if it is a linear solver, write `Implicit({adjoint!r})`"
         else:
             hint = "write `Unroll()` or `Implicit(CG())`"
-        raise JaxhpoError(f"`adjoint` got {adjoint!r}, which is no derivative rule: {hint}.")
+        raise JaxhpoError(f"`adjoint` got {adjoint!r}, which is not a derivative rule: {hint}.")
 
 
 def make_problem(
     solver, state, hparams, batches, *, num_steps=None, tol=None, condition_batch=None, key=None
 ) -> Problem:
-    """The inner solve that `solve`'s arguments describe, checked, with nothing closed over."""
+    """Checks the arguments of `solve` and makes its `Problem`."""
     check_solver(solver)
     check_is_state(state)
     hparams = check_hparams(hparams)
@@ -177,7 +199,7 @@ def make_problem(
 
 
 def _slices(batches, num_steps) -> tuple[PyTree, Callable]:
-    """Pytree `xs` with leading axis T, and the function from a slice of it to the step's batch."""
+    """The pytree `xs` with leading axis T, and the function from a slice of it to the step's batch."""
     if batches is None:
         return jnp.arange(num_steps), lambda x: None
     if callable(batches):
@@ -186,7 +208,7 @@ def _slices(batches, num_steps) -> tuple[PyTree, Callable]:
 
 
 def _closed_step(step, state, hparams, x):
-    """The step with nothing closed over, and the initial state in the types that the step keeps."""
+    """The initial state with the varying axes that the step preserves, the step, and the values that it closes over."""
     axes, grown = varying_axes(state), set()
 
     def typed_step(state, hparams, x):
@@ -196,8 +218,8 @@ def _closed_step(step, state, hparams, x):
         grown.update(varying_axes(after))
         return after
 
-    # Under `shard_map` a step may make the state vary over mesh axes on which it started out equal; a scan needs one
-    # type throughout, so the start is cast until the type no longer changes (one axis may bring in another).
+    # Under `shard_map` a step may make the state vary over mesh axes over which the initial state does not. A scan
+    # needs one type throughout, so the initial state is cast until its type is preserved (one axis may bring another).
     while True:
         state = cast_varying(state, axes)
         pure, consts = closure_convert(typed_step, state, hparams, x)
@@ -223,7 +245,7 @@ def _traced_high(fn, args) -> tuple[Callable, list, PyTree]:
 
 
 def info_of(problem: Problem, final: InnerState, steps: Any) -> Info:
-    """How the run of a problem ended."""
+    """The `Info` of a problem's run."""
     params, model_state, inputs = jax.lax.stop_gradient((final.params, final.model_state, problem.residual_inputs))
     optimality = norm(problem.residual(params, model_state, inputs))
     return Info(optimality, steps, all_finite(params) & jnp.isfinite(optimality))

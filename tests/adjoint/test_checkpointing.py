@@ -145,7 +145,7 @@ def test_programs_are_as_long_for_any_number_of_steps():
 
 def test_an_unknown_length_of_memory_is_refused():
     outer = programs(Unroll(memory_limit=1e3), 100)
-    with pytest.raises(jaxhpo.JaxhpoError, match=r"take about .* bytes even where .* 1 state, .* Raise the limit"):
+    with pytest.raises(jaxhpo.JaxhpoError, match=r"take about .* bytes even if .* 1 state, .* Raise the limit"):
         jax.make_jaxpr(jax.grad(outer))(1.0)
     with pytest.raises(jaxhpo.JaxhpoError, match="pass only one of them"):
         Unroll(checkpoint=3, memory_limit=1e9)
