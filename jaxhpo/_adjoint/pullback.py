@@ -137,8 +137,8 @@ def _warn_of_other_results(rule, cotangent):
     warn_perturbed(
         names(jax.tree.map(lambda c: 0, results, is_leaf=_is_zero), "solution"),
         read,
-        f"is being differentiated, but {rule.adjoint!r} sees the solution's parameters alone: the hypergradient through "
-        "it is exactly zero. `Unroll()` sees it.",
+        f"is being differentiated, but {rule.adjoint!r} sees the solution's parameters alone: the hypergradient "
+        "through it is exactly zero. `Unroll()` sees it.",
     )
 
 

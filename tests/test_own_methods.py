@@ -1,0 +1,133 @@
+"""A rule, a linear solver, a stateful method and a transform of a user's, each in a file outside the package."""
+
+import pathlib
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import PROBLEMS, outer_loss, partial_sum, relative_error
+
+import jaxhpo
+from jaxhpo import CG, Identity, Implicit, JaxhpoError, Unroll
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent / "own"))
+from own_linear_solver import Richardson  # noqa: E402
+from own_rule import LastSteps  # noqa: E402
+from own_stateful_method import RunningMean  # noqa: E402
+from own_transform import PowerOfTwo  # noqa: E402
+
+P = PROBLEMS["ridge"]
+H = jnp.asarray(P.hparams)
+STEPS = 60
+# Each with its closed form and the start for which that holds. Richardson's iterate from zero is the Neumann sum.
+OWN = {
+    "rule": (LastSteps(5), P.unrolled(P.hparams, P.step_size, STEPS, 5), P.params),
+    "linear solver": (
+        Implicit(Richardson(1 / P.step_size, 5)),
+        P.partial(P.hparams, lambda hessian: partial_sum(hessian, P.step_size, 5)),
+        P.solution(P.hparams),
+    ),
+}
+
+
+def make_outer_loss(rule):
+    return outer_loss(P, rule, STEPS)
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_solve_gives_the_closed_form(name):
+    rule, want, start = OWN[name]
+    assert (
+        relative_error(jax.jit(jax.grad(outer_loss(P, rule, STEPS, start=start)))(H), want) < 1e-9
+    )  # DESIGN.md: closed forms to 1e-9
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_tune_compare_and_check_hypergradient_take_it(name):
+    rule, want, start = OWN[name]
+
+    def make_outer_loss(rule):
+        return outer_loss(P, rule, STEPS, start=start)
+
+    loss = make_outer_loss(rule)
+    check = jaxhpo.check_hypergradient(loss, H)
+    directions = np.asarray(check.analytic)
+    assert relative_error(directions, want) < 1e-9  # along every coordinate
+    result = jaxhpo.tune(loss, H, optax.sgd(0.1), num_steps=1, progress=False)
+    assert relative_error(H - result.hparams, 0.1 * want) < 1e-9  # one step of gradient descent
+    comparison = jaxhpo.compare(make_outer_loss, H, [rule, Unroll()], repeats=1, progress=False)
+    assert comparison.rows[0].finite and comparison.rows[0].name.startswith(("LastSteps", "Implicit(Richardson"))
+
+
+def test_a_linear_solver_that_needs_symmetry_is_refused_where_there_is_none():
+    solver = jaxhpo.fixed_point(lambda w, h, batch: 0.5 * w + h)
+    with pytest.raises(JaxhpoError, match="needs a symmetric matrix"):
+        jaxhpo.solve(solver, solver.init(H, H), H, num_steps=3, adjoint=Implicit(Richardson(10.0, 5)))
+
+
+def test_a_stateful_method_runs_under_hypergradient_and_tune():
+    solver = jaxhpo.from_optax(P.train_loss, optax.sgd(P.step_size))
+    start = jnp.asarray(P.params)
+    pair = jaxhpo.hypergradient(
+        RunningMean(0.25), solver, lambda sol, h, batch: P.val_loss(sol.params), num_steps=STEPS, warm_start=False
+    )
+    want = 0.25 * P.unrolled(P.hparams, P.step_size, STEPS)  # a mean that starts at zero
+    grad, _, info = pair.update(H, pair.init(start, H))
+    assert relative_error(grad, want) < 1e-9 and bool(info.solution.finite)
+    result = jaxhpo.tune(
+        None,
+        H,
+        optax.sgd(0.1),
+        num_steps=1,
+        gradient=jaxhpo.from_pair(pair),
+        carry=pair.init(start, H),
+        progress=False,
+    )
+    assert relative_error(H - result.hparams, 0.1 * want) < 1e-9
+
+
+def test_a_stateful_method_is_named_where_a_rule_is_wanted():
+    with pytest.raises(JaxhpoError, match="hypergradient"):
+        jax.grad(make_outer_loss(RunningMean(0.25)))(H)
+
+
+def test_a_transform_is_searched_through():
+    def loss(penalty):  # the problem's hyperparameters are natural logarithms
+        return make_outer_loss(Unroll())(jnp.log(penalty))
+
+    start = jnp.exp(H)
+    result = jaxhpo.tune(loss, start, optax.sgd(0.1), num_steps=1, transforms=PowerOfTwo(), progress=False)
+    want = jnp.log2(start) - 0.1 * jax.grad(lambda u: loss(2.0**u))(jnp.log2(start))
+    assert relative_error(jnp.log2(result.hparams), want) < 1e-9
+
+
+def test_a_function_is_a_linear_solver():
+    def exact(matvec, b, x0=None):
+        return CG()(matvec, b, x0)
+
+    got, want = (jax.grad(make_outer_loss(rule))(H) for rule in (Implicit(exact), Implicit(CG())))
+    np.testing.assert_array_equal(got, want)
+
+
+def test_a_randomised_rule_of_a_user_is_called_random():
+    class Random:
+        def run(self, problem):
+            problem.require_key(self)
+            return Implicit(Identity(0.1)).run(problem)
+
+    comparison = jaxhpo.compare(make_outer_loss, H, [Random(), Unroll()], repeats=1, progress=False)
+    assert "random" in " ".join(comparison.rows[0].notes)
+    assert "random" not in " ".join(comparison.rows[1].notes)
+
+
+def test_the_page_runs_as_written(capsys):
+    page = (pathlib.Path(__file__).parents[1] / "docs" / "write_your_own.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.S)
+    assert len(blocks) == 6
+    with jax.enable_x64(False):
+        exec("\n".join(blocks), {"__name__": "page"})
+    assert "LastStep()" in capsys.readouterr().out
