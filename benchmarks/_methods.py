@@ -1,4 +1,4 @@
-"""What there is to choose from: the registry behind README's table and the benchmark of costs."""
+"""The table of methods: what each can tune, its cost, when it is exact, when it fails."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class Method(NamedTuple):
     """One row of the table of methods.
 
     Attributes:
-      call: as a user writes it; for the second door with what makes the difference.
+      call: as a user writes it; for a stateful method with the setting that matters.
       names: the public names that the row is about.
       tunes: what it can tune.
       cost: how the time grows, in trainings.
