@@ -11,11 +11,11 @@ import jax
 
 from jaxhpo._adjoint.implicit_function import Rule, attach, check_linear_solver, declared
 from jaxhpo._core.errors import JaxhpoError
-from jaxhpo._core.stop_gradient import blind, constant
+from jaxhpo._core.stop_gradient import stop_gradient_with_warning
+from jaxhpo._core.trace import untrusted_rule
 from jaxhpo._core.tree import names, upcast
 from jaxhpo._core.types import InnerState, LinearSolver
 from jaxhpo._core.validate import describe
-from jaxhpo._inner.gradient import own_rule
 from jaxhpo._inner.loop import run
 from jaxhpo._inner.problem import Problem
 from jaxhpo._linear.cg import CG
@@ -90,7 +90,7 @@ class Implicit:
     def _as_constants(self, problem):
         """The problem with nothing to differentiate, and a warning for each input that this cuts off altogether."""
         why = f"{self!r} differentiates the equation that the solution satisfies, in which"
-        state = constant(
+        state = stop_gradient_with_warning(
             problem.state,
             names(problem.state, "state"),
             f"is part of the initial state, and {why} no initial value appears, so its hypergradient through this "
@@ -102,12 +102,12 @@ class Implicit:
             f"is exactly zero. `Unroll()` sees it."
         )
         closed_over = [
-            jax.lax.stop_gradient(c) if seen else constant(c, [_closed_over(c)], unseen)
+            jax.lax.stop_gradient(c) if seen else stop_gradient_with_warning(c, [_closed_over(c)], unseen)
             for c, seen in zip(closed_over, problem.in_residual(), strict=True)
         ]
         xs = problem.xs
         if problem.num_steps > 1:
-            xs = constant(
+            xs = stop_gradient_with_warning(
                 xs,
                 names(xs, "batches"),
                 f"is being differentiated, and {why} only the condition's batch appears (the last, unless "
@@ -124,7 +124,9 @@ class Implicit:
     def _attach(self, problem, state):
         state = jax.lax.stop_gradient(state)
         condition, hparams = problem.residual, problem.residual_inputs[0]
-        model_state = blind(state.model_state, hparams, trained_state_is_constant(self))
+        model_state = stop_gradient_with_warning(
+            state.model_state, ["model_state"], trained_state_is_constant(self), inputs=hparams
+        )
         args = (state.model_state, problem.residual_inputs)
         leaves, structure = jax.tree.flatten(args)
 
@@ -170,7 +172,7 @@ def _warn_of_own_rule(rule, problem):
     if loss is None:
         return
     pure, consts = problem.closure_convert(lambda state, h, batch: loss(state.params, h, batch, state.model_state)[0])
-    own = own_rule(pure, consts, problem.state, problem.inputs[0], jax.tree.map(lambda x: x[-1], problem.xs))
+    own = untrusted_rule(pure, consts, problem.state, problem.inputs[0], jax.tree.map(lambda x: x[-1], problem.xs))
     if own is not None:
         warnings.warn(
             f"The train loss holds {own}, with a derivative rule of its own, and {rule!r} takes the Hessian to be "

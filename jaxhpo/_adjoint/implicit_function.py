@@ -13,7 +13,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.stop_gradient import warn_zero
-from jaxhpo._core.trace import closure_convert, differentiable_inputs, equations
+from jaxhpo._core.trace import closure_convert, differentiable_inputs, equations, trust
 from jaxhpo._core.tree import cast_like, is_inexact, names, scaled, upcast, zeros_like
 from jaxhpo._core.types import LinearSolver, PyTree
 from jaxhpo._core.validate import check_arrays, check_callable, check_finite, check_params, check_residual, describe
@@ -40,6 +40,7 @@ class Rule:
     remedy: str
 
 
+@trust
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def attach(rule: Rule, params: PyTree, leaves: list, key: jax.Array | None) -> PyTree:
     """Returns `params` unchanged, with the derivative of the root of `rule.residual` with respect to `leaves`."""

@@ -14,8 +14,8 @@ from jax.custom_derivatives import SymbolicZero
 from jax.extend import core as jex
 
 from jaxhpo._core.mesh import cast_varying, drop_varying, varying_axes
-from jaxhpo._core.stop_gradient import first_order, warn_zero
-from jaxhpo._core.trace import differentiable_inputs
+from jaxhpo._core.stop_gradient import first_order, warn_perturbed
+from jaxhpo._core.trace import differentiable_inputs, trust
 from jaxhpo._core.tree import Flags, cast_like, is_inexact, names, partition
 from jaxhpo._core.types import InnerState, PyTree
 from jaxhpo._core.validate import describe
@@ -83,6 +83,7 @@ def run_with_pullback(
     return state, jnp.asarray(problem.num_steps, jnp.int32)
 
 
+@trust
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _run(rule, leaves):
     return rule.forward(jax.tree.unflatten(rule.structure, leaves))[0]
@@ -141,14 +142,6 @@ def _warn_of_other_results(rule, cotangent):
         f"is being differentiated, and {rule.adjoint!r} sees the solution's parameters alone: what is computed from it "
         "has a hypergradient of exactly zero. `Unroll()` sees it.",
     )
-
-
-def warn_perturbed(leaf_names: list[str], perturbed: PyTree, message: str, partial: bool = False) -> None:
-    """One warning for all leaves that are moving, which names the first."""
-    found = [name for name, m in zip(leaf_names, jax.tree.leaves(perturbed), strict=True) if m]
-    if found:
-        more = f"(and {len(found) - 1} more leaves) " if len(found) > 1 else ""
-        warn_zero(found[0], more + message, partial)
 
 
 def closed_over_names(values: list) -> list[str]:

@@ -16,7 +16,7 @@ from jaxhpo._adjoint.pullback import in_condition, run_with_pullback
 from jaxhpo._core.cost import peak_bytes
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.record import UnrolledSolve, report_fault, report_schedule
-from jaxhpo._core.stop_gradient import constant
+from jaxhpo._core.stop_gradient import stop_gradient_with_warning
 from jaxhpo._core.tree import is_inexact, names, partition
 from jaxhpo._core.types import InnerState, Schedule
 from jaxhpo._core.validate import check_count, check_positive, describe
@@ -180,7 +180,7 @@ class Unroll:
         state, inputs, xs = problem.state, problem.inputs, problem.xs
         if early:
             state, inputs_early = self._cut(problem, early)
-            head = constant(
+            head = stop_gradient_with_warning(
                 jax.tree.map(lambda x: x[:early], xs),
                 names(xs[0], "batches") + ["key"] if self._subsamples else names(xs, "batches"),
                 f"is being differentiated, and {self!r} differentiates only the last {self.truncate} of {steps} inner "
@@ -198,7 +198,7 @@ class Unroll:
 
     def _cut(self, problem, early):
         """The state and inputs of the steps that are not differentiated, with a warning where that loses something."""
-        state = constant(
+        state = stop_gradient_with_warning(
             problem.state,
             names(problem.state, "state"),
             f"is an initial value, and {self!r} differentiates only the last {self.truncate} of {problem.num_steps} "
@@ -212,7 +212,7 @@ class Unroll:
             # An entry of a schedule may be used in the early steps alone; what the loss uses is used in every step.
             if in_condition or not leaf.ndim:
                 return jax.lax.stop_gradient(leaf)
-            return constant(
+            return stop_gradient_with_warning(
                 leaf,
                 [name],
                 f"acts through the optimiser alone, and {self!r} differentiates only the last {self.truncate} of "

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxhpo._core.record import active
+from jaxhpo._core.trace import trust
 from jaxhpo._core.tree import all_finite, is_inexact, names
 from jaxhpo._inner.problem import Problem
 
@@ -109,6 +110,7 @@ class _Tap:
                 events.setdefault((index, int(step), name), next(self.arrivals))
 
 
+@trust
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _report(tap, tree, step):
     jax.debug.callback(tap.forward, step, _finite(tree))
