@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -70,9 +71,14 @@ def cast_like(a: PyTree, like: PyTree) -> PyTree:
     return jax.tree.map(cast, a, like)
 
 
+def named_leaves(tree: PyTree, root: str) -> list[tuple[str, Any]]:
+    """Every leaf, with its path as a user would write it: `hparams['log_lr']`."""
+    return [(root + jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]]
+
+
 def names(tree: PyTree, root: str) -> list[str]:
-    """The path of every leaf, as a user would write it: `hparams['log_lr']`."""
-    return [root + jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+    """The path of every leaf."""
+    return [name for name, _ in named_leaves(tree, root)]
 
 
 def partition(tree: PyTree, perturbed: PyTree) -> tuple[list, Callable[[list], PyTree]]:
