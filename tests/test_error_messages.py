@@ -338,7 +338,7 @@ MISTAKES = [
     Mistake(
         "rate-no-prefix",
         lambda h: momentum(h, lambda h, t: {"layer1": h["lr"]}),
-        "`learning_rate` returned a tree that is no prefix",
+        "`learning_rate` returned a tree that is not a prefix",
         "return one number",
     ),
     Mistake(
