@@ -338,7 +338,7 @@ MISTAKES = [
     Mistake(
         "rate-no-prefix",
         lambda h: momentum(h, lambda h, t: {"layer1": h["lr"]}),
-        "`learning_rate` returned a tree that is no prefix",
+        "`learning_rate` returned a tree that is not a prefix",
         "return one number",
     ),
     Mistake(
@@ -637,8 +637,8 @@ MISTAKES = [
     Mistake(
         "steps-unlike-batches",
         lambda h: train(h, data_loss, batches=DATA, num_steps=10),
-        "`num_steps=10`, but `batches` holds 4",
-        "drop `num_steps`, or cut the batches.*pass `lambda t: batch`",
+        "`batches` holds 4 steps, but `num_steps=10`",
+        "omit `num_steps`, or cut the batches.*pass `lambda t: batch`",
     ),
     # --- solve: batches ---
     Mistake(
@@ -744,7 +744,7 @@ MISTAKES = [
         "tol-with-unroll",
         lambda h: train(h, tol=1e-3),
         r"`tol=0\.001`.*Unroll\(",
-        r"drop `tol`, or use `adjoint=Implicit\(\.\.\.\)`",
+        r"omit `tol`, or use `adjoint=Implicit\(\.\.\.\)`",
     ),
     Mistake("tol-string", lambda h: train(h, tol="1e-3", adjoint=Implicit()), "`tol` got '1e-3'", "float such as"),
     Mistake(

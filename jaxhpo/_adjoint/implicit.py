@@ -12,11 +12,11 @@ import jax
 from jaxhpo._adjoint.implicit_function import Root, attach, check_linear_solver, declared
 from jaxhpo._adjoint.pullback import closed_over_names
 from jaxhpo._core.errors import JaxhpoError
-from jaxhpo._core.stop_gradient import blind, constant
+from jaxhpo._core.stop_gradient import stop_gradient_with_warning
+from jaxhpo._core.trace import untrusted_rule
 from jaxhpo._core.tree import names, upcast
 from jaxhpo._core.types import InnerState, LinearSolver
 from jaxhpo._core.validate import describe
-from jaxhpo._inner.gradient import own_rule
 from jaxhpo._inner.loop import run
 from jaxhpo._inner.problem import Problem
 from jaxhpo._linear.cg import CG
@@ -75,7 +75,9 @@ class Implicit:
         root, leaves = self.root(problem, state, self)
         key = problem.require_key(self) if declared(self.linear_solver).needs_key else None
         params = attach(root, jax.lax.stop_gradient(state.params), leaves, key)
-        model_state = blind(state.model_state, problem.residual_inputs[0], trained_state_is_constant(self))
+        model_state = stop_gradient_with_warning(
+            state.model_state, ["model_state"], trained_state_is_constant(self), inputs=problem.residual_inputs[0]
+        )
         return jax.lax.stop_gradient(state)._replace(params=params, model_state=model_state), steps
 
     def check(self, problem: Problem) -> None:
@@ -88,7 +90,7 @@ class Implicit:
                 "is not symmetric in general: use `Neumann(num_terms, 1.0)` or `Direct()`, or give `fixed_point` a "
                 f"`condition` that is the gradient of an objective."
             )
-        _warn_of_own_rule(self, problem)
+        _warn_of_untrusted_rule(self, problem)
 
     def root(self, problem: Problem, state: InnerState, method: Any) -> tuple[Root, list]:
         """The root of the problem's condition that `state` is, and the leaves that the condition depends on."""
@@ -123,7 +125,7 @@ class Implicit:
     def _as_constants(self, problem):
         """The problem with all inputs constant, and a warning for each input whose derivative is lost entirely."""
         why = f"{self!r} differentiates the equation that the solution satisfies, in which"
-        state = constant(
+        state = stop_gradient_with_warning(
             problem.state,
             names(problem.state, "state"),
             f"is part of the initial state, and {why} no initial value appears, so its hypergradient through this "
@@ -135,12 +137,12 @@ class Implicit:
             "this solve is exactly zero. `Unroll()` sees it."
         )
         closed_over = [
-            jax.lax.stop_gradient(c) if seen else constant(c, closed_over_names([c]), unseen)
+            jax.lax.stop_gradient(c) if seen else stop_gradient_with_warning(c, closed_over_names([c]), unseen)
             for c, seen in zip(closed_over, problem.in_residual(), strict=True)
         ]
         xs = problem.xs
         if problem.num_steps > 1:
-            xs = constant(
+            xs = stop_gradient_with_warning(
                 xs,
                 names(xs, "batches"),
                 f"is being differentiated, and {why} only the condition's batch appears (the last, unless "
@@ -159,12 +161,12 @@ def trained_state_is_constant(method: Any) -> str:
     )
 
 
-def _warn_of_own_rule(rule, problem):
+def _warn_of_untrusted_rule(rule, problem):
     loss = problem.solver.loss
     if loss is None:
         return
     pure, consts = problem.closure_convert(lambda state, h, batch: loss(state.params, h, batch, state.model_state)[0])
-    own = own_rule(pure, consts, problem.state, problem.inputs[0], jax.tree.map(lambda x: x[-1], problem.xs))
+    own = untrusted_rule(pure, consts, problem.state, problem.inputs[0], jax.tree.map(lambda x: x[-1], problem.xs))
     if own is not None:
         warnings.warn(
             f"The train loss holds {own}, with a derivative rule of its own, and {rule!r} takes the Hessian to be "

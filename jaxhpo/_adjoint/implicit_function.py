@@ -21,7 +21,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.stop_gradient import warn_zero
-from jaxhpo._core.trace import closure_convert, differentiable_inputs, equations
+from jaxhpo._core.trace import closure_convert, differentiable_inputs, equations, trust
 from jaxhpo._core.tree import cast_like, is_inexact, names, partition, scaled, upcast, zeros_like
 from jaxhpo._core.types import LinearInfo, LinearSolver, PyTree
 from jaxhpo._core.validate import check_arrays, check_callable, check_finite, check_params, check_residual, describe
@@ -48,6 +48,7 @@ class Root:
     remedy: str
 
 
+@trust
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def attach(root: Root, params: PyTree, leaves: list, key: jax.Array | None) -> PyTree:
     """Returns `params` unchanged, with the derivative of the root with respect to `leaves`."""

@@ -11,11 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
-from jax.extend import core as jex
 
 from jaxhpo._core.mesh import cast_varying, drop_varying, varying_axes
-from jaxhpo._core.stop_gradient import first_order, warn_zero
-from jaxhpo._core.trace import differentiable_inputs
+from jaxhpo._core.stop_gradient import first_order, warn_perturbed
+from jaxhpo._core.trace import differentiable_inputs, trust, used_inputs
 from jaxhpo._core.tree import Flags, cast_like, is_inexact, names, partition
 from jaxhpo._core.types import InnerState, PyTree
 from jaxhpo._core.validate import describe
@@ -82,6 +81,7 @@ def run_with_pullback(
     return state, jnp.asarray(problem.num_steps, jnp.int32)
 
 
+@trust
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _run(rule, leaves):
     return rule.forward(jax.tree.unflatten(rule.structure, leaves))[0]
@@ -142,14 +142,6 @@ def _warn_of_other_results(rule, cotangent):
     )
 
 
-def warn_perturbed(leaf_names: list[str], perturbed: PyTree, message: str, partial: bool = False) -> None:
-    """Issues one warning for all perturbed leaves, which names the first."""
-    found = [name for name, m in zip(leaf_names, jax.tree.leaves(perturbed), strict=True) if m]
-    if found:
-        more = f"(and {len(found) - 1} more leaves) " if len(found) > 1 else ""
-        warn_zero(found[0], more + message, partial)
-
-
 def input_names(inputs: PyTree) -> list[str]:
     """The name of each leaf of `Problem.inputs`, for messages."""
     hparams, closed_over = inputs
@@ -163,17 +155,10 @@ def closed_over_names(values: list) -> list[str]:
 
 def used_in_steps(problem: Problem, at: Inputs, perturbed: Inputs) -> list[bool]:
     """For each leaf of `at.inputs`, whether it is perturbed and a step computes anything from it."""
-    moved, combine = partition(at.inputs, perturbed.inputs)
+    values, combine = partition(at.inputs, perturbed.inputs)
     first = jax.tree.map(lambda x: x[0], at.xs)
-    jaxpr = jax.make_jaxpr(lambda moved: problem.advance(at.state, combine(moved), first))(moved).jaxpr
-    needed = set(v for v in jaxpr.outvars if not isinstance(v, jex.Literal))
-    for eqn in reversed(jaxpr.eqns):
-        if needed.intersection(eqn.outvars):
-            needed.update(v for v in eqn.invars if not isinstance(v, jex.Literal))
-    used = partition(jax.tree.map(lambda _: False, perturbed.inputs), perturbed.inputs)[1](
-        [v in needed for v in jaxpr.invars]
-    )
-    return jax.tree.leaves(used)
+    used = used_inputs(lambda values: problem.advance(at.state, combine(values), first), values)
+    return jax.tree.leaves(partition(jax.tree.map(lambda _: False, perturbed.inputs), perturbed.inputs)[1](used))
 
 
 def in_condition(problem: Problem) -> list[bool]:

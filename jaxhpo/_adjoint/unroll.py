@@ -16,7 +16,7 @@ from jaxhpo._adjoint.pullback import in_condition, input_names, run_with_pullbac
 from jaxhpo._core.cost import peak_bytes
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.record import UnrolledSolve, report_schedule
-from jaxhpo._core.stop_gradient import constant
+from jaxhpo._core.stop_gradient import stop_gradient_with_warning
 from jaxhpo._core.tree import is_inexact, names, partition
 from jaxhpo._core.types import InnerState, Schedule
 from jaxhpo._core.validate import check_count, check_positive
@@ -188,13 +188,13 @@ class Unroll:
         """Runs the steps that are not differentiated, with a warning for each input whose derivative is lost there."""
         lost = f"{self!r} differentiates only the last {self.truncate} of {problem.num_steps} inner steps"
         instead = "`Unroll()` without `truncate` sees"
-        state = constant(
+        state = stop_gradient_with_warning(
             problem.state,
             names(problem.state, "state"),
             f"is an initial value, and {lost}, so its hypergradient through this solve is exactly zero. {instead} it.",
         )
         head = jax.tree.map(lambda x: x[:early], problem.xs)
-        head = constant(
+        head = stop_gradient_with_warning(
             head,
             names(head[0], "batches") + ["key"] if self._subsamples else names(head, "batches"),
             f"is being differentiated, and {lost}: the hypergradient of the first {early} batches is exactly zero. "
@@ -210,7 +210,7 @@ class Unroll:
             # What the loss uses is used in every step; an entry of a schedule may be used in the early steps alone.
             if in_condition or not leaf.ndim:
                 return jax.lax.stop_gradient(leaf)
-            return constant(leaf, [name], through_optimiser, partial=True)
+            return stop_gradient_with_warning(leaf, [name], through_optimiser, partial=True)
 
         leaves, structure = jax.tree.flatten(problem.inputs)
         rows = zip(leaves, input_names(problem.inputs), in_condition(problem), strict=True)

@@ -1,4 +1,4 @@
-"""Varying-axes types under `shard_map`."""
+"""Types under `shard_map`, which say over which mesh axes an array varies from device to device."""
 
 from __future__ import annotations
 
@@ -8,14 +8,9 @@ from jaxhpo._core.types import PyTree
 
 
 def varying_axes(tree: PyTree) -> frozenset:
-    """Mesh axes of an enclosing `shard_map` over which any leaf differs from device to device."""
-    axes = frozenset()
-    for leaf in jax.tree.leaves(tree):
-        kind = leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jax.typeof(leaf)
-        # The attribute is `manual_axis_type.varying` from jax 0.10 on; it was `vma` before.
-        manual = getattr(kind, "manual_axis_type", None)
-        axes |= frozenset(manual.varying if manual is not None else getattr(kind, "vma", None) or ())
-    return axes
+    """Mesh axes of an enclosing `shard_map` over which any leaf varies."""
+    types = [x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x) for x in jax.tree.leaves(tree)]
+    return frozenset().union(*(t.manual_axis_type.varying for t in types if t.manual_axis_type is not None))
 
 
 def cast_varying(tree: PyTree, axes: frozenset) -> PyTree:
@@ -29,7 +24,7 @@ def cast_varying(tree: PyTree, axes: frozenset) -> PyTree:
 
 
 def drop_varying(tree: PyTree, axes: frozenset) -> PyTree:
-    """The inverse of `cast_varying` for leaves that hold equal values along the axes: their mean."""
+    """Inverse of `cast_varying` for leaves whose values are equal along the axes: takes their mean."""
 
     def drop(x):
         extra = tuple(sorted(axes & varying_axes(x)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,82 +13,74 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
 from jaxhpo._core.errors import JaxhpoError, ZeroHypergradientWarning
+from jaxhpo._core.trace import trust
 from jaxhpo._core.tree import is_inexact
 from jaxhpo._core.types import PyTree
 
 
 def warn_zero(leaf: str, message: str, partial: bool = False) -> None:
-    """Issues a `ZeroHypergradientWarning`, at the line of the caller's own code."""
+    """Issues a `ZeroHypergradientWarning` at the line of the user's code that called the library."""
     level, frame = 1, sys._getframe(0)
     while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in ("jaxhpo", "jax", "contextlib"):
         level, frame = level + 1, frame.f_back
     warnings.warn(ZeroHypergradientWarning(f"{leaf} {message}", leaf, partial), stacklevel=level)
 
 
-def constant(tree: PyTree, leaf_names: list[str], message: str, partial: bool = False) -> PyTree:
-    """`stop_gradient` that says so: warns, once, of the leaves that are being differentiated, and only of them."""
-    leaves, structure = jax.tree.flatten(tree)
-    return jax.lax.stop_gradient(jax.tree.unflatten(structure, _constant(_Mark(leaf_names, message, partial), leaves)))
+def warn_perturbed(leaf_names: list[str], perturbed: PyTree, message: str, partial: bool = False) -> None:
+    """Issues one `ZeroHypergradientWarning` for all leaves that are perturbed; it names the first."""
+    found = [name for name, m in zip(leaf_names, jax.tree.leaves(perturbed), strict=True) if m]
+    if found:
+        more = f"(and {len(found) - 1} more leaves) " if len(found) > 1 else ""
+        warn_zero(found[0], more + message, partial)
 
 
-class _Mark:
-    def __init__(self, leaf_names, message, partial):
-        self.names, self.message, self.partial = leaf_names, message, partial
+def stop_gradient_with_warning(
+    tree: PyTree, leaf_names: list[str], message: str, partial: bool = False, inputs: PyTree = None
+) -> PyTree:
+    """`stop_gradient(tree)`, with one `ZeroHypergradientWarning` where the tree is perturbed.
 
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _constant(mark, leaves):
-    return leaves
-
-
-def _constant_jvp(mark, primals, tangents):
-    (leaves,), (dots,) = primals, tangents
-    perturbed = [
-        name
-        for name, x, d in zip(mark.names, leaves, dots, strict=True)
-        if is_inexact(x) and not isinstance(d, SymbolicZero)
-    ]
-    if perturbed:
-        more = f" (and {len(perturbed) - 1} more leaves)" if len(perturbed) > 1 else ""
-        warn_zero(perturbed[0], more.lstrip() + " " * bool(more) + mark.message, mark.partial)
-    return leaves, _zero_tangents(leaves)
-
-
-def _zero_tangents(leaves):
-    return [jnp.zeros_like(x) if is_inexact(x) else np.zeros(x.shape, jax.dtypes.float0) for x in leaves]
-
-
-_constant.defjvp(_constant_jvp, symbolic_zeros=True)
-
-
-def blind(tree: PyTree, inputs: PyTree, message: str) -> PyTree:
-    """`stop_gradient` of a model state that depends on `inputs`: warns, once, where they are being differentiated."""
+    Args:
+      tree: any pytree of arrays.
+      leaf_names: the name of every leaf of the tree; with `inputs`, one name for the tree as a whole.
+      message: the rest of the warning, after the name of the first perturbed leaf.
+      partial: as in `ZeroHypergradientWarning`.
+      inputs: what the tree was computed from, where its gradient has been stopped before: the warning is issued where
+        any of these is perturbed.
+    """
     leaves, structure = jax.tree.flatten(jax.lax.stop_gradient(tree))
     if not any(map(is_inexact, leaves)):
         return tree
-    leaves = _blind(_Mark(["model_state"], message, False), leaves, jax.tree.leaves(inputs))
+
+    def warn(perturbed):
+        warn_perturbed(leaf_names, perturbed if inputs is None else [any(perturbed)], message, partial)
+
+    leaves = _stopped(warn, leaves, jax.tree.leaves(tree if inputs is None else inputs))
+    # The rule returns arrays of zeros as tangents; this `stop_gradient` makes them symbolic.
     return jax.lax.stop_gradient(jax.tree.unflatten(structure, leaves))
 
 
+@trust
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _blind(mark, leaves, inputs):
+def _stopped(warn, leaves, inputs):
     return leaves
 
 
-def _blind_jvp(mark, primals, tangents):
-    if any(not isinstance(d, SymbolicZero) for d in tangents[1]):
-        warn_zero(mark.names[0], mark.message)
-    return primals[0], _zero_tangents(primals[0])
+def _stopped_jvp(warn, primals, tangents):
+    leaves, inputs = primals
+    warn([is_inexact(x) and not isinstance(dot, SymbolicZero) for x, dot in zip(inputs, tangents[1], strict=True)])
+    zeros = [jnp.zeros_like(x) if is_inexact(x) else np.zeros(x.shape, jax.dtypes.float0) for x in leaves]
+    return leaves, zeros
 
 
-_blind.defjvp(_blind_jvp, symbolic_zeros=True)
+_stopped.defjvp(_stopped_jvp, symbolic_zeros=True)
 
 
-def first_order(tree, rule):
-    """The tree itself; raises where it is differentiated: for the backward pass of rules that go no further."""
+def first_order(tree: PyTree, rule: Any) -> PyTree:
+    """Identity that raises when differentiated; marks the derivative rules of first order."""
     return _first_order(repr(rule), tree)
 
 
+@trust
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _first_order(rule, tree):
     return tree

@@ -1,71 +1,68 @@
-"""Pytree algebra, names of leaves, hoisting of closed-over values, and casts between varying-axes types."""
+"""Pytree algebra, names of leaves, and partition into leaves that are perturbed and leaves that are not."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from jaxhpo._core.types import PyTree
 
-# --- algebra -----------------------------------------------------------------------------------------------------
+norm: Callable[[PyTree], jax.Array] = optax.tree.norm
+zeros_like: Callable[[PyTree], PyTree] = optax.tree.zeros_like
 
 
 def vdot(a: PyTree, b: PyTree) -> jax.Array:
-    """Sum of the products of all entries."""
-    return functools.reduce(jnp.add, jax.tree.leaves(jax.tree.map(lambda x, y: jnp.sum(x * y), a, b)))
+    """Sum of the products of all entries: elementwise, as `optax.tree.vdot` counts as a product of matrices."""
+    return jnp.asarray(optax.tree.sum(optax.tree.mul(a, b)))
 
 
-def norm(a: PyTree) -> jax.Array:
-    """Euclidean norm over all entries."""
-    return jnp.sqrt(vdot(a, a))
+# optax's `add_scale`, `scale` and `cast_like` differ: under a traced scalar of a wider dtype, as a float64 step size,
+# the leaves would take its dtype, and a cast would reach integer leaves.
 
 
 def add_scaled(a: PyTree, scale, b: PyTree) -> PyTree:
-    """a + scale · b, in the types of a."""
-    return jax.tree.map(lambda x, y: x + _in_type(scale, x) * y, a, b)
+    """a + scale · b, in the dtypes of a."""
+    return jax.tree.map(lambda x, y: x + _in_dtype(scale, x) * y, a, b)
 
 
 def scaled(scale, a: PyTree) -> PyTree:
-    """scale · a, in the types of a."""
-    return jax.tree.map(lambda x: _in_type(scale, x) * x, a)
+    """scale · a, in the dtypes of a."""
+    return jax.tree.map(lambda x: _in_dtype(scale, x) * x, a)
 
 
-def _in_type(scale, x):
+def _in_dtype(scale, x):
     return scale.astype(x.dtype) if hasattr(scale, "astype") else scale
 
 
-def zeros_like(a: PyTree) -> PyTree:
-    """A tree of zeros of the same shapes and types."""
-    return jax.tree.map(jnp.zeros_like, a)
-
-
 def is_inexact(x) -> bool:
-    """Whether a leaf is floating-point or complex, so that it can have a derivative."""
+    """Returns whether a leaf is floating-point or complex, so that it can have a derivative."""
     return jnp.issubdtype(jnp.result_type(x) if not hasattr(x, "dtype") else x.dtype, jnp.inexact)
 
 
 def num_bytes(a: PyTree) -> int:
-    """Bytes of all leaves, arrays or their shapes."""
+    """Bytes of all leaves, which are arrays or their shapes."""
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(a))
 
 
 def all_finite(a: PyTree) -> jax.Array:
-    """Whether every floating-point entry is finite."""
+    """Returns whether every floating-point entry is finite."""
     checks = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(a) if is_inexact(x)]
     return functools.reduce(jnp.logical_and, checks, jnp.asarray(True))
 
 
 def upcast(a: PyTree) -> PyTree:
-    """float16 and bfloat16 leaves as float32; others unchanged."""
+    """Casts float16 and bfloat16 leaves to float32; leaves others unchanged."""
     return jax.tree.map(lambda x: x.astype(jnp.float32) if is_inexact(x) and x.dtype.itemsize < 4 else x, a)
 
 
 def cast_like(a: PyTree, like: PyTree) -> PyTree:
-    """Floating-point leaves of `a` in the types of `like`: optimiser states keep their types under traced settings."""
+    """Casts real floating-point leaves of `a` to the dtypes of `like`; leaves others unchanged."""
 
     def cast(x, y):
         both_float = is_inexact(x) and is_inexact(y) and not jnp.iscomplexobj(x)
@@ -74,19 +71,24 @@ def cast_like(a: PyTree, like: PyTree) -> PyTree:
     return jax.tree.map(cast, a, like)
 
 
+def named_leaves(tree: PyTree, root: str) -> list[tuple[str, Any]]:
+    """Every leaf, with its path as a user would write it: `hparams['log_lr']`."""
+    return [(root + jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]]
+
+
 def names(tree: PyTree, root: str) -> list[str]:
-    """The path of every leaf, as a user would write it: `hparams['log_lr']`."""
-    return [root + jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+    """The path of every leaf."""
+    return [name for name, _ in named_leaves(tree, root)]
 
 
 def partition(tree: PyTree, perturbed: PyTree) -> tuple[list, Callable[[list], PyTree]]:
-    """The leaves that `perturbed`, a tree of booleans, marks, and the function that puts others in their place."""
+    """Returns the leaves where `perturbed`, a tree of booleans, is True, and `combine`, which replaces those leaves."""
     leaves, structure = jax.tree.flatten(tree)
     where = [i for i, m in enumerate(jax.tree.leaves(perturbed)) if m]
 
-    def combine(moved):
+    def combine(replacements):
         every = list(leaves)
-        for i, leaf in zip(where, moved, strict=True):
+        for i, leaf in zip(where, replacements, strict=True):
             every[i] = leaf
         return jax.tree.unflatten(structure, every)
 
@@ -99,12 +101,3 @@ class Flags:
     """Booleans that are part of a pytree's structure: a derivative rule may keep them among its residuals."""
 
     values: tuple[bool, ...]
-
-
-# --- closures ----------------------------------------------------------------------------------------------------
-
-
-# --- inputs that a rule treats as constants ------------------------------------------------------------------------
-
-
-# --- varying axes (`shard_map`) --------------------------------------------------------------------------------------

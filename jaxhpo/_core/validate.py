@@ -1,4 +1,4 @@
-"""Checks at the door. Every message says what was given, why it cannot work, and what to write instead."""
+"""Checks of arguments. Every message says what was given, why it cannot work, and what to write instead."""
 
 from __future__ import annotations
 
@@ -15,26 +15,24 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxhpo._core.errors import JaxhpoError
-from jaxhpo._core.tree import is_inexact, names
+from jaxhpo._core.tree import is_inexact, named_leaves
 from jaxhpo._core.types import InnerState, PyTree, Solution
 
 
 def check_count(what: str, value, minimum: int = 1) -> None:
-    """Raises unless `value` is an integer ≥ `minimum` (and no bool)."""
+    """Raises unless `value` is an integer ≥ `minimum` (and not a bool)."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise JaxhpoError(
-            f"`{what}` got {describe(value)}, but it counts something: write a Python integer such as 100."
-        )
+        raise JaxhpoError(f"`{what}` got {describe(value)}, but it is a count: write a Python integer such as 100.")
     if value < minimum:
         raise JaxhpoError(f"`{what}` got {value}, but it must be at least {minimum}: write {minimum} or more.")
 
 
 def check_number(what: str, value, minimum: float, strict: bool) -> None:
-    """Raises unless `value` is a finite Python number above `minimum`."""
+    """Raises unless `value` is a finite Python number ≥ `minimum`, or > `minimum` where `strict`."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise JaxhpoError(
-            f"`{what}` got {describe(value)}, but it is a setting, fixed while tracing, and must be a plain number: "
-            f"write a Python float such as 0.1."
+            f"`{what}` got {describe(value)}, but it is a setting, fixed while tracing: write a Python float such as "
+            "0.1."
         )
     if not math.isfinite(value) or value < minimum or (strict and value == minimum):
         bound = f"above {minimum}" if strict else f"at least {minimum}"
@@ -52,10 +50,10 @@ def check_nonnegative(what: str, value) -> None:
 
 
 def check_traceable_number(what: str, value, minimum: float, strict: bool) -> None:
-    """As `check_number`, but a JAX scalar will do: a concrete one is checked by its value, a traced one by its type."""
+    """As `check_number`, but accepts a JAX scalar too: checks the value if it is concrete, else the type."""
     if isinstance(value, jax.Array):
         if value.shape != () or not jnp.issubdtype(value.dtype, np.number) or jnp.iscomplexobj(value):
-            raise JaxhpoError(f"`{what}` is {describe(value)}, but one real number is needed: write such as 0.1.")
+            raise JaxhpoError(f"`{what}` is {describe(value)}, but one real number is needed: write 0.1, for example.")
         if isinstance(value, Tracer):
             return
         value = value.item()
@@ -70,28 +68,32 @@ def describe(leaf) -> str:
 
 
 def is_array(leaf) -> bool:
-    """Whether JAX can compute with the leaf: an array of numbers, booleans or keys, or a Python number."""
+    """Returns whether JAX can compute with the leaf: an array of numbers, booleans or keys, or a Python number."""
     if isinstance(leaf, (bool, int, float, complex, jax.Array)):
         return True
     if not isinstance(leaf, (np.ndarray, np.generic)):
         return False
-    return leaf.dtype.kind in "biufc" or jnp.issubdtype(leaf.dtype, np.number)  # bfloat16 and its like are of kind V
+    return leaf.dtype.kind in "biufc" or jnp.issubdtype(leaf.dtype, np.number)  # kind V: bfloat16 and similar dtypes
+
+
+def is_real_float(leaf) -> bool:
+    """Returns whether the leaf is a real floating-point array or number."""
+    return is_array(leaf) and is_inexact(leaf) and not jnp.iscomplexobj(leaf)
 
 
 def check_finite(tree: PyTree, what: str, allow_infinite: bool = False) -> None:
     """Raises where a concrete leaf holds NaN (or an infinity). Traced leaves pass: `info.finite` reports on them."""
-    for name, leaf in zip(names(tree, what), jax.tree.leaves(tree), strict=True):
+    for name, leaf in named_leaves(tree, what):
         if isinstance(leaf, Tracer) or not is_inexact(leaf):
             continue
         with jax.ensure_compile_time_eval():  # concrete even while an enclosing function is traced
             bad = jnp.isnan(leaf) if allow_infinite else ~jnp.isfinite(leaf)
             count = int(jnp.sum(bad))
         if count:
-            first = [int(i) for i in np.argwhere(np.asarray(bad))[0]]
-            at = f", the first at index {first}" if first else ""
+            at = f", the first at index {np.argwhere(np.asarray(bad))[0].tolist()}" if bad.ndim else ""
             raise JaxhpoError(
-                f"`{name}` is {describe(leaf)} with {count} entries that are NaN or infinite{at}; every result would "
-                f"be NaN. Clean the values, or mask them inside the loss."
+                f"`{name}` is {describe(leaf)} with {count} entries that are NaN or infinite{at}, so every result "
+                "would be NaN. Clean the values, or mask them inside the loss."
             )
 
 
@@ -102,16 +104,16 @@ def check_params(params: PyTree, what: str) -> PyTree:
         raise JaxhpoError(f"`{what}` got a whole {type(params).__name__}, which holds more than that: {instead}.")
     if not jax.tree.leaves(params):
         raise JaxhpoError(f"`{what}` got {params!r}, which has no leaves: give a pytree of floating-point arrays.")
-    for name, leaf in zip(names(params, what), jax.tree.leaves(params), strict=True):
+    for name, leaf in named_leaves(params, what):
         if not is_array(leaf):
             raise JaxhpoError(f"`{name}` is {describe(leaf)}, not an array: give floating-point arrays or floats.")
-        if not is_inexact(leaf) or jnp.iscomplexobj(leaf):
+        if not is_real_float(leaf):
             raise JaxhpoError(
-                f"`{name}` is {describe(leaf)}, but only real floating-point values can be moved along a gradient: "
-                f"write it as a float (`1.0`, `.astype(float)`), or keep it out of the tree by closing over it."
+                f"`{name}` is {describe(leaf)}, but only real floating-point values have a gradient: write a float "
+                "(`1.0`, `.astype(float)`), or keep it out of the tree by closing over it."
             )
     check_finite(params, what)  # before the conversion, which makes tracers of constants while tracing
-    # With an explicit type nothing is weakly typed: a weak type would change after the first update, and trace again.
+    # With an explicit dtype nothing is weakly typed: a weak type would change after the first update, and trace again.
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), params)
     if not any(leaf.size for leaf in jax.tree.leaves(params)):
         raise JaxhpoError(f"`{what}` has no entries, only empty arrays: give arrays of at least one number.")
@@ -125,11 +127,11 @@ def check_hparams(hparams: PyTree) -> PyTree:
 
 def check_arrays(tree: PyTree, what: str) -> PyTree:
     """Raises unless every leaf is an array of some kind; returns the tree unchanged."""
-    for name, leaf in zip(names(tree, what), jax.tree.leaves(tree), strict=True):
+    for name, leaf in named_leaves(tree, what):
         if not is_array(leaf):
             raise JaxhpoError(
                 f"`{name}` is {describe(leaf)}, not an array that JAX can compute with: convert it to numbers "
-                f"(`np.asarray(x, float)`), or leave it out of the tree."
+                "(`np.asarray(x, float)`), or leave it out of the tree."
             )
     return tree
 
@@ -151,44 +153,39 @@ def check_callable(what: str, fn, signature: str, num_args: int, or_else: str = 
 
 def check_scalar(value, what: str) -> jax.Array:
     """Raises unless the result of `what` is a real floating-point scalar; returns it as an array."""
+    if isinstance(value, jax.Array) and value.shape == () and jnp.issubdtype(value.dtype, jnp.floating):
+        return value
     if isinstance(value, tuple):
-        raise JaxhpoError(
-            f"`{what}` returned a tuple of {len(value)}, but it must return a scalar: return the loss alone."
+        problem = f"a tuple of {len(value)}, but it must return a scalar: return the loss alone"
+    elif not isinstance(value, jax.Array):
+        problem = (
+            f"{describe(value)}, which JAX did not compute and cannot differentiate: return a scalar array computed "
+            "with `jax.numpy`"
         )
-    if not isinstance(value, jax.Array):
-        raise JaxhpoError(
-            f"`{what}` returned {describe(value)}, which is not computed by JAX and has no gradient: return a scalar "
-            f"array computed with `jax.numpy`."
+    elif value.shape != ():
+        problem = f"shape {value.shape}, but a gradient needs a scalar: take `.mean()` or `.sum()`"
+    else:
+        problem = (
+            f"{describe(value)}, which has no gradient: return a real floating-point scalar, such as a cross-entropy "
+            "in place of a count of errors, or that count as a float for `EvolutionStrategies`"
         )
-    if value.shape != ():
-        raise JaxhpoError(
-            f"`{what}` returned shape {value.shape}, but a gradient needs a scalar: take `.mean()` or `.sum()`."
-        )
-    if not jnp.issubdtype(value.dtype, jnp.floating):
-        raise JaxhpoError(
-            f"`{what}` returned {describe(value)}, which has no gradient: return a real floating-point scalar, such as "
-            f"a cross-entropy in place of a count of errors, or that count as a float for `EvolutionStrategies`."
-        )
-    return value
+    raise JaxhpoError(f"`{what}` returned {problem}.")
 
 
 def check_key(key: Any, what: str = "key") -> Any:
-    """Raises unless `key` is one typed key, or None."""
+    """Raises unless `key` is one typed key, or None; returns it."""
     if key is None:
         return None
     if not hasattr(key, "dtype") or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         hint = "jax.random.wrap_key_data(key)" if getattr(key, "shape", None) == (2,) else "jax.random.key(0)"
-        raise JaxhpoError(
-            f"`{what}` got {describe(key)}, but a typed key is needed, so that a key cannot be mistaken for data: "
-            f"write `{hint}`."
-        )
+        raise JaxhpoError(f"`{what}` got {describe(key)}, but a typed key is needed: write `{hint}`.")
     if key.shape != ():
         raise JaxhpoError(f"`{what}` got an array of keys of shape {key.shape}, but one key is needed: index it.")
     return key
 
 
 def require_key(key: Any, who: Any) -> jax.Array:
-    """The key; raises where a randomised rule, solver or method has nothing to draw from."""
+    """Returns the key; raises where `who`, which draws random numbers, got none."""
     if check_key(key) is None:
         raise JaxhpoError(
             f"{who!r} draws random numbers, but got no key: write `solve(..., key=key)`, for a pair `update(..., "
@@ -198,36 +195,35 @@ def require_key(key: Any, who: Any) -> jax.Array:
 
 
 def check_residual(out: PyTree, params: PyTree, what: str = "condition", root: str = "params") -> PyTree:
-    """Raises unless the result of `what` has the structure, shapes and kind of the parameters; returns it."""
+    """Raises unless the result of `what` is real, floating-point, and of the structure and shapes of `params`."""
     got, want = jax.tree.structure(out), jax.tree.structure(params)
     instead = f"return one array per leaf of `{root}`"
     if what == "condition" and is_array(out) and jnp.shape(out) == ():
         instead += " (for an objective, write its gradient, `jax.grad(objective)`)"
     if got != want:
         raise JaxhpoError(f"`{what}` returned the tree {got}, but `{root}` is {want}: {instead}.")
-    for name, o, p in zip(names(params, root), jax.tree.leaves(out), jax.tree.leaves(params), strict=True):
-        if not is_array(o) or jnp.shape(o) != p.shape or not is_inexact(o) or jnp.iscomplexobj(o):
+    for (name, p), o in zip(named_leaves(params, root), jax.tree.leaves(out), strict=True):
+        if not is_real_float(o) or jnp.shape(o) != p.shape:
             raise JaxhpoError(
                 f"`{what}` returned {describe(o)} for `{name}`, which is {describe(p)}: {instead}, of the same shape "
-                f"and floating-point."
+                "and floating-point."
             )
     return out
 
 
 def short_name(value: Any) -> str:
-    """As one would write the call: settings at their default are left out, required ones are positional."""
+    """The call that makes a dataclass: omits settings at their default, writes required ones by position."""
     if isinstance(value, float):
         return f"{value:.4g}"
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
         return getattr(value, "__name__", None) or repr(value)
     parts = []
-    for field in dataclasses.fields(value):
-        setting = getattr(value, field.name)
+    for i, field in enumerate(dataclasses.fields(value)):
+        setting, missing = getattr(value, field.name), dataclasses.MISSING
         nested = dataclasses.is_dataclass(setting)
-        if not nested and field.default is not dataclasses.MISSING and setting == field.default:
+        if not nested and field.default is not missing and setting == field.default:
             continue
-        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        first = field.name == dataclasses.fields(value)[0].name
-        text = short_name(setting)
-        parts.append(text if required or (nested and first) else f"{field.name}={text}")
+        required = field.default is missing and field.default_factory is missing
+        positional = required or (nested and i == 0)
+        parts.append(short_name(setting) if positional else f"{field.name}={short_name(setting)}")
     return f"{type(value).__name__}({', '.join(parts)})"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -15,13 +14,10 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.mesh import cast_varying, varying_axes
-from jaxhpo._core.trace import closure_convert, equations
+from jaxhpo._core.trace import closure_convert, trust, untrusted_rule
 from jaxhpo._core.tree import Flags, cast_like, is_inexact, partition
 from jaxhpo._core.types import PyTree
 
-OWN = os.path.join(os.path.dirname(__file__), "")
-# JAX's functions have true derivatives; those that it has for reverse mode alone cannot always be differentiated again.
-TRUSTED = {"custom_vjp_call": (OWN,), "custom_jvp_call": (OWN, os.path.join(os.path.dirname(jax.__file__), ""))}
 GRADIENT = "jaxhpo_gradient"  # the name, for checkpoint policies, of a gradient of `mixed_value_and_grad`
 
 
@@ -60,7 +56,7 @@ def mixed_value_and_grad(
       Kemaev et al. Scalable Meta-Learning via Mixed-Mode Differentiation. 2025. arXiv:2505.00793
     """
     rest = (hparams, batch, model_state)
-    rule = own_rule(loss, params, *rest)
+    rule = untrusted_rule(loss, params, *rest)
     if rule is not None:
         if part is not None:
             raise JaxhpoError(
@@ -82,19 +78,6 @@ def mixed_value_and_grad(
     return out, checkpoint_name(_spread_nan(out[0], cast_like(grad, params)), GRADIENT)
 
 
-def own_rule(fn: Callable, *args) -> str | None:
-    """What in `fn(*args)` has a `custom_vjp` or `custom_jvp` of the user's: its name and place, or None."""
-    for equation in equations(jax.make_jaxpr(fn)(*args).jaxpr):
-        trusted = TRUSTED.get(equation.primitive.name)
-        if trusted is not None:
-            call = equation.params["call_jaxpr"]
-            info = getattr(getattr(call, "jaxpr", call), "debug_info", None)
-            name, _, place = (getattr(info, "func_src_info", None) or "a function").partition(" at ")
-            if not place.startswith(trusted):
-                return f"`{name}` ({place or 'of an unknown file'})"
-    return None
-
-
 def _cast_to_vary(loss, params, *rest):
     # Inside `shard_map`, the gradient of a device-varying loss at device-invariant parameters is summed over devices:
     # separate inner problems would silently become one. A loss with a `pmean` does not vary.
@@ -102,6 +85,7 @@ def _cast_to_vary(loss, params, *rest):
     return cast_varying(params, varying_axes(value))
 
 
+@trust
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _mixed(losses, params, rest):
     return jax.value_and_grad(losses[0], has_aux=True)(params, rest)

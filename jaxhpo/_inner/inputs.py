@@ -1,4 +1,4 @@
-"""What `solve` accepts: its arguments checked one by one, before anything is traced for differentiation."""
+"""Checks of the arguments of `solve`, made before anything is traced for differentiation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxhpo._core.errors import JaxhpoError
-from jaxhpo._core.tree import names
+from jaxhpo._core.tree import named_leaves
 from jaxhpo._core.types import InnerState, Solution, Solver
 from jaxhpo._core.validate import check_arrays, check_callable, check_count, check_finite, check_params, describe
 
@@ -29,43 +29,38 @@ def check_is_state(state):
 
 
 def check_state(state, solver, hparams):
-    """The state as JAX arrays; raises unless it is one that this solver can go on from."""
+    """Returns the state as JAX arrays; raises unless its optimiser state is one of this solver, at these parameters."""
     params = check_params(state.params, "params")
     check_arrays(state.model_state, "model_state")
-    fresh = jax.eval_shape(solver.init, params, hparams, state.model_state)
-    _check_opt_state(state.opt_state, fresh.opt_state, solver)
-    return InnerState(params, *jax.tree.map(jnp.asarray, (state.opt_state, state.model_state)))
-
-
-def _check_opt_state(opt_state, fresh, solver):
+    fresh = jax.eval_shape(solver.init, params, hparams, state.model_state).opt_state
     instead = "pass `solver.init(params, hparams)`, or the `.state` of a solution of the same solver and model"
-    got, want = jax.tree.structure(opt_state), jax.tree.structure(fresh)
+    got, want = jax.tree.structure(state.opt_state), jax.tree.structure(fresh)
     if got != want:
         raise JaxhpoError(
             f"`state.opt_state` has the tree {got}, but this `{solver.name}` solver keeps {want}, so it was made by "
             f"another: {instead}."
         )
-    check_arrays(opt_state, "state.opt_state")
-    leaves, wanted = jax.tree.leaves(opt_state), jax.tree.leaves(fresh)
-    for name, a, b in zip(names(fresh, "state.opt_state"), leaves, wanted, strict=True):
+    check_arrays(state.opt_state, "state.opt_state")
+    for (name, b), a in zip(named_leaves(fresh, "state.opt_state"), jax.tree.leaves(state.opt_state), strict=True):
         if jnp.shape(a) != b.shape:
             raise JaxhpoError(f"`{name}` is {describe(a)}, but these parameters need {describe(b)}: {instead}.")
+    return InnerState(params, *jax.tree.map(jnp.asarray, (state.opt_state, state.model_state)))
 
 
 def check_steps(batches, num_steps):
-    """The number of inner steps; raises where the batches and `num_steps` do not say it, or disagree."""
+    """Returns the number of inner steps; raises where `batches` and `num_steps` do not determine it, or disagree."""
     if num_steps is not None:
         if isinstance(num_steps, Tracer):
             raise JaxhpoError(
-                "`num_steps` is traced, but the loop's length must be known while tracing: pass a Python "
-                "integer, or jit with `static_argnames='num_steps'`."
+                "`num_steps` is traced, but the length of the loop must be known while tracing: pass a Python integer, "
+                "or jit with `static_argnames='num_steps'`."
             )
         check_count("num_steps", num_steps)
         num_steps = int(num_steps)
     if batches is None or callable(batches):
         if num_steps is None:
             what = "`batches=None`" if batches is None else "`batches` a function of the step"
-            raise JaxhpoError(f"With {what}, nothing says how many inner steps to take: pass `num_steps=100`, say.")
+            raise JaxhpoError(f"With {what}, it is unknown how many inner steps to take: pass `num_steps=100`, say.")
         return num_steps
     return _check_batches(batches, num_steps)
 
@@ -73,51 +68,46 @@ def check_steps(batches, num_steps):
 def _check_batches(batches, num_steps):
     leaves = [batches] if hasattr(batches, "__next__") else jax.tree.leaves(batches)
     if not leaves:
-        raise JaxhpoError(
-            f"`batches` got {batches!r}, which has no leaves: pass arrays, a function of the step, or None."
-        )
+        raise JaxhpoError(f"`batches` got {batches!r}, without leaves: pass arrays, a function of the step, or None.")
     if isinstance(batches, int):
-        raise JaxhpoError(
-            f"`batches` got the integer {batches}, which is no data: for a number of steps write `num_steps={batches}`."
-        )
-    if _is_list_of_batches(batches) or any(map(_is_function_or_iterable, leaves)):
-        what = f"a list of {len(batches)} batches" if _is_list_of_batches(batches) else describe(batches)
+        raise JaxhpoError(f"`batches` got the integer {batches}: for a number of steps write `num_steps={batches}`.")
+    is_list = _is_list_of_batches(batches)
+    if is_list or any(map(_is_function_or_iterable, leaves)):
+        what = f"a list of {len(batches)} batches" if is_list else describe(batches)
         raise JaxhpoError(
             f"`batches` got {what}, but the loop over steps is compiled and slices arrays: stack equal batches along a "
-            "leading axis (`jax.tree.map(lambda *b: jnp.stack(b), *batches)`), or pass one function `lambda t: "
-            f"batch`. (Where one batch consists of several arrays, write them as a tuple.)"
+            "leading axis (`jax.tree.map(lambda *b: jnp.stack(b), *batches)`), or pass one function `lambda t: batch`. "
+            "(Where one batch consists of several arrays, write them as a tuple.)"
         )
     check_arrays(batches, "batches")
-    lengths = {}
-    for name, leaf in zip(names(batches, "batches"), leaves, strict=True):
+    for name, leaf in named_leaves(batches, "batches"):
         if jnp.ndim(leaf) == 0:
             raise JaxhpoError(
                 f"`{name}` is {describe(leaf)}, but every leaf needs a leading axis of length num_steps: add it "
-                f"(`jnp.broadcast_to(x, (num_steps,))`), or close over the value in the loss."
+                "(`jnp.broadcast_to(x, (num_steps,))`), or close over the value in the loss."
             )
-        lengths[name] = jnp.shape(leaf)[0]
-    if len(set(lengths.values())) > 1:
-        raise JaxhpoError(
-            f"`batches` has leading axes of different lengths, {lengths}, but each leaf needs one slice per inner "
-            f"step: cut them to the same length, or close over what does not change from step to step."
-        )
+    lengths = {name: jnp.shape(leaf)[0] for name, leaf in named_leaves(batches, "batches")}
     length = next(iter(lengths.values()))
-    if length == 0:
-        raise JaxhpoError(
-            "`batches` has a leading axis of length 0, so there is no step to take: pass at least one batch."
+    if len(set(lengths.values())) > 1:
+        problem = (
+            f"has leading axes of different lengths, {lengths}, but each leaf needs one slice per inner step: cut them "
+            "to the same length, or close over what does not change from step to step"
         )
-    if num_steps is not None and num_steps != length:
-        raise JaxhpoError(
-            f"`num_steps={num_steps}`, but `batches` holds {length} steps: drop `num_steps`, or cut the batches "
-            f"(`jax.tree.map(lambda x: x[:{num_steps}], batches)`); for one batch at every step, pass `lambda t: "
-            "batch`."
+    elif length == 0:
+        problem = "has a leading axis of length 0, so there is no step to take: pass at least one batch"
+    elif num_steps not in (None, length):
+        problem = (
+            f"holds {length} steps, but `num_steps={num_steps}`: omit `num_steps`, or cut the batches (`jax.tree.map("
+            f"lambda x: x[:{num_steps}], batches)`); for one batch at every step, pass `lambda t: batch`"
         )
-    check_finite(batches, "batches", allow_infinite=True)
-    return length
+    else:
+        check_finite(batches, "batches", allow_infinite=True)
+        return length
+    raise JaxhpoError(f"`batches` {problem}.")
 
 
 def _is_list_of_batches(batches) -> bool:
-    """A list whose parts look alike: a pytree too, but one whose leading axes are those of the examples."""
+    """True for a list of batches of one structure, whose leading axes are those of the examples, not of the steps."""
     if not isinstance(batches, list) or len(batches) < 2:
         return False
     structures = {jax.tree.structure(b) for b in batches}
@@ -130,7 +120,7 @@ def _is_function_or_iterable(leaf) -> bool:
 
 
 def checked_batches_function(batches):
-    """The function of the step, with what it returns checked as it is traced."""
+    """The function of the step, with a check of what it returns while it is traced."""
     check_callable("batches", batches, "batches(step)", 1)
 
     def take(step):
@@ -142,48 +132,46 @@ def checked_batches_function(batches):
                 "`jnp.asarray(data)`."
             ) from error
         if batch is None:
-            raise JaxhpoError(
-                "`batches(step)` returned None, so every batch is empty: end the function with `return batch`."
-            )
+            raise JaxhpoError("`batches(step)` returned None, so every batch is empty: end it with `return batch`.")
         return check_arrays(batch, "batches(step)")
 
     return take
 
 
 def check_condition_batch(condition_batch, batch):
-    """The condition's batch as JAX arrays; raises unless it has the tree of a step's batch."""
+    """Returns the condition's batch as JAX arrays; raises unless it has the tree of a step's batch."""
     got, want = jax.tree.structure(check_arrays(condition_batch, "condition_batch")), jax.tree.structure(batch)
     if got != want:
         raise JaxhpoError(
             f"`condition_batch` has the tree {got}, but the batch of a step has {want}, and the same loss gets both: "
-            f"give it the tree of a step's batch."
+            "give it the tree of a step's batch."
         )
     check_finite(condition_batch, "condition_batch", allow_infinite=True)
     return jax.tree.map(jnp.asarray, condition_batch)
 
 
 def check_same_state(before, after):
-    """Raises where a step changes the tree, a shape or the kind of a leaf of the state."""
+    """Raises where a step changes the tree of the state, or the shape or kind of a leaf."""
     check_arrays(after, "state")
-    if jax.tree.structure(before) != jax.tree.structure(after):
+    got, want = jax.tree.structure(after), jax.tree.structure(before)
+    if got != want:
         raise JaxhpoError(
-            f"The inner step changed the tree of the state from {jax.tree.structure(before)} to "
-            f"{jax.tree.structure(after)}: a loop needs the same tree at every step (return the whole model state, and "
-            f"make the state with `solver.init`)."
+            f"The inner step changed the tree of the state from {want} to {got}, but a loop needs the same tree at "
+            "every step: return the whole model state, and make the state with `solver.init`."
         )
-    for name, b, a in zip(names(before, "state"), jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+    for (name, b), a in zip(named_leaves(before, "state"), jax.tree.leaves(after), strict=True):
         same_kind = all(jnp.issubdtype(b.dtype, k) == jnp.issubdtype(a.dtype, k) for k in (jnp.inexact, jnp.floating))
         if b.shape != a.shape or not same_kind:
             raise JaxhpoError(
                 f"The inner step changed `{name}` from {describe(b)} to {describe(a)}, but a loop needs the same shape "
-                f"and kind at every step: return it as it came in (reshape it, or `.astype({b.dtype})`)."
+                f"and kind at every step: reshape it, or `.astype({b.dtype})`, before returning it."
             )
 
 
 def refuse_tol(problem, rule):
-    """Raises where the inner loop would end at a data-dependent step: the rule needs a fixed length."""
+    """Raises where `tol` is set: it ends the inner loop at a data-dependent step, and the rule needs a fixed length."""
     if problem.tol is not None:
         raise JaxhpoError(
             f"`tol={problem.tol}` stops the inner loop at a data-dependent step, and {rule!r} cannot differentiate "
-            f"such a loop: drop `tol`, or use `adjoint=Implicit(...)`."
+            "such a loop: omit `tol`, or use `adjoint=Implicit(...)`."
         )

@@ -1,4 +1,4 @@
-"""Inner problems: how parameters are trained, as pure functions of the hyperparameters."""
+"""Inner problems: the training of parameters as pure functions of the hyperparameters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import optax
 from jax.core import Tracer
 
 from jaxhpo._core.errors import JaxhpoError
-from jaxhpo._core.tree import add_scaled, names, zeros_like
+from jaxhpo._core.tree import add_scaled, named_leaves, zeros_like
 from jaxhpo._core.types import InnerState, PyTree, Solver
 from jaxhpo._core.validate import (
     check_arrays,
@@ -34,21 +34,22 @@ def from_optax(loss: Callable, tx: Any, *, has_state: bool = False) -> Solver:
     One step is :math:`u, s \leftarrow \mathrm{tx.update}(\nabla_\theta L(\theta, h, b), s, \theta)`,
     :math:`\theta \leftarrow \theta + u`; the condition of implicit rules is :math:`\nabla_\theta L = 0`.
 
-    An optimiser that changes the fixed point (decoupled weight decay as in `optax.adamw`, clipping, projection) does
-    not end where that condition holds: `info.optimality` stays large. Under `Implicit`, put the decay into the loss,
-    or use `fixed_point(step)`.
+    An optimiser with another fixed point (decoupled weight decay as in `optax.adamw`, clipping, projection) does not
+    end where that condition holds: `info.optimality` stays large. Under `Implicit`, put the decay into the loss, or use
+    `fixed_point(step)`.
 
-    **Cost and bias**: one gradient of the loss a step. Any optax transformation without a data-dependent loop can be
-    differentiated through; Adam and its kin need `eps_root > 0` (`optax.adam(lr, eps_root=1e-8)`), since the second
-    derivative of a square root at zero is infinite. Where the train loss is not finite, the parameters after the step
-    are not either, even if the gradient is: the logarithm of a negative number goes on as NaN, not in silence.
+    **Cost and bias**: one gradient of the loss per step. Any optax transformation without a data-dependent loop can be
+    differentiated through; Adam and similar optimisers need `eps_root > 0` (`optax.adam(lr, eps_root=1e-8)`), since
+    the derivative of a square root at zero is infinite. Where the train loss is not finite, the parameters after the
+    step are not finite either, even if the gradient is: the logarithm of a negative number is never ignored.
 
     Args:
       loss: `(params, hparams, batch) -> scalar`; with `has_state`,
         `(params, hparams, batch, model_state) -> (scalar, model_state)`.
-      tx: an `optax.GradientTransformation`, or a function `hparams -> GradientTransformation`: then learning rates,
-        momenta, schedules and decays are hyperparameters. `value`, `grad` and `value_fn` are passed to it.
-      has_state: the model carries state such as batch-norm statistics.
+      tx: an `optax.GradientTransformation`, or a function `hparams -> GradientTransformation`; with the function,
+        learning rates, momenta, schedules and decays can be hyperparameters. Its `update` receives `value`, `grad` and
+        `value_fn` if it accepts them.
+      has_state: whether the model carries state such as batch-norm statistics.
 
     Returns:
       A `Solver`.
@@ -68,8 +69,7 @@ def from_optax(loss: Callable, tx: Any, *, has_state: bool = False) -> Solver:
     make_tx = _checked_tx(tx)
 
     def init(params, hparams, model_state=None):
-        params, hparams = _checked_start(params, hparams)
-        return InnerState(params, make_tx(hparams).init(params), _checked_state(model_state, has_state))
+        return _start(params, hparams, model_state, lambda params, h: make_tx(h).init(params), has_state)
 
     def apply(state, hparams, batch, out, grad):
         value, model_state = out
@@ -96,7 +96,7 @@ class MomentumState(NamedTuple):
 
 
 def momentum_sgd(loss: Callable, learning_rate: Any, momentum: Any, *, has_state: bool = False) -> Solver:
-    r"""Gradient descent with momentum, in the form that can be run backwards.
+    r"""An inner problem trained by gradient descent with momentum, in the form that `Reversible` can run backwards.
 
     .. math:: v \leftarrow m_t v - (1 - m_t) g, \qquad \theta \leftarrow \theta + \alpha_t v
 
@@ -105,20 +105,20 @@ def momentum_sgd(loss: Callable, learning_rate: Any, momentum: Any, *, has_state
     derivative. (`optax.sgd` has the rate outside, :math:`v \leftarrow m v + g,\ \theta
     \leftarrow \theta - \alpha_t v`: with a constant momentum it is this form at :math:`\alpha_t / (1 - m)`.)
 
-    **Cost and bias**: one gradient of the loss a step; the velocity is one copy of the parameters. Where the train loss
-    is not finite, as in `from_optax`, the parameters after the step are not either.
+    **Cost and bias**: one gradient of the loss per step; the velocity is one copy of the parameters. Where the train
+    loss is not finite, the parameters after the step are not finite either, as in `from_optax`.
 
     Args:
       loss: as in `from_optax`.
       learning_rate: α, a float, or a function `(hparams, step) -> float or a prefix tree of params` (a rate per layer).
-      momentum: m in [0, 1), likewise.
+      momentum: m in [0, 1), in the same forms.
       has_state: as in `from_optax`.
 
     Returns:
       A `Solver`.
 
     Raises:
-      JaxhpoError: a rate that is neither a number nor a function, or out of its range.
+      JaxhpoError: a rate or momentum that is neither a number nor a function, or out of its range.
 
     Example:
       >>> solver = jaxhpo.momentum_sgd(
@@ -135,10 +135,11 @@ def momentum_sgd(loss: Callable, learning_rate: Any, momentum: Any, *, has_state
     rate = _checked_schedule("learning_rate", learning_rate, upper=None)
     decay = _checked_schedule("momentum", momentum, upper=1.0)
 
+    def at_rest(params, hparams):
+        return MomentumState(zeros_like(params), jnp.zeros((), jnp.int32))
+
     def init(params, hparams, model_state=None):
-        params, _ = _checked_start(params, hparams)
-        state = MomentumState(zeros_like(params), jnp.zeros((), jnp.int32))
-        return InnerState(params, state, _checked_state(model_state, has_state))
+        return _start(params, hparams, model_state, at_rest, has_state)
 
     def rates(params, hparams, count):
         alpha = _broadcast_prefix(rate(hparams, count), params, "learning_rate")
@@ -150,16 +151,16 @@ def momentum_sgd(loss: Callable, learning_rate: Any, momentum: Any, *, has_state
         params = jax.tree.map(lambda p, a, v: p + a * v, state.params, alpha, velocity)
         return InnerState(params, MomentumState(velocity, state.opt_state.count + 1), out[1])
 
-    return _descent(init, evaluate, apply, "momentum_sgd")._replace(rates=rates)
+    return _descent(init, evaluate, apply, "momentum_sgd", rates)
 
 
 def fixed_point(step: Callable, condition: Callable | None = None) -> Solver:
     r"""An inner problem given by your own update :math:`\theta \leftarrow \Phi(\theta, h, b)`.
 
-    Proximal and projected steps, decoupled decay, EM, power iterations: whatever converges. Implicit rules
+    For any map that converges: proximal and projected steps, decoupled decay, EM, power iterations. Implicit rules
     differentiate :math:`\theta = \Phi(\theta, h, b)`.
 
-    **Cost and bias**: one call of `step` a step. The Jacobian of :math:`\theta - \Phi` is not symmetric in general,
+    **Cost and bias**: one call of `step` per step. The Jacobian of :math:`\theta - \Phi` is not symmetric in general,
     so `CG` refuses it: take `Neumann(num_terms, 1.0)`, whose sum is :math:`\sum_k J^k`, or `Direct()`.
 
     Args:
@@ -189,35 +190,32 @@ def fixed_point(step: Callable, condition: Callable | None = None) -> Solver:
         check_callable("condition", condition, "condition(params, hparams, batch)", 3)
 
     def init(params, hparams, model_state=None):
-        params, _ = _checked_start(params, hparams)
-        return InnerState(params, None, _checked_state(model_state, has_state=False))
+        return _start(params, hparams, model_state, lambda params, hparams: None)
+
+    def mapped(params, hparams, batch):
+        return check_residual(step(params, hparams, batch), params, "step")
 
     def advance(state, hparams, batch):
-        params = step(state.params, hparams, batch)
-        check_residual(params, state.params, "step")
-        return InnerState(params, None, None)
+        return InnerState(mapped(state.params, hparams, batch), None, None)
 
     def residual(params, hparams, batch, model_state):
-        del model_state
         if condition is not None:
             return condition(params, hparams, batch)
-        after = step(params, hparams, batch)
-        check_residual(after, params, "step")
-        return add_scaled(params, -1.0, after)
+        return add_scaled(params, -1.0, mapped(params, hparams, batch))
 
     return Solver(init, advance, residual, "fixed_point", symmetric=condition is not None)
 
 
 def _accepted(update, **offered) -> dict:
-    """Those of the extra arguments that an optax update takes: not every one that takes some has `**extra_args`."""
+    """The extra arguments that an optax update accepts: some name theirs instead of taking `**extra_args`."""
     parameters = inspect.signature(update).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return offered
     return {name: value for name, value in offered.items() if name in parameters}
 
 
-def _descent(init, loss, apply, name) -> Solver:
-    """A solver whose steps are functions of the loss's gradient."""
+def _descent(init, loss, apply, name, rates=None) -> Solver:
+    """A solver whose steps are functions of the gradient of the loss."""
 
     def step(state, hparams, batch):
         out, grad = value_and_grad(loss, state.params, hparams, batch, state.model_state)
@@ -226,63 +224,60 @@ def _descent(init, loss, apply, name) -> Solver:
     def condition(params, hparams, batch, model_state):
         return value_and_grad(loss, params, hparams, batch, model_state)[1]
 
-    return Solver(init, step, condition, name, loss=loss, apply=apply)
+    return Solver(init, step, condition, name, loss=loss, apply=apply, rates=rates)
 
 
 def _checked_loss(loss, has_state):
-    """`(params, hparams, batch, model_state) -> (scalar, model_state)`, a loss's mistakes caught as it is traced."""
+    """Returns `(params, hparams, batch, model_state) -> (scalar, model_state)`, which checks the loss as it traces."""
     if has_state:
-        signature = "loss(params, hparams, batch, model_state)"
-        check_callable("loss", loss, signature, 4)
+        check_callable("loss", loss, "loss(params, hparams, batch, model_state)", 4)
     else:
         with_state = ", or pass `has_state=True` if its fourth argument is a model state"
         check_callable("loss", loss, "loss(params, hparams, batch)", 3, with_state)
 
     def evaluate(params, hparams, batch, model_state):
         args = (params, hparams, batch, model_state) if has_state else (params, hparams, batch)
-        # Fresh containers: a loss may change its model state in place, as flax nnx does, which also wants them made
-        # within the trace that changes them.
+        # New containers: a loss may change its model state in place, as flax nnx does, which also requires that the
+        # containers are made within the trace that changes them.
         args = jax.tree.map(lambda x: x, args)
         try:
             out = loss(*args)
         except (TypeError, AttributeError) as error:
-            if batch is None and "None" in str(error):
-                raise JaxhpoError(
-                    f"`loss` raised `{error}` on `batch=None`, since `solve` got `batches=None`: pass `batches=`, "
-                    f"or write a loss that ignores its third argument."
-                ) from error
-            raise
+            if batch is not None or "None" not in str(error):
+                raise
+            raise JaxhpoError(
+                f"`loss` raised `{error}` on `batch=None`, since `solve` got `batches=None`: pass `batches=`, or write "
+                "a loss that ignores its third argument."
+            ) from error
         return _checked_output(out, has_state)
 
     return evaluate
 
 
 def _checked_output(out, has_state):
-    if has_state and not (isinstance(out, tuple) and len(out) == 2 and isinstance(out[0], jax.Array)):
+    if not has_state:
+        if isinstance(out, tuple):
+            raise JaxhpoError(
+                "`loss` returned a tuple, but it must return a scalar: drop the rest, or, if it is model state, write "
+                "`from_optax(loss, tx, has_state=True)` and `loss(params, hparams, batch, model_state)`."
+            )
+        return check_scalar(out, "loss"), None
+    if not (isinstance(out, tuple) and len(out) == 2 and isinstance(out[0], jax.Array)):
         raise JaxhpoError(
             f"`loss` returned {describe(out)}, but with `has_state=True` it must return the new state too: return "
-            f"`(scalar, model_state)`."
+            "`(scalar, model_state)`."
         )
-    if not has_state and isinstance(out, tuple):
-        raise JaxhpoError(
-            "`loss` returned a tuple, but it must return a scalar: drop the rest, or, if it is model state, write "
-            "`from_optax(loss, tx, has_state=True)` and a loss `(params, hparams, batch, model_state) -> (scalar, "
-            "state)`."
-        )
-    if not has_state:
-        return check_scalar(out, "loss"), None
     return check_scalar(out[0], "loss"), check_arrays(out[1], "model_state")
 
 
 def _checked_tx(tx: Any) -> Callable[[PyTree], Any]:
+    """Returns `hparams -> GradientTransformation`, for either form of `tx`."""
     one = "an `optax.GradientTransformation` such as `optax.sgd(0.1)`"
-    wanted = f"{one}, or a function `hparams -> GradientTransformation`"
     if _is_transformation(tx):
         return lambda hparams: tx
-    if not callable(tx):
-        raise JaxhpoError(f"`tx` got {describe(tx)}, which is neither: write {wanted}.")
-    if isinstance(tx, type):
-        raise JaxhpoError(f"`tx` got the class {tx.__name__}, which is neither: write {wanted}.")
+    if isinstance(tx, type) or not callable(tx):
+        what = f"the class {tx.__name__}" if isinstance(tx, type) else describe(tx)
+        raise JaxhpoError(f"`tx` got {what}: write {one}, or a function `hparams -> GradientTransformation`.")
     try:
         parameters = list(inspect.signature(tx).parameters)
     except ValueError:
@@ -290,19 +285,17 @@ def _checked_tx(tx: Any) -> Callable[[PyTree], Any]:
     if parameters[:1] == ["learning_rate"]:
         name = getattr(tx, "__name__", "optimiser")
         raise JaxhpoError(
-            f"`tx` got the function `{name}` itself, which takes a learning rate and not the hyperparameters: write "
+            f"`tx` got the function `{name}` itself, which takes a learning rate, not the hyperparameters: write "
             f"`optax.{name}(0.1)`, or `lambda hparams: optax.{name}(hparams['learning_rate'])` to tune the rate."
         )
     if parameters in (["count"], ["step"]):
-        raise JaxhpoError(
-            "`tx` got a schedule, a function of the step, but it must make an optimiser: write `optax.sgd(schedule)`."
-        )
+        raise JaxhpoError("`tx` got a schedule, but it must make an optimiser: write `optax.sgd(schedule)`.")
     check_callable("tx", tx, "tx(hparams)", 1)
 
     def make(hparams):
         made = tx(hparams)
         if not _is_transformation(made):
-            raise JaxhpoError(f"`tx(hparams)` returned {describe(made)}, but it must make an optimiser: return {one}.")
+            raise JaxhpoError(f"`tx(hparams)` returned {describe(made)}, not an optimiser: return {one}.")
         return made
 
     return make
@@ -313,6 +306,7 @@ def _is_transformation(tx) -> bool:
 
 
 def _checked_schedule(what, value, upper):
+    """Returns `(hparams, step) -> value`, for a number or such a function."""
     if callable(value):
         check_callable(what, value, f"{what}(hparams, step)", 2)
         return value
@@ -322,41 +316,38 @@ def _checked_schedule(what, value, upper):
     return lambda hparams, step: value
 
 
-def _checked_start(params, hparams):
-    return check_params(params, "params"), check_hparams(hparams)
-
-
-def _checked_state(model_state, has_state):
+def _start(params, hparams, model_state, make_opt_state, has_state=False) -> InnerState:
+    """The initial state, with every part checked."""
+    params, hparams = check_params(params, "params"), check_hparams(hparams)
     if has_state and model_state is None:
         raise JaxhpoError(
             "`init` got no model state, but the solver was made with `has_state=True`: write "
-            "`solver.init(params, hparams, model_state)`, or drop `has_state`."
+            "`solver.init(params, hparams, model_state)`, or omit `has_state`."
         )
     if not has_state and model_state is not None:
         raise JaxhpoError(
-            "`init` got a model state, but the solver was made without `has_state=True`, so the loss would never see "
-            "it: write `from_optax(loss, tx, has_state=True)`."
+            "`init` got a model state, but the solver was made without `has_state=True`, so the loss would ignore it: "
+            "write `from_optax(loss, tx, has_state=True)`."
         )
-    return check_arrays(model_state, "model_state")
+    return InnerState(params, make_opt_state(params, hparams), check_arrays(model_state, "model_state"))
 
 
 def _broadcasts(shape, to) -> bool:
-    """Whether an array of this shape broadcasts to the other without enlarging it."""
+    """Returns whether an array of this shape broadcasts to the other without enlarging it."""
     return len(shape) <= len(to) and all(a in (1, b) for a, b in zip(shape[::-1], to[::-1], strict=False))
 
 
 def _broadcast_prefix(prefix, params, what):
+    """Broadcasts a prefix tree of rates to the parameters, with a check of every shape."""
+    instead = "return one number, or one per subtree of the parameters"
     try:
-        values = jax.tree.map(lambda value, sub: jax.tree.map(lambda _: value, sub), prefix, params)
+        values = jax.tree.broadcast(prefix, params)
     except ValueError as error:
-        raise JaxhpoError(
-            f"`{what}` returned a tree that is no prefix of the parameters ({error}): return one number, or one per "
-            f"subtree of the parameters."
-        ) from error
-    for name, value, p in zip(names(params, "params"), jax.tree.leaves(values), jax.tree.leaves(params), strict=True):
+        raise JaxhpoError(f"`{what}` returned a tree that is not a prefix of the parameters: {instead}.") from error
+    for (name, p), value in zip(named_leaves(params, "params"), jax.tree.leaves(values), strict=True):
         if not is_array(value) or not _broadcasts(jnp.shape(value), p.shape):
             raise JaxhpoError(
-                f"`{what}` returned {describe(value)} for `{name}`, which is {describe(p)}: return one number, or one "
-                f"per subtree of the parameters (for a schedule, index it: `rates[step]`)."
+                f"`{what}` returned {describe(value)} for `{name}`, which is {describe(p)}: {instead} (for a schedule, "
+                "index it: `rates[step]`)."
             )
     return values

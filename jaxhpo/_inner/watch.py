@@ -1,4 +1,4 @@
-"""Inner problems whose every step reports, while a run is diagnosed."""
+"""Instrumented inner problems: every step reports what is not finite, while a run is diagnosed."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxhpo._core.record import active
+from jaxhpo._core.record import StepLog, active
+from jaxhpo._core.trace import trust
 from jaxhpo._core.tree import all_finite, is_inexact, names
 from jaxhpo._inner.problem import Problem
 
 
 def instrumented(problem: Problem) -> Problem:
-    """The problem itself, or, while recording, one whose steps report."""
+    """Returns the problem as it is, or, while steps are recorded, one whose steps report to the recorder."""
     recorder = active().steps
     if recorder is None:
         return problem
@@ -24,28 +25,38 @@ def instrumented(problem: Problem) -> Problem:
     return _reporting(problem, recorder, index)
 
 
-def _reporting(problem, recorder, index) -> Problem:
+def _reporting(problem: Problem, recorder: StepLog, index: int) -> Problem:
     train_loss = _train_loss(problem)
     recorder.advance[index] = problem.advance
-    given = jax.lax.stop_gradient((problem.state, problem.inputs[0]))
-    leaf_names = [*names(given[0], "state"), *names(given[1], "hparams")]
-    jax.debug.callback(_Tap(recorder, index, leaf_names, "before").forward, 0, _finite(given))
+
+    def into(events: dict, leaf_names: list[str]) -> Callable:
+        """Host callback that records the first time that each leaf is not finite, in order of arrival."""
+
+        def record(step, finite):
+            for name, ok in zip(leaf_names, finite, strict=True):
+                if not ok:
+                    events.setdefault((index, int(step), name), next(recorder.arrivals))
+
+        return record
+
+    start = jax.lax.stop_gradient((problem.state, problem.inputs[0]))
+    _report(into(recorder.before, [*names(start[0], "state"), *names(start[1], "hparams")]), 0, start)
 
     def advance(state: Any, inputs, x):
         t, x = x
-        tap = functools.partial(_Tap, recorder, index)
-        state = _report(tap(names(state, "state"), forward="before"), state, t)
-        hparams = _report(tap(names(inputs[0], "hparams"), forward="before"), inputs[0], t)
+        state_names, hparam_names = names(state, "state"), names(inputs[0], "hparams")
+        state = _tap(into(recorder.before, state_names), into(recorder.backward, state_names), state, t)
+        hparams = _tap(into(recorder.before, hparam_names), into(recorder.backward, hparam_names), inputs[0], t)
         inputs = (hparams, *inputs[1:])
         after = problem.advance(state, inputs, x)
         given = jax.lax.stop_gradient((state, inputs, x))
-        jax.debug.callback(tap(names(x, "batches"), forward="before").forward, t, _finite(given[2]))
-        jax.debug.callback(tap(["the train loss"]).forward, t, _finite(train_loss(*given)))
+        _report(into(recorder.before, names(x, "batches")), t, given[2])
+        _report(into(recorder.forward, ["the train loss"]), t, train_loss(*given))
         broke = all_finite(given[0]) & ~all_finite(jax.lax.stop_gradient(after))
-        # What a run is given, all data that it closes over too, comes to the host once.
-        _keep_if(t == 0, recorder.first, index, given)
-        _keep_if(broke, recorder.broken, index, (given[0], given[2]))
-        return _report(tap(names(after, "state")), after, t)
+        # What the first step is given, with all data that it closes over, is copied to the host once.
+        _keep_first(recorder.first, index, t == 0, given)
+        _keep_first(recorder.broken, index, broke, (given[0], given[2]))
+        return _tap(into(recorder.forward, state_names), into(recorder.arriving, state_names), after, t)
 
     def closure_convert(fn, *more):
         pure, consts = problem.closure_convert(fn, *more)
@@ -62,29 +73,31 @@ def _reporting(problem, recorder, index) -> Problem:
     )
 
 
-def _keep_if(wanted, kept: dict, index: int, values: Any) -> None:
-    """Has `kept[index]` hold the values, where `wanted`, the first that come."""
+def _keep_first(kept: dict, index: int, wanted, values: Any) -> None:
+    """Sets `kept[index]` on the host to the first values for which `wanted` is true."""
 
     def keep(wanted, values):
-        if wanted:
+        if wanted:  # under `vmap` both branches of the `cond` below may run
             kept.setdefault(index, values)
 
-    # Under `vmap` both branches may run, so it is asked twice.
-    tell = lambda values: jax.debug.callback(keep, wanted, values)  # noqa: E731
-    jax.lax.cond(wanted, tell, lambda values: None, values)
+    jax.lax.cond(wanted, lambda values: jax.debug.callback(keep, wanted, values), lambda values: None, values)
 
 
 def _train_loss(problem) -> Callable:
-    """`(state, inputs, x) -> loss`, with nothing closed over; of a step that has none, zero."""
+    """Returns `(state, inputs, x) -> train loss`, which closes over nothing; zero for a step without a loss."""
+
+    def no_loss(state, inputs, x):
+        return jnp.zeros(())
+
     if problem.solver.loss is None:
-        return lambda state, inputs, x: jnp.zeros(())
+        return no_loss
     pure, consts = problem.closure_convert(
         lambda s, h, batch: problem.solver.loss(s.params, h, batch, s.model_state)[0]
     )
     closed_over = problem.inputs[1]
     where = [next((i for i, c in enumerate(closed_over) if c is const), None) for const in consts]
     if None in where:
-        return lambda state, inputs, x: jnp.zeros(())
+        return no_loss
 
     def loss(state, inputs, x):
         state, inputs, x = jax.lax.stop_gradient((state, inputs, x))
@@ -93,40 +106,27 @@ def _train_loss(problem) -> Callable:
     return loss
 
 
-class _Tap:
-    """Says to whom a leaf's state is reported, in each direction."""
-
-    def __init__(self, recorder, index, leaf_names, forward="forward"):
-        self.names = leaf_names
-        self.arrivals = recorder.arrivals
-        self.forward = functools.partial(self._record, getattr(recorder, forward), index)
-        behind = recorder.arriving if forward == "forward" else recorder.backward
-        self.backward = functools.partial(self._record, behind, index)
-
-    def _record(self, events, index, step, finite):
-        for name, ok in zip(self.names, finite, strict=True):
-            if not ok:
-                events.setdefault((index, int(step), name), next(self.arrivals))
+def _report(record: Callable, step, tree: Any) -> None:
+    """Calls `record(step, finite)` on the host, with one boolean for each leaf."""
+    finite = [jnp.all(jnp.isfinite(x)) if is_inexact(x) else jnp.asarray(True) for x in jax.tree.leaves(tree)]
+    jax.debug.callback(record, step, jnp.stack(finite) if finite else jnp.ones((0,), bool))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _report(tap, tree, step):
-    jax.debug.callback(tap.forward, step, _finite(tree))
+@trust
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _tap(forward, backward, tree, step):
+    """Identity that reports its values to `forward`, and their cotangents to `backward`."""
+    _report(forward, step, tree)
     return tree
 
 
-def _report_fwd(tap, tree, step):
-    return _report(tap, tree, step), step
+def _tap_fwd(forward, backward, tree, step):
+    return _tap(forward, backward, tree, step), step
 
 
-def _report_bwd(tap, step, cotangent):
-    jax.debug.callback(tap.backward, step, _finite(cotangent))
+def _tap_bwd(forward, backward, step, cotangent):
+    _report(backward, step, cotangent)
     return cotangent, None
 
 
-_report.defvjp(_report_fwd, _report_bwd)
-
-
-def _finite(tree):
-    ok = [jnp.all(jnp.isfinite(x)) if is_inexact(x) else jnp.asarray(True) for x in jax.tree.leaves(tree)]
-    return jnp.stack(ok) if ok else jnp.ones((0,), bool)
+_tap.defvjp(_tap_fwd, _tap_bwd)

@@ -549,7 +549,7 @@ def solve_distance(h=H, solver=SGD, rule=Reversible(), num_steps=5, **more):  # 
             r"Reversible\(.*`from_optax`.*opaque.*two forms of momentum.*Write `momentum_sgd\(loss,",
         ),
         (lambda: solve_distance(solver=jaxhpo.fixed_point(lambda p, h, b: p)), r"`fixed_point`.*Write `momentum_sgd"),
-        (lambda: solve_distance(tol=1e-3), "`tol=0.001` stops.*drop `tol`"),
+        (lambda: solve_distance(tol=1e-3), "`tol=0.001` stops.*omit `tol`"),
         (lambda: Reversible(buffer_bits=0), r"Reversible\(buffer_bits=\.\.\.\).*got 0.*above 0"),
         (lambda: Reversible(buffer_bits="1"), r"Reversible\(buffer_bits=\.\.\.\).*got '1'.*plain number"),
     ],
