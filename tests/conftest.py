@@ -7,6 +7,7 @@ that leaves XLA as it comes: `JAXHPO_TEST_CODEGEN=default pytest -m codegen`.
 
 import importlib.metadata
 import os
+import signal
 import sys
 
 import orphans
@@ -38,6 +39,8 @@ def pytest_configure(config):
     """A plugin that had imported jax before would have left the variables without effect."""
     if CHEAP and not jax.config.read("jax_disable_most_optimizations"):
         raise pytest.UsageError("jax was imported before tests/conftest.py could set its environment")
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # of a shell's background job; tests send Ctrl-C
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     orphans.watch()
     if "JAXHPO_DATA_DIR" in os.environ:
         sys.addaudithook(refuse_network)
