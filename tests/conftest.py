@@ -7,6 +7,7 @@ that leaves XLA as it comes: `JAXHPO_TEST_CODEGEN=default pytest -m codegen`.
 
 import importlib.metadata
 import os
+import signal
 import sys
 
 import orphans
@@ -16,12 +17,14 @@ import pytest
 DEFAULT_CODEGEN = os.environ.get("JAXHPO_TEST_CODEGEN") == "default"
 # jaxlib 0.12 aborts at the flag; newer ones are tested as they come.
 CHEAP = not DEFAULT_CODEGEN and importlib.metadata.version("jaxlib").startswith("0.10.")
-FLAGS = ["--xla_force_host_platform_device_count=8"]
+DEVICES, NO_FUSION = "--xla_force_host_platform_device_count=8", "--xla_cpu_use_fusion_emitters=false"
+# What is inherited, of a pytest around this one, say, goes: a `codegen` test never runs otherwise than as it is marked.
+os.environ.pop("JAX_DISABLE_MOST_OPTIMIZATIONS", None)
+flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if flag not in (DEVICES, NO_FUSION)] + [DEVICES]
 if CHEAP:
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
-given = os.environ.get("XLA_FLAGS", "").split()
-os.environ["XLA_FLAGS"] = " ".join(given + [flag for flag in FLAGS if flag not in given])
+    flags.append(NO_FUSION)
+os.environ["XLA_FLAGS"] = " ".join(flags)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax  # noqa: E402
@@ -38,6 +41,8 @@ def pytest_configure(config):
     """A plugin that had imported jax before would have left the variables without effect."""
     if CHEAP and not jax.config.read("jax_disable_most_optimizations"):
         raise pytest.UsageError("jax was imported before tests/conftest.py could set its environment")
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # of a shell's background job; tests send Ctrl-C
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     orphans.watch()
     if "JAXHPO_DATA_DIR" in os.environ:
         sys.addaudithook(refuse_network)

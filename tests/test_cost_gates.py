@@ -11,7 +11,7 @@ from jax.flatten_util import ravel_pytree
 import jaxhpo
 from jaxhpo._core.cost import count_arithmetic, temporary_bytes
 
-pytestmark = pytest.mark.codegen
+codegen, slow = pytest.mark.codegen, pytest.mark.slow  # as compiled; counted or drawn
 RULES = {"default": jaxhpo.Unroll(), "reversible": jaxhpo.Reversible()}
 
 
@@ -33,6 +33,7 @@ def cost(case, name):
     return counted, memory / sum(leaf.nbytes for leaf in jax.tree.leaves(case.args[1]))
 
 
+@codegen
 def test_transformer(unroll):
     """Under Adam: at 16 steps 11/3 trainings and 140 copies; at 200, 14/3 and 120 copies above one step's own."""
     model = unroll.language_model()
@@ -43,18 +44,21 @@ def test_transformer(unroll):
     assert arithmetic <= 4.75 and memory <= 120 + one_step
 
 
+@codegen
 def test_network(unroll):
     """Under SGD with momentum at 1000 steps."""
     arithmetic, memory = cost(unroll.make_case(unroll.mlp(), "sgd", 1000, "all", RULES), "default")
     assert arithmetic <= 4.4 and memory <= 160
 
 
+@codegen
 def test_reversal(unroll):
     """The same, run backwards: a buffer of 5.0 copies (152 bits a weight, and words), four of state, the step's own."""
     arithmetic, memory = cost(unroll.make_case(unroll.mlp(), "momentum", 1000, "all", RULES), "reversible")
     assert arithmetic <= 4.2 and memory <= 20
 
 
+@slow
 def test_a_quarter_of_each_minibatch(unroll):
     """Of the transformer, with memory for two levels: two passes forward and a quarter of 8/3 are 2.67 trainings."""
     case = unroll.make_case(unroll.language_model(), "adam", 200, "all", {"f": jaxhpo.Unroll(hvp_fraction=0.25)})
@@ -62,6 +66,7 @@ def test_a_quarter_of_each_minibatch(unroll):
     assert counted / count_arithmetic(case.training, *case.args, elementwise=False) <= 3.0
 
 
+@slow
 def test_a_quarter_of_each_minibatch_is_unbiased(unroll, monkeypatch):
     """200 draws for a small transformer: within 3 standard errors along the exact hypergradient and 8 directions."""
     model = unroll.language_model(layers=2, width=32, heads=2, vocabulary=64, length=16, batch=8)

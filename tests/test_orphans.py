@@ -56,9 +56,7 @@ def wait_for(condition) -> bool:
     return met
 
 
-@pytest.mark.parametrize(
-    "ending", [pytest.param(e, marks=[] if e in ("crash", "SIGTERM") else pytest.mark.slow) for e in ENDINGS]
-)
+@pytest.mark.parametrize("ending", [pytest.param(e, marks=[] if e == "SIGTERM" else pytest.mark.slow) for e in ENDINGS])
 def test_no_child_is_left(ending, tmp_path):
     last, number = ENDINGS[ending]
     (tmp_path / "conftest.py").write_text(CONFTEST)

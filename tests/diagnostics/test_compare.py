@@ -305,9 +305,11 @@ def test_the_recommendation_agrees_with_independent_errors(name):
     if name == "mlp":
         pytest.importorskip("sklearn")
     problem = problems.PROBLEMS[name](0)
-    methods = (*problems.USUAL, "gmres", "direct") if problem.num_params < 100 else problems.USUAL
+    # Of the network, whose programs take long to compile, one method of each kind; the others are held to it elsewhere.
+    methods = (*problems.USUAL, "gmres", "direct") if problem.num_params < 100 else ("unroll", "truncated", "cg")
     rules = [problems.METHODS[method](problem) for method in methods]
-    found = compare(problem.make_outer_loss, problem.hparams, rules, repeats=None)
+    # What is asserted of times is asserted of the table's own, however noisy.
+    found = compare(problem.make_outer_loss, problem.hparams, rules, repeats=2)
     exact = flat(INDEPENDENT[name](problem.hparams))
     errors, cosines = {}, {}
     for line in found.rows:

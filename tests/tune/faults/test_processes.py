@@ -26,7 +26,8 @@ def start(folder, *scenarios) -> list[subprocess.Popen]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # of conftest: 8 devices
+    flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]  # each has two of its own
+    environment = {**os.environ, "XLA_FLAGS": " ".join(flags)}
     environment |= {"JAX_ENABLE_X64": "1", "PYTHONWARNINGS": "error::RuntimeWarning"}
     running = []
     for i in range(2):
