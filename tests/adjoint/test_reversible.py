@@ -373,10 +373,10 @@ def test_mnist_is_recovered_bit_for_bit(mnist_data, momentum, bits):
         solver = jaxhpo.momentum_sgd(loss, 0.5, momentum)
         plan, problem, consts = plan_of(solver, start, h, TRAINED, batches=batches)
         inputs = reversible.Inputs(problem.state, problem.inputs, problem.xs, consts)
-        end = reversible.run_forward(plan, inputs)
-        undo = lambda now, tx: (reversible.unstep(plan, now, inputs, *tx)[0], None)  # noqa: E731
+        end = reversible.run_exact(plan, inputs)
+        undo = lambda now, tx: (reversible.undo_step(plan, now, inputs, *tx)[0], None)  # noqa: E731
         back = jax.lax.scan(undo, end, plan.steps(inputs), reverse=True)[0]
-        return end, back, reversible.beginning(plan, problem.state)
+        return end, back, reversible.exact_start(plan, problem.state)
 
     end, back, start = there_and_back(h, mnist_data)
     for name, a, b in (
