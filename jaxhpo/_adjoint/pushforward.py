@@ -76,11 +76,7 @@ _with_tangent.defjvp(_with_tangent_jvp, symbolic_zeros=True)
 
 def push(fn: Callable, z: jax.Array, directions: jax.Array, chunk_size: int | None) -> list:
     """Directional derivatives Θ'(z) v_k of `fn` at `z`, one per row v_k of `directions`, `chunk_size` at a time."""
-
-    def along(v):
-        return jax.jvp(fn, (z,), (v,))[1]
-
-    return map_in_chunks(along, cast_varying(directions, varying_axes(z)), chunk_size)
+    return map_in_chunks(lambda v: jax.jvp(fn, (z,), (v,))[1], cast_varying(directions, varying_axes(z)), chunk_size)
 
 
 def weighted_sum(weights: jax.Array, columns: list) -> list:
