@@ -161,9 +161,9 @@ def mismatches(model: unroll.Model, num_steps: int, params, batches) -> tuple[ja
     problem = make_problem(solver, state, h, by_step, num_steps=num_steps)
     plan, problem, consts = reversible.make_plan(problem, None)
     inputs = reversible.Inputs(problem.state, problem.inputs, problem.xs, consts)
-    undo = lambda now, x: (reversible.unstep(plan, now, inputs, *x)[0], None)  # noqa: E731
-    back = jax.lax.scan(undo, reversible.run_forward(plan, inputs), plan.steps(inputs), reverse=True)[0]
-    start = reversible.beginning(plan, state)
+    undo = lambda now, x: (reversible.undo_step(plan, now, inputs, *x)[0], None)  # noqa: E731
+    back = jax.lax.scan(undo, reversible.run_exact(plan, inputs), plan.steps(inputs), reverse=True)[0]
+    start = reversible.exact_start(plan, state)
     pairs = zip(jax.tree.leaves(back[:2]), jax.tree.leaves(start[:2]), strict=True)
     return sum(jnp.sum(a != b) for a, b in pairs), arithmetic.is_empty(back.buffer)
 

@@ -149,9 +149,9 @@ def recovery(data, momentum) -> dict[str, Any]:
         problem = make_problem(solver, state, h, batches, num_steps=STEPS)
         plan, problem, consts = reversible.make_plan(problem, None)
         inputs = reversible.Inputs(problem.state, problem.inputs, problem.xs, consts)
-        end = reversible.run_forward(plan, inputs)
-        undo = lambda now, tx: (reversible.unstep(plan, now, inputs, *tx)[0], None)  # noqa: E731
-        return end, jax.lax.scan(undo, end, plan.steps(inputs), reverse=True)[0], reversible.beginning(plan, state)
+        end = reversible.run_exact(plan, inputs)
+        undo = lambda now, tx: (reversible.undo_step(plan, now, inputs, *tx)[0], None)  # noqa: E731
+        return end, jax.lax.scan(undo, end, plan.steps(inputs), reverse=True)[0], reversible.exact_start(plan, state)
 
     h = hparams(momentum, STEPS, float)
     end, back, start = run(h, data)

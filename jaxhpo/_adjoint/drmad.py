@@ -1,22 +1,16 @@
-"""Reverse mode along the straight line from the first to the last inner state (DrMAD)."""
+"""`DrMAD`: reverse mode along the straight line from the first to the last inner state."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxhpo._adjoint.pullback import (
-    Inputs,
-    closed_over_names,
-    in_condition,
-    run_with_pullback,
-    used_in_steps,
-    warn_perturbed,
-)
+from jaxhpo._adjoint.pullback import closed_over_names, in_condition, run_with_pullback, used_in_steps, warn_perturbed
 from jaxhpo._core.mesh import cast_varying, varying_axes
 from jaxhpo._core.record import report_fault
 from jaxhpo._core.tree import all_finite, is_inexact, names, norm, partition, upcast
@@ -31,37 +25,37 @@ from jaxhpo._inner.problem import Problem
 class DrMAD:
     r"""Reverse mode that keeps only the first and the last inner state, and goes back along the line between them.
 
-    With :math:`\Phi_t` the inner step, and N = `num_points` steps t visited of T (all when None), from the last to the
-    first, beginning with :math:`a = v`, the cotangent of the final state:
+    Let :math:`\Phi_t` be the inner step, v the cotangent of the final state, and N = `num_points` the number of steps t
+    visited of T (all when None). From the last of these steps to the first, beginning with :math:`a = v`:
 
     .. math:: g \mathrel{+}= \frac TN (\partial_h \Phi_t)^\top a, \qquad a \leftarrow (\partial_\theta \Phi_t)^\top a,
         \qquad \text{both at } \tilde\theta_t = (1 - \beta_t)\, \theta_0 + \beta_t\, \theta_T
 
-    The optimiser's and the model's state are interpolated too. :math:`\beta_t = t/T` is where the state before step t
-    would be if all steps were equal (the paper takes N numbers from 0.001 to 0.999). With `momentum_sgd`, whose rates α
-    are known, it is :math:`\sum_{s<t} \alpha_s / \sum_s \alpha_s`, and the velocity is the line's,
-    :math:`(\theta_T - \theta_0) / \sum_s \alpha_s`: at a constant rate the paper's, but finite where a schedule ends in
-    zero. Sees what `Unroll()` sees; with fewer points, the schedule entries and batches of the steps visited alone (it
-    warns). The initial state gets the last a. Reverse mode and first order only.
+    The optimiser's state and the model's state are interpolated too. :math:`\beta_t = t/T` is the position of the state
+    before step t if all steps were equal (the paper takes N numbers from 0.001 to 0.999). With `momentum_sgd`, whose
+    rates α are known, :math:`\beta_t = \sum_{s<t} \alpha_s / \sum_s \alpha_s`, and the velocity is that of the line,
+    :math:`(\theta_T - \theta_0) / \sum_s \alpha_s`: the paper's at a constant rate, but finite where a schedule ends in
+    zero. `DrMAD()` sees what `Unroll()` sees; with fewer points, only the schedule entries and batches of the steps
+    visited (it warns). The initial state gets the last a. Reverse mode and first order only.
 
-    Between the first and the last weights the loss may curve otherwise than where the training went, and then a grows
-    with every step. Once the weights' part of a has grown `max_growth`-fold, the hypergradient is noise and is given as
-    NaN; `tune` and `check_hypergradient` say so.
+    On the line, the loss may have another curvature than where the training went; then a grows with every step. Once
+    the weights' part of a has grown `max_growth`-fold, the hypergradient is noise and is set to NaN; `tune` and
+    `check_hypergradient` report it.
 
     **Cost and bias**: 1 + 1.95 N/T trainings (operations counted on an MLP 784-256-256-10); memory of four inner
-    states, whatever T. Exact for a uniformly traversed straight trajectory. Cosine with the exact hypergradient of one
-    penalty per weight, a network 64-32-10 on 200 digits, momentum 0.9, rate 0.1: 1.00, 0.99 and 0.49 after T = 20, 100
-    and 500 steps, where a grew 1-, 1.2- and 20-fold; at rate 0.5 and T = 500, 4e10-fold. With 50 points of 500, a did
-    not grow, and the cosine was 0.87 and 0.79, at 1.3 and 1.7 times the norm: the factor T/N is right for directions in
-    which training has not converged, and up to T/N too large for others.
+    states, for any T. Exact for a straight trajectory with equal steps. Cosine with the exact hypergradient of one
+    penalty per weight, for a network 64-32-10 on 200 digits, momentum 0.9, rate 0.1: 1.00, 0.99 and 0.49 after T = 20,
+    100 and 500 steps, where a grew 1-, 1.2- and 20-fold; at rate 0.5 and T = 500 it grew 4e10-fold. With 50 points of
+    500, a did not grow, and the cosine was 0.87 at rate 0.1 and 0.79 at rate 0.5, at 1.3 and 1.7 times the norm: the
+    factor T/N is right for directions in which training has not converged, and up to T/N too large for others.
 
     Args:
       num_points: N above, at most T; None visits all steps. About 50 is a good choice for long runs.
-      max_growth: the growth of the weights' cotangent from which the hypergradient is NaN. At 20 the cosine was 0.5, at
-        100 below 0.2.
+      max_growth: the growth of the weights' cotangent from which on the hypergradient is NaN. At a growth of 20 the
+        cosine was 0.5, at 100 below 0.2.
 
     Raises:
-      JaxhpoError: a setting out of its range, `tol`, a second derivative.
+      JaxhpoError: if a setting is out of its range, `tol` is given, or a second derivative is asked for.
 
     Example:
       >>> solver = jaxhpo.momentum_sgd(lambda p, h, batch: jnp.sum(p * h), learning_rate=0.1, momentum=0.0)
@@ -86,11 +80,11 @@ class DrMAD:
         check_positive("DrMAD(max_growth=...)", self.max_growth)
 
     def run(self, problem: Problem) -> tuple[InnerState, jax.Array]:
-        """Runs the inner loop; the derivative is taken along the line between where it began and where it ended."""
+        """Runs the inner loop; the backward pass follows the line between its first and last state."""
         refuse_tol(problem, self)
         length = problem.num_steps
         points = min(length, self.num_points or length)
-        # The middles of `points` equal parts of the run; with one part a step, the first state of each step.
+        # The middles of `points` equal parts of the run; with one part per step, the first state of each step.
         steps = (2 * np.arange(points) + 1) * length // (2 * points)
         line, consts = _line(problem)
 
@@ -104,84 +98,69 @@ class DrMAD:
             report_fault(exploded & all_finite((at, final, cotangent)), f"`{self!r}`: {_EXPLODED}", growth=growth)
             return [jnp.where(exploded, jnp.nan, c) for c in pulled]
 
-        return run_with_pullback(problem, self, forward, pull, self._check(problem, points), consts)
+        seen = in_condition(problem) if points < length else None
+        return run_with_pullback(
+            problem, self, forward, pull, functools.partial(self._check, problem, points, seen), consts
+        )
 
-    def _check(self, problem, points) -> Callable[[Inputs, Inputs], None]:
-        """Warns of what happened in steps that are not visited."""
-        if points == problem.num_steps:
-            return lambda at, perturbed: None
-        seen = in_condition(problem)
-
-        def check(at, perturbed):
-            instead = (
-                f"the hypergradient of the others is exactly zero. `DrMAD()` visits all {problem.num_steps} steps."
-            )
-            here = f"and {self!r} visits only {points} inner steps: "
-            warn_perturbed(
-                names(at.xs, "batches"), perturbed.xs, f"is being differentiated, {here}{instead}", partial=True
-            )
-            used, leaves = used_in_steps(problem, at, perturbed), jax.tree.leaves(at.inputs)
-            unseen = [u and not s and x.ndim > 0 for u, s, x in zip(used, seen, leaves, strict=True)]
-            warn_perturbed(
-                [*names(at.inputs[0], "hparams"), *closed_over_names(at.inputs[1])],
-                unseen,
-                f"acts through the optimiser alone, {here}if its entries are those of a schedule, {instead}",
-                partial=True,
-            )
-
-        return check
+    def _check(self, problem, points, seen, at, perturbed):
+        """Warns of perturbed leaves that act in steps that are not visited; `seen` marks those in the condition."""
+        if seen is None:
+            return
+        visits = f"and {self!r} visits only {points} inner steps: "
+        zero = f"the hypergradient of the others is exactly zero. `DrMAD()` visits all {problem.num_steps} steps."
+        data = f"is being differentiated, {visits}{zero}"
+        warn_perturbed(names(at.xs, "batches"), perturbed.xs, data, partial=True)
+        used, leaves = used_in_steps(problem, at, perturbed), jax.tree.leaves(at.inputs)
+        unseen = [u and not s and x.ndim > 0 for u, s, x in zip(used, seen, leaves, strict=True)]
+        every = [*names(at.inputs[0], "hparams"), *closed_over_names(at.inputs[1])]
+        schedule = f"acts through the optimiser alone, {visits}if its entries are those of a schedule, {zero}"
+        warn_perturbed(every, unseen, schedule, partial=True)
 
 
 _EXPLODED = (
     "on the way back along the straight line from the first to the last weights, the cotangent of the weights grew "
-    "{growth:.3g}-fold, since the loss curves otherwise there than along the training: the hypergradient would be "
-    "noise, and was given as NaN. Visit fewer points (`DrMAD(num_points=50)` or less), train for fewer steps, or use "
+    "{growth:.3g}-fold, since the loss has another curvature there than along the training: the hypergradient would be "
+    "noise, and was set to NaN. Visit fewer points (`DrMAD(num_points=50)` or less), train for fewer steps, or use "
     "`Unroll()`."
 )
 
 
-def _pull_back(advance, line, steps, length, at, perturbed, cotangent) -> tuple[list, jax.Array]:
-    r"""The cotangents of the moving leaves, and by how much that of the parameters grew at most.
-
-    With N points for T steps: :math:`g \mathrel{+}= \tfrac TN (\partial_h \Phi_t)^\top a`,
-    :math:`a \leftarrow (\partial_\theta \Phi_t)^\top a`, at the states of the line.
-    """
+def _pull_back(advance, state_at, steps, length, at, perturbed, cotangent) -> tuple[list, jax.Array]:
+    """The cotangents of the perturbed leaves, and the largest growth of the parameters' cotangent."""
     points = len(steps)
     floats = jax.tree.map(is_inexact, at.state)
-    a, refill = partition(cotangent, floats)
+    a, combine_a = partition(cotangent, floats)
     shared, combine = partition(at.inputs, perturbed.inputs)
     sums = [cast_varying(jnp.zeros_like(upcast(z)), varying_axes(z)) for z in shared]
 
     def body(carry, t):
         a, sums, largest = carry
-        state, combine_state = partition(line(t), floats)
+        state, combine_state = partition(state_at(t), floats)
         data, combine_data = partition(jax.tree.map(lambda x: x[t], at.xs), perturbed.xs)
 
-        def step(state, shared, data):
+        def step(state, shared, data):  # Φ_t
             return partition(advance(combine_state(state), combine(shared), combine_data(data)), floats)[0]
 
+        # At θ̃_t = `state`: a ← (∂_θ Φ_t)ᵀ a and g += T/N (∂_h Φ_t)ᵀ a; a batch gets its own T/N (∂_x Φ_t)ᵀ a.
         _, pullback = jax.vjp(step, state, shared, data)
-        a, more, d_data = pullback(a)
-        sums = [s + length / points * upcast(m) for s, m in zip(sums, more, strict=True)]
-        return (a, sums, jnp.maximum(largest, _size(refill(a).params))), [length / points * d for d in d_data]
+        a, d_shared, d_data = pullback(a)
+        sums = [s + length / points * upcast(d) for s, d in zip(sums, d_shared, strict=True)]
+        return (a, sums, jnp.maximum(largest, norm(upcast(combine_a(a).params)))), [length / points * d for d in d_data]
 
-    start = (a, sums, _size(refill(a).params))
+    start = (a, sums, norm(upcast(cotangent.params)))
     (a, sums, largest), d_data = jax.lax.scan(body, start, jnp.asarray(steps), reverse=True)
     if points < length:
         whole, _ = partition(at.xs, perturbed.xs)
         d_data = [jnp.zeros_like(x).at[steps].set(d) for x, d in zip(whole, d_data, strict=True)]
-    d_state, _ = partition(refill(a), perturbed.state)
+    d_state, _ = partition(combine_a(a), perturbed.state)
     d_consts = [jnp.zeros_like(c) for c in partition(at.consts, perturbed.consts)[0]]
-    scale = _size(partition(cotangent, floats)[0])
+    scale = norm(upcast(partition(cotangent, floats)[0]))
     return [*d_state, *sums, *d_data, *d_consts], largest / jnp.where(scale > 0, scale, 1)
 
 
-def _size(tree):
-    return norm(upcast(tree))
-
-
 def _line(problem: Problem) -> tuple[Callable, list]:
-    """`line(inputs, final)(t)`, the state before step t if the run were uniform; and what `line` closes over."""
+    """`line(inputs, final)(t)`, the state θ̃_t before step t on the line, and the values that `line` closes over."""
     length = problem.num_steps
 
     def between(first, final, t):
@@ -200,23 +179,23 @@ def _line(problem: Problem) -> tuple[Callable, list]:
         first = at.state
         x = jax.tree.map(lambda x: x[0], at.xs)
         total, share = _travel(lambda t: pure(at.consts, first, at.inputs[0], x, t), length)
-        # θ_T − θ_0 = Σ_t α_t v for the velocity v that the line has throughout.
+        # θ_T − θ_0 = Σ_t α_t v, with v the velocity on the whole line.
         velocity = jax.tree.map(
             lambda a, b, s: ((b - a) / _or_one(s)).astype(a.dtype), first.params, final.params, total
         )
 
-        def at_step(t):
+        def state_at(t):
             state = between(first, final, t)
             params = jax.tree.map(lambda a, b, s: _mix(a, b, s[t]), first.params, final.params, share)
             return state._replace(params=params, opt_state=state.opt_state._replace(velocity=velocity))
 
-        return at_step
+        return state_at
 
     return line, consts
 
 
 def _travel(rates: Callable, length: int) -> tuple[PyTree, PyTree]:
-    """Σ_t α_t, and for every leaf the share of it (in the mean over the leaf) that comes before each step."""
+    """Σ_s α_s, and β_t = Σ_{s<t} α_s / Σ_s α_s for each step and leaf, with α the mean over the leaf."""
 
     def body(total, t):
         return jax.tree.map(jnp.add, total, rates(t)), jax.tree.map(jnp.mean, total)
@@ -227,12 +206,12 @@ def _travel(rates: Callable, length: int) -> tuple[PyTree, PyTree]:
 
 
 def _or_one(x):
-    """Rates that are zero throughout move nothing, so there is nothing to divide."""
+    """Replaces 0 by 1 in a divisor: where all rates are zero, the dividend is zero too."""
     return jnp.where(x == 0, 1, x)
 
 
 def _mix(a, b, share):
-    """(1 − s) a + s b; a counter is what it was at that step; of flags and keys, the nearer one."""
+    """(1 − s) a + s b for floats, the same rounded for signed integers (counters), else the nearer of a and b."""
     if is_inexact(a):
         return ((1 - share) * a + share * b).astype(a.dtype)
     if jnp.issubdtype(a.dtype, jnp.signedinteger):

@@ -1,13 +1,14 @@
-"""Exact arithmetic for momentum that is run backwards: fixed-point numbers, and a product with n/d that can be undone.
+"""Exact arithmetic for momentum that runs backwards: fixed-point numbers, and an invertible product with n/d.
 
-Fixed-point numbers are integers c for c / 2^F, so adding and subtracting lose nothing. Multiplying c by n/d < 1 does:
-about d/n different c end at each product. What is lost, log2(d/n) bits, is pushed onto an integer i as its lowest digit
-of base d, and digits of base n are popped from it to fill the product up (Maclaurin et al. 2015; it is a range
-asymmetric numeral system, arXiv:1311.2540):
+A fixed-point number is an integer c that stands for c / 2^F, so addition and subtraction lose nothing. The product of c
+with n/d < 1 is not one-to-one: about d/n different c have the same product. It loses log2(d/n) bits. They are the
+remainder r of c div d, a digit of base d, which is pushed onto an integer i, the buffer. A digit s of base n is popped
+from i to become the lowest digit of the product (Maclaurin et al. 2015; a range asymmetric numeral system,
+arXiv:1311.2540):
 
     c = (c div d) d + r,   i d + r = i' n + s,   c' = (c div d) n + s
 
-which is a one-to-one map of (c, i) to (c', i'), with i' ≈ i d/n and c' = c n/d to within d units.
+This maps (c, i) to (c', i') one-to-one, with i' ≈ i d/n and |c' − c n/d| ≤ d.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-DIGIT = 16  # bits: d = 2^16
+DIGIT = 16  # bits of a digit: d = 2^16
 D = 2**DIGIT
-LOW = D - 1  # the mask of the lowest digit
-BLOCKS = 8  # of rows, if they are a multiple of it
-EMPTY = D  # what a lane's word holds at first: below it, the growth of i would not be d/n but what rounding makes of it
+LOW = D - 1  # bit mask of the lowest digit
+BLOCKS = 8  # number of blocks of rows, if it divides the number of rows
+EMPTY = D  # initial word of a lane; below it, rounding would make i grow by more than d/n
 
 
 class Format(NamedTuple):
-    """How numbers are held: `integer` c stands for c / 2^fraction; `real` is the widest float there is."""
+    """Fixed-point format: an `integer` c stands for c / 2^fraction; `real` is the widest float type available."""
 
     integer: Any
     real: Any
@@ -35,15 +36,15 @@ class Format(NamedTuple):
 
     @property
     def limit(self) -> float:
-        """The largest size that is let in: 1/1000 below the end of the range, so that checks may round."""
+        """Largest magnitude that is accepted: 1/1000 below the end of the range, so that checks may round."""
         return 0.999 * 2.0 ** (8 * np.dtype(self.integer).itemsize - 1 - self.fraction)
 
     def encode(self, x: jax.Array) -> jax.Array:
-        """The nearest fixed-point number; truncation, which the paper takes, would shorten every step on average."""
+        """Rounds to the nearest fixed-point number; truncation, as in the paper, shortens every step on average."""
         return jnp.round(x.astype(self.real) * 2.0**self.fraction).astype(self.integer)
 
     def decode(self, c: jax.Array) -> jax.Array:
-        """The float of a fixed-point number, rounded."""
+        """Rounds a fixed-point number to a float."""
         return c.astype(self.real) * 2.0**-self.fraction
 
 
@@ -55,11 +56,11 @@ def current_format() -> Format:
 
 
 class Velocity(NamedTuple):
-    """A fixed-point number with 16 guard bits, (high + low / 2^16) / 2^F.
+    """Fixed-point number with 16 guard bits, (high + low / 2^16) / 2^F.
 
-    The product replaces the lowest digit r by a digit s that has nothing to do with it. As a guard digit it can, and
-    the error of a product is one unit of `high`. (Without it, it would be 2^16 units: 2^-12 in 32 bits.) And since the
-    base is 2^16, `high` is c div d, and `low` is c mod d.
+    The product replaces the lowest digit r of c by an unrelated digit s. As that digit is a guard digit, the error of a
+    product is one unit of `high`. (Without guard bits it would be 2^16 units, which is 2^-12 in 32 bits.) Since
+    d = 2^16, `high` is c div d and `low` is c mod d.
 
     Attributes:
       high: signed integers, shape (rows, lanes).
@@ -71,16 +72,16 @@ class Velocity(NamedTuple):
 
 
 class Buffer(NamedTuple):
-    """The integers i of all lanes. Their elements, `rows` of them, take turns, so that few bits are unused.
+    """The integers i, one per lane. The elements of a lane, one per row, use its integer in turn, to waste few bits.
 
-    Each i is a 32-bit word and, below it, digits of 16 bits that were spilled from it. All lanes spill at once, as soon
-    as any word would not fit: lanes grow by d/n at each product and so keep step, and one pointer does for all.
+    Each i consists of a 32-bit word and, below it, 16-bit digits that were spilled from the word. As soon as any word
+    would overflow, all lanes spill: they grow at about the same rate, d/n at each product, so one pointer serves all.
 
     Attributes:
       words: uint32, shape (lanes,).
-      stack: uint16, shape (depth, lanes), what was spilled.
+      stack: uint16, shape (depth, lanes), the spilled digits.
       places: int32, shape (depth,), the product (counted over steps and rows) at which each row was spilled.
-      size: int32, rows in use; above depth, the buffer was too small.
+      size: int32, number of rows in use; more than depth if the buffer was too small.
     """
 
     words: jax.Array
@@ -90,48 +91,41 @@ class Buffer(NamedTuple):
 
     @property
     def full(self) -> jax.Array:
-        """Whether more was spilled than the stack could hold, so that nothing can be undone."""
+        """True where more digits were spilled than the stack can hold, so that no product can be undone."""
         return self.size > self.stack.shape[0]
 
 
 def empty_buffer(lanes: int, depth: int) -> Buffer:
-    """A buffer that holds nothing, with room for `depth` ≥ 1 spilled digits a lane."""
+    """An empty buffer, with room for `depth` ≥ 1 spilled digits per lane."""
     stack, places = jnp.zeros((depth, lanes), jnp.uint16), jnp.zeros(depth, jnp.int32)
     return Buffer(jnp.full(lanes, EMPTY, jnp.uint32), stack, places, jnp.zeros((), jnp.int32))
 
 
 def is_empty(buffer: Buffer) -> jax.Array:
-    """Whether everything that was pushed has been popped."""
+    """True where every digit that was pushed has been popped."""
     return (buffer.size == 0) & jnp.all(buffer.words == EMPTY)
 
 
 def information(buffer: Buffer) -> jax.Array:
-    """Bits a lane that the buffer holds, a mean over lanes."""
+    """Number of bits per lane that the buffer holds, as a mean over lanes."""
     return DIGIT * buffer.size + jnp.mean(jnp.log2(buffer.words.astype(jnp.float32))) - np.log2(EMPTY)
 
 
 def numerator(momentum: jax.Array) -> jax.Array:
-    """n of the rational n/d that stands for a momentum: rounded up by at most 2^-16, and never 0."""
+    """The n of the rational number n/d that stands for a momentum: rounded up by at most 2^-16, and never 0."""
     wide = momentum.astype(current_format().real)
     return jnp.clip(jnp.floor(wide * D) + 1, 1, D).astype(jnp.uint32)
 
 
 def multiply(v: Velocity, n: jax.Array, buffer: Buffer, step: jax.Array) -> tuple[Velocity, Buffer]:
-    """v n/d, and the buffer with what that loses. `n` is uint32 like `v`; `step` counts the calls."""
-
-    def push(low, n, places, buffer):
-        def one(i, carry):
-            low, buffer = carry
-            digit, buffer = _push(low[i], n[i], buffer, places[i])
-            return low.at[i].set(digit), buffer
-
-        return jax.lax.fori_loop(0, len(n), one, (low, buffer))
+    """v n/d, and the buffer with the digits that the product loses. `n` is uint32 like `v`; `step` counts the calls."""
 
     def block(v, n, places, buffer):
-        low, buffer = push(v.low, n, places, buffer)
-        # high n + s, with high = a 2^16 + b: both parts of a n 2^16 + (b n + s) fit.
+        # v.low holds r; the buffer takes it and returns s.
+        buffer, s = jax.lax.scan(_push, buffer, (v.low, n, places))
+        # c' = high n + s. With high = a 2^16 + b it is a n 2^16 + (b n + s), both parts of which fit.
         a, b = v.high >> DIGIT, (v.high & LOW).astype(jnp.uint32)
-        rest = b * n + low
+        rest = b * n + s
         high = a * n.astype(a.dtype) + (rest >> DIGIT).astype(a.dtype)
         return Velocity(high, (rest & LOW).astype(jnp.uint16)), buffer
 
@@ -141,68 +135,59 @@ def multiply(v: Velocity, n: jax.Array, buffer: Buffer, step: jax.Array) -> tupl
 def divide(v: Velocity, n: jax.Array, buffer: Buffer, step: jax.Array) -> tuple[Velocity, Buffer]:
     """Undoes `multiply` with the same `n` and `step`."""
 
-    def pop(low, n, places, buffer):
-        def one(i, carry):
-            low, buffer = carry
-            i = len(n) - 1 - i
-            digit, buffer = _pop(low[i], n[i], buffer, places[i])
-            return low.at[i].set(digit), buffer
-
-        return jax.lax.fori_loop(0, len(n), one, (low, buffer))
-
     def block(v, n, places, buffer):
+        # c' = (a n + rest div 2^16) 2^16 + rest mod 2^16, so c' div n = a 2^16 + rest div n and s = rest mod n.
         signed = n.astype(v.high.dtype)
         a = v.high // signed
         rest = ((v.high - a * signed).astype(jnp.uint32) << DIGIT) | v.low
         b, s = _divmod(rest, n)
-        low, buffer = pop(s.astype(jnp.uint16), n, places, buffer)
-        return Velocity((a << DIGIT) | b.astype(a.dtype), low), buffer
+        # The buffer takes s back and returns r: c = (c' div n) d + r.
+        buffer, r = jax.lax.scan(_pop, buffer, (s.astype(jnp.uint16), n, places), reverse=True)
+        return Velocity((a << DIGIT) | b.astype(a.dtype), r), buffer
 
     return _by_blocks(block, v, n, buffer, step, reverse=True)
 
 
 def _by_blocks(block, v, n, buffer, step, reverse):
-    """Block of rows by block of rows, so that what is computed on the way takes the memory of one block."""
+    """Applies `block` to one block of rows after another, so that intermediate arrays have the size of one block."""
     num_blocks = math.gcd(len(n), BLOCKS)
     size = len(n) // num_blocks
 
     def body(i, carry):
         v, buffer = carry
         begin = size * (num_blocks - 1 - i if reverse else i)
-        taken, its_n = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, begin, size), (v, n))
+        rows, rows_n = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, begin, size), (v, n))
         places = step.astype(jnp.int32) * len(n) + begin + jnp.arange(size, dtype=jnp.int32)
-        given, buffer = block(taken, its_n, places, buffer)
-        return jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, begin, 0), v, given), buffer
+        rows, buffer = block(rows, rows_n, places, buffer)
+        return jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, begin, 0), v, rows), buffer
 
     return jax.lax.fori_loop(0, num_blocks, body, (v, buffer))
 
 
-def _push(r, n, buffer, place):
-    """i d + r = i' n + s: takes the digit r of base d in, gives the digit s of base n out."""
-    # Long division of the three 16-bit digits of i d + r; all that is divided is below n 2^16 ≤ 2^32.
+def _push(buffer, row):
+    """i d + r = i' n + s for one row of lanes: pushes the digit r of base d, pops the digit s of base n."""
+    r, n, place = row
+    # Long division of the three 16-bit digits of i d + r by n. Every dividend is below n 2^16 ≤ 2^32.
     top, rest = _divmod(buffer.words >> DIGIT, n)
     middle, rest = _divmod((rest << DIGIT) | (buffer.words & LOW), n)
     bottom, s = _divmod((rest << DIGIT) | r, n)
+    # i' has the digits (top, middle, bottom). If any lane has a top digit, all lanes spill their bottom digit.
     spill = jnp.any(top > 0)
     words = jnp.where(spill, (top << DIGIT) | middle, (middle << DIGIT) | bottom)
-    return s.astype(jnp.uint16), _spilled(buffer, words, bottom.astype(jnp.uint16), place, spill)
+    # Written in any case, as a branch would copy the stack: unless a digit spills, the row gets its own values.
+    depth = len(buffer.stack)
+    at, write = jnp.minimum(buffer.size, depth - 1), spill & (buffer.size < depth)
+    stack = buffer.stack.at[at].set(jnp.where(write, bottom.astype(jnp.uint16), buffer.stack[at]))
+    places = buffer.places.at[at].set(jnp.where(write, place, buffer.places[at]))
+    return Buffer(words, stack, places, buffer.size + spill.astype(jnp.int32)), s.astype(jnp.uint16)
 
 
-def _spilled(buffer, words, digits, place, spill):
-    size = buffer.size + spill.astype(jnp.int32)
-    # Written in any case, since a branch would copy the stack: back as it was, or above what is in use.
-    top = jnp.minimum(buffer.size, buffer.stack.shape[0] - 1)
-    write = spill & (buffer.size < buffer.stack.shape[0])
-    stack = buffer.stack.at[top].set(jnp.where(write, digits, buffer.stack[top]))
-    places = buffer.places.at[top].set(jnp.where(write, place, buffer.places[top]))
-    return Buffer(words, stack, places, size)
-
-
-def _pop(s, n, buffer, place):
-    """Undoes `_push`."""
+def _pop(buffer, row):
+    """Undoes `_push`: i' n + s = i d + r, so it pushes s and pops r."""
+    s, n, place = row
     top = jnp.maximum(buffer.size - 1, 0)
     refill = (buffer.size > 0) & (buffer.places[top] == place)
-    # The three digits of i', then those of i' n + s.
+    # The three digits of i', then those of i' n + s, of which the lowest is r.
     low = jnp.where(refill, buffer.stack[top], buffer.words & LOW)
     middle = jnp.where(refill, buffer.words & LOW, buffer.words >> DIGIT)
     high = jnp.where(refill, buffer.words >> DIGIT, 0)
@@ -210,7 +195,7 @@ def _pop(s, n, buffer, place):
     middle = middle * n + (low >> DIGIT)
     words = ((high * n + (middle >> DIGIT)) << DIGIT) | (middle & LOW)
     size = buffer.size - refill.astype(jnp.int32)
-    return (low & LOW).astype(jnp.uint16), buffer._replace(words=words, size=size)
+    return buffer._replace(words=words, size=size), (low & LOW).astype(jnp.uint16)
 
 
 def _divmod(a, b):

@@ -10,9 +10,11 @@ import jax.numpy as jnp
 
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.record import report_fault
-from jaxhpo._core.tree import names
 from jaxhpo._core.types import PyTree, Solver
+from jaxhpo._core.validate import count_examples
 from jaxhpo._inner.problem import Problem
+
+_PURPOSE = "`Unroll(hvp_fraction=...)` takes part of each minibatch"
 
 
 def check_fraction(rule: Any, solver: Solver) -> None:
@@ -24,32 +26,9 @@ def check_fraction(rule: Any, solver: Solver) -> None:
         )
 
 
-def count_examples(batch: PyTree) -> int:
-    """The length of the leading axis that all leaves of a batch share; numbers have none."""
-    lengths = {
-        name: leaf.shape[0]
-        for name, leaf in zip(names(batch, "batch"), jax.tree.leaves(batch), strict=True)
-        if jnp.ndim(leaf)
-    }
-    if not lengths:
-        raise JaxhpoError(
-            "`Unroll(hvp_fraction=...)` takes part of each minibatch, but the batches hold no examples: pass the data "
-            "as `batches`, with a leading axis of examples in each, and do not close over it."
-        )
-    if len(set(lengths.values())) > 1:
-        (first, length), *rest = lengths.items()
-        other, its = next((name, n) for name, n in rest if n != length)
-        raise JaxhpoError(
-            f"`Unroll(hvp_fraction=...)` takes part of each minibatch, but `{first}` has {length} examples and "
-            f"`{other}` has {its}: their leading axes must be the examples. What belongs to no example can be closed "
-            "over."
-        )
-    return next(iter(lengths.values()))
-
-
 def subsample(batch: PyTree, key: jax.Array, fraction: float) -> PyTree:
     """A random part of the examples, without replacement."""
-    total = count_examples(batch)
+    total = count_examples(batch, _PURPOSE)
     chosen = jax.random.permutation(key, total)[: max(1, round(fraction * total))]
     return _rows(batch, chosen)
 
@@ -60,7 +39,7 @@ def is_mean(loss: Callable[[PyTree], jax.Array], batch: PyTree, precision: float
     Tested on two halves: with n₁ + n₂ = n examples, L(all) = (n₁ L(first) + n₂ L(second)) / n. A sum, a contrastive
     loss and batch statistics fail; the tolerance is the rounding error at the precision of the model.
     """
-    total = count_examples(batch)
+    total = count_examples(batch, _PURPOSE)
     if total < 2:
         return jnp.asarray(True)
     half = total // 2

@@ -1,4 +1,4 @@
-"""What the rules share that differentiate the last inner step alone, by first derivatives of the train loss."""
+"""Derivative of the last inner step alone, by a difference of two gradients: `SAMA` and `FiniteDifference`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend import core as jex
 
 from jaxhpo._adjoint.pullback import Inputs, closed_over_names, run_with_pullback, used_in_steps, warn_perturbed
 from jaxhpo._core.errors import JaxhpoError
-from jaxhpo._core.tree import add_scaled, is_inexact, names, norm, partition, upcast
+from jaxhpo._core.record import report_fault
+from jaxhpo._core.trace import dependent_results
+from jaxhpo._core.tree import add_scaled, all_finite, cast_like, is_inexact, names, norm, partition, scaled, upcast
 from jaxhpo._core.types import InnerState, PyTree
 from jaxhpo._core.validate import describe
 from jaxhpo._inner.inputs import refuse_tol
@@ -20,89 +21,69 @@ from jaxhpo._inner.loop import scan_steps
 from jaxhpo._inner.problem import Problem
 
 
-def run_one_step(
-    problem: Problem, adjoint: Any, direction: Callable, consts: PyTree = (), *, sees_optimiser: bool
-) -> tuple[InnerState, jax.Array]:
-    r"""Runs the inner problem; its last step alone is differentiated, and without second derivatives.
+def run_last_step(problem: Problem, rule: Any, step_size: float | None = None) -> tuple[InnerState, jax.Array]:
+    r"""Runs the inner problem and differentiates its last step alone, without second derivatives.
 
-    That step moves the parameters by a function of :math:`g = \nabla_w L(w, h)`. With v the cotangent of the new
-    parameters, p that of g: :math:`(d\theta/dh)^\top v = (\partial_h g)^\top p` plus what h does otherwise.
+    That step is :math:`\theta = U(w, g, h)`, a function of the gradient :math:`g = \nabla_w L(w, h)`. With v the
+    cotangent of θ:
+
+    .. math:: \Big(\frac{d\theta}{dh}\Big)^\top v = (\partial_h g)^\top p + (\partial_h U)^\top v, \qquad
+        p = (\partial_g U)^\top v
 
     Args:
       problem: the inner problem.
-      adjoint: the rule, which has an `epsilon`.
-      direction: `(inputs, moving, loss, state before the step, v) -> (p, direct)`, where `direct` lists the cotangents
-        of the moving leaves other than through g, or is None; `loss(inputs, state, params)`.
-      consts: what `direction` closes over; it finds them in `inputs.consts[1]`.
-      sees_optimiser: whether `direct` holds the settings of the optimiser.
+      rule: the derivative rule, which has an `epsilon`.
+      step_size: α of the update :math:`U = w - \alpha g`, differentiated in place of the optimiser's; None
+        differentiates the optimiser's own update.
 
     Returns:
       The final state, and the number of steps taken.
     """
-    refuse_tol(problem, adjoint)
-    loss, loss_consts = _hoist_loss(problem, adjoint)
+    refuse_tol(problem, rule)
+    sees_optimiser = step_size is None
+    if problem.solver.loss is None or (sees_optimiser and problem.solver.apply is None):
+        raise JaxhpoError(
+            f"{rule!r} takes differences of gradients of the train loss, but a `{problem.solver.name}` solver takes no "
+            "such gradient: make it with `from_optax` or `momentum_sgd`, or use `Unroll(truncate=1)`."
+        )
+    loss, loss_consts = _convert_loss(problem, rule)
+    update, update_consts = _convert_update(problem) if sees_optimiser else (None, [])
 
     def forward(at):
-        head, before = jax.tree.map(lambda x: x[:-1], at.xs), at.state
+        before = at.state
         if problem.num_steps > 1:
+            head = jax.tree.map(lambda x: x[:-1], at.xs)
             before = scan_steps(lambda s, x: problem.advance(s, at.inputs, x), before, head, problem.num_steps - 1)
-        return problem.advance(before, at.inputs, last(at.xs)), before
+        return problem.advance(before, at.inputs, _last(at.xs)), before
 
     def pull(at, perturbed, before, cotangent):
-        p, direct = direction(at, perturbed, loss, before, cotangent.params)
-        moved, combine = partition(at, perturbed)
-        # In float32 at least: differences of 16-bit gradients would be noise.
-        params, z, p = upcast((before.params, moved, p))
-        mixed = mixed_product(lambda w, z: loss(combine(z), before, w), params, z, p, adjoint.epsilon)
+        if step_size is not None:  # U = w − α g: p = −α v, and ∂_h U = 0
+            p, direct = scaled(-step_size, cotangent.params), None
+        else:
+            p, direct = _pull_update(rule, loss, update, at, perturbed, before, cotangent.params)
+        leaves, combine = partition(at, perturbed)
+        # In float32 at least: differences of 16-bit gradients are noise.
+        w, z, p = upcast((before.params, leaves, p))
+        mixed = _mixed_product(lambda w, z: loss(combine(z), before, w), w, z, p, rule.epsilon)
         return mixed if direct is None else jax.tree.map(jnp.add, mixed, upcast(direct))
 
+    # For each value that the step closes over, its position among those that the loss closes over, or None.
     in_loss = [next((i for i, o in enumerate(loss_consts) if o is c), None) for c in problem.inputs[1]]
-    check = functools.partial(_check, problem, adjoint, loss, in_loss, sees_optimiser)
-    return run_with_pullback(problem, adjoint, forward, pull, check, (loss_consts, consts), params_only=True)
+    check = functools.partial(_check, problem, rule, loss, in_loss, sees_optimiser)
+    consts = loss_consts, update_consts
+    return run_with_pullback(problem, rule, forward, pull, check, consts, params_only=True)
 
 
-def last(xs: PyTree) -> PyTree:
+def _last(xs):
     """The slice of the last step."""
     return jax.tree.map(lambda x: x[-1], xs)
 
 
-def mixed_product(loss: Callable, params: PyTree, z: list, p: PyTree, epsilon: float) -> list:
-    r"""(∂g/∂z)ᵀ p for g = ∇_w L(w, z), without second derivatives.
-
-    .. math:: (\partial_z g)^\top p = \nabla_z (g^\top p) = \frac{\|p\|}{2\epsilon} \Big[\nabla_z L\big(w + \epsilon
-        \tfrac{p}{\|p\|}, z\big) - \nabla_z L\big(w - \epsilon \tfrac{p}{\|p\|}, z\big)\Big] + O(\epsilon^2)
-
-    p = 0 gives 0, and an entry of p that is not finite gives NaN.
-    """
-    # Divided by its largest entry first, so that the squares of tiny cotangents do not vanish.
-    largest = functools.reduce(jnp.maximum, (jnp.max(jnp.abs(x), initial=0) for x in jax.tree.leaves(p)))
-    p = _divided(p, largest)
-    length = norm(p)
-    unit = _divided(p, length)
-    scale = largest * length / (2 * epsilon)
-
-    def slope(z, sign):
-        # Scaled inside: under `shard_map`, where the scale differs, the gradient is a sum over devices.
-        return scale * loss(add_scaled(params, jnp.asarray(sign * epsilon), unit), z)
-
-    return jax.tree.map(jnp.subtract, jax.grad(slope)(z, 1), jax.grad(slope)(z, -1))
-
-
-def _divided(p, size):
-    return jax.tree.map(lambda x: x / jnp.where(size > 0, size, 1).astype(x.dtype), p)
-
-
-def _hoist_loss(problem, rule):
-    """`loss(inputs, state, params)` at the last batch, in float32 at least, and what it closes over."""
-    train_loss = problem.solver.loss
-    if train_loss is None:
-        raise JaxhpoError(
-            f"{rule!r} takes differences of gradients of the train loss, but a `{problem.solver.name}` solver has "
-            f"none: make it with `from_optax` or `momentum_sgd`, or use `Unroll(truncate=1)`."
-        )
+def _convert_loss(problem, rule):
+    """`loss(inputs, state, params)` on the last batch, in float32 at least, and the values that it closes over."""
 
     def value(state, hparams, batch, params, own):
-        return upcast(train_loss(params, own, upcast(batch), upcast(state.model_state))[0])
+        return upcast(problem.solver.loss(params, own, upcast(batch), upcast(state.model_state))[0])
 
     own = problem.state.params, problem.inputs[0]
     low = [x for x in jax.tree.leaves(own) if is_inexact(x) and x.dtype.itemsize < 4]
@@ -118,37 +99,100 @@ def _hoist_loss(problem, rule):
         ) from error
 
     def loss(at, state, params):
-        return pure(at.consts[0], state, at.inputs[0], last(at.xs), params, upcast(at.inputs[0]))
+        return pure(at.consts[0], state, at.inputs[0], _last(at.xs), params, upcast(at.inputs[0]))
 
     return loss, consts
 
 
+def _convert_update(problem):
+    """`update(inputs, state, grad)`, the optimiser's U on the last batch, and the values that it closes over."""
+    solver = problem.solver
+
+    def after(state, hparams, batch, grad):
+        out = solver.loss(state.params, hparams, batch, state.model_state)  # an optimiser may read the value
+        return solver.apply(state, hparams, batch, out, grad).params
+
+    pure, consts = problem.closure_convert(after, problem.state.params)
+    return lambda at, state, grad: pure(at.consts[1], state, at.inputs[0], _last(at.xs), grad), consts
+
+
+def _pull_update(rule, loss, update, at, perturbed, before, v):
+    """p = (∂_g U)ᵀ v, and (∂_h U)ᵀ v at fixed g for each perturbed leaf."""
+    grad = jax.grad(lambda w: loss(at, before, w))(upcast(before.params))
+    leaves, combine = partition(at, perturbed)
+    grad = cast_like(grad, before.params)
+    _, pullback = jax.vjp(lambda g, leaves: update(combine(leaves), before, g), grad, leaves)
+    p, direct = pullback(v)
+    report_fault(~all_finite(p) & all_finite((v, grad)), f"`{rule!r}`: {_NOT_FINITE}")
+    return p, direct
+
+
+_NOT_FINITE = (
+    "the inner run is finite, but the derivative of the optimiser's last update is not. The likeliest cause is a "
+    "square root at zero, whose derivative is infinite (Adam, RMSProp, Adagrad): write `optax.adam(..., "
+    "eps_root=1e-8)`."
+)
+
+
+def _mixed_product(loss: Callable, w: PyTree, z: list, p: PyTree, epsilon: float) -> list:
+    r"""(∂_z g)ᵀ p for g = ∇_w L(w, z), without second derivatives.
+
+    .. math:: (\partial_z g)^\top p = \nabla_z (g^\top p) = \frac{\|p\|}{2\epsilon} \Big[\nabla_z L\big(w + \epsilon
+        \tfrac{p}{\|p\|}, z\big) - \nabla_z L\big(w - \epsilon \tfrac{p}{\|p\|}, z\big)\Big] + O(\epsilon^2)
+
+    p = 0 gives 0, and an entry of p that is not finite gives NaN.
+    """
+    # u = p / ‖p‖ and ‖p‖, with p first divided by its largest entry, as the squares of tiny entries would be zero.
+    largest = functools.reduce(jnp.maximum, (jnp.max(jnp.abs(x), initial=0) for x in jax.tree.leaves(p)))
+    p = _divided(p, largest)
+    length = norm(p)
+    unit = _divided(p, length)
+    # ∇_z L(w ± εu, z) = ∇_z L ± ε (∂_z g)ᵀ u + …: the difference of the two is 2ε (∂_z g)ᵀ u, and p = ‖p‖ u.
+    scale = largest * length / (2 * epsilon)
+
+    def slope(z, sign):
+        # Scaled before the gradient: under `shard_map` that is a sum over devices, and the scale differs between them.
+        return scale * loss(add_scaled(w, jnp.asarray(sign * epsilon), unit), z)
+
+    return jax.tree.map(jnp.subtract, jax.grad(slope)(z, 1), jax.grad(slope)(z, -1))
+
+
+def _divided(p, size):
+    return jax.tree.map(lambda x: x / jnp.where(size > 0, size, 1).astype(x.dtype), p)
+
+
 def _check(problem, rule, loss, in_loss, sees_optimiser, at, perturbed):
-    """Warns of what is being differentiated and the last step cannot see; refuses what it would see badly."""
+    """Warns of perturbed leaves that the last step does not see; refuses 16-bit ones, which are not cast."""
+    alone = f"{rule!r} differentiates the last inner step alone"
     warn_perturbed(
         names(at.state, "state"),
         perturbed.state,
-        f"is an initial value, and {rule!r} differentiates the last inner step alone, so its hypergradient through "
-        "this solve is exactly zero. `Unroll()` sees it.",
+        f"is an initial value, and {alone}, so its hypergradient through this solve is exactly zero. `Unroll()` sees "
+        "it.",
     )
-    xs_names = names(at.xs, "batches")
+    data_names = names(at.xs, "batches")
     if problem.num_steps > 1:
         warn_perturbed(
-            xs_names,
+            data_names,
             perturbed.xs,
-            f"is being differentiated, and {rule!r} differentiates the last inner step alone: all batches but the last "
-            "have a hypergradient of exactly zero. `Unroll()` sees them.",
+            f"is being differentiated, and {alone}: all batches but the last have a hypergradient of exactly zero. "
+            "`Unroll()` sees them.",
             partial=True,
         )
-    data_names = [*xs_names, *closed_over_names(at.consts[0])]
-    _refuse_low(rule, data_names, (at.xs, at.consts[0]), (perturbed.xs, perturbed.consts[0]))
+    data_names += closed_over_names(at.consts[0])
+    data, marks = jax.tree.leaves((at.xs, at.consts[0])), jax.tree.leaves((perturbed.xs, perturbed.consts[0]))
+    for name, x, m in zip(data_names, data, marks, strict=True):
+        if m and x.dtype.itemsize < 4:
+            raise JaxhpoError(
+                f"{name} is {describe(x)} and being differentiated, but {rule!r} takes a difference of two gradients, "
+                "which is noise in 16 bits: pass it in float32, or within `hparams`, which are cast."
+            )
     _check_inputs(problem, rule, _seen(loss, at, perturbed), in_loss, sees_optimiser, at, perturbed)
 
 
 def _check_inputs(problem, rule, seen, in_loss, sees_optimiser, at, perturbed):
     """Warns of hyperparameters and closed-over values that act through the optimiser alone, or not at all."""
-    hparams, closed_over = at.inputs
-    every = [*names(hparams, "hparams"), *closed_over_names(closed_over)]
+    every = [*names(at.inputs[0], "hparams"), *closed_over_names(at.inputs[1])]
     in_step = [*jax.tree.leaves(seen.inputs[0]), *(i is not None and seen.consts[0][i] for i in in_loss)]
     unseen = [m and not s for m, s in zip(jax.tree.leaves(perturbed.inputs), in_step, strict=True)]
     if not sees_optimiser:
@@ -160,38 +204,24 @@ def _check_inputs(problem, rule, seen, in_loss, sees_optimiser, at, perturbed):
             "sees it; if nothing uses it, remove it; if it enters the outer loss directly, that part is still right.",
         )
     elif problem.num_steps > 1:
-        # An entry of a schedule may be used in an early step alone; what is one number is used in every step.
+        # An entry of a schedule may be used in an early step alone; a single number is used in every step.
         used, leaves = used_in_steps(problem, at, perturbed), jax.tree.leaves(at.inputs)
         warn_perturbed(
             every,
             [a and b and x.ndim > 0 for a, b, x in zip(unseen, used, leaves, strict=True)],
             f"acts through the optimiser alone, and {rule!r} differentiates the last of {problem.num_steps} inner "
-            f"steps: what it did in the others is not in its hypergradient (an entry of a schedule used only there "
-            "gets exactly zero). `Unroll()` sees all steps.",
+            "steps: its effect in the other steps is not in its hypergradient (an entry of a schedule that is used "
+            "only there gets exactly zero). `Unroll()` sees all steps.",
             partial=True,
         )
 
 
-def _refuse_low(rule, leaf_names, tree, perturbed):
-    for name, x, m in zip(leaf_names, jax.tree.leaves(tree), jax.tree.leaves(perturbed), strict=True):
-        if m and x.dtype.itemsize < 4:
-            raise JaxhpoError(
-                f"{name} is {describe(x)} and being differentiated, but {rule!r} takes a difference of two gradients, "
-                f"which in 16 bits is noise: pass it in float32, or within `hparams`, which are cast."
-            )
-
-
 def _seen(loss, at, perturbed) -> Inputs:
-    """For each moving leaf, whether the loss's gradient in it depends on the parameters at all; False for others."""
-    moved, combine = partition(at, perturbed)
+    """`perturbed`, but True only for leaves z for which ∇_z L depends on the parameters, so that ∂_z g may not be 0."""
+    leaves, combine = partition(at, perturbed)
 
-    def grad(params):
-        return jax.grad(lambda z: loss(combine(z), at.state, params))(upcast(moved))
+    def slopes(params):
+        return jax.grad(lambda z: loss(combine(z), at.state, params))(upcast(leaves))
 
-    jaxpr = jax.make_jaxpr(grad)(upcast(at.state.params)).jaxpr
-    reached = set(jaxpr.invars)
-    for eqn in jaxpr.eqns:
-        if any(not isinstance(v, jex.Literal) and v in reached for v in eqn.invars):
-            reached.update(eqn.outvars)
-    found = [not isinstance(v, jex.Literal) and v in reached for v in jaxpr.outvars]
+    found = dependent_results(slopes, upcast(at.state.params))
     return partition(jax.tree.map(lambda _: False, perturbed), perturbed)[1](found)

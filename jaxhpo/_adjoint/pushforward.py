@@ -1,8 +1,7 @@
-"""What the rules share that push directions through the whole inner run, instead of a cotangent back through it."""
+"""Derivatives of the inner run along directions of its inputs, shared by `Forward`, `ForwardGradient`, `Smoothing`."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -14,78 +13,72 @@ from jax.custom_derivatives import SymbolicZero
 from jax.flatten_util import ravel_pytree
 
 from jaxhpo._core.mesh import cast_varying, varying_axes
-from jaxhpo._core.tree import is_inexact
+from jaxhpo._core.tree import is_inexact, partition
 from jaxhpo._core.types import InnerState
+from jaxhpo._inner.inputs import refuse_tol
 from jaxhpo._inner.loop import map_in_chunks, run
 from jaxhpo._inner.problem import Problem
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Rule:
-    final: Callable[[list], tuple[InnerState, jax.Array]]
-    tangent: Callable[[Callable, jax.Array, jax.Array, Any], list]
-
-
-def run_with_tangent(problem: Problem, tangent: Callable, key: Any = None) -> tuple[InnerState, jax.Array]:
-    """Runs the inner problem; its derivative is made from directional derivatives of the whole run.
+def run_with_tangent(
+    problem: Problem, adjoint: Any, tangent: Callable, *, random: bool = False
+) -> tuple[InnerState, jax.Array]:
+    """Runs the inner problem, with a tangent that is computed from runs of the whole inner problem.
 
     Args:
-      problem: the inner problem.
+      problem: the inner problem, without `tol`.
+      adjoint: the rule, for messages.
       tangent: `(fn, z, dz, key) -> tangent of fn(z) along dz`, linear in dz, so that reverse mode can transpose it. z
-        is the vector of all inputs that are being differentiated (initial state, hyperparameters, closed-over values,
-        data), and of nothing else: other inputs cost nothing. fn returns the floating-point leaves of the final state.
-      key: what `tangent` draws from.
+        is the vector of all perturbed inputs (initial state, hyperparameters, closed-over values, data); inputs that
+        are not perturbed cost nothing. fn returns the floating-point leaves of the final state.
+      random: whether `tangent` needs the key that was given to `solve`; otherwise it gets None.
 
     Returns:
       The final state, and the number of steps taken.
     """
-    leaves, structure = jax.tree.flatten((problem.state, problem.inputs, problem.xs))
+    refuse_tol(problem, adjoint)
+    key = problem.require_key(adjoint) if random else None
 
-    def final(leaves):
-        state, inputs, xs = jax.tree.unflatten(structure, leaves)
-        return run(problem._replace(state=state, inputs=inputs, xs=xs))
+    def final(inputs):
+        state, own, xs = inputs
+        return run(problem._replace(state=state, inputs=own, xs=xs))
 
-    return _attach(_Rule(final, tangent), leaves, key)
+    return _with_tangent(final, tangent, (problem.state, problem.inputs, problem.xs), key)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _attach(rule, leaves, key):
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _with_tangent(final, tangent, inputs, key):
     del key
-    return rule.final(leaves)
+    return final(inputs)
 
 
-def _attach_jvp(rule, primals, tangents):
-    (leaves, key), (dots, _) = primals, tangents
-    # Called through the rule again, so that second derivatives see it too.
-    out, structure = jax.tree.flatten(_attach(rule, leaves, key))
-    perturbed = [i for i, d in enumerate(dots) if not isinstance(d, SymbolicZero) and is_inexact(leaves[i])]
-    z, unravel = ravel_pytree([leaves[i] for i in perturbed])
-    dz, _ = ravel_pytree([dots[i] for i in perturbed])
+def _with_tangent_jvp(final, tangent, primals, tangents):
+    # θ_T = Θ(z) with z the perturbed leaves as one vector; the tangent is θ̇_T = Θ'(z) ż, or an estimate of it.
+    (inputs, key), (dots, _) = primals, tangents
+    # θ_T itself is computed by this same rule, so that second derivatives use the rule too.
+    out = _with_tangent(final, tangent, inputs, key)
+    perturbed = jax.tree.map(lambda x, d: is_inexact(x) and not isinstance(d, SymbolicZero), inputs, dots)
+    leaves, combine = partition(inputs, perturbed)
+    z, unravel = ravel_pytree(leaves)
+    dz, _ = ravel_pytree(partition(dots, perturbed)[0])
+    floats = jax.tree.map(is_inexact, out)
 
-    def final(z):
-        every = list(leaves)
-        for i, leaf in zip(perturbed, unravel(z), strict=True):
-            every[i] = leaf
-        return [x for x in jax.tree.leaves(rule.final(every)) if is_inexact(x)]
+    def fn(z):  # Θ
+        return partition(final(combine(unravel(z))), floats)[0]
 
-    moved = iter(rule.tangent(final, z, dz, key))
-    out_dots = [next(moved) if is_inexact(x) else np.zeros(x.shape, jax.dtypes.float0) for x in out]
-    return jax.tree.unflatten(structure, out), jax.tree.unflatten(structure, out_dots)
+    # Integer leaves of the result have tangents of type float0.
+    _, combine_dots = partition(jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), out), floats)
+    return out, combine_dots(tangent(fn, z, dz, key))
 
 
-_attach.defjvp(_attach_jvp, symbolic_zeros=True)
+_with_tangent.defjvp(_with_tangent_jvp, symbolic_zeros=True)
 
 
 def push(fn: Callable, z: jax.Array, directions: jax.Array, chunk_size: int | None) -> list:
-    """Directional derivatives of `fn` at `z` along each row of `directions`, `chunk_size` of them at a time."""
-    directions = cast_varying(directions, varying_axes(z))
-
-    def along(v):
-        return jax.jvp(fn, (z,), (v,))[1]
-
-    return map_in_chunks(along, directions, chunk_size)
+    """Directional derivatives Θ'(z) v_k of `fn` at `z`, one per row v_k of `directions`, `chunk_size` at a time."""
+    return map_in_chunks(lambda v: jax.jvp(fn, (z,), (v,))[1], cast_varying(directions, varying_axes(z)), chunk_size)
 
 
 def weighted_sum(weights: jax.Array, columns: list) -> list:
-    """Σ_k weights[k] columns[k]: linear in the weights."""
+    """Σ_k weights[k] columns[k], which is linear in the weights."""
     return [jnp.tensordot(weights.astype(c.dtype), c, axes=1) for c in columns]

@@ -1,4 +1,4 @@
-"""Antithetic finite perturbations of the inputs: evolution strategies on the solution map."""
+"""Evolution strategies on the solution map, with antithetic perturbations of the inputs."""
 
 from __future__ import annotations
 
@@ -9,29 +9,30 @@ import jax
 from jaxhpo._adjoint.pushforward import run_with_tangent, weighted_sum
 from jaxhpo._core.types import InnerState
 from jaxhpo._core.validate import check_count, check_positive
-from jaxhpo._inner.inputs import refuse_tol
 from jaxhpo._inner.problem import Problem
 
 
 @dataclasses.dataclass(frozen=True)
 class Smoothing:
-    r"""The derivative of the solution map smoothed by a Gaussian, from pairs of perturbed trainings.
+    r"""Derivative of the solution map smoothed by a Gaussian, from pairs of trainings at perturbed inputs.
 
-    :math:`\theta_\sigma(h) = E\,\theta(h + \sigma\epsilon)` has
-    :math:`\theta_\sigma'(h)\,\dot h = E\big[\tfrac{\theta(h+\sigma\epsilon)-\theta(h-\sigma\epsilon)}{2\sigma}
-    (\epsilon\cdot\dot h)\big]`: no derivative of the inner run is taken, so it may be rough, chaotic, or hold loops and
-    integer decisions. The outer loss keeps its true derivative. (To smooth the outer loss too, as for an accuracy, see
-    evolution strategies.)
+    .. math:: \theta_\sigma(h) = E\,\theta(h + \sigma\epsilon), \qquad \theta_\sigma'(h)\,\dot h = E\Big[
+        \frac{\theta(h+\sigma\epsilon)-\theta(h-\sigma\epsilon)}{2\sigma}\, (\epsilon\cdot\dot h)\Big], \qquad
+        \epsilon \sim N(0, I_m)
 
-    **Cost and bias**: 1 + 2K trainings; memory of 2K copies of the inner state, whatever T. Unbiased for the smoothed
+    The inner run is not differentiated, so it may be rough or chaotic, and may contain loops and integer decisions. The
+    outer loss keeps its true derivative. (To smooth the outer loss too, as for an accuracy, see `EvolutionStrategies`.)
+
+    **Cost and bias**: 1 + 2K trainings; memory of 2K copies of the inner state, for any T. Unbiased for the smoothed
     map; biased by O(σ²) for the map itself, with a variance of order m/K.
 
     Args:
-      num_pairs: K above.
-      sigma: standard deviation of the perturbation, in units of the hyperparameters: the same for all, so scale them.
+      num_pairs: K above, the number of samples of ε.
+      sigma: σ above, the standard deviation of the perturbation in units of the hyperparameters. It is the same for all
+        of them, so give them similar scales.
 
     Raises:
-      JaxhpoError: a setting out of its range; no `key` was given to `solve`; `tol`.
+      JaxhpoError: if a setting is out of its range, `solve` is given no `key`, or `tol` is given.
 
     Example:
       >>> adjoint = jaxhpo.Smoothing(num_pairs=16, sigma=0.1)
@@ -49,11 +50,10 @@ class Smoothing:
         check_positive("Smoothing(sigma=...)", self.sigma)
 
     def run(self, problem: Problem) -> tuple[InnerState, jax.Array]:
-        """Runs the inner loop; the derivative comes from perturbed runs."""
-        refuse_tol(problem, self)
-        key = problem.require_key(self)
+        """Runs the inner loop and estimates its derivative from runs at perturbed inputs."""
 
         def tangent(fn, z, dz, key):
+            # θ̇ = E[(Θ(z + σε) − Θ(z − σε)) / 2σ (ε·ż)]; the estimate is the mean over K samples of ε.
             noise = jax.random.normal(key, (self.num_pairs, z.size), z.dtype)
 
             def slope(e):
@@ -62,4 +62,4 @@ class Smoothing:
 
             return weighted_sum(noise @ dz / self.num_pairs, jax.vmap(slope)(noise))
 
-        return run_with_tangent(problem, tangent, key)
+        return run_with_tangent(problem, self, tangent, random=True)

@@ -49,6 +49,26 @@ def check_nonnegative(what: str, value) -> None:
     check_number(what, value, 0, strict=False)
 
 
+def check_switch(what: str, value) -> None:
+    """Raise unless `value` is a bool."""
+    if not isinstance(value, bool):
+        raise JaxhpoError(f"`{what}` got {describe(value)}, but it is a switch: write True or False.")
+
+
+_KINDS = {"count": check_count, "positive": check_positive, "nonnegative": check_nonnegative, "switch": check_switch}
+
+
+def check_settings(config: Any, **kinds: str) -> None:
+    """Check fields of a frozen dataclass, each of a kind in `_KINDS`, which may end with "or None".
+
+    `check_settings(self, rank="count", tol="positive or None")` names a field in messages as `Nystrom(rank=...)`.
+    """
+    for name, kind in kinds.items():
+        value, (kind, *rest) = getattr(config, name), kind.split(" or ")
+        if value is not None or not rest:
+            _KINDS[kind](f"{type(config).__name__}({name}=...)", value)
+
+
 def check_traceable_number(what: str, value, minimum: float, strict: bool) -> None:
     """As `check_number`, but accepts a JAX scalar too: checks the value if it is concrete, else the type."""
     if isinstance(value, jax.Array):
@@ -209,6 +229,30 @@ def check_residual(out: PyTree, params: PyTree, what: str = "condition", root: s
                 "and floating-point."
             )
     return out
+
+
+def count_examples(batch: PyTree, purpose: str) -> int:
+    """Return the length of the leading axis that all leaves of a batch share; scalars have none.
+
+    Args:
+      batch: the batch.
+      purpose: what the examples are counted for, as the beginning of a message.
+    """
+    leaves = zip(names(batch, "batch"), jax.tree.leaves(batch), strict=True)
+    lengths = {name: leaf.shape[0] for name, leaf in leaves if jnp.ndim(leaf)}
+    if not lengths:
+        raise JaxhpoError(
+            f"{purpose}, but the batches hold no examples: pass the data as the batch, with a leading axis of examples "
+            "in each leaf, and do not close over it."
+        )
+    first, *rest = lengths
+    for other in rest:
+        if lengths[other] != lengths[first]:
+            raise JaxhpoError(
+                f"{purpose}, but `{first}` has {lengths[first]} examples and `{other}` has {lengths[other]}: their "
+                "leading axes must be the examples. Pass data that belongs to no example as scalars, or close over it."
+            )
+    return lengths[first]
 
 
 def short_name(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""The rules of first order, DrMAD, DARTS' finite difference and SAMA, against formulas of their own."""
+"""First-order rules: `DrMAD`, `FiniteDifference` and `SAMA`, against the formulas of their papers."""
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +12,14 @@ from jaxhpo import SAMA, DrMAD, FiniteDifference, JaxhpoError, Unroll, ZeroHyper
 
 RIDGE = PROBLEMS["ridge"]
 RULES = [FiniteDifference(0.1), SAMA(), DrMAD()]
-# In the quick suite one rule stands for what the shared files do.
+# In the quick suite one rule tests the code that all share.
 rules = pytest.mark.parametrize(
     "rule", [pytest.param(r, marks=[] if isinstance(r, DrMAD) else pytest.mark.slow) for r in RULES], ids=str
 )
 
 
 def trace(loss, h):
-    """Traces the gradient, which is all that warnings and refusals need."""
+    """Traces the gradient, which suffices for warnings and errors."""
     return jax.eval_shape(jax.grad(loss), h)
 
 
@@ -47,8 +47,8 @@ def weighted():
     return jax.jit(hypergradient, static_argnums=(0, 2)), closed_form, rng.normal(size=4)
 
 
-def test_error_is_of_second_order():
-    """Half the ε, a quarter of the error: measured ratio 4.00 at these ε."""
+def test_error_of_the_difference_is_of_second_order():
+    """Half of ε gives a quarter of the error: the measured ratio is 4.00 at these ε."""
     hypergradient, closed_form, v = weighted()
     errors = [relative_error(hypergradient(FiniteDifference(0.5, e), v), closed_form(v)) for e in (0.1, 0.05)]
     assert errors[0] / errors[1] == pytest.approx(4, rel=0.01)
@@ -57,7 +57,7 @@ def test_error_is_of_second_order():
 
 @pytest.mark.slow
 def test_cotangents_of_any_size():
-    """Linear in v's size from 1e-30, whose square is no float32, and zero at zero; NaN stays NaN."""
+    """Linear in the size of v from 1e-30 on, whose square underflows in float32; zero at zero; NaN stays NaN."""
     hypergradient, closed_form, v = weighted()
     rule = FiniteDifference(0.5)
     tiny = hypergradient(rule, 1e-30 * v, jnp.float32)
@@ -77,7 +77,7 @@ OPTIMISERS = {
 @pytest.mark.parametrize(
     "name", ["adam", *(pytest.param(name, marks=pytest.mark.slow) for name in list(OPTIMISERS)[1:])]
 )
-def test_sama_is_one_step_of_any_optimiser(name):
+def test_sama_equals_one_unrolled_step_of_any_optimiser(name):
     """Equal to `Unroll(truncate=1)`, learning rate included; exactly, since ∇_h L is quadratic in the weights."""
     h = {"penalty": jnp.asarray(RIDGE.hparams), "rate": jnp.asarray(0.05)}
     solver = jaxhpo.from_optax(
@@ -94,8 +94,8 @@ def test_sama_is_one_step_of_any_optimiser(name):
 
 
 @pytest.mark.slow
-def test_square_root_at_zero_is_told():
-    """A weight whose gradient is always zero, under Adam without `eps_root`: NaN, with the remedy named."""
+def test_square_root_at_zero_is_reported():
+    """A weight whose gradient is always zero, under Adam without `eps_root`: the error names the remedy."""
     solver = jaxhpo.from_optax(lambda w, h, b: h * w[0] ** 2, optax.adam(0.1))
 
     def loss(h):
@@ -108,7 +108,7 @@ def test_square_root_at_zero_is_told():
 
 @pytest.mark.slow
 def test_bfloat16_is_differenced_in_float32():
-    """ε = 0.01 is below the spacing of bfloat16 numbers near these weights: only a float32 difference can be right."""
+    """ε = 0.01 is below the spacing of bfloat16 numbers near these weights, so only float32 can be right."""
     problem = RIDGE._replace(params=RIDGE.params + 4)  # bfloat16 numbers are 2⁻⁵ = 0.03 apart from 4 on
     w, h = (jnp.asarray(x, jnp.bfloat16) for x in (problem.params, problem.hparams))
     start, low_h, rate = np.asarray(w, float), np.asarray(h, float), problem.step_size
@@ -154,8 +154,8 @@ def momentum_run(rates, m, T, length):
 
 
 @pytest.mark.parametrize("points", [None, pytest.param(5, marks=pytest.mark.slow)])
-def test_line_of_momentum(points):
-    """A decaying schedule, an initial velocity, all points or some: everything that the rule sees."""
+def test_drmad_of_momentum_equals_its_formula(points):
+    """Every input that the rule sees, with a decaying schedule and an initial velocity, at all points or some."""
     T, m = 12, 0.6
     rates = 0.5 * np.linspace(1, 0, T)
     h = {"penalty": jnp.asarray(RIDGE.hparams), "rates": jnp.asarray(rates), "start": jnp.asarray(RIDGE.params)}
@@ -195,10 +195,10 @@ def optax_run(rate, m, T):
 
 
 @pytest.mark.slow
-def test_line_of_an_opaque_optimiser():
-    """Its state is interpolated, and counters in it are what they were at that step (the schedule is constant to 1)."""
+def test_drmad_of_an_optax_optimiser_equals_its_formula():
+    """The optimiser's state is interpolated; its counters have the value that they had at that step."""
     h = {"penalty": jnp.asarray(RIDGE.hparams), "rate": jnp.asarray(0.05)}
-    # The second half of the schedule is used at the steps that were in it, or the result differs in the first digit.
+    # The schedule is NaN after the last step, so a counter that ran ahead would give NaN.
     solver = jaxhpo.from_optax(
         lambda w, h, b: RIDGE.train_loss(w, h["penalty"], b),
         lambda h: optax.sgd(lambda t: jnp.where(t < 10, h["rate"], jnp.nan), momentum=0.7),
@@ -213,7 +213,7 @@ def test_line_of_an_opaque_optimiser():
         assert relative_error(got[key], want[key]) < 1e-9, key
 
 
-def test_exact_on_a_straight_line():
+def test_drmad_is_exact_on_a_straight_line():
     r"""L = cᵀw + ½ h ‖w‖² at h = 0: w_t = w_0 − c Σ_{s<t} α_s is a line under any schedule, and Hessians vanish.
 
     So a = ∇V(w_T) throughout, dF/dh = −Σ_t α_t w_tᵀa, and dF/dα_t = −cᵀa.
@@ -246,7 +246,7 @@ def unstable(rule):
     return loss
 
 
-def test_explosion_is_nan():
+def test_drmad_explosion_is_nan():
     """1.2⁴⁰ = 1470-fold: NaN from a bound below that on, by default 100, and finite with one above."""
     hypergradients = [grad(unstable(DrMAD(max_growth=bound)))(2.0) for bound in (1.21**40, 1.19**40)]
     assert np.isfinite(hypergradients[0]) and np.isnan(hypergradients[1])
@@ -254,13 +254,13 @@ def test_explosion_is_nan():
 
 
 @pytest.mark.slow
-def test_explosion_is_told():
+def test_drmad_explosion_is_reported():
     with pytest.raises(jaxhpo.NonFiniteError, match=r"DrMAD\(.*grew 1\.47e\+03-fold.*num_points=50"):
         jaxhpo.check_hypergradient(unstable(DrMAD()), jnp.asarray(2.0))
 
 
 @pytest.mark.codegen
-def test_memory_does_not_depend_on_the_number_of_steps():
+def test_drmad_memory_does_not_depend_on_the_number_of_steps():
     solver = jaxhpo.from_optax(lambda w, h, b: jnp.sum(h * w**2), optax.sgd(0.1))
 
     def temporary(num_steps):
@@ -273,7 +273,7 @@ def test_memory_does_not_depend_on_the_number_of_steps():
     assert temporary(500) <= temporary(5) + 10_000  # less than one entry per weight more
 
 
-# --- all three ---
+# --- all three rules ---
 
 
 def noisy(rule, h):
@@ -310,7 +310,7 @@ def test_second_derivatives_are_refused(rule):
 
 
 def train(h, rule, tx=None, **settings):
-    """Everything that a rule may miss is a part of h."""
+    """The solution as a function of all inputs that a rule may not see."""
     solver = jaxhpo.from_optax(
         lambda w, g, batch: jnp.sum((w - batch) ** 2) + g["penalty"] * jnp.sum(w**2),
         tx or (lambda g: optax.sgd(lambda t: g["rates"][t])),
@@ -336,16 +336,16 @@ EVERYTHING = {"penalty": 0.1, "rates": jnp.full(4, 0.1), "start": jnp.zeros(3), 
     ],
     ids=str,
 )
-def test_what_is_not_seen_is_told(rule, leaf, message):
+def test_unseen_leaves_are_warned_about(rule, leaf, message):
     def loss(value):
         return train({**EVERYTHING, leaf: value}, rule)
 
     with pytest.warns(ZeroHypergradientWarning, match=message):
         trace(loss, EVERYTHING[leaf])
-    trace(lambda p: train({**EVERYTHING, "penalty": p}, rule), 0.1)  # what is seen is not warned about: no error here
+    trace(lambda p: train({**EVERYTHING, "penalty": p}, rule), 0.1)  # no warning about a leaf that the rule sees
 
 
-def test_closed_over_settings_and_other_results_are_told():
+def test_closed_over_settings_and_other_results_are_warned_about():
     """A rate that the optimiser closes over, and an outer loss that reads the optimiser's state."""
 
     def rate(r):
@@ -385,14 +385,14 @@ FIXED_POINT = jaxhpo.fixed_point(lambda w, h, b: 0.5 * w + h)
         ),
     ],
 )
-def test_refusals(make, message):
+def test_invalid_arguments_are_refused(make, message):
     with pytest.raises(JaxhpoError, match=message):
         make()
 
 
 @pytest.mark.slow
-def test_what_is_16_bit_and_not_cast_is_refused():
-    """A bfloat16 value that the loss closes over cannot be differenced; nor a loss that insists on 16 bits."""
+def test_16_bit_values_that_are_not_cast_are_refused():
+    """A bfloat16 value that the loss closes over, or a loss that accepts 16-bit parameters only."""
 
     def loss(c):
         solver = jaxhpo.from_optax(lambda w, h, b: jnp.sum(c * w**2), optax.sgd(0.1))

@@ -1,4 +1,4 @@
-"""Randomised rules are right on average, and curvatures equal their matrices."""
+"""Unbiasedness of the randomised rules, and curvatures and linear solvers against matrices."""
 
 import functools
 
@@ -31,8 +31,8 @@ def draws(rule, num_draws):
 
 
 @pytest.mark.parametrize("make", [ForwardGradient, lambda m: Smoothing(m, 0.1)], ids=["forward", "smoothing"])
-def test_directions_that_span_the_space_leave_no_error(make, monkeypatch):
-    """For v_k = √m e_k the mean of v vᵀ is the identity; here θ is linear in h, so that differences are exact too."""
+def test_orthogonal_directions_give_the_exact_hypergradient(make, monkeypatch):
+    """For v_k = √m e_k the mean of v vᵀ is the identity; θ is linear in h here, so differences are exact too."""
     problem = PROBLEMS["quadratic"]
     m = len(problem.hparams)
     monkeypatch.setattr(jax.random, "normal", lambda key, shape, dtype: m**0.5 * jnp.eye(*shape, dtype=dtype))
@@ -43,7 +43,7 @@ def test_directions_that_span_the_space_leave_no_error(make, monkeypatch):
 @pytest.mark.parametrize(
     "rule", [ForwardGradient(4), pytest.param(Smoothing(4, 1e-3), marks=pytest.mark.slow)], ids=str
 )
-def test_unbiased(rule):
+def test_randomised_rules_are_unbiased(rule):
     """The mean of 20 000 draws lies within five standard errors of the exact hypergradient, in every entry."""
     got, want = draws(rule, 20_000), RIDGE.unrolled(RIDGE.hparams, RIDGE.step_size, STEPS)
     error = got.std(axis=0) / np.sqrt(len(got))
@@ -60,13 +60,13 @@ def test_forward_gradient_variance():
 
 
 @pytest.mark.parametrize("rule", [ForwardGradient(2), Smoothing(2, 0.1), Implicit(Nystrom(2, 0.1))], ids=str)
-def test_a_key_is_needed(rule):
+def test_missing_key_is_refused(rule):
     solver = jaxhpo.from_optax(RIDGE.train_loss, optax.sgd(0.1))
     with pytest.raises(jaxhpo.JaxhpoError, match=r"no key.*key=key"):
         jaxhpo.solve(solver, solver.init(jnp.zeros(6), H), H, num_steps=2, adjoint=rule)
 
 
-def test_smoothing_passes_through_what_has_no_derivative():
+def test_smoothing_of_a_map_without_derivative():
     """θ(h) = sign(h) has derivative 0 everywhere; smoothed by σ it has that of erf: √(2/π)/σ exp(−h²/2σ²)."""
     solver = jaxhpo.fixed_point(lambda p, h, batch: jnp.sign(h) + 0 * p)
     sigma, h = 0.5, 0.2
@@ -81,7 +81,7 @@ def test_smoothing_passes_through_what_has_no_derivative():
 
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 3, 7])
-def test_chunks_of_any_size_and_leaves_without_entries(chunk_size):
+def test_forward_in_chunks_of_any_size_with_an_empty_leaf(chunk_size):
     """θ ← θ − 0.2 (θ − h) from zero: dθ/dh = 1 − 0.8⁵ after five steps."""
     solver = jaxhpo.from_optax(lambda p, h, batch: jnp.sum((p["w"] - h) ** 2), optax.sgd(0.1))
     params = {"w": jnp.zeros(3), "none": jnp.zeros(0)}
@@ -94,7 +94,7 @@ def test_chunks_of_any_size_and_leaves_without_entries(chunk_size):
 
 
 @pytest.mark.codegen
-def test_forward_differentiates_only_what_moves():
+def test_forward_carries_only_the_columns_of_perturbed_leaves():
     """Of 10 000 hyperparameters and one rate, only the rate is differentiated: one column, not 10 001."""
     solver = jaxhpo.from_optax(
         lambda p, h, b: jnp.sum(h["penalty"] * p**2) + jnp.sum(p), lambda h: optax.sgd(h["rate"])
@@ -159,7 +159,7 @@ def test_curvature_closed_form(name, linear_solver):
     assert relative_error(got, want) < 1e-9
 
 
-def test_gauss_newton_is_definite_where_the_hessian_is_not():
+def test_gauss_newton_is_definite_where_the_hessian_is_indefinite():
     """One unit tanh(ab): its Hessian has a negative eigenvalue here; Gauss-Newton with a penalty has none."""
     predict = lambda p, h, b: jnp.tanh(p[0] * p[1])[None]  # noqa: E731
     output_loss = lambda o, b: 0.5 * jnp.sum((o - 2.0) ** 2)  # noqa: E731
@@ -174,7 +174,7 @@ def test_gauss_newton_is_definite_where_the_hessian_is_not():
     assert CG()(product, jnp.ones(2))[1].status == jaxhpo.LinearStatus.CONVERGED
 
 
-# --- what the linear solvers report ---
+# --- reports of the linear solvers ---
 
 SOLVERS = [GMRES(), BiCGStab(), NormalCG()]
 
@@ -201,7 +201,7 @@ def test_failure_is_reported(solver):
         assert info.status != jaxhpo.LinearStatus.CONVERGED
 
 
-def test_nystrom_low_rank():
+def test_nystrom_is_exact_for_a_matrix_of_low_rank():
     """Exact for a matrix of rank 2 from a sketch of rank 2, and of rank 4."""
     U = np.linalg.qr(np.random.default_rng(0).normal(size=(8, 2)))[0]
     A, b = U @ np.diag([3.0, 1.0]) @ U.T, jnp.arange(8.0)

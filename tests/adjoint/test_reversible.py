@@ -1,4 +1,4 @@
-"""`Reversible`: what it recovers and stores, and its hypergradients against closed forms and plain reverse mode."""
+"""`Reversible`: exact recovery, buffer size, and hypergradients against closed forms and plain reverse mode."""
 
 from typing import NamedTuple
 
@@ -23,7 +23,7 @@ D = 2**16  # the denominator d of the rational momentum
 
 
 def used(m):
-    """n/d with n = ⌊m d⌋ + 1, as the specification has it."""
+    """n/d with n = ⌊m d⌋ + 1, as the specification defines it."""
     return (np.floor(np.asarray(m, float) * D) + 1) / D
 
 
@@ -35,7 +35,7 @@ def relative_error(got, want) -> float:
 # --- exact arithmetic ------------------------------------------------------------------------------------------------
 
 PRODUCTS, SHAPE = 200, (3, 40)
-DEPTH = PRODUCTS * SHAPE[0] + 1  # enough where every product pushes all 16 bits
+DEPTH = PRODUCTS * SHAPE[0] + 1  # enough if every product pushes all 16 bits
 
 
 class Trip(NamedTuple):
@@ -54,7 +54,7 @@ class Trip(NamedTuple):
 
 @jax.jit
 def there_and_back(high, momenta, added):
-    """Multiplies by all n/d, adding something after each; then undoes it."""
+    """Multiplies by all n/d with an addition after each, then undoes both."""
     form = arithmetic.current_format()
     high, added = form.encode(high.astype(form.real)), form.encode(added.astype(form.real))
     n = jnp.broadcast_to(arithmetic.numerator(momenta.astype(form.real))[:, None, None], added.shape)
@@ -74,7 +74,7 @@ def there_and_back(high, momenta, added):
 
 
 def round_trip(momenta, seed=0):
-    """Random numbers of both signs, and both ends of the range, through 200 products with the momenta, and back."""
+    """Takes random numbers of both signs, and both ends of the range, through 200 products and back."""
     form, rng = arithmetic.current_format(), np.random.default_rng(seed)
     high = rng.uniform(-1, 1, SHAPE) * 2.0 ** rng.uniform(-form.fraction, 1, SHAPE)
     high[0, :3] = 0, form.limit, -form.limit
@@ -85,7 +85,7 @@ def test_200_random_factors_are_undone():
     momenta = np.random.default_rng(1).uniform(0, 1, PRODUCTS)
     trip = round_trip(momenta)
     trip.check()
-    # The information is that of the rational numbers, within the 2 % asked for: Σ log2(d/n) for each of three rows.
+    # The information is Σ log2(d/n) for each of three rows, within the required 2 %.
     want = SHAPE[0] * np.sum(-np.log2(used(momenta)))
     assert float(arithmetic.information(trip.buffer)) == pytest.approx(want, rel=0.02)
 
@@ -101,8 +101,8 @@ def test_any_factors_are_undone(momenta, seed, x64):
 @slow
 @pytest.mark.parametrize("x64", [True, False], ids=["int64", "int32"])
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9, 0.98, 0.99, 1.0])
-def test_bits(momentum, x64):
-    """log2(d/n) bits a product: 0.152 at 0.9, 0.029 at 0.98, 0.0145 at 0.99, 16 at 0 (n = 1), none at 1 (n = d)."""
+def test_buffer_holds_the_information_of_each_product(momentum, x64):
+    """log2(d/n) bits per product: 0.152 at 0.9, 0.029 at 0.98, 0.0145 at 0.99, 16 at 0 (n = 1), none at 1 (n = d)."""
     with jax.enable_x64(x64):
         trip = round_trip(np.full(PRODUCTS, momentum))
         trip.check()
@@ -112,8 +112,8 @@ def test_bits(momentum, x64):
 
 @slow
 @pytest.mark.parametrize("x64", [True, False], ids=["int64", "int32"])
-def test_a_product_errs_by_one_unit(x64):
-    """Against Python's integers: the guard digit takes the noise, and `high` is right to one unit in the last place."""
+def test_error_of_a_product_is_one_unit(x64):
+    """Against Python's integers: the guard digit takes the noise, so `high` is exact to one unit in the last place."""
     with jax.enable_x64(x64):
         trip = round_trip(np.array([0.9] + [1.0] * (PRODUCTS - 1)))  # one product; at 1, n = d
         exact = [int(c) * 58983 // D for c in trip.high.ravel()]  # n = ⌊0.9 · 65536⌋ + 1
@@ -205,7 +205,7 @@ def penalty(layers, log_l2):
 
 
 def rates_of(h, t, layers):
-    """Learning rates and momenta, one a leaf."""
+    """Learning rates and momenta, one per leaf."""
     fill = jax.tree.structure(layers).unflatten
     return fill(list(jnp.exp(h["log_lr"][t]))), fill(list(jax.nn.sigmoid(h["logit_m"][t])))
 
@@ -219,7 +219,7 @@ def solver_of(loss, layers):
 
 
 def plain_run(loss, h, params, velocity, batches, num_steps):
-    """The same run by a scan of floats with the same n/d, which JAX differentiates as it likes."""
+    """The same run as a scan of floats with the same n/d, for plain reverse mode."""
 
     def step(carry, t):
         params, velocity = carry
@@ -233,7 +233,7 @@ def plain_run(loss, h, params, velocity, batches, num_steps):
 
 
 def small_network(num_steps):
-    """Everything that a hypergradient should see, as one tree, and the labels."""
+    """All inputs that the hypergradient depends on, as one tree, and the labels."""
     rng, sizes = np.random.default_rng(0), (6, 5, 3)
     h = {
         "log_lr": rng.normal(-0.5, 0.2, (num_steps, 4)),
@@ -248,7 +248,7 @@ def small_network(num_steps):
 
 
 def small_loss(h):
-    """The train loss, which sees the shift as a value that it closes over."""
+    """The train loss, which closes over the shift."""
     shift = h["shift"][None]
     return lambda layers, hparams, batch: (
         cross_entropy(layers, batch[0] + shift, batch[1]) + penalty(layers, hparams["log_l2"])
@@ -279,7 +279,7 @@ def small_grads(fn):
 
 @slow
 def test_equals_plain_reverse_mode():
-    """In every leaf to 1e-8, the figure asked for: schedules, penalties, start, data, and what is closed over."""
+    """To the required 1e-8 in every leaf: schedules, penalties, start, data, and closed-over values."""
     (value, got), (want_value, want) = small_grads(small_exact), small_grads(small_plain)
     assert value == pytest.approx(float(want_value), rel=1e-10)
     for name in want:
@@ -287,7 +287,7 @@ def test_equals_plain_reverse_mode():
 
 
 @slow
-def test_int32():
+def test_int32_is_as_accurate_as_float32():
     """Without x64 the numbers have 28 fractional bits, and the error is that of reverse mode in float32."""
     _, want = small_grads(small_plain)
     with jax.enable_x64(False):
@@ -300,7 +300,7 @@ def test_int32():
 
 @slow
 def test_float32_parameters_under_x64():
-    """int64 numbers are rounded to float32 for the gradient alone, and recovered all the same."""
+    """int64 numbers are rounded to float32 only for the gradient, and are still recovered exactly."""
     h, y = small_network(60)
     low = jax.tree.map(lambda x: x.astype(jnp.float32), h)
     got = jax.jit(jax.grad(small_exact))(low, y)
@@ -338,7 +338,7 @@ def mnist_problem(data, h, dtype=jnp.float64):
 
 
 def mnist_hparams(momentum, dtype=jnp.float64):
-    """800 log rates, 800 logits of momenta, 4 penalties, 8 log scales of the initial weights: B6's starting point."""
+    """800 log rates, 800 logits of momenta, 4 penalties, 8 log scales of the initial weights."""
     h = {
         "log_lr": np.full((TRAINED, 8), -1.0),
         "logit_m": np.full((TRAINED, 8), np.log(momentum / (1 - momentum))),
@@ -361,10 +361,8 @@ def mnist_plain(h, data, dtype=jnp.float64):
 
 
 @slow
-@pytest.mark.parametrize(
-    ("momentum", "bits"), [(0.9, 0.152), (0.98, 0.0291)]
-)  # B2: log2(65536/58983), log2(65536/64226)
-def test_mnist_is_recovered_bit_for_bit(mnist_data, momentum, bits):
+@pytest.mark.parametrize(("momentum", "bits"), [(0.9, 0.152), (0.98, 0.0291)])  # log2(65536/58983), log2(65536/64226)
+def test_mnist_weights_are_recovered_bit_for_bit(mnist_data, momentum, bits):
     h = mnist_hparams(momentum)
 
     @jax.jit
@@ -373,10 +371,10 @@ def test_mnist_is_recovered_bit_for_bit(mnist_data, momentum, bits):
         solver = jaxhpo.momentum_sgd(loss, 0.5, momentum)
         plan, problem, consts = plan_of(solver, start, h, TRAINED, batches=batches)
         inputs = reversible.Inputs(problem.state, problem.inputs, problem.xs, consts)
-        end = reversible.run_forward(plan, inputs)
-        undo = lambda now, tx: (reversible.unstep(plan, now, inputs, *tx)[0], None)  # noqa: E731
+        end = reversible.run_exact(plan, inputs)
+        undo = lambda now, tx: (reversible.undo_step(plan, now, inputs, *tx)[0], None)  # noqa: E731
         back = jax.lax.scan(undo, end, plan.steps(inputs), reverse=True)[0]
-        return end, back, reversible.beginning(plan, problem.state)
+        return end, back, reversible.exact_start(plan, problem.state)
 
     end, back, start = there_and_back(h, mnist_data)
     for name, a, b in (
@@ -402,8 +400,8 @@ def test_mnist_is_recovered_bit_for_bit(mnist_data, momentum, bits):
 
 @slow
 @pytest.mark.parametrize("momentum", [0.9, 0.98])
-def test_mnist_hypergradient(mnist_data, momentum):
-    """1612 hyperparameters, equal to plain reverse mode with the same n/d to 1e-8; int32's error is printed."""
+def test_mnist_hypergradient_equals_plain_reverse_mode(mnist_data, momentum):
+    """1612 hyperparameters, equal to plain reverse mode with the same n/d to 1e-8; the error of int32 is printed."""
     h = mnist_hparams(momentum)
     (value, got), (want_value, want) = (
         jax.jit(jax.value_and_grad(lambda h, d, f=f: f(h, d)))(h, mnist_data)
@@ -428,8 +426,8 @@ def test_mnist_hypergradient(mnist_data, momentum):
 
 
 @slow
-def test_mnist_in_plain_floats_is_lost(mnist_data):
-    """The control: undoing the steps in float32, v ← (v + (1 − m) g) / m, errs by more than the weights' own size."""
+def test_mnist_reversal_in_float32_loses_the_weights(mnist_data):
+    """Control: undoing the steps in float32, v ← (v + (1 − m) g) / m, has an error larger than the weights."""
     with jax.enable_x64(False):
         error = float_reversal_error(mnist_data, 0.9, 300)
     print(f"float32, momentum 0.9, 300 steps: relative error of the initial weights {error:.1e}")
@@ -467,7 +465,7 @@ def float_reversal_error(data, momentum, num_steps):
     return float(error(start))
 
 
-# --- what is stored --------------------------------------------------------------------------------------------------
+# --- size of the buffer ----------------------------------------------------------------------------------------------
 
 
 def plan_of(solver, params, h, num_steps, buffer_bits=None, batches=None):
@@ -487,7 +485,7 @@ def distance(p, h, batch):
     ("momentum", "bits"),
     [
         pytest.param(0.9, np.log2(D / 58983), marks=slow),  # n = ⌊0.9 · 65536⌋ + 1
-        (lambda h, t: h["m"], 1.0),  # traced, or as good as
+        (lambda h, t: h["m"], 1.0),  # traced, or treated as traced
         pytest.param(lambda h, t: 0.98, np.log2(D / 64226), marks=slow),
         pytest.param(lambda h, t: SCHEDULE[t], np.mean(np.log2(1 / used(SCHEDULE))), marks=slow),
         pytest.param(lambda h, t: jnp.array([0.9, 0.5, 0.99]), np.log2(D / 32769), marks=slow),  # the lowest counts
@@ -501,7 +499,7 @@ def test_the_buffer_is_sized_by_the_momentum(momentum, bits):
     plan, *_ = plan_of(solver, jnp.ones(3), h, 10)
     assert plan.depth == max(1, int((bits * 10 + 1) / 16)) and plan.layout.rows == 1
 
-    def depth(h):  # the same where the start is made under `jit`
+    def depth(h):  # the same if the initial state is made under `jit`
         sizes.append(plan_of(solver, jnp.ones(3), h, 10)[0].depth)
         return 0
 
@@ -531,7 +529,7 @@ def test_memory_does_not_grow_with_the_steps(momentum):
     assert memory(1000, Unroll(checkpoint=1)) > 1000 * size * 8 > 50 * memory(1000, Reversible())
 
 
-# --- refused, detected -----------------------------------------------------------------------------------------------
+# --- errors and faults -----------------------------------------------------------------------------------------------
 
 H = {"target": jnp.zeros(3)}
 SGD = jaxhpo.momentum_sgd(distance, 0.5, 0.9)
@@ -553,9 +551,9 @@ def solve_distance(h=H, solver=SGD, rule=Reversible(), num_steps=5, **more):  # 
         (lambda: Reversible(buffer_bits=0), r"Reversible\(buffer_bits=\.\.\.\).*got 0.*above 0"),
         (lambda: Reversible(buffer_bits="1"), r"Reversible\(buffer_bits=\.\.\.\).*got '1'.*plain number"),
     ],
-    ids=["adam", "fixed_point", "tol", "no bits", "bits of no number"],
+    ids=["adam", "fixed_point", "tol", "no bits", "bits not a number"],
 )
-def test_refused(call, says):
+def test_invalid_arguments_are_refused(call, says):
     with pytest.raises(jaxhpo.JaxhpoError, match=says):
         call()
 
@@ -569,7 +567,10 @@ def test_a_model_state_is_refused():
 
 @pytest.mark.parametrize("outer", [jax.jacrev, pytest.param(jax.jacfwd, marks=slow)], ids=["jacrev", "jacfwd"])
 def test_a_hessian_is_refused(outer):
-    for argument in (H, jnp.ones(3)):  # of the hyperparameters, and of the start, which the fixed point would cut off
+    for argument in (
+        H,
+        jnp.ones(3),
+    ):  # hyperparameters, initial weights (which rounding would cut off)
 
         def loss(x, argument=argument):
             h, start = (x, jnp.ones(3)) if argument is H else (H, x)
@@ -604,7 +605,7 @@ WILD = jaxhpo.momentum_sgd(distance, 400.0, 0.9)
     ],
     ids=["overflow", "gradient", "momentum"],
 )
-def test_what_leaves_the_range_is_detected(solver, more, says):
+def test_numbers_out_of_range_are_detected(solver, more, says):
     """The value and the hypergradient are NaN, `info.finite` is false, and `check_hypergradient` says why."""
     sol = solve_distance(solver=solver, **more)
     assert not sol.info.finite and np.isnan(sol.params).all() and np.isnan(sol.opt_state.velocity).all()
@@ -614,19 +615,19 @@ def test_what_leaves_the_range_is_detected(solver, more, says):
 
 
 @slow
-def test_a_full_buffer_is_detected():
-    """0.152 bits are needed and 0.05 given: the value is right, the hypergradient NaN, and the reason is told."""
+def test_full_buffer_is_detected():
+    """With 0.05 bits where 0.152 are needed, the value is right, the hypergradient NaN, and the reason reported."""
     more = {"num_steps": 500, "rule": Reversible(buffer_bits=0.05)}
     value, grads = jax.value_and_grad(ends)(H, **more)
     assert np.isfinite(value) and np.isnan(grads["target"]).all()
-    with pytest.raises(jaxhpo.NonFiniteError, match=r"the 0\.0.* bits .* do not suffice.*buffer_bits="):
+    with pytest.raises(jaxhpo.NonFiniteError, match=r"has 0\.0.* bits .* do not suffice.*buffer_bits="):
         jaxhpo.check_hypergradient(lambda h: ends(h, **more), H)
     assert np.isfinite(jax.grad(ends)(H, num_steps=500)["target"]).all()
 
 
 @slow
-def test_a_gradient_that_changes_is_detected():
-    """A loss that is another each time it is computed: the run backwards misses its start, and says so."""
+def test_random_gradient_is_detected():
+    """With a loss that differs each time it is computed, the reversal misses the start and reports it."""
     rng = np.random.default_rng(0)
 
     def loss(p, h, b):
@@ -641,8 +642,8 @@ def test_a_gradient_that_changes_is_detected():
 
 
 @slow
-def test_warm_start():
-    """Two runs of six steps, the second from the first's state, are one of twelve (less the guard digits, 2^-52)."""
+def test_two_warm_started_runs_equal_one():
+    """Two runs of six steps, the second from the state of the first, equal one of twelve up to the guard digits."""
 
     def twice(h):
         start = SCALAR.init(h["x0"], h)
@@ -656,7 +657,7 @@ def test_warm_start():
 
 @slow
 def test_one_inner_problem_per_device():
-    """Under `shard_map`, with hyperparameters that vary over devices, and with data that do and a mean in the loss."""
+    """Under `shard_map`: hyperparameters that vary over devices, or data that do with a mean in the loss."""
     if jax.device_count() < 8:
         pytest.skip("needs 8 devices")
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
@@ -681,8 +682,8 @@ def test_one_inner_problem_per_device():
 
 
 @slow
-def test_a_warm_start_under_jit_has_room_for_a_falling_momentum():
-    """There the step at which a run begins is not known while the buffer is sized."""
+def test_warm_start_under_jit_has_room_for_a_falling_momentum():
+    """Under `jit` the step at which the run begins is unknown while the buffer is sized."""
     h, x = jnp.array([-2.0, -1.0, -0.5]), jax.random.normal(jax.random.key(0), (6, 3))
 
     def loss(p, h, b):
@@ -697,7 +698,7 @@ def test_a_warm_start_under_jit_has_room_for_a_falling_momentum():
     np.testing.assert_allclose(jax.jit(jax.grad(outer))(h, warm), jax.grad(outer)(h, warm), rtol=1e-9)
 
 
-def test_a_leaf_without_entries():
+def test_empty_leaf():
     params = {"a": jnp.zeros(3), "none": jnp.zeros((0, 2))}
     decay = {"a": jnp.full(3, 0.9), "none": jnp.zeros((0, 2))}
     solver = jaxhpo.momentum_sgd(lambda p, h, b: jnp.sum((p["a"] - h) ** 2), 0.1, lambda h, t: decay)
