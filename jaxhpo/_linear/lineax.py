@@ -1,4 +1,4 @@
-"""Any solver of the lineax library."""
+"""Adapter for solvers of the lineax library."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ import jax.numpy as jnp
 
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.types import LinearSolver, LinearStatus
-from jaxhpo._linear.report import default_tolerance, report, residual_of
+from jaxhpo._linear.report import default_tolerance, epsilon, report, residual_of
 from jaxhpo._linear.system import solve_system
 
 
 @dataclasses.dataclass(frozen=True)
 class FromLineax(LinearSolver):
-    """A lineax solver in the form of ours; made by `from_lineax`."""
+    """A lineax solver as a linear solver of this library; made by `from_lineax`."""
 
     solver: Any
 
     @property
     def needs_symmetry(self) -> bool:
-        """Whether the solver takes symmetric positive definite matrices only."""
+        """True where the solver takes symmetric positive definite matrices only."""
         return type(self.solver).__name__ in ("CG", "Cholesky")
 
     def __call__(self, matvec, b, x0=None):
-        """Returns `(x, LinearInfo)`; a failure is reported, not raised."""
+        """Return `(x, LinearInfo)`; a failure is reported, not raised."""
         import lineax
 
         tags = lineax.positive_semidefinite_tag if self.needs_symmetry else ()
@@ -36,29 +36,28 @@ class FromLineax(LinearSolver):
             options = {} if x0 is None else {"y0": x0}
             solution = lineax.linear_solve(wrapped, b, self.solver, options=options, throw=False)
             x, result = solution.value, solution.result
-            ended = jnp.where(
-                result == lineax.RESULTS.max_steps_reached, LinearStatus.MAX_ITERATIONS, LinearStatus.STALLED
-            )
-            # A factorisation, which counts no steps, always thinks itself successful; an iteration has its tolerances.
-            half = float(jnp.finfo(b.dtype).eps) ** 0.5
-            well = 1 - half if "num_steps" in solution.stats else half
-            limit = jnp.where(result == lineax.RESULTS.successful, well, 2 * default_tolerance(b.dtype))
-            num_steps = solution.stats.get("num_steps", b.size)
-            info = report(residual_of(operator, x, b), num_steps, ended, limit)
-            # lineax's `CG` takes NaN products for convergence, at the zeros it started from.
+            exhausted = result == lineax.RESULTS.max_steps_reached
+            ended = jnp.where(exhausted, LinearStatus.MAX_ITERATIONS, LinearStatus.STALLED)
+            # A success of an iteration is one by its own tolerances, if the residual is below that of x = 0. A
+            # factorisation, which counts no steps, always reports success.
+            half = epsilon(b.dtype) ** 0.5
+            accepted = 1 - half if "num_steps" in solution.stats else half
+            limit = jnp.where(result == lineax.RESULTS.successful, accepted, 2 * default_tolerance(b.dtype))
+            info = report(residual_of(operator, x, b), solution.stats.get("num_steps", b.size), ended, limit)
+            # lineax's `CG` reports success on NaN products, at the zeros it started from.
             return jnp.where(info.status == LinearStatus.NOT_FINITE, jnp.nan, x), info
 
         return solve_system(matvec, b, x0, solve, symmetric=self.needs_symmetry)
 
 
 def from_lineax(solver: Any) -> FromLineax:
-    r"""Lets a lineax solver solve for the implicit derivative.
+    r"""A lineax solver as the linear solver of `Implicit`.
 
-    Matrices are given by their products, so solvers that need entries (`LU`, `QR`) build them, P products. `CG` is told
-    that the matrix is positive definite. The right-hand side is scaled to a largest entry of one, so `atol` is relative
-    to that. Status CONVERGED where lineax says so and the residual is below that of x = 0 (for `LU` and other
-    factorisations, below :math:`\sqrt\epsilon`); MAX_ITERATIONS where it used up its `max_steps`; NOT_FINITE where its
-    answer is not; STALLED otherwise. Not for use inside `jax.shard_map`.
+    The matrix is given by its products, so solvers that need entries (`LU`, `QR`) build them with P products. For `CG`
+    and `Cholesky` it is tagged as positive semi-definite. The right-hand side is scaled to a largest entry of one, so
+    `atol` is relative to that. The status is CONVERGED where lineax reports success and the residual is below that of
+    x = 0 (for `LU` and other factorisations, below :math:`\sqrt\epsilon`); MAX_ITERATIONS where it reached its
+    `max_steps`; NOT_FINITE where its answer is not finite; STALLED otherwise. Does not work inside `jax.shard_map`.
 
     **Cost and bias**: the solver's.
 
@@ -69,7 +68,7 @@ def from_lineax(solver: Any) -> FromLineax:
       A linear solver for `Implicit`.
 
     Raises:
-      JaxhpoError: this is no lineax solver.
+      JaxhpoError: not a lineax solver.
 
     Example:
       >>> import lineax
@@ -81,7 +80,7 @@ def from_lineax(solver: Any) -> FromLineax:
     """
     if isinstance(solver, type) or not hasattr(solver, "compute"):
         raise JaxhpoError(
-            f"`from_lineax` got {solver!r}, which is no lineax solver: write `from_lineax(lineax.CG(rtol=1e-6, "
-            "atol=1e-6))`."
+            f"`from_lineax` got {solver!r}, which is not a lineax solver: write "
+            "`from_lineax(lineax.CG(rtol=1e-6, atol=1e-6))`."
         )
     return FromLineax(solver)
