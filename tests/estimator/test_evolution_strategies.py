@@ -232,7 +232,10 @@ def test_a_key_is_needed(method):
         (lambda: EvolutionStrategies(4, 0.1, antithetic=None), r"antithetic.*True or False"),
         (lambda: PersistentES(4, -1.0, 10), r"sigma.*above 0"),
         (lambda: PersistentES(4, 1.0, 0.5), r"horizon.*integer"),
-        (lambda: of_problem(PersistentES(4, 1.0, 10), QUADRATIC, 4), r"horizon=10.*no multiple of the 4.*`horizon=8`"),
+        (
+            lambda: of_problem(PersistentES(4, 1.0, 10), QUADRATIC, 4),
+            r"horizon=10.*not a multiple of the 4.*`horizon=8`",
+        ),
         (lambda: of_problem(PersistentES(4, 1.0, 8), QUADRATIC, 4, False), r"warm_start=False.*EvolutionStrategies"),
     ],
 )
