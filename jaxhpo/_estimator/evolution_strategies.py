@@ -83,8 +83,7 @@ class EvolutionStrategies(StatefulMethod):
     chunk_size: int | None = 8
 
     def __post_init__(self):
-        check_settings(self, num_pairs="count", sigma="positive")
-        check_settings(self, antithetic="switch", chunk_size="count or None")
+        check_settings(self, num_pairs="count", sigma="positive", antithetic="switch", chunk_size="count or None")
 
     def pair(self, solver, outer_loss, num_steps, warm_start) -> Hypergradient:
         """Return the pair of `init` and `update`."""

@@ -23,3 +23,12 @@ def check_pair_state(state: Any, kind: type, method: Any) -> None:
             f"`state` got {type(state).__name__}, but the pair of {method!r} keeps a {kind.__name__}: pass what "
             "`pair.init(params, hparams)` or the last `update` returned (to `tune`, `carry=pair.init(...)`)."
         )
+
+
+def check_warm_start(warm_start: bool, method: Any, instead: str) -> None:
+    """Raise where the state of a method must continue from update to update, but `warm_start` is False."""
+    if not warm_start:
+        raise JaxhpoError(
+            f"`warm_start=False` with {method!r}, whose state always continues from update to update: omit it, or "
+            f"write `hypergradient({instead}, ..., warm_start=False)`."
+        )

@@ -14,7 +14,7 @@ from jaxhpo._core.transforms import to_natural, to_unconstrained
 from jaxhpo._core.tree import add_scaled, scaled, zeros_like
 from jaxhpo._core.types import Hypergradient, HypergradientInfo, InnerState, PyTree, StatefulMethod
 from jaxhpo._core.validate import check_settings, require_key
-from jaxhpo._estimator.pair import check_pair_state, inner_start
+from jaxhpo._estimator.pair import check_pair_state, check_warm_start, inner_start
 from jaxhpo._estimator.perturbation import in_natural_units, normal
 from jaxhpo._inner.inputs import check_steps
 from jaxhpo._inner.loop import map_in_chunks
@@ -96,24 +96,19 @@ class PersistentES(StatefulMethod):
     chunk_size: int | None = 8
 
     def __post_init__(self):
-        check_settings(self, num_pairs="count", sigma="positive")
-        check_settings(self, horizon="count", chunk_size="count or None")
+        check_settings(self, num_pairs="count", sigma="positive", horizon="count", chunk_size="count or None")
 
     def pair(self, solver, outer_loss, num_steps, warm_start) -> Hypergradient:
         """Return the pair of `init` and `update`."""
-        if not warm_start:
-            raise JaxhpoError(
-                f"`warm_start=False` with {self!r}, whose particles always continue from update to update: omit it "
-                "(they restart after `horizon` steps), or write `EvolutionStrategies(num_pairs, sigma)`."
-            )
+        check_warm_start(warm_start, self, "EvolutionStrategies(num_pairs, sigma)")
         if num_steps is not None:
             self._check_horizon(num_steps)
 
         def init(params, hparams, model_state=None):
             start = solver.init(params, hparams, model_state)
             particles = jax.tree.map(lambda x: jnp.broadcast_to(x, (self.num_pairs, 2, *x.shape)), start)
-            zeros = lambda u: jnp.zeros((self.num_pairs, *u.shape), u.dtype)  # noqa: E731
-            perturbations = jax.tree.map(zeros, to_unconstrained(self.transforms, hparams))
+            point = to_unconstrained(self.transforms, hparams)
+            perturbations = jax.tree.map(lambda u: jnp.zeros((self.num_pairs, *u.shape), u.dtype), point)
             return PersistentState(start, start, particles, perturbations, jnp.zeros((), jnp.int32))
 
         def update(hparams, state, batches, outer_batch, key):

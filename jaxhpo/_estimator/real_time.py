@@ -13,7 +13,7 @@ from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.mesh import cast_varying, varying_axes
 from jaxhpo._core.tree import is_inexact, partition, upcast
 from jaxhpo._core.types import Hypergradient, HypergradientInfo, InnerState, Solution, StatefulMethod
-from jaxhpo._estimator.pair import check_pair_state
+from jaxhpo._estimator.pair import check_pair_state, check_warm_start
 from jaxhpo._inner.problem import info_of, make_problem
 from jaxhpo._inner.watch import instrumented
 
@@ -72,11 +72,7 @@ class RealTime(StatefulMethod):
 
     def pair(self, solver, outer_loss, num_steps, warm_start) -> Hypergradient:
         """Return the pair of `init` and `update`."""
-        if not warm_start:
-            raise JaxhpoError(
-                f"`warm_start=False` with {self!r}, whose Jacobian and parameters always continue from update to "
-                "update: omit it, or write `hypergradient(Forward(), ..., warm_start=False)`."
-            )
+        check_warm_start(warm_start, self, "Forward()")
 
         def init(params, hparams, model_state=None):
             # The optimiser's first state may depend on the hyperparameters.

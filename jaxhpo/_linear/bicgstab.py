@@ -78,9 +78,9 @@ def _stabilised(operator, r, most, threshold):
         p = r + _ratio(rho_new * alpha, rho * omega) * (p - omega * v)
         return x, r, p, better, since, k + 1, first_of((done, LinearStatus.STALLED), otherwise=RUNNING)
 
-    x, count, zero = jnp.zeros_like(r), jnp.asarray(0, jnp.int32), jnp.zeros_like(norm(r))
-    start = (x, r, r, Best(x, norm(r), zero, zero), count, count, jnp.asarray(RUNNING, jnp.int32))
-    _, r_last, _, best, _, k, _ = loop(iterate, start, most)
+    x, zero = jnp.zeros_like(r), jnp.zeros_like(norm(r))
+    start = (x, r, r, Best(x, norm(r), zero, zero), jnp.asarray(0, jnp.int32))
+    _, r_last, _, best, _, k, _ = loop(iterate, start, r, threshold, most)
     sound = jnp.isfinite(norm(r_last)) | (best.bound < norm(r))  # otherwise NaN, not the zeros it started from
     return jnp.where(sound, best.x, jnp.nan), 2 * k, k
 

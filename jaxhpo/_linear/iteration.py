@@ -39,13 +39,15 @@ class Best(NamedTuple):
         return Best(jnp.where(bound <= self.bound, x, self.x), jnp.minimum(bound, self.bound), size, rounding)
 
 
-def loop(step: Callable, start: tuple, maxiter: Any) -> tuple:
-    """Repeat `step` on a carry that ends in (iterations, status) while RUNNING, at most to `maxiter` iterations."""
+def loop(step: Callable, start: tuple, r: jax.Array, threshold: jax.Array, maxiter: Any) -> tuple:
+    """Repeat `step` on the carry (*start, iterations, status) while RUNNING, at most to `maxiter` iterations.
 
-    def unfinished(carry):
-        return (carry[-1] == RUNNING) & (carry[-2] < maxiter)
-
-    return jax.lax.while_loop(unfinished, step, cast_varying(start, varying_axes(start)))
+    No step is made where the residual r is within the threshold (CONVERGED), or not finite.
+    """
+    size = norm(r)
+    cases = (~jnp.isfinite(size), LinearStatus.NOT_FINITE), (size <= threshold, LinearStatus.CONVERGED)
+    start = cast_varying((*start, jnp.asarray(0, jnp.int32), first_of(*cases, otherwise=RUNNING)), varying_axes(start))
+    return jax.lax.while_loop(lambda carry: (carry[-1] == RUNNING) & (carry[-2] < maxiter), step, start)
 
 
 def _report(residual, num_iterations, status, tol) -> LinearInfo:
@@ -63,13 +65,6 @@ def _report(residual, num_iterations, status, tol) -> LinearInfo:
     if tol is None:
         limit = jnp.where(status == LinearStatus.STALLED, epsilon(residual.dtype) ** 0.5, limit)
     return report(residual, num_iterations, status, limit)
-
-
-def _initial_status(r, threshold) -> jax.Array:
-    """Return the status of an iteration before its first step, at residual r."""
-    size = norm(r)
-    cases = (~jnp.isfinite(size), LinearStatus.NOT_FINITE), (size <= threshold, LinearStatus.CONVERGED)
-    return first_of(*cases, otherwise=RUNNING)
 
 
 def conjugate_gradients(
@@ -118,8 +113,7 @@ def conjugate_gradients(
 
     zero = jnp.zeros_like(norm(r0))
     best = Best(x, zero + jnp.inf if x0 is None else norm(r0), zero, zero)  # zeros, without a given x0, are no answer
-    start = (x, r0, vdot(r0, r0), r0, best, jnp.asarray(0, jnp.int32), _initial_status(r0, threshold))
-    x, _, _, _, best, k, status = loop(iterate, start, maxiter)
+    x, _, _, _, best, k, status = loop(iterate, (x, r0, vdot(r0, r0), r0, best), r0, threshold, maxiter)
     # After `maxiter` iterations, or where A is indefinite, the answer is the last iterate, unless its rounding exceeds
     # the residual of another.
     x = jnp.where((status == LinearStatus.STALLED) | (best.rounding > best.bound), best.x, x)
@@ -162,7 +156,6 @@ def in_rounds(
         return x, r, num_products + products, k + iterations, status
 
     x, r = (jnp.zeros_like(b), b) if x0 is None else (x0, b - operator(x0))
-    zero = jnp.asarray(0, jnp.int32)
-    x, r, num_products, _, status = loop(one_round, (x, r, zero, zero, _initial_status(r, threshold)), maxiter)
+    x, r, num_products, _, status = loop(one_round, (x, r, jnp.asarray(0, jnp.int32)), r, threshold, maxiter)
     x, r = (jnp.where(status == LinearStatus.NOT_FINITE, jnp.nan, v) for v in (x, r))
     return x, _report(relative_norm(r, b), num_products, status, tol)

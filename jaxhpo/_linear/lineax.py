@@ -15,10 +15,40 @@ from jaxhpo._linear.system import solve_system
 
 
 @dataclasses.dataclass(frozen=True)
-class FromLineax(LinearSolver):
-    """A lineax solver as a linear solver of this library; made by `from_lineax`."""
+class from_lineax(LinearSolver):  # noqa: N801  (reads, and prints, as the function that the user calls)
+    r"""A lineax solver as the linear solver of `Implicit`.
+
+    The matrix is given by its products, so solvers that need entries (`LU`, `QR`) build them with P products. For `CG`
+    and `Cholesky` it is tagged as positive semi-definite. The right-hand side is scaled to a largest entry of one, so
+    `atol` is relative to that. The status is CONVERGED where lineax reports success and the residual is below that of
+    x = 0 (for `LU` and other factorisations, below :math:`\sqrt\epsilon`); MAX_ITERATIONS where it reached its
+    `max_steps`; NOT_FINITE where its answer is not finite; STALLED otherwise. Does not work inside `jax.shard_map`.
+
+    **Cost and bias**: the solver's.
+
+    Args:
+      solver: a lineax solver such as `lineax.GMRES(rtol=1e-6, atol=1e-6)`.
+
+    Raises:
+      JaxhpoError: not a lineax solver.
+
+    Example:
+      >>> import lineax
+      >>> adjoint = jaxhpo.Implicit(jaxhpo.from_lineax(lineax.GMRES(rtol=1e-6, atol=1e-6)))
+
+    References:
+      Rader, Lyons, Kidger. Lineax: unified linear solves and linear least-squares in JAX and Equinox. 2023.
+      arXiv:2311.17283
+    """
 
     solver: Any
+
+    def __post_init__(self):
+        if isinstance(self.solver, type) or not hasattr(self.solver, "compute"):
+            raise JaxhpoError(
+                f"`from_lineax` got {self.solver!r}, which is not a lineax solver: write "
+                "`from_lineax(lineax.CG(rtol=1e-6, atol=1e-6))`."
+            )
 
     @property
     def needs_symmetry(self) -> bool:
@@ -48,39 +78,3 @@ class FromLineax(LinearSolver):
             return jnp.where(info.status == LinearStatus.NOT_FINITE, jnp.nan, x), info
 
         return solve_system(matvec, b, x0, solve, symmetric=self.needs_symmetry)
-
-
-def from_lineax(solver: Any) -> FromLineax:
-    r"""A lineax solver as the linear solver of `Implicit`.
-
-    The matrix is given by its products, so solvers that need entries (`LU`, `QR`) build them with P products. For `CG`
-    and `Cholesky` it is tagged as positive semi-definite. The right-hand side is scaled to a largest entry of one, so
-    `atol` is relative to that. The status is CONVERGED where lineax reports success and the residual is below that of
-    x = 0 (for `LU` and other factorisations, below :math:`\sqrt\epsilon`); MAX_ITERATIONS where it reached its
-    `max_steps`; NOT_FINITE where its answer is not finite; STALLED otherwise. Does not work inside `jax.shard_map`.
-
-    **Cost and bias**: the solver's.
-
-    Args:
-      solver: a lineax solver such as `lineax.GMRES(rtol=1e-6, atol=1e-6)`.
-
-    Returns:
-      A linear solver for `Implicit`.
-
-    Raises:
-      JaxhpoError: not a lineax solver.
-
-    Example:
-      >>> import lineax
-      >>> adjoint = jaxhpo.Implicit(jaxhpo.from_lineax(lineax.GMRES(rtol=1e-6, atol=1e-6)))
-
-    References:
-      Rader, Lyons, Kidger. Lineax: unified linear solves and linear least-squares in JAX and Equinox. 2023.
-      arXiv:2311.17283
-    """
-    if isinstance(solver, type) or not hasattr(solver, "compute"):
-        raise JaxhpoError(
-            f"`from_lineax` got {solver!r}, which is not a lineax solver: write "
-            "`from_lineax(lineax.CG(rtol=1e-6, atol=1e-6))`."
-        )
-    return FromLineax(solver)
