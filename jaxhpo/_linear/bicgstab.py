@@ -74,7 +74,7 @@ def _stabilised(operator, r, most, threshold):
         # At its goal or its rounding error, without progress, or at a breakdown, where no next direction exists.
         done = (residual <= jnp.maximum(better.rounding, threshold)) | (since >= _PATIENCE)
         done |= (alpha == 0) | (omega == 0) | (rho_new == 0) | ~jnp.isfinite(residual)
-        # The next direction is p₊ = r + β (p − ω A p), β = (ρ₊/ρ) (α/ω): A p₊ is orthogonal to the last shadow.
+        # The next direction is p₊ = r + β (p − ω A p), where β = (ρ₊/ρ) (α/ω) is that of BiCG in terms of ρ = r̂ᵀr.
         p = r + _ratio(rho_new * alpha, rho * omega) * (p - omega * v)
         return x, r, p, better, since, k + 1, first_of((done, LinearStatus.STALLED), otherwise=RUNNING)
 
