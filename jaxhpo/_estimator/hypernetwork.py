@@ -78,7 +78,9 @@ class _Affine:
 
     def apply(self, phi: AffineResponse, hparams: PyTree) -> PyTree:
         """Return the model's parameters."""
-        vector, _ = ravel_pytree(hparams)
+        vector, _ = ravel_pytree(hparams)  # u − u₀
+        # A train loss quadratic in θ and bilinear in (θ, u) has an affine best response, which b + U (u − u₀) fits
+        # exactly. Elsewhere it is fitted at u + s ε: b to θ* and U to dθ*/du, each up to O(s²).
         return jax.tree.map(lambda b, U: b + U @ vector.astype(U.dtype), phi.offset, phi.slope)
 
     def __repr__(self):
@@ -245,9 +247,10 @@ class Hypernetwork(StatefulMethod):
                 # V(θ_φ(h), h) at ĥ = h; with a tuned scale, V(θ_φ(ĥ), ĥ) − τ Σ log s at ĥ = forward(u + s ε). h enters
                 # through the response only where the train loss, from which that was learned, depends on it.
                 tuned = isinstance(hparams, Perturbed)
-                point, drawn = to_unconstrained(self.transforms, _value_of(hparams)), hparams
                 if tuned:
                     point, drawn = self._draw(outer_key, hparams, outer_batch)
+                else:
+                    point, drawn = to_unconstrained(self.transforms, hparams), hparams
                 point = jax.tree.map(lambda x, s: x if s else jax.lax.stop_gradient(x), point, seen)
                 params = self._respond(trained.params, point, state.origin)
                 value, metrics = outer_loss(Solution(params, None, None, trained.info), drawn, outer_batch)
