@@ -20,7 +20,7 @@ from jaxhpo._core.validate import describe
 from jaxhpo._inner.loop import run
 from jaxhpo._inner.problem import Problem
 from jaxhpo._linear.cg import CG
-from jaxhpo._linear.curvature import GaussNewton, OuterProduct
+from jaxhpo._linear.curvature import GaussNewton
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,11 +58,11 @@ class Implicit:
     """
 
     linear_solver: LinearSolver | Callable = CG()
-    curvature: str | GaussNewton | OuterProduct = "hessian"
+    curvature: str | GaussNewton = "hessian"
 
     def __post_init__(self):
         check_linear_solver(self.linear_solver)
-        if self.curvature != "hessian" and not isinstance(self.curvature, GaussNewton | OuterProduct):
+        if self.curvature != "hessian" and not isinstance(self.curvature, GaussNewton):
             raise JaxhpoError(
                 f"`Implicit(curvature=...)` got {describe(self.curvature)}, which is not a curvature: write 'hessian', "
                 f"`gauss_newton(predict, output_loss)` or `outer_product(example_loss)`."

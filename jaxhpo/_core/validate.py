@@ -238,7 +238,7 @@ def count_examples(batch: PyTree, purpose: str) -> int:
       batch: the batch.
       purpose: what the examples are counted for, as the beginning of a message.
     """
-    leaves = zip(names(batch, "batch"), jax.tree.leaves(batch), strict=True)
+    leaves = named_leaves(batch, "batch")
     lengths = {name: leaf.shape[0] for name, leaf in leaves if jnp.ndim(leaf)}
     if not lengths:
         raise JaxhpoError(

@@ -1,4 +1,4 @@
-"""Evolution strategies: perturbed trainings, and no derivative of anything."""
+"""Evolution strategies: hypergradients from perturbed trainings, without any derivative."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.transforms import to_natural, to_unconstrained
 from jaxhpo._core.tree import add_scaled
-from jaxhpo._core.types import Hypergradient, HypergradientInfo, InnerState, PyTree
-from jaxhpo._core.validate import check_count, check_positive, describe, require_key
+from jaxhpo._core.types import Hypergradient, HypergradientInfo, InnerState, PyTree, StatefulMethod
+from jaxhpo._core.validate import check_settings, require_key
 from jaxhpo._estimator.pair import check_pair_state, inner_start
 from jaxhpo._estimator.perturbation import in_natural_units, mean_of_normals, normal
 from jaxhpo._inner.loop import map_in_chunks
@@ -20,7 +19,7 @@ from jaxhpo._solve import solve
 
 
 class EvolutionState(NamedTuple):
-    """What evolution strategies carry.
+    """The state of `EvolutionStrategies`.
 
     Attributes:
       inner: where the next inner runs start.
@@ -30,7 +29,7 @@ class EvolutionState(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class EvolutionStrategies:
+class EvolutionStrategies(StatefulMethod):
     r"""The gradient of the smoothed outer loss, from pairs of trainings at perturbed hyperparameters.
 
     With F(u) the outer loss after a whole training at h = forward(u), and
@@ -39,22 +38,22 @@ class EvolutionStrategies:
     .. math:: g_u = \frac{1}{2 \sigma K} \sum_{k \le K} \epsilon_k \big(F(u + \sigma\epsilon_k) -
        F(u - \sigma\epsilon_k)\big), \qquad g_h = (du/dh)^\top g_u
 
-    Nothing is differentiated, so the outer loss may be an accuracy, and the training may hold loops, branches and
-    rounding. The two of a pair see the same data, and what they have in common cancels. (The form without pairs or
+    Nothing is differentiated, so the outer loss may be an accuracy, and the training may contain loops, branches and
+    rounding. The two trainings of a pair see the same data, so their common noise cancels. (The form without pairs or
     baseline, :math:`\frac{1}{\sigma K}\sum_k \epsilon_k F(u + \sigma\epsilon_k)`, has an additional variance of
-    :math:`F^2/(\sigma^2 K)` an entry.)
+    :math:`F^2/(\sigma^2 K)` per entry.)
 
     **Cost and bias**: 1 + 2K trainings, all from the same state; memory of 2 `chunk_size` copies of the inner state,
-    whatever T and K. Unbiased for the gradient of E F(u + σε), which is that of F itself where F is quadratic, else
-    O(σ²) away; the variance is about (m + 1)/K times the squared gradient, for m hyperparameters. Under a warm start
-    the influence of h on the carried state is left out, as in any truncated method: see `PersistentES`.
+    whatever T and K. Unbiased for the gradient of E F(u + σε), which equals that of F where F is quadratic and differs
+    by O(σ²) elsewhere. The variance is about (m + 1)/K times the squared gradient, for m hyperparameters. With a warm
+    start the influence of h on the carried state is omitted, as in any truncated method: see `PersistentES`.
 
     Args:
       num_pairs: K above.
       sigma: standard deviation of the perturbation, in unconstrained units: the same for all hyperparameters.
-      transforms: what `tune` is given too: the perturbation then stays inside the domain (of a penalty under `positive`
-        the logarithm is perturbed). With None, h itself is perturbed, and may leave it. The hypergradient is with
-        respect to h in both cases.
+      transforms: the same as in `tune`: the perturbation then stays inside the domain (for a penalty under `positive`,
+        the logarithm is perturbed). With None, h itself is perturbed, and may leave the domain. The hypergradient is
+        with respect to h in both cases.
       antithetic: pairs of opposite perturbations; otherwise 2K single ones, with F(u) subtracted as a baseline.
       chunk_size: pairs trained at the same time; None for all.
 
@@ -63,7 +62,7 @@ class EvolutionStrategies:
 
     Example:
       >>> solver = jaxhpo.fixed_point(lambda p, h, batch: h + 0 * p)
-      >>> def errors(solution, h, batch):  # how many of 100 thresholds the parameter falls short of: no derivative
+      >>> def errors(solution, h, batch):  # the share of 100 thresholds above the parameter: no derivative
       ...     return jnp.mean(solution.params < jnp.linspace(0, 1, 100))
       >>> method = jaxhpo.EvolutionStrategies(num_pairs=400, sigma=0.1)
       >>> pair = jaxhpo.hypergradient(method, solver, errors, num_steps=1)
@@ -84,18 +83,10 @@ class EvolutionStrategies:
     chunk_size: int | None = 8
 
     def __post_init__(self):
-        check_count("EvolutionStrategies(num_pairs=...)", self.num_pairs)
-        check_positive("EvolutionStrategies(sigma=...)", self.sigma)
-        if self.chunk_size is not None:
-            check_count("EvolutionStrategies(chunk_size=...)", self.chunk_size)
-        if not isinstance(self.antithetic, bool):
-            raise JaxhpoError(
-                f"`EvolutionStrategies(antithetic=...)` got {describe(self.antithetic)}, but it is a choice of two: "
-                "write True or False."
-            )
+        check_settings(self, num_pairs="count", sigma="positive", antithetic="switch", chunk_size="count or None")
 
     def pair(self, solver, outer_loss, num_steps, warm_start) -> Hypergradient:
-        """The two functions of the method."""
+        """Return the pair of `init` and `update`."""
 
         def init(params, hparams, model_state=None):
             return EvolutionState(solver.init(params, hparams, model_state))
@@ -119,18 +110,19 @@ class EvolutionStrategies:
         return Hypergradient(init, update)
 
     def _estimate(self, loss, point, value, key):
-        """The gradient of the smoothed `loss` at `point`, where it is `value`."""
+        """Return the estimated gradient of E F(u + σε) at `point`, for F = `loss`, where F is `value`."""
+        # ∇_u E F(u + σε) = E ε F(u + σε) / σ, by parts under the normal density. As E ε = 0, F may have any constant
+        # subtracted, such as F(u); and as −ε is distributed as ε, half the difference of F(u ± σε) has the same mean.
 
         def slope(key):
             noise = normal(key, point)
             if not self.antithetic:
                 return (loss(add_scaled(point, self.sigma, noise)) - value) / self.sigma
-            plus, minus = jax.vmap(lambda scale: loss(add_scaled(point, scale, noise)))(
-                jnp.array([self.sigma, -self.sigma], value.dtype)
-            )
+            signed = jnp.array([self.sigma, -self.sigma], value.dtype)
+            plus, minus = jax.vmap(lambda scale: loss(add_scaled(point, scale, noise)))(signed)
             return (plus - minus) / (2 * self.sigma)
 
-        runs_per_draw = 2 if self.antithetic else 1
-        keys = jax.random.split(key, 2 * self.num_pairs // runs_per_draw)
-        chunk = None if self.chunk_size is None else 2 * self.chunk_size // runs_per_draw
+        draws_per_pair = 1 if self.antithetic else 2
+        keys = jax.random.split(key, draws_per_pair * self.num_pairs)
+        chunk = None if self.chunk_size is None else draws_per_pair * self.chunk_size
         return mean_of_normals(map_in_chunks(slope, keys, chunk), keys, point)

@@ -1,4 +1,4 @@
-"""HOAG: implicit hypergradients no more exact than the outer loop needs, and its adaptive step size."""
+"""HOAG: implicit differentiation with tolerances that tighten from update to update, and its adaptive step size."""
 
 from __future__ import annotations
 
@@ -14,20 +14,22 @@ from jax.flatten_util import ravel_pytree
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.mesh import cast_varying, varying_axes
 from jaxhpo._core.tree import add_scaled, norm, upcast, zeros_like
-from jaxhpo._core.types import Hypergradient, InnerState, PyTree
-from jaxhpo._core.validate import check_callable, check_count, check_nonnegative, check_positive, describe, is_array
+from jaxhpo._core.types import Hypergradient, InnerState, PyTree, StatefulMethod
+from jaxhpo._core.validate import check_callable, check_positive, check_settings, check_traceable_number, describe
 from jaxhpo._estimator.implicit_product import implicit_product
 from jaxhpo._estimator.pair import check_pair_state, inner_start
 from jaxhpo._inner.loop import run
 from jaxhpo._inner.problem import make_problem
 from jaxhpo._inner.watch import instrumented
 from jaxhpo._linear.iteration import conjugate_gradients
+from jaxhpo._linear.report import default_tolerance
+from jaxhpo._linear.system import damped, solve_scaled
 
 _SCHEDULES = ("quadratic", "cubic", "exponential", "exact")
 
 
 class HOAGState(NamedTuple):
-    """What the pair of `HOAG` carries.
+    """The state of `HOAG`.
 
     Attributes:
       inner: where the next inner run starts.
@@ -43,25 +45,25 @@ class HOAGState(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class HOAG:
-    r"""Implicit differentiation whose inner run and linear solve are both inexact, less and less so (HOAG).
+class HOAG(StatefulMethod):
+    r"""Implicit differentiation with an inexact inner run and linear solve, more exact in every update (HOAG).
 
     In the k-th update, k = 1, 2, ..., with g the condition (the gradient of the train loss) and H its Jacobian in θ:
 
     1. inner steps, from where the last update ended, until :math:`\|g\| \le \epsilon_k \|g_0\|`, where :math:`g_0` is g
-       where the first update started: a relative tolerance, so that the scale of the loss does not matter (but start
-       from parameters that are not trained yet, or it is out of reach);
+       where the first update started. The tolerance is relative, so that the scale of the loss does not matter, but it
+       cannot be reached if the first update starts from trained parameters;
     2. conjugate gradients on :math:`H q = \partial_\theta F`, from the last q, to the relative residual
        :math:`\epsilon_k`;
     3. :math:`dF/dh \approx \partial_h F - (\partial_h g)^\top q`.
 
     The outer loop converges to a stationary point if :math:`\sum_k \epsilon_k < \infty`, with fixed steps small enough,
-    or `hoag_step`. `num_steps` is the most that an inner run may take. The condition is that of the last batch: give
-    the whole data at every step (`lambda t: data`, or a loss that closes over it), with which the method is at home.
+    or `hoag_step`. `num_steps` is the largest number of steps of an inner run. The condition is that of the last batch:
+    pass the whole data at every step (`lambda t: data`, or a loss that closes over it), for which the method is made.
     No tolerance is below :math:`\varepsilon^{3/4}` of the working precision (2e-12 in float64, 6e-6 in float32).
 
-    **Cost and bias**: two gradients an inner step (one is the stopping test), one Hessian product (two to three
-    gradients) an iteration of conjugate gradients; few of each, since both start near their ends. Memory of five
+    **Cost and bias**: two gradients per inner step (one is the stopping test), one Hessian product (two to three
+    gradients) per iteration of conjugate gradients; few of each, since both start near their ends. Memory of five
     copies of the parameters. The error is of order :math:`\epsilon_k`.
 
     Args:
@@ -69,8 +71,8 @@ class HOAG:
         :math:`\epsilon_0 d^k`; "exact", :math:`\varepsilon^{3/4}` throughout; or a function of k (a floating-point JAX
         scalar) whose values have a finite sum.
       initial_tolerance: ε₀ above.
-      decay: d above, in (0, 1), for "exponential" alone.
-      maxiter: largest number of Hessian products an update.
+      decay: d above, in (0, 1), for "exponential" only.
+      maxiter: largest number of Hessian products per update.
       damping: δ ≥ 0, for conjugate gradients on H + δI where H is not positive definite.
 
     Raises:
@@ -101,17 +103,15 @@ class HOAG:
 
     def __post_init__(self):
         _check_schedule("HOAG", self.tolerance, self.initial_tolerance, self.decay)
-        check_count("HOAG(maxiter=...)", self.maxiter)
-        check_nonnegative("HOAG(damping=...)", self.damping)
+        check_settings(self, maxiter="count", damping="nonnegative")
 
     def pair(self, solver, outer_loss, num_steps, warm_start) -> Hypergradient:
-        """The pair of functions for `hypergradient`."""
+        """Return the pair of `init` and `update`."""
         if not solver.symmetric:
             raise JaxhpoError(
-                f"{self!r} solves with conjugate gradients, which need a symmetric matrix, but the Jacobian of "
-                f"`{solver.name}`'s condition θ − Φ(θ) is not symmetric in general: write "
-                f"`hypergradient(Implicit(Neumann(num_terms, 1.0)), ...)`, or give `fixed_point` a `condition` that is "
-                "the gradient of an objective."
+                f"{self!r} needs a symmetric matrix, but the Jacobian of `{solver.name}`'s condition θ − Φ(θ) is not "
+                "symmetric in general: write `hypergradient(Implicit(Neumann(num_terms, 1.0)), ...)`, or give "
+                "`fixed_point` a `condition` that is the gradient of an objective."
             )
 
         def init(params, hparams, model_state=None):
@@ -126,8 +126,8 @@ class HOAG:
             problem = instrumented(make_problem(solver, start, hparams, batches, num_steps=num_steps, key=key))
             scale = _scale(problem, state)
             tolerance = _tolerance(self.tolerance, self.initial_tolerance, self.decay, state.count, scale.dtype)
-            ended = run(problem._replace(tol=tolerance * scale))
-            cg = self._conjugate_gradients(tolerance)
+            ended = run(problem._replace(tol=tolerance * scale))  # until ‖g‖ ≤ ε_k ‖g_0‖
+            cg = self._conjugate_gradients(tolerance)  # until ‖∂_θ F − H q‖ ≤ ε_k ‖∂_θ F‖
             made = implicit_product(self, problem, ended, outer_loss, outer_batch, cg, state.linear_solution)
             inner, q = (ended[0], made.linear_solution) if warm_start else (state.inner, None)
             info = made.info._replace(tolerance=tolerance)
@@ -136,25 +136,22 @@ class HOAG:
         return Hypergradient(init, update)
 
     def _conjugate_gradients(self, tolerance):
-        """`CG`, to a tolerance that is known only as the program runs, and without its derivative."""
+        """Return `CG` to a traced tolerance. It is not differentiable, and the hypergradient is not differentiated."""
+
+        def solve(operator, b, x0):
+            return conjugate_gradients(operator, b, x0, self.maxiter, tolerance)
 
         def linear_solver(matvec, b, x0=None):
             b, unravel = ravel_pytree(b)
-            size = jnp.max(jnp.abs(b))
-            size = jnp.where(size > 0, size, 1)  # squares of very small or large entries would leave the range
-            start = None if x0 is None else jnp.where(jnp.any(b != 0), ravel_pytree(x0)[0] / size, 0)
-
-            def operator(v):
-                return ravel_pytree(matvec(unravel(v)))[0] + self.damping * v
-
-            x, info = conjugate_gradients(operator, b / size, start, self.maxiter, tolerance)
-            return unravel(size * x), info
+            operator = damped(lambda v: ravel_pytree(matvec(unravel(v)))[0], self.damping)
+            x, info = solve_scaled(solve, operator, b, None if x0 is None else ravel_pytree(x0)[0])
+            return unravel(x), info
 
         return linear_solver
 
 
 def _scale(problem, state):
-    """‖g‖ where the first update started: one gradient, spent once."""
+    """Return ‖g_0‖, the norm of the condition where the first update started, computed in that update."""
 
     def first():
         residual = problem.residual(problem.state.params, problem.state.model_state, problem.residual_inputs)
@@ -170,30 +167,25 @@ def _check_schedule(who, tolerance, initial_tolerance, decay):
         check_callable(f"{who}(tolerance=...)", tolerance, "tolerance(k)", 1)
     elif tolerance not in _SCHEDULES:
         raise JaxhpoError(
-            f"`{who}(tolerance=...)` got {describe(tolerance)}, which is no schedule: write one of "
+            f"`{who}(tolerance=...)` got {describe(tolerance)}, which is not a schedule: write one of "
             f"{', '.join(map(repr, _SCHEDULES))}, or a function of the update's number k = 1, 2, ..."
         )
     check_positive(f"{who}(initial_tolerance=...)", initial_tolerance)
     check_positive(f"{who}(decay=...)", decay)
     if decay >= 1:
-        raise JaxhpoError(
-            f"`{who}(decay=...)` got {decay}, but the tolerances must decrease for the outer loop to converge: write "
-            "a number below 1."
-        )
+        raise JaxhpoError(f"`{who}(decay=...)` got {decay}, but tolerances must decrease: write a number below 1.")
 
 
 def _tolerance(schedule, initial, decay, count, dtype) -> jax.Array:
-    """ε_k for k = count + 1."""
+    """Return ε_k for k = count + 1."""
     k = (count + 1).astype(dtype)
-    floor = float(jnp.finfo(dtype).eps) ** 0.75  # what `CG` takes for exact
     if callable(schedule):
         eps: Any = schedule(k)
-        if not is_array(eps) or jnp.shape(eps) != ():
-            raise JaxhpoError(f"`tolerance(k)` returned {describe(eps)}, but one number is needed: return a scalar.")
+        check_traceable_number("tolerance(k)", eps, 0, strict=False)
     else:
         decrease = {"quadratic": k**-2, "cubic": k**-3, "exponential": decay**k, "exact": 0 * k}
         eps = initial * decrease[schedule]
-    return jnp.maximum(jnp.asarray(eps, dtype), floor)
+    return jnp.maximum(jnp.asarray(eps, dtype), default_tolerance(dtype))
 
 
 class HOAGStepState(NamedTuple):
@@ -219,7 +211,7 @@ class HOAGStepState(NamedTuple):
 def hoag_step(
     tolerance: str | Callable[[jax.Array], Any] = "quadratic", initial_tolerance: float = 0.1, decay: float = 0.9
 ) -> optax.GradientTransformationExtraArgs:
-    r"""The adaptive step size of HOAG, an optax transformation: gradient descent without a learning rate.
+    r"""The adaptive step size of HOAG as an optax transformation: gradient descent without a learning rate.
 
     With V_k and p_k the outer loss and its hypergradient, Δ the last step and ε_k the tolerances of `HOAG`,
 
@@ -229,26 +221,26 @@ def hoag_step(
 
     - if :math:`V_k \le V_{k-1} + \tfrac14 \epsilon_k + \tfrac54 \epsilon_{k-1} \|\Delta\| - L \|\Delta\|^2`, first
       :math:`L \leftarrow 0.95 L`;
-    - else, if V has risen by 20 % or is not finite, the step is taken back: :math:`L \leftarrow 2 L`, and the step from
-      the previous point is made again with that;
+    - else, if V has risen by 20 % or is not finite, the step is rejected: :math:`L \leftarrow 2 L`, and the step is
+      repeated from the previous point with this L;
     - else, if V has risen by more than the tolerances explain, first :math:`L \leftarrow L / 0.95`.
 
     The steps are in the unconstrained units of `tune`'s `transforms`. Where :math:`\|p_1\| \le 10^{-3} |V_1|`,
-    :math:`L_1 = |V_1|`: no leap from a point that is flat already. Unlike in the reference code, the step is applied
-    once; tolerances count in units of :math:`|V_1|` (they are relative in `HOAG` too), so that the scale of the outer
-    loss does not matter; the rise is 20 % of :math:`|V|`, so that a negative loss will do; and the last rule is new,
-    without which V could rise by a little less than 20 % at every step.
+    :math:`L_1 = |V_1|`, which prevents a large first step from a flat point. It differs from the reference code in four
+    ways: the step is applied once; tolerances are in units of :math:`|V_1|` (they are relative in `HOAG` too), so that
+    the scale of the outer loss does not matter; the rise is 20 % of :math:`|V|`, so that the loss may be negative; and
+    the last rule is new: without it V could rise by a little less than 20 % at every step.
 
     **Cost and bias**: no evaluation beyond the loop's own; a rejected step costs one update. Memory of two copies of
     the hyperparameters.
 
     Args:
-      tolerance: as in `HOAG`, and best the same.
+      tolerance: as in `HOAG`, best with the same value.
       initial_tolerance: as in `HOAG`.
       decay: as in `HOAG`.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs`; `tune` passes what `update` needs, a loop of your own writes
+      An `optax.GradientTransformationExtraArgs`; `tune` passes what `update` needs, and your own loop writes
       `update(hypergrad, state, hparams, value=value)`.
 
     Raises:
@@ -284,26 +276,23 @@ def hoag_step(
         def eps(count):
             return unit * _tolerance(tolerance, initial_tolerance, decay, count, dtype)
 
+        # Along Δ = −p / L a linear V falls by ‖p‖² / L = L ‖Δ‖². Where V fell by that much, up to the slack for the
+        # errors ε_k and ε_{k−1} of V and p, a longer step is safe.
         step = norm(upcast(add_scaled(params, -1.0, state.hparams)))
         slack = 0.25 * eps(state.count) + 1.25 * eps(jnp.maximum(state.count - 1, 0)) * step
         good = ~first & (value <= state.value + slack - state.curvature * step**2)
-        worse = ~(value < state.value + 0.2 * jnp.abs(state.value))  # NaN too
-        bad = ~first & ~good & worse
-        # Rises of less than 20 % a step could go on for ever. They occur where L is up to 5 % below half the curvature
-        # M of V, for there (M/L − 1)² < 1.2, so that one such correction ends them.
+        bad = ~first & ~good & ~(value < state.value + 0.2 * jnp.abs(state.value))  # NaN too
+        # Without a correction, V could rise by less than 20 % at every step: a quadratic V of curvature M changes by
+        # the factor (M/L − 1)², which is in (1, 1.2) where L is up to 5 % below M/2. One correction by 5 % ends this.
         risen = jnp.where(value > state.value + slack, 1 / 0.95, 1.0)
         factor = jnp.where(good, 0.95, jnp.where(bad, 2.0, risen)).astype(dtype)
-        curvature = jnp.where(first, _first_curvature(updates, unit), factor * state.curvature)
+        p = norm(upcast(updates))
+        curvature_1 = jnp.where(p > 1e-3 * unit, p / optax.tree.size(updates) ** 0.5, unit).astype(dtype)
+        curvature = jnp.where(first, curvature_1, factor * state.curvature)
+        # h ← h₀ − p₀ / L, from the last point that was not rejected: as an update to the present point, h₀ − h − p₀/L.
         kept = (state.value, state.hparams, state.gradient)
-        value, point, gradient = jax.tree.map(lambda old, new: jnp.where(bad, old, new), kept, (value, params, updates))
-        back = add_scaled(point, -1.0, params)  # zero but for a rejected step
-        updates = add_scaled(back, -1 / curvature, gradient)
+        value, point, gradient = optax.tree.where(bad, kept, (value, params, updates))
+        updates = add_scaled(add_scaled(point, -1.0, params), -1 / curvature, gradient)
         return updates, HOAGStepState(state.count + 1, curvature, unit, value, point, gradient)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _first_curvature(gradient, unit):
-    size = sum(leaf.size for leaf in jax.tree.leaves(gradient))
-    p = norm(upcast(gradient))
-    return jnp.where(p > 1e-3 * unit, p / size**0.5, unit).astype(unit.dtype)

@@ -1,4 +1,4 @@
-"""Helpers shared by the pairs of functions: the check of their state, and the start of an inner run."""
+"""Helpers of stateful methods: the check of their state, and the start of an inner run."""
 
 from __future__ import annotations
 
@@ -9,15 +9,26 @@ from jaxhpo._core.types import InnerState, PyTree, Solver
 
 
 def inner_start(solver: Solver, inner: InnerState, hparams: PyTree, warm_start: bool) -> InnerState:
-    """The state from which an update's inner run starts: the last one, or a new one at the same parameters."""
+    """Return where an inner run starts: at `inner`, or without warm start at a new state of the same parameters.
+
+    A new state is made at the present hyperparameters, on which the optimiser's first state may depend.
+    """
     return inner if warm_start else solver.init(inner.params, hparams, inner.model_state)
 
 
 def check_pair_state(state: Any, kind: type, method: Any) -> None:
-    """Raises unless the state given to a pair's `update` is what its `init` returns."""
+    """Raise unless the state given to a pair's `update` is of the type that its `init` returns."""
     if not isinstance(state, kind):
         raise JaxhpoError(
             f"`state` got {type(state).__name__}, but the pair of {method!r} keeps a {kind.__name__}: pass what "
-            "`pair.init(params, hparams)` or its last `update` returned (to `tune`, `carry=pair.init(params, "
-            "hparams)`)."
+            "`pair.init(params, hparams)` or the last `update` returned (to `tune`, `carry=pair.init(...)`)."
+        )
+
+
+def check_warm_start(warm_start: bool, method: Any, instead: str) -> None:
+    """Raise where the state of a method must continue from update to update, but `warm_start` is False."""
+    if not warm_start:
+        raise JaxhpoError(
+            f"`warm_start=False` with {method!r}, whose state always continues from update to update: omit it, or "
+            f"write `hypergradient({instead}, ..., warm_start=False)`."
         )

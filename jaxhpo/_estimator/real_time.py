@@ -1,4 +1,4 @@
-"""Real-time forward differentiation: the Jacobian of an inner run that never ends."""
+"""Real-time forward differentiation: the Jacobian of a training that continues from update to update."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from jax.flatten_util import ravel_pytree
 
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.mesh import cast_varying, varying_axes
-from jaxhpo._core.tree import is_inexact, upcast
-from jaxhpo._core.types import Hypergradient, HypergradientInfo, InnerState, Solution
-from jaxhpo._estimator.pair import check_pair_state
+from jaxhpo._core.tree import is_inexact, partition, upcast
+from jaxhpo._core.types import Hypergradient, HypergradientInfo, InnerState, Solution, StatefulMethod
+from jaxhpo._estimator.pair import check_pair_state, check_warm_start
 from jaxhpo._inner.problem import info_of, make_problem
 from jaxhpo._inner.watch import instrumented
 
 
 class RealTimeState(NamedTuple):
-    """What the pair of `RealTime` carries.
+    """The state of `RealTime`.
 
     Attributes:
       inner: where the next inner steps start.
@@ -32,21 +32,21 @@ class RealTimeState(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class RealTime:
-    r"""Real-time forward mode (RTHO): hyperparameters move while one long training goes on.
+class RealTime(StatefulMethod):
+    r"""Real-time forward mode (RTHO): hyperparameters move during one long training.
 
-    An update takes `num_steps` inner steps at the current hyperparameters and carries on the Jacobian Z of the whole
-    inner state s (parameters, optimiser's state, model state), then reads off the hypergradient:
+    An update takes `num_steps` inner steps at the current hyperparameters, with the Jacobian Z of the whole inner state
+    s (parameters, optimiser's state, model state), then computes the hypergradient from Z:
 
     .. math:: Z \leftarrow \partial_s \Phi\, Z + \partial_h \Phi, \qquad
               dF/dh = Z^\top \partial_s F + \partial_h F.
 
-    Z goes on from update to update, so that the whole past counts, at hyperparameters that were slightly different
-    then. With constant hyperparameters it is the exact hypergradient of all steps taken, as of `Forward()`. Sees all
-    that `Unroll()` sees: losses, learning rates, momenta.
+    Z is kept from update to update, so that the whole past counts, at the slightly different hyperparameters of that
+    time. With constant hyperparameters the result is the exact hypergradient of all steps taken, that of `Forward()`.
+    Sees all inputs that `Unroll()` sees: losses, learning rates, momenta.
 
     **Cost and bias**: each inner step costs 1.1 + 1.34 m plain ones for m hyperparameters (operations counted on an MLP
-    784-256-256-10); memory of m copies of the inner state, whatever the number of steps. Biased as long as the
+    784-256-256-10); memory of m copies of the inner state, whatever the number of steps. Biased while the
     hyperparameters move: move them slowly.
 
     Raises:
@@ -71,15 +71,11 @@ class RealTime:
     """
 
     def pair(self, solver, outer_loss, num_steps, warm_start) -> Hypergradient:
-        """The pair of functions for `hypergradient`."""
-        if not warm_start:
-            raise JaxhpoError(
-                f"{self!r} got `warm_start=False`, but its Jacobian goes on from update to update, and so must the "
-                "parameters: drop `warm_start`, or write `hypergradient(Forward(), ..., warm_start=False)`."
-            )
+        """Return the pair of `init` and `update`."""
+        check_warm_start(warm_start, self, "Forward()")
 
         def init(params, hparams, model_state=None):
-            # The optimiser's state may depend on the hyperparameters from the start.
+            # The optimiser's first state may depend on the hyperparameters.
             inner, jacobian = _push(lambda _, h: solver.init(params, h, model_state), None, (), hparams)
             return RealTimeState(inner, jacobian)
 
@@ -89,74 +85,61 @@ class RealTime:
             problem = instrumented(make_problem(solver, state.inner, hparams, batches, num_steps=num_steps, key=key))
             inner, jacobian = _run(problem, state.jacobian)
             info = info_of(problem, inner, jnp.asarray(problem.num_steps, jnp.int32))
+            floats, replace = _partition(inner)
 
-            def outer(inner, hparams):
-                return outer_loss(
-                    Solution(inner.params, inner.opt_state, inner.model_state, info), hparams, outer_batch
-                )
+            def outer(floats, hparams):
+                return outer_loss(Solution(**replace(floats)._asdict(), info=info), hparams, outer_batch)
 
-            value, metrics, grad = _read_off(outer, inner, jacobian, hparams)
-            return grad, RealTimeState(inner, jacobian), HypergradientInfo(value, metrics, info)
+            (value, metrics), (pull, direct) = jax.value_and_grad(outer, (0, 1), has_aux=True)(floats, hparams)
+            # dF/dh = ∂_h F + Zᵀ ∂_s F, summed over the leaves of s.
+            grad, unravel = ravel_pytree(direct)
+            for z, v in zip(*upcast((jacobian, pull)), strict=True):
+                grad += jnp.tensordot(z, v, axes=v.ndim).astype(grad.dtype)
+            return unravel(grad), RealTimeState(inner, jacobian), HypergradientInfo(value, metrics, info)
 
         return Hypergradient(init, update)
 
 
 def _run(problem, jacobian):
-    """The inner steps, the Jacobian carried along."""
+    """Run the inner steps on the state and its Jacobian."""
     hparams, closed_over = problem.inputs
-    axes = varying_axes(problem.state) | varying_axes(hparams)
 
     def body(carry, x):
         state, jacobian = carry
         return _push(lambda s, h: problem.advance(s, (h, closed_over), x), state, jacobian, hparams), None
 
+    axes = varying_axes(problem.state) | varying_axes(hparams)
     start = (problem.state, cast_varying(jacobian, axes))
-    (inner, jacobian), _ = jax.lax.scan(body, start, problem.xs, problem.num_steps)
-    return inner, jacobian
+    return jax.lax.scan(body, start, problem.xs, problem.num_steps)[0]
 
 
 def _push(fn, state, jacobian, hparams):
-    """`fn(state, hparams)` and its Jacobian, given that of the state: one derivative for each hyperparameter."""
+    """Return Φ(s, h) for Φ = `fn`, and its Jacobian in h, given Z, that of s."""
+    floats, replace = _partition(state)
 
     def floats_of_result(floats, hparams):
-        after = fn(_replaced(state, floats), hparams)
-        return _floats(after), after
+        after = fn(replace(floats), hparams)
+        return _partition(after)[0], after
 
+    # Z ← ∂_s Φ Z + ∂_h Φ, one column for each of the m hyperparameters: the push-forward of (Z eᵢ, eᵢ). Φ is
+    # linearised once for all columns.
     z, unravel = ravel_pytree(hparams)
     directions = jax.vmap(unravel)(cast_varying(jnp.eye(z.size, dtype=z.dtype), varying_axes(z)))
-    _, push, after = jax.linearize(floats_of_result, _floats(state), hparams, has_aux=True)
+    _, push, after = jax.linearize(floats_of_result, floats, hparams, has_aux=True)
     return after, jax.vmap(push)(jacobian, directions)
 
 
-def _read_off(outer, inner, jacobian, hparams):
-    """The value and metrics of the outer loss, and Zᵀ ∂_s F + ∂_h F."""
-
-    def loss(floats, hparams):
-        return outer(_replaced(inner, floats), hparams)
-
-    (value, metrics), (pull, direct) = jax.value_and_grad(loss, (0, 1), has_aux=True)(_floats(inner), hparams)
-    grad, unravel = ravel_pytree(direct)
-    for z, v in zip(*upcast((jacobian, pull)), strict=True):
-        grad += jnp.tensordot(z, v, axes=v.ndim).astype(grad.dtype)
-    return value, metrics, unravel(grad)
-
-
-def _floats(state) -> tuple:
-    """The leaves that can have a derivative: no counters, no keys."""
-    return tuple(leaf for leaf in jax.tree.leaves(state) if is_inexact(leaf))
-
-
-def _replaced(state, floats):
-    """The state with other floating-point leaves."""
-    floats = iter(floats)
-    return jax.tree.map(lambda leaf: next(floats) if is_inexact(leaf) else leaf, state)
+def _partition(state):
+    """Return the leaves that can have a derivative (no counters, no keys), and the function that replaces them."""
+    floats, replace = partition(state, jax.tree.map(is_inexact, state))
+    return tuple(floats), replace
 
 
 def _check_jacobian(state, hparams):
-    size, shapes = ravel_pytree(hparams)[0].size, [leaf.shape for leaf in _floats(state.inner)]
-    if [z.shape for z in state.jacobian] != [(size, *shape) for shape in shapes]:
+    size, floats = ravel_pytree(hparams)[0].size, _partition(state.inner)[0]
+    got, needed = [z.shape for z in state.jacobian], [(size, *leaf.shape) for leaf in floats]
+    if got != needed:
         raise JaxhpoError(
-            f"`state.jacobian` has the shapes {[z.shape for z in state.jacobian]}, but {size} hyperparameters and this "
-            f"inner state need {[(size, *shape) for shape in shapes]}: make the state with "
-            "`pair.init(params, hparams)` for these hyperparameters."
+            f"`state.jacobian` has the shapes {got}, but {size} hyperparameters and this inner state need {needed}: "
+            "make the state with `pair.init(params, hparams)` for these hyperparameters."
         )

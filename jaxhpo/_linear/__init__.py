@@ -1,1 +1,1 @@
-"""Linear solvers, one file each: `(matvec, b, x0=None) -> (x, LinearInfo)`."""
+"""Linear solvers of A x = b, one file each: `(matvec, b, x0=None) -> (x, LinearInfo)`."""

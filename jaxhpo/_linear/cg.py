@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import ClassVar
 
-from jaxhpo._core.tree import add_scaled
 from jaxhpo._core.types import LinearSolver
-from jaxhpo._core.validate import check_count, check_nonnegative, check_positive
+from jaxhpo._core.validate import check_settings
 from jaxhpo._linear.iteration import conjugate_gradients
-from jaxhpo._linear.system import solve_system
+from jaxhpo._linear.system import damped, solve_system
 
 
 @dataclasses.dataclass(frozen=True)
 class CG(LinearSolver):
     r"""Conjugate gradients on :math:`(H + \delta I) x = b`, for symmetric positive definite H.
 
-    Stops at ‖b − (H + δI)x‖ ≤ `tol` ‖b‖, or after `maxiter` products, in which case the hypergradient is that of the
-    iterate reached (K iterations and go on is a legal choice). On meeting a direction of non-positive curvature it
-    stops there, with status INDEFINITE, at the iterate reached (b itself if that is the first direction): raise
-    `damping`, or train the inner problem further. Once the residual is down to what rounding of x leaves, or where the
-    matrix is singular, it stops with status STALLED at the best iterate met; where no `tol` was given, a residual up to
-    :math:`\sqrt\epsilon` then passes for convergence. `check_hypergradient` prints the status of the solves it met.
+    Stops at ‖b − (H + δI)x‖ ≤ `tol` ‖b‖, or after `maxiter` products; the hypergradient is then that of the iterate
+    reached (stopping after K iterations is legitimate). On a direction of non-positive curvature it stops with status
+    INDEFINITE at the iterate reached (b itself if that is the first direction): raise `damping`, or train the inner
+    problem further. Where the residual is down to the rounding error of x, or the matrix is singular, it stops with
+    status STALLED at the best iterate; if no `tol` was given, a residual up to :math:`\sqrt\epsilon` then passes for
+    convergence. `check_hypergradient` prints the status of its linear solves.
 
     **Cost and bias**: one Hessian product (two to three gradients) per iteration; memory of five copies of the
     parameters and one linearisation. Exact at convergence with δ = 0; error ∝ the residual otherwise.
@@ -49,15 +49,9 @@ class CG(LinearSolver):
     needs_symmetry: ClassVar[bool] = True
 
     def __post_init__(self):
-        check_count("CG(maxiter=...)", self.maxiter)
-        check_nonnegative("CG(damping=...)", self.damping)
-        if self.tol is not None:
-            check_positive("CG(tol=...)", self.tol)
+        check_settings(self, maxiter="count", damping="nonnegative", tol="positive or None")
 
     def __call__(self, matvec, b, x0=None):
-        """Returns `(x, LinearInfo)`, starting from `x0` (zeros when None)."""
-
-        def solve(operator, b, x0):
-            return conjugate_gradients(operator, b, x0, self.maxiter, self.tol)
-
-        return solve_system(lambda v: add_scaled(matvec(v), self.damping, v), b, x0, solve, symmetric=True)
+        """Return `(x, LinearInfo)`, starting from `x0` (zeros when None)."""
+        solve = functools.partial(conjugate_gradients, maxiter=self.maxiter, tol=self.tol)
+        return solve_system(damped(matvec, self.damping), b, x0, solve, symmetric=True)

@@ -1,4 +1,4 @@
-"""What stands in for the Hessian of the train loss in an implicit rule."""
+"""Positive semi-definite stand-ins for the Hessian of the train loss in an implicit rule."""
 
 from __future__ import annotations
 
@@ -15,34 +15,22 @@ from jaxhpo._core.validate import check_callable
 
 @dataclasses.dataclass(frozen=True)
 class GaussNewton:
-    """The generalised Gauss-Newton matrix; made by `gauss_newton`."""
+    """The generalised Gauss-Newton matrix; made by `gauss_newton` and `outer_product`."""
 
     predict: Callable
     output_loss: Callable
     regulariser: Callable | None
 
     def linearise(self, params: PyTree, hparams: PyTree, batch: PyTree) -> Callable[[PyTree], PyTree]:
-        """v ↦ Jᵀ H_L J v + ∇²R v at `params`."""
-        outputs, push = jax.linearize(lambda p: self.predict(p, hparams, batch), params)
-        pull = jax.linear_transpose(push, params)
-        _, output_hessian = jax.linearize(jax.grad(lambda o: self.output_loss(o, batch)), outputs)
-        penalty = _regulariser_product(self.regulariser, params, hparams)
-        return lambda v: penalty(pull(output_hessian(push(v)))[0], v)
-
-
-@dataclasses.dataclass(frozen=True)
-class OuterProduct:
-    """The mean outer product of per-example gradients; made by `outer_product`."""
-
-    example_loss: Callable
-    regulariser: Callable | None
-
-    def linearise(self, params: PyTree, hparams: PyTree, batch: PyTree) -> Callable[[PyTree], PyTree]:
-        """v ↦ (1/n) Σ_i g_i (g_i · v) + ∇²R v at `params`: one push and one pull, no gradient is formed alone."""
-        losses, push = jax.linearize(lambda p: self.example_loss(p, hparams, batch), params)
-        pull = jax.linear_transpose(push, params)
-        penalty = _regulariser_product(self.regulariser, params, hparams)
-        return lambda v: penalty(pull(push(v) / losses.size)[0], v)
+        """Return v ↦ Jᵀ ∇²ℓ J v + ∇²R v at `params`, each part linearised once."""
+        outputs, push = jax.linearize(lambda p: self.predict(p, hparams, batch), params)  # v ↦ J v
+        pull = jax.linear_transpose(push, params)  # u ↦ Jᵀ u
+        _, output_hessian = jax.linearize(jax.grad(lambda o: self.output_loss(o, batch)), outputs)  # u ↦ ∇²ℓ u
+        regulariser = self.regulariser
+        if regulariser is None:
+            return lambda v: pull(output_hessian(push(v)))[0]
+        _, penalty = jax.linearize(jax.grad(lambda p: jnp.asarray(regulariser(p, hparams))), params)  # v ↦ ∇²R v
+        return lambda v: add_scaled(pull(output_hessian(push(v)))[0], 1.0, penalty(v))
 
 
 def gauss_newton(predict: Callable, output_loss: Callable, regulariser: Callable | None = None) -> GaussNewton:
@@ -57,7 +45,7 @@ def gauss_newton(predict: Callable, output_loss: Callable, regulariser: Callable
     Args:
       predict: `(params, hparams, batch) -> outputs`.
       output_loss: `(outputs, batch) -> scalar`; with the regulariser it makes up the train loss.
-      regulariser: `(params, hparams) -> scalar`, its exact Hessian is added.
+      regulariser: `(params, hparams) -> scalar`; its exact Hessian is added.
 
     Returns:
       A value for `Implicit(curvature=...)`.
@@ -79,23 +67,25 @@ def gauss_newton(predict: Callable, output_loss: Callable, regulariser: Callable
     """
     check_callable("predict", predict, "predict(params, hparams, batch)", 3)
     check_callable("output_loss", output_loss, "output_loss(outputs, batch)", 2)
-    _check_regulariser(regulariser)
+    if regulariser is not None:
+        check_callable("regulariser", regulariser, "regulariser(params, hparams)", 2)
     return GaussNewton(predict, output_loss, regulariser)
 
 
-def outer_product(example_loss: Callable, regulariser: Callable | None = None) -> OuterProduct:
+def outer_product(example_loss: Callable, regulariser: Callable | None = None) -> GaussNewton:
     r"""The outer-product matrix :math:`\tfrac1n\sum_i g_i g_i^\top + \nabla^2 R` in place of the Hessian.
 
     g_i is the gradient of one example's loss: the empirical Fisher matrix, Larsen's original choice. Positive
-    semi-definite. Near the Hessian where the loss is a log-likelihood, the model is right and n is large; elsewhere
+    semi-definite. Near the Hessian where the loss is a log-likelihood, the model is right and n is large; otherwise
     not.
 
-    **Cost and bias**: a product costs about two gradients. Biased as said.
+    **Cost and bias**: a product costs about two gradients; no gradient of a single example is formed. Biased by the
+    difference from the Hessian.
 
     Args:
       example_loss: `(params, hparams, batch) -> one loss per example`; the train loss is their mean plus the
         regulariser.
-      regulariser: `(params, hparams) -> scalar`, its exact Hessian is added.
+      regulariser: `(params, hparams) -> scalar`; its exact Hessian is added.
 
     Returns:
       A value for `Implicit(curvature=...)`.
@@ -112,18 +102,10 @@ def outer_product(example_loss: Callable, regulariser: Callable | None = None) -
       Set. 1996.
     """
     check_callable("example_loss", example_loss, "example_loss(params, hparams, batch)", 3)
-    _check_regulariser(regulariser)
-    return OuterProduct(example_loss, regulariser)
+    # The rows of J are the g_i when the outputs are the losses z, and ℓ(z) = Σ z_i² / (2n) has the Hessian I / n.
+    return gauss_newton(example_loss, _half_mean_square, regulariser)
 
 
-def _check_regulariser(regulariser):
-    if regulariser is not None:
-        check_callable("regulariser", regulariser, "regulariser(params, hparams)", 2)
-
-
-def _regulariser_product(regulariser, params, hparams):
-    """(Gv, v) ↦ Gv + ∇²R v."""
-    if regulariser is None:
-        return lambda gv, v: gv
-    _, product = jax.linearize(jax.grad(lambda p: jnp.asarray(regulariser(p, hparams))), params)
-    return lambda gv, v: add_scaled(gv, 1.0, product(v))
+def _half_mean_square(losses, batch):
+    del batch
+    return 0.5 * jnp.mean(losses**2)

@@ -9,15 +9,15 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from jaxhpo._core.mesh import cast_varying, varying_axes
-from jaxhpo._core.tree import add_scaled
 from jaxhpo._core.types import LinearSolver, LinearStatus
-from jaxhpo._core.validate import check_nonnegative
-from jaxhpo._linear.report import report, residual_of
+from jaxhpo._core.validate import check_settings
+from jaxhpo._linear.report import epsilon, report, residual_of
+from jaxhpo._linear.system import damped
 
 
 @dataclasses.dataclass(frozen=True)
 class Direct(LinearSolver):
-    r"""Forms the matrix and solves with it, :math:`x = (A + \delta I)^{-1} b`, by LU with partial pivoting.
+    r"""Dense solve, :math:`x = (A + \delta I)^{-1} b`, by LU with partial pivoting.
 
     Needs no symmetry and no definiteness, so it also serves `fixed_point` solvers and saddle points. A singular matrix
     gives infinite entries (status NOT_FINITE), or, where rounding hides it, a residual above :math:`\sqrt\epsilon`
@@ -42,15 +42,15 @@ class Direct(LinearSolver):
     damping: float = 0.0
 
     def __post_init__(self):
-        check_nonnegative("Direct(damping=...)", self.damping)
+        check_settings(self, damping="nonnegative")
 
     def __call__(self, matvec, b, x0=None):
-        """Returns `(x, LinearInfo)`; `x0` is not needed."""
+        """Return `(x, LinearInfo)`; `x0` is not used."""
         del x0
         flat, unravel = ravel_pytree(b)
+        matvec = damped(matvec, self.damping)
         basis = cast_varying(jnp.eye(flat.size, dtype=flat.dtype), varying_axes(b))
-        damped = lambda v: add_scaled(matvec(v), self.damping, v)  # noqa: E731
-        matrix = jax.vmap(lambda v: ravel_pytree(damped(unravel(v)))[0], out_axes=1)(basis)
+        matrix = jax.vmap(lambda v: ravel_pytree(matvec(unravel(v)))[0], out_axes=1)(basis)  # column i is A eᵢ
         x = unravel(jnp.linalg.solve(matrix, flat))
-        eps = float(jnp.finfo(flat.dtype).eps)
-        return x, report(residual_of(damped, x, b), flat.size, LinearStatus.STALLED, threshold=eps**0.5)
+        residual = residual_of(matvec, x, b)
+        return x, report(residual, flat.size, LinearStatus.STALLED, threshold=epsilon(flat.dtype) ** 0.5)

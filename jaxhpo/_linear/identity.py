@@ -1,4 +1,4 @@
-"""H⁻¹ replaced by a multiple of the identity: T1–T2, one-step differentiation."""
+"""A multiple of the identity in place of H⁻¹: T1–T2, one-step differentiation."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ import jax.numpy as jnp
 
 from jaxhpo._core.tree import scaled
 from jaxhpo._core.types import LinearSolver
-from jaxhpo._core.validate import check_positive
-from jaxhpo._linear.report import of_series, report, residual_of
+from jaxhpo._core.validate import check_settings
+from jaxhpo._linear.report import report, residual_of, series_status
 
 
 @dataclasses.dataclass(frozen=True)
 class Identity(LinearSolver):
-    r"""Replaces the inverse Hessian by a multiple of the identity, :math:`H^{-1} b \approx s\, b`.
+    r"""A multiple of the identity in place of the inverse Hessian, :math:`H^{-1} b \approx s\, b`.
 
     With the inner learning rate as scale this is the T1-T2 rule, and at a solution of gradient descent it equals
     backpropagation through the last step.
 
-    **Cost and bias**: no Hessian product at all; memory of the parameters. Exact only for :math:`H = I/s`; the error
-    in an eigendirection of curvature :math:`\lambda` is :math:`1 - s\lambda`. The report, at one Hessian product where
-    it is asked for, has status MAX_ITERATIONS as a rule, and STALLED where the residual is no smaller than b: the scale
-    is above 2 / curvature.
+    **Cost and bias**: no Hessian product; memory of the parameters. Exact only for :math:`H = I/s`; the error in an
+    eigendirection of curvature :math:`\lambda` is :math:`1 - s\lambda`. The report costs one Hessian product where it
+    is used. Its status is MAX_ITERATIONS as a rule, and STALLED where the residual is no smaller than b: the scale is
+    above 2 / curvature.
 
     Args:
       scale: s above, a positive number in units of a learning rate.
@@ -41,11 +41,11 @@ class Identity(LinearSolver):
     scale: float
 
     def __post_init__(self):
-        check_positive("Identity(scale=...)", self.scale)
+        check_settings(self, scale="positive")
 
     def __call__(self, matvec, b, x0=None):
-        """Returns `(scale * b, LinearInfo)`; `x0` is not needed."""
+        """Return `(scale * b, LinearInfo)`; `x0` is not used."""
         del x0
         x = scaled(self.scale, b)
         residual = residual_of(matvec, x, b)
-        return x, report(residual, 0, of_series(jnp.ones_like(residual), residual))
+        return x, report(residual, 0, series_status(jnp.ones_like(residual), residual))

@@ -8,8 +8,8 @@ import jax
 
 from jaxhpo._core.tree import add_scaled, scaled
 from jaxhpo._core.types import LinearSolver
-from jaxhpo._core.validate import check_count, check_positive
-from jaxhpo._linear.report import of_series, relative_norm, report, residual_of
+from jaxhpo._core.validate import check_settings
+from jaxhpo._linear.report import relative_norm, report, residual_of, series_status
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,8 +21,8 @@ class Neumann(LinearSolver):
     :math:`\alpha` it equals backpropagation through the last K steps. For `fixed_point` solvers take `step_size=1`: the
     sum is then :math:`\sum_k J^k b`, J the step's Jacobian.
 
-    The residual is the first term left out, so the report's status is CONVERGED where that is negligible,
-    MAX_ITERATIONS while the terms shrink (a series cut after K terms is legal), and STALLED where the last one did not.
+    The residual is the first omitted term, so the report's status is CONVERGED where that is negligible, MAX_ITERATIONS
+    while the terms shrink (stopping after K terms is legitimate), and STALLED where the last term did not.
 
     **Cost and bias**: `num_terms - 1` Hessian products of two to three gradients each; memory of one linearisation.
     The relative error in an eigendirection of curvature :math:`\lambda` is :math:`(1 - \alpha\lambda)^K`: biased
@@ -47,13 +47,14 @@ class Neumann(LinearSolver):
     step_size: float
 
     def __post_init__(self):
-        check_count("Neumann(num_terms=...)", self.num_terms)
-        check_positive("Neumann(step_size=...)", self.step_size)
+        check_settings(self, num_terms="count", step_size="positive")
 
     def __call__(self, matvec, b, x0=None):
-        """Returns `(x, LinearInfo)`; the series always starts from zero, so `x0` is not used."""
+        """Return `(x, LinearInfo)`; the series starts from zero, so `x0` is not used."""
         del x0
 
+        # With α the step size, |1 − αλ| < 1 for every eigenvalue λ of A:
+        #     A⁻¹ b = α Σ_k t_k,        t_0 = b,        t_{k+1} = (I − αA) t_k = t_k − α A t_k.
         def add_term(carry, _):
             term, total = carry
             term = add_scaled(term, -self.step_size, matvec(term))
@@ -61,5 +62,5 @@ class Neumann(LinearSolver):
 
         (last, total), _ = jax.lax.scan(add_term, (b, b), length=self.num_terms - 1)
         x = scaled(self.step_size, total)
-        residual = residual_of(matvec, x, b)
-        return x, report(residual, self.num_terms - 1, of_series(relative_norm(last, b), residual))
+        residual = residual_of(matvec, x, b)  # b − A x = t_K: the sum telescopes
+        return x, report(residual, self.num_terms - 1, series_status(relative_norm(last, b), residual))

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxhpo._core.types import LinearSolver, LinearStatus
-from jaxhpo._core.validate import check_count, check_nonnegative, check_positive
+from jaxhpo._core.validate import check_settings
 from jaxhpo._linear.iteration import conjugate_gradients
-from jaxhpo._linear.report import default_tolerance, residual_of, still_falls
+from jaxhpo._linear.report import default_tolerance, epsilon, first_of, residual_of, still_falls
 from jaxhpo._linear.system import solve_system
 
 
@@ -18,9 +18,9 @@ from jaxhpo._linear.system import solve_system
 class NormalCG(LinearSolver):
     r"""Conjugate gradients on :math:`(A^\top A + \delta I) x = A^\top b`, for any matrix, also singular or indefinite.
 
-    With δ = 0 the least-squares solution that is nearest to zero. The condition number is squared, so it needs many
+    With δ = 0 this is the least-squares solution nearest to zero. The condition number is squared, so it needs many
     more iterations than `CG` where that applies: a fallback, not a default. The status is that of the normal equations,
-    which always have a solution; the residual is that of A x = b, and large where b is not in the range of A (STALLED
+    which always have a solution. The residual is that of A x = b, and large where b is not in the range of A (STALLED
     where no part of b is).
 
     **Cost and bias**: one product with A and one with its transpose an iteration; memory of five copies of the
@@ -46,13 +46,10 @@ class NormalCG(LinearSolver):
     damping: float = 0.0
 
     def __post_init__(self):
-        check_count("NormalCG(maxiter=...)", self.maxiter)
-        check_nonnegative("NormalCG(damping=...)", self.damping)
-        if self.tol is not None:
-            check_positive("NormalCG(tol=...)", self.tol)
+        check_settings(self, maxiter="count", damping="nonnegative", tol="positive or None")
 
     def __call__(self, matvec, b, x0=None):
-        """Returns `(x, LinearInfo)`, starting from `x0` (zeros when None)."""
+        """Return `(x, LinearInfo)`, starting from `x0` (zeros when None)."""
 
         def solve(operator, b, x0):
             def transposed(v):
@@ -64,11 +61,15 @@ class NormalCG(LinearSolver):
             tol = default_tolerance(b.dtype, self.tol)
             x, info = conjugate_gradients(normal, transposed(b), x0, self.maxiter, tol)
             residual = residual_of(operator, x, b)
-            status = jnp.where(residual <= float(jnp.finfo(b.dtype).eps) ** 0.5, LinearStatus.CONVERGED, info.status)
-            nothing = (status == LinearStatus.CONVERGED) & ~still_falls(jnp.ones_like(residual), residual)
-            # AᵀA has no negative curvature but by rounding.
-            stalled = nothing | (status == LinearStatus.INDEFINITE)
-            return x, info._replace(residual=residual, status=jnp.where(stalled, LinearStatus.STALLED, status))
+            unreached = ~still_falls(jnp.ones_like(residual), residual)  # no part of b is in the range of A
+            status = first_of(
+                (residual <= epsilon(b.dtype) ** 0.5, LinearStatus.CONVERGED),
+                (info.status == LinearStatus.INDEFINITE, LinearStatus.STALLED),  # of AᵀA: an effect of rounding
+                ((info.status == LinearStatus.CONVERGED) & unreached, LinearStatus.STALLED),
+                otherwise=info.status,
+            )
+            return x, info._replace(residual=residual, status=status)
 
-        # Also the transposed system's: ((AᵀA + δ)⁻¹Aᵀ)ᵀ = A (AᵀA + δ)⁻¹ = (AAᵀ + δ)⁻¹A, solvable whatever b is.
+        # The same function solves the transposed system, whatever its b, since
+        #     ((AᵀA + δI)⁻¹ Aᵀ)ᵀ = A (AᵀA + δI)⁻¹ = (AAᵀ + δI)⁻¹ A.
         return solve_system(matvec, b, x0, solve)

@@ -1,4 +1,4 @@
-"""Nyström's low-rank approximation and Woodbury's identity."""
+"""Nyström's low-rank approximation, inverted by Woodbury's identity."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from jaxhpo._core.mesh import cast_varying, varying_axes
-from jaxhpo._core.tree import add_scaled
 from jaxhpo._core.types import LinearSolver, LinearStatus
-from jaxhpo._core.validate import check_count, check_positive, require_key
-from jaxhpo._linear.report import of_series, report, residual_of
+from jaxhpo._core.validate import check_settings, require_key
+from jaxhpo._linear.report import epsilon, report, residual_of, series_status
+from jaxhpo._linear.system import damped
 
 
 @dataclasses.dataclass(frozen=True)
 class Nystrom(LinearSolver):
-    r"""A rank-k approximation of the matrix, inverted exactly: no iteration.
+    r"""Rank-k approximation of the matrix, inverted exactly, without iteration.
 
     With a random P×k matrix Ω of orthonormal columns and C = HΩ, :math:`H \approx C\,(\Omega^\top C)^{-1} C^\top`, and
     by Woodbury's identity
@@ -31,7 +31,7 @@ class Nystrom(LinearSolver):
     directions.
 
     Args:
-      rank: k above, at most the number of parameters (more is cut to that).
+      rank: k above; cut to the number of parameters.
       damping: ρ above, positive.
 
     Raises:
@@ -50,27 +50,26 @@ class Nystrom(LinearSolver):
     needs_symmetry: ClassVar[bool] = True
 
     def __post_init__(self):
-        check_count("Nystrom(rank=...)", self.rank)
-        check_positive("Nystrom(damping=...)", self.damping)
+        check_settings(self, rank="count", damping="positive")
 
     def __call__(self, matvec, b, x0=None, key=None):
-        """Returns `(x, LinearInfo)`; `x0` is not needed."""
+        """Return `(x, LinearInfo)`; `x0` is not used."""
         del x0
         flat, unravel = ravel_pytree(b)
-        rank = min(self.rank, flat.size)
-        basis = jnp.linalg.qr(jax.random.normal(require_key(key, self), (flat.size, rank), flat.dtype))[0]
+        rank, product = min(self.rank, flat.size), functools.partial(jnp.matmul, precision="highest")
+        basis = jnp.linalg.qr(jax.random.normal(require_key(key, self), (flat.size, rank), flat.dtype))[0]  # Ω
         basis = cast_varying(basis, varying_axes(b))
-        damped = lambda v: add_scaled(matvec(v), self.damping, v)  # noqa: E731
-        product = functools.partial(jnp.matmul, precision="highest")
-        image = jax.vmap(lambda v: ravel_pytree(matvec(unravel(v)))[0], in_axes=1, out_axes=1)(basis)
+        image = jax.vmap(lambda v: ravel_pytree(matvec(unravel(v)))[0], in_axes=1, out_axes=1)(basis)  # C = HΩ
+        # With M = ΩᵀC = ΩᵀHΩ, H ≈ C M⁻¹ Cᵀ, and Woodbury's identity gives
+        #     (ρI + C M⁻¹ Cᵀ)⁻¹ = (I − C (ρM + CᵀC)⁻¹ Cᵀ) / ρ.
         core = product(basis.T, image)
         small = self.damping * core + product(image.T, image)
-        # Least squares, since the small matrix is singular where H is of lower rank than asked for.
+        # The pseudo-inverse, since ρM + CᵀC is singular where the rank of H is below k. Symmetrised against rounding.
         inverse = jnp.linalg.pinv((small + small.T) / 2, hermitian=True)
         x = unravel((flat - product(image, product(inverse, product(image.T, flat)))) / self.damping)
-        eps = float(jnp.finfo(flat.dtype).eps)
-        # Ritz values lie between the eigenvalues of H: one at or below −ρ proves that H + ρI is not positive definite.
+        # The eigenvalues of M are Ritz values, which lie between those of H: one at or below −ρ proves that H + ρI is
+        # not positive definite.
         indefinite = jnp.linalg.eigvalsh(jax.lax.stop_gradient(core + core.T) / 2)[0] <= -self.damping
-        residual = residual_of(damped, x, b)
-        ended = jnp.where(indefinite, LinearStatus.INDEFINITE, of_series(jnp.ones_like(residual), residual))
-        return x, report(residual, rank, ended, threshold=eps**0.5)
+        residual = residual_of(damped(matvec, self.damping), x, b)
+        ended = jnp.where(indefinite, LinearStatus.INDEFINITE, series_status(jnp.ones_like(residual), residual))
+        return x, report(residual, rank, ended, threshold=epsilon(flat.dtype) ** 0.5)

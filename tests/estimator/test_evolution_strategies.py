@@ -1,4 +1,4 @@
-"""Evolution strategies: right on average, for losses without a derivative, in bounded memory."""
+"""Evolution strategies are unbiased, need no derivative, and run in bounded memory."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ METHODS = {"es": EvolutionStrategies, "pes": lambda num_pairs, sigma, t: Persist
 
 
 def of_problem(method, problem, num_steps, warm_start=True):
-    """The pair of a method on one of the closed-form problems, hyperparameters and a first state."""
+    """Return the pair of a method on a closed-form problem, hyperparameters and a first state."""
     solver = jaxhpo.from_optax(problem.train_loss, optax.sgd(problem.step_size))
     pair = hypergradient(
         method, solver, lambda solution, h, batch: problem.val_loss(solution.params), num_steps=num_steps,
@@ -27,14 +27,14 @@ def of_problem(method, problem, num_steps, warm_start=True):
 
 
 def of_map(method, forward, metric, num_steps=1):
-    """The pair of a method where training gives `forward(h)`, and a scalar first state."""
+    """Return the pair of a method where training gives `forward(h)`, and a scalar first state."""
     solver = jaxhpo.fixed_point(lambda p, h, batch: forward(h))
     pair = hypergradient(method, solver, lambda solution, h, batch: metric(solution.params), num_steps=num_steps)
     return pair, pair.init(jnp.zeros(()), jnp.ones(()))
 
 
 def draws(pair, h, state, num_draws, num_updates=1):
-    """Hypergradients for many keys, (draws, updates, m), h at rest."""
+    """Return hypergradients for many keys, of shape (draws, updates, m), at constant h."""
 
     def updates(key):
         def body(state, key):
@@ -47,7 +47,7 @@ def draws(pair, h, state, num_draws, num_updates=1):
 
 
 def standard_errors(got, want):
-    """How far the mean over the first axis is from `want`, in standard errors, at the worst entry."""
+    """Return the largest distance of the mean over the first axis from `want`, in standard errors."""
     return np.max(np.abs(got.mean(axis=0) - want) / (got.std(axis=0) / np.sqrt(len(got))))
 
 
@@ -81,7 +81,7 @@ def test_direction(shared):
 @pytest.mark.slow
 @pytest.mark.parametrize("antithetic", [True, False])
 def test_unbiased(antithetic):
-    """F is quadratic, so that smoothing leaves its gradient alone: the mean of 4000 draws is the closed form."""
+    """F is quadratic, so smoothing does not change its gradient: the mean of 4000 draws is the closed form."""
     pair, h, state = of_problem(EvolutionStrategies(4, 0.3, antithetic=antithetic, chunk_size=None), QUADRATIC, 15)
     got = draws(pair, h, state, 4000)[:, 0]
     want = QUADRATIC.unrolled(QUADRATIC.hparams, QUADRATIC.step_size, 15)
@@ -105,7 +105,7 @@ def test_transforms(name):
 def test_persistent_is_unbiased_where_truncated_is_not():
     """Three unrolls of 3 steps, then a fourth from the start: each is compared with its closed form.
 
-    On the quadratic problem the outer loss is quadratic in all perturbations, so that smoothing changes nothing: update
+    On the quadratic problem the outer loss is quadratic in all perturbations, so smoothing changes nothing: update
     i of PersistentES is the derivative through all 3 i steps, and a warm-started EvolutionStrategies the derivative
     through the last 3. Their ratio is (1 − ρ)/(1 − ρⁱ) with ρ = 0.8³.
     """
@@ -127,7 +127,7 @@ def test_persistent_is_unbiased_where_truncated_is_not():
 
 @pytest.mark.slow
 def test_persistent_of_one_unroll_is_evolution_strategies():
-    """With horizon = num_steps every update starts anew: the same draws, the same trainings."""
+    """With horizon = num_steps every update restarts: the same draws, the same trainings."""
     hparams = {"rate": jnp.asarray(0.1), "target": jnp.ones(2)}
     solver = jaxhpo.from_optax(
         lambda p, h, b: jnp.sum((p - h["target"] * b) ** 2), lambda h: optax.sgd(h["rate"], momentum=0.5)
@@ -163,7 +163,7 @@ def test_metric_without_derivative():
 def test_tuning_an_error_rate(name):
     """Two features predict the training labels, but one of them is noise in validation: its penalty must rise.
 
-    With both features the error is about arctan(1)/π = 25 %; with the good one alone it is zero.
+    With both features the error is about arctan(1)/π = 25 %; with only the good one it is zero.
     """
     rng = np.random.default_rng(0)
     label, val_label = np.sign(rng.normal(size=(2, 500)))
@@ -194,7 +194,7 @@ def test_tuning_an_error_rate(name):
 @pytest.mark.codegen
 @pytest.mark.parametrize("method", [EvolutionStrategies(2, 0.1), PersistentES(2, 0.1, 1000)], ids=["es", "pes"])
 def test_memory_does_not_grow_with_steps(method):
-    """From T = 10 to T = 1000 the memory grows by the 990 step indices, 8 bytes each, and by nothing else."""
+    """From T = 10 to T = 1000 the memory grows only by the 990 step indices, 8 bytes each."""
     solver = jaxhpo.from_optax(lambda p, h, b: jnp.sum((p - h * b) ** 2), optax.sgd(0.1, momentum=0.9))
 
     def memory(method, num_steps):
@@ -208,7 +208,7 @@ def test_memory_does_not_grow_with_steps(method):
     small = memory(method, 10)
     assert small > 2 * 10_000 * 8  # the trainings themselves were counted
     assert memory(method, 1000) - small <= 1.1 * 990 * 8
-    if isinstance(method, EvolutionStrategies):  # nor with the number of pairs, but for a number or two a pair
+    if isinstance(method, EvolutionStrategies):  # nor with the number of pairs, except for a few numbers per pair
         few, many = (EvolutionStrategies(pairs, 0.1, chunk_size=2) for pairs in (20, 200))
         assert memory(many, 10) - memory(few, 10) <= 180 * 8 * 8
 
@@ -217,7 +217,7 @@ def test_memory_does_not_grow_with_steps(method):
 
 
 @pytest.mark.parametrize("method", [EvolutionStrategies(2, 0.1), PersistentES(2, 0.1, 3)], ids=["es", "pes"])
-def test_a_key_is_needed(method):
+def test_missing_key_raises(method):
     pair, h, state = of_problem(method, QUADRATIC, 3)
     with pytest.raises(JaxhpoError, match=r"got no key.*for a pair `update\(\.\.\., key=key\)`"):
         pair.update(h, state)
@@ -232,7 +232,10 @@ def test_a_key_is_needed(method):
         (lambda: EvolutionStrategies(4, 0.1, antithetic=None), r"antithetic.*True or False"),
         (lambda: PersistentES(4, -1.0, 10), r"sigma.*above 0"),
         (lambda: PersistentES(4, 1.0, 0.5), r"horizon.*integer"),
-        (lambda: of_problem(PersistentES(4, 1.0, 10), QUADRATIC, 4), r"horizon=10.*no multiple of the 4.*`horizon=8`"),
+        (
+            lambda: of_problem(PersistentES(4, 1.0, 10), QUADRATIC, 4),
+            r"horizon=10.*not a multiple of the 4.*`horizon=8`",
+        ),
         (lambda: of_problem(PersistentES(4, 1.0, 8), QUADRATIC, 4, False), r"warm_start=False.*EvolutionStrategies"),
     ],
 )
@@ -241,7 +244,7 @@ def test_mistakes(make, match):
         make()
 
 
-def test_settings_are_values():
+def test_equal_settings_compare_and_hash_equal():
     make = lambda: EvolutionStrategies(4, 0.1, {"penalty": jaxhpo.positive}, antithetic=False)  # noqa: E731
     assert make() == make() != EvolutionStrategies(4, 0.1) and hash(make()) == hash(make())
     names = {"EvolutionStrategies": EvolutionStrategies, "PersistentES": PersistentES, "positive": jaxhpo.positive}
@@ -250,7 +253,7 @@ def test_settings_are_values():
 
 
 @pytest.mark.slow
-def test_sixteen_bits_do_not_shrink_a_long_mean():
+def test_bfloat16_mean_over_many_draws():
     """In bfloat16 a running sum of terms of one size stops growing at 256 of them."""
     solver = jaxhpo.fixed_point(lambda p, h, batch: h + 0 * p)
     method = EvolutionStrategies(num_pairs=4000, sigma=0.1, chunk_size=None)
@@ -262,7 +265,7 @@ def test_sixteen_bits_do_not_shrink_a_long_mean():
 
 
 @pytest.mark.slow
-def test_persistent_starts_again_before_it_would_pass_its_horizon():
+def test_persistent_restarts_before_passing_its_horizon():
     solver = jaxhpo.from_optax(lambda p, h, batch: jnp.sum((p - h) ** 2) + 0 * jnp.sum(batch), optax.sgd(0.1))
     pair = hypergradient(PersistentES(2, 0.1, 14), solver, lambda s, h, batch: jnp.sum(s.params))
     h, counts, reached = jnp.ones(1), [], []
@@ -277,7 +280,7 @@ def test_persistent_starts_again_before_it_would_pass_its_horizon():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", [PersistentES(3, 0.1, 4, chunk_size=2), EvolutionStrategies(5, 0.1, chunk_size=2)])
-def test_leaves_without_entries(method):
+def test_empty_leaves(method):
     solver = jaxhpo.from_optax(lambda p, h, batch: jnp.sum((p["w"] - h["x"]) ** 2), optax.sgd(0.1))
     pair = hypergradient(method, solver, lambda s, h, batch: jnp.sum(s.params["w"]), num_steps=2)
     h, params = {"x": jnp.ones(2), "none": jnp.zeros(0)}, {"w": jnp.zeros(2), "none": jnp.zeros((0, 3))}

@@ -1,4 +1,4 @@
-"""Hypernetworks fit the best response exactly where it is affine; self-tuning layers are what their formula says."""
+"""Hypernetworks fit an affine best response exactly; self-tuning layers equal their formula."""
 
 import jax
 import jax.numpy as jnp
@@ -40,8 +40,8 @@ def of_quadratic(method, num_steps, warm_start=True, hparams=H):
 def test_exact_on_the_quadratic(method):
     """a*(h) = h is affine, and fitted without noise at every perturbation: the error falls geometrically.
 
-    The hypergradient is then 2(h − c), here and, the response being global, at every other h. What is left after 1000
-    steps is rounding.
+    The hypergradient is then 2(h − c), at this h and, as the response is global, at every other. After 1000 steps only
+    rounding remains.
     """
     pair, state = of_quadratic(method, 1000)
     hypergrad, state, info = jax.jit(pair.update)(H, state, key=jax.random.key(0))
@@ -54,7 +54,7 @@ def test_exact_on_the_quadratic(method):
 
 @pytest.mark.slow
 def test_local_response_of_ridge():
-    """On ridge the best response bends: the affine fit is O(s²) off, so at s = 0.05 the direction is right."""
+    """On ridge the best response is curved: the affine fit has an error of O(s²), small at s = 0.05."""
     problem = PROBLEMS["ridge"]
     solver = jaxhpo.from_optax(problem.train_loss, optax.sgd(0.1))
     rates = optax.sgd(optax.exponential_decay(10.0, 4000, 0.1), momentum=0.9)
@@ -85,7 +85,7 @@ def test_under_tune(warm_start):
 
 @pytest.mark.slow
 def test_transforms():
-    """θ*(h) = log h is affine in u = log h alone: dV/dh = 2(log h − 1)/h for V = (θ − 1)²."""
+    """θ*(h) = log h is affine only in u = log h: dV/dh = 2(log h − 1)/h for V = (θ − 1)²."""
     solver = jaxhpo.from_optax(lambda p, h, b: (p - jnp.log(h)) ** 2, optax.sgd(0.1))
     method = Hypernetwork(optax.sgd(0.1), scale=1.0, transforms=jaxhpo.positive)
     pair = hypergradient(method, solver, lambda solution, h, b: (solution.params - 1.0) ** 2, num_steps=1000)
@@ -98,8 +98,8 @@ def test_transforms():
 
 
 @pytest.mark.slow
-def test_the_scale_finds_its_equilibrium():
-    """E V(h + sε) = ‖h − c‖² + Σ s²: with the bonus τ Σ log s each s settles at √(τ/2), without it s keeps falling."""
+def test_tuned_scale_converges_to_its_equilibrium():
+    """E V(h + sε) = ‖h − c‖² + Σ s²: with the bonus τ Σ log s each s converges to √(τ/2), without it s falls to 0."""
     target = QUADRATIC.hparams - QUADRATIC.hypergradient(QUADRATIC.hparams) / 2
     scales = {}
     for entropy in (0.0, 0.08):
@@ -116,7 +116,7 @@ def test_the_scale_finds_its_equilibrium():
 
 
 @pytest.mark.slow
-def test_the_gradient_of_the_scale():
+def test_gradient_of_the_scale():
     """At the exact response: E dV/ds = 2 s in each entry, less τ/s."""
     hparams, tau = Perturbed(H, jnp.full(3, 0.7)), 0.3
     pair, state = of_quadratic(Hypernetwork(optax.sgd(0.0), entropy=tau), 1, hparams=hparams)
@@ -137,7 +137,7 @@ def test_the_gradient_of_the_scale():
 
 
 def dense_of(params, x, h):
-    """The formula of the layer, one example at a time, in NumPy."""
+    """Compute the formula of the layer, one example at a time, in NumPy."""
     gate, rows = params["gate"], []
     for xi, hi in zip(x, h, strict=True):
         y = xi @ params["plain"]["kernel"] + params["plain"]["bias"]
@@ -170,7 +170,7 @@ def test_dense_layer():
     np.testing.assert_allclose(shared, x @ kernel + bias, rtol=1e-12)
 
 
-def test_dense_layer_can_learn_to_respond():
+def test_dense_layer_has_a_gradient_at_its_start():
     """At the start U and U_b have a gradient, though both are zero (the gates of which they are factors are not)."""
     x, h = np.ones((5, 4)), np.ones((5, 2))
     layer = SelfTuningDense(3)
@@ -181,7 +181,7 @@ def test_dense_layer_can_learn_to_respond():
 
 @pytest.mark.slow
 def test_dense_layer_inner_axes():
-    """h of shape (batch, m) belongs to the first axis of the inputs, whatever lies between."""
+    """h of shape (batch, m) belongs to the first axis of the inputs, with any number of axes after it."""
     rng = np.random.default_rng(1)
     x, h = rng.normal(size=(5, 7, 4)), rng.normal(size=(5, 2))
     layer = SelfTuningDense(3, use_bias=False)
@@ -215,7 +215,7 @@ def test_convolution():
 
 @pytest.mark.slow
 def test_mlp_is_its_layers():
-    """Two layers of the formula with tanh between them, and hidden units that `between` may change."""
+    """Two layers of the formula with tanh between them, and hidden units that the third argument changes."""
     rng = np.random.default_rng(1)
     x, h = rng.normal(size=(5, 4)), rng.normal(size=(5, 2))
     model = SelfTuningMLP((6, 3))
@@ -230,7 +230,7 @@ def test_mlp_is_its_layers():
 @pytest.mark.slow
 @pytest.mark.parametrize("tuned", [False, True], ids=["fixed scale", "tuned scale"])
 def test_self_tuning_layer_finds_the_best_response(tuned):
-    """Of min_w E (w x − h x)² the best response w*(h) = h is affine: the layer learns it from one h an example.
+    """Of min_w E (w x − h x)² the best response w*(h) = h is affine: the layer learns it from one h per example.
 
     V = E (w*(h) − 2)² x², so that dV/dh is 2 (h − 2) E x²; with a tuned scale each example has its own h + sε.
     """
@@ -262,8 +262,8 @@ def test_self_tuning_layer_finds_the_best_response(tuned):
 # --- mistakes ---
 
 
-def test_what_the_train_loss_does_not_read_is_zero_and_said():
-    """The rate of an optimiser that the hypernetwork does not use: its perturbations would give noise."""
+def test_hyperparameter_outside_the_train_loss_warns():
+    """The learning rate of the solver is not used by the hypernetwork, and its perturbation must not give noise."""
     solver = jaxhpo.from_optax(lambda p, h, batch: jnp.sum((p - h["x"]) ** 2), lambda h: optax.sgd(h["rate"]))
     method = Hypernetwork(optax.sgd(0.1), 1.0)
     pair = hypergradient(method, solver, lambda s, h, batch: jnp.sum(s.params) + 5.0 * h["rate"], num_steps=20)
@@ -279,7 +279,10 @@ def test_what_the_train_loss_does_not_read_is_zero_and_said():
     [
         (lambda: Hypernetwork(0.1, scale=1.0), r"tx.*optax\.adam"),
         (lambda: Hypernetwork(optax.sgd(0.1), scale=0.0), r"scale.*above 0"),
-        (lambda: Hypernetwork(optax.sgd(0.1), 1.0, prior=lambda key: key), r"`scale=1\.0` and a `prior`.*drop"),
+        (
+            lambda: Hypernetwork(optax.sgd(0.1), 1.0, prior=lambda key: key),
+            r"given 2 of `scale`, a `prior`.*scale=0\.5",
+        ),
         (lambda: Hypernetwork(optax.sgd(0.1), 1.0, network="affine"), r"network.*affine_response"),
         (lambda: Hypernetwork(optax.sgd(0.1), 1.0, per_example=True), r"per_example.*network=self_response"),
         (lambda: Hypernetwork(optax.sgd(0.1), 1.0, entropy=-1.0), r"entropy.*at least 0"),
@@ -315,17 +318,17 @@ def test_mistakes(make, match):
         make()
 
 
-def test_a_key_is_needed():
+def test_missing_key_raises():
     pair, state = of_quadratic(Hypernetwork(optax.sgd(0.1), 1.0), 3)
     with pytest.raises(JaxhpoError, match=r"got no key.*for a pair `update\(\.\.\., key=key\)`"):
         pair.update(H, state)
 
 
 @pytest.mark.slow
-def test_the_number_of_examples_must_be_clear():
+def test_per_example_needs_one_number_of_examples():
     method = Hypernetwork(optax.sgd(0.1), 1.0, network=self_response, per_example=True)
     pair, state = of_quadratic(method, 3)
-    with pytest.raises(JaxhpoError, match=r"per_example=True.*leading axes \[\].*pass the examples"):
+    with pytest.raises(JaxhpoError, match=r"per_example=True.*hold no examples: pass the data"):
         pair.update(H, state, key=jax.random.key(0))
-    with pytest.raises(JaxhpoError, match=r"leading axes \[2, 5\]"):
+    with pytest.raises(JaxhpoError, match=r"per_example=True.*`batch\[0\]` has 2 examples and `batch\[1\]` has 5"):
         pair.update(H, state, (jnp.ones((3, 2)), jnp.ones((3, 5))), key=jax.random.key(0))

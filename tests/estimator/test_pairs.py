@@ -1,4 +1,4 @@
-"""Pairs that carry derivative state: that of an `Implicit` rule, HOAG and its step, RealTime, T1-T2."""
+"""Stateful methods with derivatives: the pair of an `Implicit` rule, HOAG and its step, RealTime, T1-T2."""
 
 import importlib.util
 import pathlib
@@ -58,7 +58,7 @@ def val_loss(solution, hparams, batch):
 
 
 def updated(pair, hparams, params, times=1, model_state=None, **kw):
-    """The results of successive updates at one point."""
+    """Return the results of successive updates at one point."""
     state, update, results = pair.init(params, hparams, model_state), jax.jit(pair.update), []
     for _ in range(times):
         grad, state, info = update(hparams, state, **kw)
@@ -71,7 +71,7 @@ def updated(pair, hparams, params, times=1, model_state=None, **kw):
 
 @pytest.mark.slow
 def test_implicit_pair_warm_starts_and_reports_its_linear_solve():
-    """A tree of hyperparameters with a None, a direct dependence, metrics."""
+    """With hyperparameters that hold a None, a direct dependence of the outer loss on them, and metrics."""
     solver = from_optax(lambda w, h, b: RIDGE.train_loss(w, h["log"], b), optax.sgd(RIDGE.step_size))
 
     def outer(solution, hparams, batch):
@@ -90,7 +90,7 @@ def test_implicit_pair_warm_starts_and_reports_its_linear_solve():
 
 @pytest.mark.slow
 def test_implicit_pair_equals_jax_grad_through_solve():
-    """Also where the inner run has not converged, so that neither is the closed form."""
+    """Also where the inner run has not converged, and neither equals the closed form."""
 
     def by_grad(h):
         return val_loss(solve(SOLVER, SOLVER.init(START, h), h, num_steps=3, adjoint=Implicit(CG())), h, None)
@@ -138,8 +138,8 @@ def test_implicit_pairs_equal_their_closed_forms(rule, solver, closed_form):
 
 
 @pytest.mark.slow
-def test_few_iterations_an_update_are_enough():
-    """One product with H an update: what is left of the linear solve is done in the next updates."""
+def test_warm_started_linear_solve_converges_over_updates():
+    """With one product with H per update, the linear solve continues in the next updates."""
     results = updated(hypergradient(Implicit(CG(maxiter=1)), SOLVER, val_loss, num_steps=1), H, SOLVED, 60)
     errors = [relative_error(grad, EXACT) for grad, _, _ in results]
     assert errors[0] > 0.05 and all(errors[k + 2] < errors[k] for k in range(25))
@@ -154,7 +154,7 @@ def test_few_iterations_an_update_are_enough():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("curvatures", [(1.0, -2.0), (1.0, np.inf)], ids=["indefinite", "not finite"])
-def test_a_failed_linear_solve_is_no_start_for_the_next(curvatures):
+def test_failed_linear_solve_does_not_start_the_next(curvatures):
     scale = jnp.asarray(curvatures)
     solver = from_optax(lambda w, h, b: 0.5 * jnp.sum(scale * (w - h) ** 2), optax.sgd(0.0))
     pair = hypergradient(Implicit(CG()), solver, lambda s, h, b: jnp.sum(s.params * jnp.array([1.0, 3.0])), num_steps=1)
@@ -188,7 +188,7 @@ def test_bfloat16_parameters_have_a_float32_linear_solve():
 
 
 @pytest.mark.slow
-def test_what_an_implicit_pair_cannot_see_it_says():
+def test_implicit_pair_warns_of_zero_hypergradients():
     def loss(w, h, b, state):
         return RIDGE.train_loss(w, h["log"], b), {"mean": 0.9 * state["mean"] + w}
 
@@ -241,8 +241,8 @@ def test_hoag_tightens_and_converges():
     assert errors[0] > 0.05 and errors[-1] <= 1e-10
 
 
-def test_the_step_of_hoag_by_hand():
-    """L, and where it leads: a longer step, a rejection, a small rise, a small gain, a NaN.
+def test_hoag_step_by_hand():
+    """L and the next point after a longer step, a rejection, a small rise, a small gain, a NaN.
 
     m = 4 and p = (2, 0, 0, 0), so L = ‖p‖/√m = 1 and the unit |V₁| is 1; ε_k = 0.1/k².
     """
@@ -283,7 +283,7 @@ def test_the_step_of_hoag_by_hand():
 
 
 @pytest.mark.slow
-def test_the_step_of_hoag_starts_gently_where_it_is_flat():
+def test_hoag_step_is_small_from_a_flat_start():
     tx = hoag_step()
     h, p = {"a": jnp.ones(3), "b": jnp.asarray(0.0)}, {"a": jnp.full(3, 1e-3), "b": jnp.asarray(0.0)}
     updates, state = tx.update(p, tx.init(h), h, value=jnp.asarray(-5.0))  # ‖p‖ = 1.7e-3 ≤ 1e-3 · 5
@@ -293,8 +293,8 @@ def test_the_step_of_hoag_starts_gently_where_it_is_flat():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
-def test_the_step_of_hoag_converges_whatever_the_scale(scale):
-    """Curvatures 1 and 100, started near the valley: the first steps lead far off, and are taken back until L > 50."""
+def test_hoag_step_converges_at_any_scale(scale):
+    """Curvatures 1 and 100, started near the valley: the first steps are rejected until L > 50."""
     curvature, centre = jnp.array([1.0, 100.0]), jnp.array([3.0, -2.0])
 
     def loss(h):
@@ -333,7 +333,7 @@ def test_tolerances(tolerance, formula):
 
 @pytest.mark.slow
 def test_hoag_without_warm_start_and_with_line_searches():
-    """L-BFGS may train the inner problem, since nothing is differentiated through its line search."""
+    """L-BFGS can train the inner problem, since its line search is not differentiated."""
     solver = from_optax(RIDGE.train_loss, optax.lbfgs())
     for warm_start in (True, False):
         pair = hypergradient(HOAG("exact"), solver, val_loss, num_steps=30, warm_start=warm_start)
@@ -348,7 +348,7 @@ def test_hoag_without_warm_start_and_with_line_searches():
 # --- RealTime --------------------------------------------------------------------------------------------------------
 
 
-def test_real_time_is_exact_while_the_hyperparameters_stand_still():
+def test_real_time_is_exact_at_constant_hyperparameters():
     """Three updates of four steps, in a scan, against the recursion of twelve steps in NumPy."""
     pair = hypergradient(RealTime(), SOLVER, val_loss, num_steps=4)
 
@@ -394,8 +394,8 @@ def noisy_problem(tx):
     ],
     ids=["momentum", "adam", "injected"],
 )
-def test_real_time_sees_all_that_forward_sees(tx):
-    """Learning rates, optimiser states, model states, the outer loss's own use of h; keys and counters pass."""
+def test_real_time_sees_all_inputs_of_forward(tx):
+    """Learning rates, optimiser and model states with keys and counters, the outer loss's own use of h."""
     solver, outer, model_state = noisy_problem(tx)
     batches = jnp.linspace(0.5, 1.5, 5)
     pair = hypergradient(RealTime(), solver, outer)
@@ -442,8 +442,8 @@ def test_vmapped_updates_equal_a_loop(method):
     ],
     ids=repr,
 )
-def test_under_tune_the_validation_loss_goes_down(method, num_steps, rate, num_updates):
-    """Half of what the best single penalty on a grid gains: the penalties differ, and V is flat."""
+def test_validation_loss_falls_under_tune(method, num_steps, rate, num_updates):
+    """By half the gain of the best single penalty on a grid: the penalties differ, and V is flat."""
     pair = hypergradient(method, SOLVER, val_loss, num_steps=num_steps)
     result = tune(
         None,
@@ -499,8 +499,8 @@ def test_sharded_updates_equal_those_on_one_device(method):
 
 
 @pytest.mark.slow
-def test_t1_t2_moves_along_its_closed_form():
-    """From the inner solution: −α Bᵀ ∂V, with one step of training and one of the hyperparameters in turn."""
+def test_t1_t2_follows_its_closed_form():
+    """From the inner solution: −α Bᵀ ∂V, alternating one step of training and one of the hyperparameters."""
     rate = RIDGE.step_size
     pair = hypergradient(Implicit(Identity(rate)), SOLVER, val_loss, num_steps=1)
     run = {"gradient": from_pair(pair), "carry": pair.init(SOLVED, H), "progress": False}
@@ -513,7 +513,7 @@ def test_t1_t2_moves_along_its_closed_form():
     assert want @ EXACT / np.linalg.norm(want) / np.linalg.norm(EXACT) == pytest.approx(cosine, abs=0.02)
 
 
-# --- what HOAG is for ------------------------------------------------------------------------------------------------
+# --- HOAG against a grid --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -555,13 +555,13 @@ def given(method, state=None, hparams=H, **kw):
         (lambda: pair_of(HOAG(), warm_start="yes"), "write True or False"),
         (lambda: HOAG("linear"), "'quadratic', 'cubic', 'exponential', 'exact'"),
         (lambda: HOAG(lambda: 0.1), r"tolerance\(k\)"),
-        (lambda: HOAG(3.0), "no schedule"),
+        (lambda: HOAG(3.0), "not a schedule"),
         (lambda: HOAG(initial_tolerance=-0.1), "above 0"),
         (lambda: HOAG(decay=1.5), "below 1"),
         (lambda: HOAG(maxiter=0), "at least 1"),
         (lambda: HOAG(damping=-1.0), "at least 0"),
         (lambda: hoag_step("linear"), r"hoag_step\(tolerance=\.\.\.\)"),
-        (lambda: given(HOAG(lambda k: jnp.ones(2))), "one number is needed"),
+        (lambda: given(HOAG(lambda k: jnp.ones(2))), "one real number is needed"),
         (lambda: hypergradient(HOAG(), NOT_SYMMETRIC, val_loss), "symmetric.*Neumann"),
         (lambda: pair_of(RealTime(), warm_start=False), r"hypergradient\(Forward\(\), \.\.\., warm_start=False\)"),
         (lambda: from_pair(HOAG()), r"make one with `hypergradient"),

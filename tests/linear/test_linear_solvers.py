@@ -1,4 +1,4 @@
-"""Every linear solver says how its solve ended, and says it truly: against NumPy, in whatever trouble."""
+"""Linear solvers report the right status and residual, on regular and degenerate systems, against NumPy."""
 
 import jax
 import jax.numpy as jnp
@@ -29,13 +29,13 @@ MOST = 10_000  # iterations allowed: a solve that stalls must end long before
 
 
 def rotated(eigenvalues, seed):
-    """A symmetric matrix of these eigenvalues."""
+    """Return a symmetric matrix of these eigenvalues."""
     Q = np.linalg.qr(np.random.default_rng(seed).normal(size=(N, N)))[0]
     return (Q * eigenvalues) @ Q.T
 
 
 def systems(small, large):
-    """Name -> (A, b); the scales are those whose squares are zero and infinite in the working precision."""
+    """Return name -> (A, b); the squares of `small` and `large` are zero and infinite in the working precision."""
     rng = np.random.default_rng(0)
     b, A = rng.normal(size=N), rng.normal(size=(N, N))
     definite = rotated(np.geomspace(1e-2, 1, N), 1)
@@ -73,8 +73,8 @@ SOLVERS = {
     "lineax LU": from_lineax(lineax.LU()),
 }
 ITERATIVE = ("CG", "NormalCG", "GMRES", "BiCGStab")
-# How each solve ends, by first letters: Converged, Max iterations (or terms), Indefinite, Not finite, Stalled; in the
-# order of SOLVERS. `-`: the solver is for symmetric matrices only.
+# The status of each solve by its first letter (Converged, Max iterations or terms, Indefinite, Not finite, Stalled), in
+# the order of SOLVERS. `-`: the solver is for symmetric matrices only.
 ENDS = {
     "definite": "C C C C C M M M C C",
     "tiny b": "C C C C C M M M C C",
@@ -108,7 +108,7 @@ def solve(name, A, b):
 
 
 def true_residual(name, A, b, x):
-    """‖b − A x‖ / ‖b‖ in float64, of the damped matrix where the solver damps."""
+    """Return ‖b − A x‖ / ‖b‖ in float64, of the damped matrix where the solver has a damping."""
     A = A + getattr(SOLVERS[name], "damping", 0) * np.eye(N)
     size = np.abs(b).max() or 1.0
     r = b / size - A @ (x / size)
@@ -117,7 +117,7 @@ def true_residual(name, A, b, x):
 
 @rows(QUICK)
 def test_status_and_residual(name):
-    """All systems at once, under `jit` of `vmap`."""
+    """All systems in one batch, under `jit` of `vmap`."""
     check(name, systems(1e-200, 1e200), jnp.float64)
 
 
@@ -139,7 +139,7 @@ def check(name, cases, dtype):
             continue
         x, info, where = xs[i].astype(float), jax.tree.map(lambda leaf, i=i: leaf[i], infos), f"{name}, {case}"
         if case in ("singular", "zero pivot") and dtype == jnp.float32 and name == "Neumann":
-            end = "S"  # the terms that shrink are gone: what is left is the null space
+            end = "S"  # the terms in the range have vanished; those in the null space remain
         assert LinearStatus(int(info.status)) == STATUS[end], where
         if end == "N":
             assert np.isnan(info.residual), where
@@ -147,7 +147,7 @@ def check(name, cases, dtype):
             continue
         A64, b64 = A[i].astype(float), b[i].astype(float)
         want = true_residual(name, A64, b64, x)
-        # A x is rounded, here and there, by ε ‖A‖ ‖x‖ a term.
+        # Both sides round A x, by ε ‖A‖ ‖x‖ per term.
         size = np.linalg.norm(b64 / (np.abs(b64).max() or 1)) or 1.0
         rounding = N * eps * (1 + np.linalg.norm(A64, 2) * np.linalg.norm(x / (np.abs(b64).max() or 1)) / size)
         assert np.isfinite(x).all() and abs(info.residual - want) <= rounding, where
@@ -160,15 +160,15 @@ def check(name, cases, dtype):
 
 @pytest.mark.slow
 @rows((), tuple(SOLVERS))
-def test_one_by_one(name):
-    """Not batched, the same: `vmap` runs every solve for as long as the longest."""
+def test_batched_status_equals_unbatched(name):
+    """`vmap` runs every solve as long as the longest, which must not change the others."""
     cases = systems(1e-200, 1e200)
     A, b = (np.stack(part) for part in zip(*cases.values(), strict=True))
     one = jax.jit(lambda A, b: solve(name, A, b)[1])
     batched = jax.tree.map(np.asarray, jax.jit(jax.vmap(one))(A, b))
     single = [one(A[i], b[i]) for i in range(len(cases))]
     for i, case in enumerate(cases):
-        # Products are rounded otherwise; of these two systems rounding is all that is left.
+        # Batched products are rounded differently, and rounding decides the iterations of these two systems.
         if case not in ("skew", "ill-conditioned"):
             assert single[i].status == batched.status[i], case
             assert abs(int(single[i].num_iterations) - int(batched.num_iterations[i])) <= 20, case
@@ -176,8 +176,8 @@ def test_one_by_one(name):
 
 @pytest.mark.slow
 @rows((), ITERATIVE)
-def test_start(name):
-    """From the solution no product is needed; from elsewhere the answer is the same; for b = 0 no start matters."""
+def test_start_from_x0(name):
+    """No product is needed from the solution; the answer is the same from other starts; b = 0 ignores the start."""
     A, b = systems(1, 1)["definite"]
     x = np.linalg.solve(A, b)
 
@@ -197,14 +197,14 @@ def test_start(name):
 
 
 def krylov(A, b, k):
-    """An orthonormal basis of b, Ab, …, Aᵏ⁻¹b."""
+    """Return an orthonormal basis of b, Ab, …, Aᵏ⁻¹b."""
     return np.linalg.qr(np.stack([np.linalg.matrix_power(A, j) @ b for j in range(k)], axis=1))[0]
 
 
 @pytest.mark.slow
 @rows((), ("CG", "NormalCG", "GMRES"))
 def test_stopped_after_three_iterations(name):
-    """K iterations and go on: the minimiser of the error in A's norm (CG), or of the residual, over Krylov's space."""
+    """The iterate minimises the error in A's norm (CG), or the residual, over the Krylov space."""
     A, b = systems(1, 1)["definite"]
     if name == "CG":
         V, solver = krylov(A, b, 3), CG(maxiter=3)
@@ -223,7 +223,7 @@ def test_stopped_after_three_iterations(name):
 @pytest.mark.parametrize(
     "solver", [BiCGStab(maxiter=2), from_lineax(lineax.BiCGStab(rtol=1e-9, atol=1e-9, max_steps=2))], ids=str
 )
-def test_out_of_iterations(solver):
+def test_max_iterations_status(solver):
     A, b = systems(1, 1)["definite"]
     x, info = solver(lambda v: A @ v, jnp.asarray(b))
     assert info.status == MAX_ITERATIONS
@@ -233,8 +233,8 @@ def test_out_of_iterations(solver):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("solver", [CG, GMRES, BiCGStab], ids=lambda s: s.__name__)
-def test_rounding_passes_unless_a_tolerance_was_asked_for(solver):
-    """In float32 at condition 3000 no solver can get a residual of 1e-6, and none goes on trying."""
+def test_rounding_limited_residual_converges_without_tol(solver):
+    """In float32 at condition 3000 a residual of 1e-6 is out of reach, and no solver uses all its iterations."""
     A = jnp.asarray(rotated(np.geomspace(1 / 3000, 1, N), 5), jnp.float32)
     b = jnp.asarray(np.random.default_rng(6).normal(size=N), jnp.float32)
     _, info = solver(maxiter=MOST)(lambda v: A @ v, b)
@@ -244,8 +244,8 @@ def test_rounding_passes_unless_a_tolerance_was_asked_for(solver):
 
 
 @pytest.mark.slow
-def test_least_squares_in_both_directions():
-    """NormalCG on a singular matrix: A⁺b, and A⁺ᵀv for the derivative, though v is not in the range either."""
+def test_normal_cg_least_squares_and_its_transpose():
+    """On a singular matrix: A⁺b, and A⁺ᵀv for the derivative, though neither b nor v is in the range."""
     rng = np.random.default_rng(0)
     A = rng.normal(size=(N, N)) @ (np.eye(N) - np.ones((N, N)) / N)
     b, v = rng.normal(size=(2, N))
@@ -264,8 +264,8 @@ def test_inside_shard_map(solver):
 
 
 @pytest.mark.slow
-def test_the_check_says_stalled():
-    """A parameter that only the outer loss sees: a singular Hessian, and a right-hand side outside its range."""
+def test_check_hypergradient_reports_stalled():
+    """A parameter that only the outer loss reads gives a singular Hessian and a right-hand side outside its range."""
     solver = jaxhpo.from_optax(lambda p, h, b: jnp.sum((p[:2] - h) ** 2), optax.sgd(0.1))
 
     def loss(h):
