@@ -13,7 +13,7 @@ from jaxhpo._adjoint.binomial import run_backward, run_forward
 from jaxhpo._adjoint.checkpointing import choose, sizes_of
 from jaxhpo._adjoint.fraction import check_fraction, is_mean, subsample
 from jaxhpo._adjoint.pullback import in_condition, run_with_pullback
-from jaxhpo._core.cost import peak_bytes
+from jaxhpo._core.cost import predicted_peak_bytes
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.record import UnrolledSolve, report_fault, report_schedule
 from jaxhpo._core.stop_gradient import constant
@@ -172,7 +172,7 @@ class Unroll:
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the real run will warn
-            return peak_bytes(pulled, problem.state, problem.inputs)
+            return predicted_peak_bytes(pulled, problem.state, problem.inputs)
 
     def _run(self, problem, schedule):
         steps = problem.num_steps
