@@ -212,13 +212,13 @@ def test_many_diverging_runs_take_one_explanation(monkeypatch):
             told.append(key)
             return super().setdefault(key, value)
 
-    class Recorder(not_finite.Recorder):
+    class CountingLog(not_finite.StepLog):
         def __init__(self):
             super().__init__()
             self.first = Counting()
 
     growth = not_finite.measure_growth
-    monkeypatch.setattr(not_finite, "Recorder", Recorder)
+    monkeypatch.setattr(not_finite, "StepLog", CountingLog)
     monkeypatch.setattr(not_finite, "measure_growth", lambda *args: measured.append(1) or growth(*args))
     data = jnp.ones(1000)
     fn = training(lambda p, h, b: QUADRATIC_LOSS(p, h, b) + 0 * data[0], num_steps=400)
@@ -247,8 +247,8 @@ def test_a_rule_that_approximates_the_way_back_does_not_hide_what_broke_forwards
 @pytest.mark.parametrize(
     ("place", "said"),
     [
-        ("state", "`state.params` is not finite before inner step 0: `solve` was given it so. Mend"),
-        ("hparams", "`hparams` is not finite before inner step 0: `solve` was given it so. Mend"),
+        ("state", "`state.params` is not finite before inner step 0: it was passed to `solve` that way. Correct"),
+        ("hparams", "`hparams` is not finite before inner step 0: it was passed to `solve` that way. Correct"),
         ("batches", "`Reversible()`: at inner step 3 a weight or a velocity left the range"),
         ("earlier solve", "Inner problem 0: The train loss is not finite at inner step 0."),
     ],
