@@ -38,7 +38,7 @@ class Traced:
 
 @contextlib.contextmanager
 def unchanged(*calls):
-    """Calls functions before and after the block; fails if JAX traces, lowers or compiles anything for them after it."""
+    """Calls functions before and after the block; fails if JAX traces, lowers or compiles them after it."""
     events = []
 
     def listen(event, seconds, **_):
@@ -84,7 +84,8 @@ def run_compare(make):
     found = jaxhpo.compare(make, H, [Unroll(), Implicit(CG())], repeats=1, progress=False)
     # The solves and the warnings of functions that were traced before are seen.
     assert found.problem.num_steps == STEPS
-    assert found["Implicit(CG())"].linear_status == "converged" and found["Implicit(CG())"].blind == ("hparams['rate']",)
+    row = found["Implicit(CG())"]
+    assert row.linear_status == "converged" and row.blind == ("hparams['rate']",)
 
 
 def run_memory_plan(make):
@@ -155,7 +156,7 @@ def test_an_exception_ends_the_recording(tool):
 
     def make(rule):
         def loss(h):
-            value = outer_loss(rule)(h)
+            outer_loss(rule)(h)
             raise KeyError("no such column")
 
         return loss
