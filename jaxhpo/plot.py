@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxhpo import Comparison, TuneResult
-from jaxhpo._tune.table import history_columns
+from jaxhpo._tune import table
 
 FEW = 8  # a hyperparameter with at most as many entries has a line for each
 
@@ -263,7 +263,7 @@ def run(source: TuneResult | str | os.PathLike, path: str | os.PathLike | None =
       >>> from jaxhpo import plot
       >>> plot.run("runs/1", "run.png")  # doctest: +SKIP
     """
-    columns = history_columns(source)
+    columns = table.history_columns(source)
     hparams = {name: values for name, values in columns.items() if name.startswith("hparams")}
     large = [name for name, x in hparams.items() if x.ndim > 1 and x[0].size > FEW][:6]
     lines = 1 + -(-len(large) // 3)

@@ -194,7 +194,7 @@ def _peak(jaxpr, count_results=True) -> int:
 
         peak = max_i [ Σ { |b| : s(b) ≤ i ≤ e(b) } + inside(i) ].
     """
-    results, count, read = {*_variables(jaxpr.outvars)}, len(jaxpr.eqns), _read(jaxpr)
+    results, count, read = set(_variables(jaxpr.outvars)), len(jaxpr.eqns), _read(jaxpr)
     buffers = _buffers(jaxpr, results, {*jaxpr.invars} if count_results else set())
     # e(b): later equations overwrite earlier ones.
     last = {b: i for i, equation in enumerate(jaxpr.eqns) for v in _mentioned(equation) for b in buffers[v]}
@@ -323,18 +323,24 @@ def available_bytes() -> float:
         return math.inf
 
 
-def human_bytes(size: float) -> str:
-    """Bytes with a unit.
+def human_bytes(value: float) -> str:
+    """Bytes with three digits and a unit."""
+    return _with_unit(value, {"TiB": 2**40, "GiB": 2**30, "MiB": 2**20, "KiB": 2**10, "B": 1})
+
+
+def human_seconds(value: float) -> str:
+    """Seconds with three digits and a unit.
 
     Example:
-      >>> human_bytes(2.5 * 2**30)
-      '2.50 GiB'
+      >>> human_seconds(3e-5)
+      '30 µs'
     """
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.3g} {unit}"
-        size /= 1024
-    return f"{size:.2f} GiB"
+    return _with_unit(value, {"s": 1.0, "ms": 1e-3, "µs": 1e-6, "ns": 1e-9})
+
+
+def _with_unit(value, units) -> str:
+    unit = next((unit for unit, size in units.items() if value >= size), list(units)[-1])
+    return f"{value / units[unit]:.3g} {unit}"
 
 
 def fastest(functions: Sequence[Callable], *args: Any, repeats: int = 10, seconds: float = 0.0) -> list[float]:

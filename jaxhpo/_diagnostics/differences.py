@@ -32,27 +32,22 @@ class Differences(NamedTuple):
     coordinates: tuple[str, ...] | None
 
     @property
-    def usable(self) -> bool:
-        """True where the outer loss is finite at all points visited."""
-        return bool(np.isfinite([self.numeric, self.coarse]).all())
-
-    @property
-    def nonzero(self) -> bool:
-        """True where the outer loss is finite and changes along some direction."""
-        return self.usable and bool(np.any(self.numeric))
+    def valid(self) -> bool:
+        """True where the outer loss is finite at all points visited, and changes along some direction."""
+        return bool(np.isfinite([self.numeric, self.coarse]).all() and self.numeric.any())
 
     @property
     def error(self) -> float:
         """Estimated relative error of the differences themselves; NaN where there is nothing to compare with."""
         # ‖D₄ − D₂‖ / ‖D₄‖ = O(s²), which bounds the error O(s⁴) of D₄ for small s; rounding and kinks enter it too.
-        return agreement(self.coarse, self.numeric).relative_error if self.nonzero else float("nan")
+        return agreement(self.coarse, self.numeric).relative_error if self.valid else float("nan")
 
     def along(self, gradient) -> np.ndarray:
         """The directional derivatives ⟨d, g⟩ of a flat gradient g."""
         return self.directions @ np.asarray(gradient, float)
 
     def check(self, context: str = "") -> None:
-        """Raises unless the outer loss is finite at all points visited, and changes along some direction.
+        """Raises unless the differences are valid.
 
         Args:
           context: a sentence to begin the first message with.
@@ -61,13 +56,13 @@ class Differences(NamedTuple):
           NonFiniteError: the outer loss is not finite somewhere.
           ZeroHypergradientError: the outer loss does not change.
         """
-        if not self.usable:
+        if not np.isfinite([self.numeric, self.coarse]).all():
             raise NonFiniteError(
                 f"{context}The outer loss is not finite at all points that the differences visit: move the "
                 "hyperparameters away from the edge of their domain (or pass `check_hypergradient` a smaller "
                 "`step_size`)."
             )
-        if not self.nonzero:
+        if not self.valid:
             raise ZeroHypergradientError(
                 "The outer loss does not change along any direction tried: no hyperparameter affects it. Pass the "
                 "hyperparameters on to `solve`, and use them in the train loss or the optimiser."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import collections
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -28,7 +28,7 @@ from jaxhpo._core.validate import (
     describe,
     short_name,
 )
-from jaxhpo._diagnostics.compare.measure import Measured, RuleNotUsed, measure, run
+from jaxhpo._diagnostics.compare.measure import Measured, RuleNotUsed, measure, run_once
 from jaxhpo._diagnostics.compare.reference import Standard, standard
 from jaxhpo._diagnostics.compare.result import Comparison, MethodRow, ProblemSize
 from jaxhpo._diagnostics.compare.verdict import failures, recommend
@@ -114,7 +114,13 @@ def compare(
         check_count("repeats", repeats)
     direction_key = jax.random.key(0) if key is None else check_key(key)
     given = {} if adjoints is None else _named(adjoints)
-    exact = _exact_rule(reference)
+    if isinstance(reference, str) and reference != "differences":
+        raise JaxhpoError(
+            f"`reference` got {reference!r}, which is not valid: write 'differences', or a rule such as `Unroll()`."
+        )
+    exact = None if isinstance(reference, str) else Unroll() if reference is None else reference
+    if exact is not None:
+        check_adjoint(exact)
     flat, unravel = ravel_pytree(hparams)
 
     def make_loss(rule):
@@ -137,31 +143,16 @@ def compare(
         directions = None if flat.size <= num_directions else num_directions
         differences = central_differences(make_loss(plain.rule), hparams, directions, None, direction_key)
         bar.update("central differences")
-        seconds = _times([plain.program, *(measured.program for measured in found.values())], flat, repeats)
+        programs = [measured.program for measured in (plain, *found.values()) if measured.error is None]
+        seconds = iter(fastest(programs, flat, repeats=repeats or 5, seconds=0.0 if repeats else 3.0))
         bar.update("times")
     against = standard(short_name(exact), of_exact, differences)
-    problem = _size(plain, flat.size, seconds[0])
+    problem = _size(plain, flat.size, next(seconds))
     ends = np.cumsum([0, *(leaf.size for leaf in jax.tree.leaves(hparams))])
     # The place of each leaf in the flat vector.
     parts = {name: slice(*ends[i : i + 2]) for i, name in enumerate(names(hparams, "hparams"))}
-    rows = tuple(
-        _row(name, measured, against, parts, took, problem, plain)
-        for (name, measured), took in zip(found.items(), seconds[1:], strict=True)
-    )
+    rows = tuple(_row(name, measured, against, parts, seconds, problem, plain) for name, measured in found.items())
     return Comparison(rows, against.reference, problem, *recommend(rows, against.reference, problem))
-
-
-def _exact_rule(reference) -> Adjoint | None:
-    if reference is None:
-        return Unroll()
-    if reference == "differences":
-        return None
-    if isinstance(reference, str):
-        raise JaxhpoError(
-            f"`reference` got {reference!r}, which is not valid: write 'differences', or a rule such as `Unroll()`."
-        )
-    check_adjoint(reference)
-    return reference
 
 
 def _named(adjoints) -> dict[str, Adjoint]:
@@ -170,12 +161,11 @@ def _named(adjoints) -> dict[str, Adjoint]:
     if isinstance(adjoints, Mapping):
         methods = {str(name): rule for name, rule in adjoints.items()}
     elif isinstance(adjoints, Sequence) and not isinstance(adjoints, str):
+        times = collections.Counter()
         for rule in adjoints:
-            name, again = short_name(rule), 1
-            while name in methods:
-                again += 1
-                name = f"{short_name(rule)} #{again}"
-            methods[name] = rule
+            name = short_name(rule)
+            times[name] += 1
+            methods[name if times[name] == 1 else f"{name} #{times[name]}"] = rule
     else:
         raise JaxhpoError(
             f"`adjoints` got {describe(adjoints)}, but several methods are compared: write a list of rules such as "
@@ -208,19 +198,12 @@ def _run_plain(make_loss, rules, flat) -> Measured:
     errors = []
     for rule in rules:
         try:
-            return run(make_loss, rule, flat, runs=True)
+            return run_once(make_loss, rule, flat, runs=True)
         except RuleNotUsed:
             raise
         except Exception as error:  # such as `tol`, which only implicit rules allow
             errors.append(error)
     raise errors[0]
-
-
-def _times(programs, flat, repeats) -> list[float]:
-    """Seconds of each program; NaN where there is none."""
-    present = [program for program in programs if program is not None]
-    seconds = iter(fastest(present, flat, repeats=repeats or 5, seconds=0.0 if repeats else 3.0))
-    return [math.nan if program is None else next(seconds) for program in programs]
 
 
 def _size(plain, num_hparams, seconds) -> ProblemSize:
@@ -230,13 +213,14 @@ def _size(plain, num_hparams, seconds) -> ProblemSize:
     return ProblemSize(num_hparams, log.num_params, num_steps, worst.start, worst.end, seconds)
 
 
-def _row(name, measured: Measured, against: Standard, parts, seconds, problem, plain) -> MethodRow:
+def _row(name, measured: Measured, against: Standard, parts, seconds: Iterator, problem, plain) -> MethodRow:
+    """One method's row; `seconds` gives the time of the next method that ran."""
     if measured.error is not None:
         text = _first_words(f"{type(measured.error).__name__}: {measured.error}")
         return MethodRow(name, measured.rule, error=text, notes=(f"It raised {text}",))
-    _, grad = measured.result
-    fields: dict[str, Any] = against.scores(grad, parts, measured.warnings) if np.all(np.isfinite(grad)) else {}
-    temporary, solves = temporary_bytes(measured.program), measured.linear_solves
+    grad, took, temporary = measured.result[1], next(seconds), temporary_bytes(measured.program)
+    finite, solves = bool(np.all(np.isfinite(grad))), measured.linear_solves
+    fields: dict[str, Any] = against.scores(grad, parts, measured.warnings) if finite else {}
     if solves:
         statuses = [solve.status.name.lower().replace("_", " ") for solve in solves]
         fields["linear_status"] = max(statuses, key=WORST_LAST.index)
@@ -245,10 +229,10 @@ def _row(name, measured: Measured, against: Standard, parts, seconds, problem, p
     row = MethodRow(
         name,
         measured.rule,
-        gradients=seconds * problem.num_steps / problem.seconds,
-        seconds=seconds,
+        gradients=took * problem.num_steps / problem.seconds,
+        seconds=took,
         copies=None if temporary is None else temporary / plain.log.param_bytes,
-        finite=bool(np.all(np.isfinite(grad))),
+        finite=finite,
         **fields,
     )
     return row._replace(notes=tuple(_notes(row, measured, problem, float(plain.result))))

@@ -41,7 +41,7 @@ class RuleNotUsed(JaxhpoError):
     """`make_outer_loss` does not pass its argument on: an error of the comparison, not of a method."""
 
 
-def run(make: Callable[[Adjoint], Callable], rule: Adjoint, flat: jax.Array, runs: bool = False) -> Measured:
+def run_once(make: Callable[[Adjoint], Callable], rule: Adjoint, flat: jax.Array, runs: bool = False) -> Measured:
     """Runs `make(rule)(flat)` once; raises unless the rule reaches an inner solve.
 
     Args:
@@ -73,7 +73,7 @@ def measure(make_loss: Callable[[Adjoint], Callable], rule: Adjoint, flat: jax.A
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            measured = run(lambda rule: jax.value_and_grad(make_loss(rule)), rule, flat)
+            measured = run_once(lambda rule: jax.value_and_grad(make_loss(rule)), rule, flat)
     except RuleNotUsed:
         raise
     except Exception as error:  # of any kind: the other methods are still compared

@@ -84,9 +84,9 @@ def standard(name: str, measured: Measured | None, differences: Differences) -> 
     if failed:
         return by_differences(f"{kind}, because `{name}` cannot be the reference: {failed}")
     _, grad = measured.result
-    if not np.any(grad) and not differences.nonzero:
+    if not np.any(grad) and not differences.valid:
         differences.check()
-    off = agreement(differences.along(grad), differences.numeric).relative_error if differences.nonzero else math.inf
+    off = agreement(differences.along(grad), differences.numeric).relative_error if differences.valid else math.inf
     if off > 1e-2 and error <= off / 10:
         text = (
             f"{kind} (good to {error:.0e}), because `{name}` contradicts them (relative error {off:.0e}): a derivative "

@@ -7,6 +7,8 @@ import json
 import textwrap
 from typing import Any, NamedTuple
 
+from jaxhpo._core.cost import human_seconds
+
 WIDTH = 118
 
 
@@ -129,7 +131,7 @@ class Comparison:
         problem = self.problem
         head = (
             f"{problem.num_hparams} hyperparameters, {problem.num_params} parameters, {problem.num_steps} inner steps; "
-            f"one inner step takes {_human_seconds(problem.seconds / max(problem.num_steps, 1))}."
+            f"one inner step takes {human_seconds(problem.seconds / max(problem.num_steps, 1))}."
         )
         lines = [head, *_wrapped(f"Reference: {self.reference.text}"), "", *_table(self.rows), ""]
         noted = [row for row in self.rows if row.notes]
@@ -176,13 +178,6 @@ def _number(value: float | None, spec: str = "") -> str:
         return "-" if value is None else "0"
         return "-" if value is None else "0"
     return format(value, spec or (".3g" if value < 1e4 else ".1e"))
-
-
-def _human_seconds(value: float) -> str:
-    for scale, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
-        if value >= scale:
-            return f"{value / scale:.3g} {unit}"
-    return f"{value / 1e-9:.3g} ns"
 
 
 def _wrapped(text: str) -> list[str]:
