@@ -66,53 +66,51 @@ def _place(log, value_is_finite) -> tuple[str, str]:
 
     The log's keys are `(inner problem, inner step, leaf)`, its values the order of arrival.
     """
-    before, forward, backward, arriving = (
-        {(index, step) for index, step, _ in events} for events in (log.before, log.forward, log.backward, log.arriving)
-    )
 
-    def leaf_of(events, place, *preferred) -> str:
-        leaves = sorted(name for *at, name in events if tuple(at) == place)
-        return next((name for start in preferred for name in leaves if name.startswith(start)), leaves[0])
+    def places(events) -> set:
+        return {key[:2] for key in events}
 
-    def problem(place) -> str:
-        return f"Inner problem {place[0]}: " if log.num_problems > 1 else ""
+    def leaf_of(events, *preferred) -> str:
+        leaves = sorted(leaf for *key, leaf in events if tuple(key) == place)
+        return next((leaf for start in preferred for leaf in leaves if leaf.startswith(start)), leaves[0])
 
-    # A step may be given what is not finite by the step before (no news), or from outside the solve.
-    entered = before - {(index, step + 1) for index, step in forward}
+    # A step may be given a number that is not finite by the step before, or from outside the solve.
+    entered = places(log.before) - {(index, step + 1) for index, step in places(log.forward)}
     # A later solve may be given the result of an earlier one: the first to arrive is at fault.
-    begun = min((order for (*at, _), order in log.before.items() if tuple(at) in entered), default=math.inf)
+    begun = min((order for key, order in log.before.items() if key[:2] in entered), default=math.inf)
+    # The backward pass begins at the last step; a cotangent that arrives there broken comes from the outer loss.
+    broken = places(log.backward) - places(log.arriving)
     if begun < min(log.forward.values(), default=math.inf):
         place = min(entered, key=lambda at: (at[1], at[0]))
-        leaf = leaf_of(log.before, place, "batches", "hparams", "state.params")
-        return (
-            f"{problem(place)}`{leaf}` is not finite before inner step {place[1]}: it was passed to `solve` that way.",
-            "Correct the part of the outer loss that computes it.",
-        )
-    if forward:
-        *place, _ = min(log.forward, key=log.forward.__getitem__)
-        leaf = leaf_of(log.forward, tuple(place), "the train loss", "state.params")
+        leaf = leaf_of(log.before, "batches", "hparams", "state.params")
+        where = f"`{leaf}` is not finite before inner step {place[1]}: it was passed to `solve` that way."
+        why = "Correct the part of the outer loss that computes it."
+    elif log.forward:
+        place = min(log.forward, key=log.forward.__getitem__)[:2]
+        leaf = leaf_of(log.forward, "the train loss", "state.params")
         where = f"`{leaf}` is not finite after" if leaf != "the train loss" else "The train loss is not finite at"
-        return (
-            f"{problem(place)}{where} inner step {place[1]}.",
+        where += f" inner step {place[1]}."
+        why = (
             "The inner run diverges. The likeliest cause is an inner learning rate above 2 / curvature, to which a "
-            "penalty in the train loss adds: lower the rate, bound the penalty, or clip the inner gradients.",
+            "penalty in the train loss adds: lower the rate, bound the penalty, or clip the inner gradients."
         )
-    # The backward pass begins at the last step; a cotangent that arrives there broken comes from the outer loss.
-    broken = backward - arriving
-    if broken and value_is_finite:
+    elif broken and value_is_finite:
         place = max(broken, key=lambda at: (at[1], -at[0]))
-        leaf = leaf_of(log.backward, place, "state.opt_state")
-        return (
-            f"{problem(place)}The inner run is finite, but the derivative of inner step {place[1]} with respect to "
-            f"`{leaf}` is not.",
-            "The likeliest cause is a square root at zero, whose derivative is infinite (Adam, RMSProp, Adagrad, a "
-            "norm): write `optax.adam(..., eps_root=1e-8)`, or `sqrt(x + eps)`.",
+        where = (
+            f"The inner run is finite, but the derivative of inner step {place[1]} with respect to "
+            f"`{leaf_of(log.backward, 'state.opt_state')}` is not."
         )
-    return (
-        "No inner step is at fault, so the outer loss itself, or the linear solve of an implicit rule, is.",
-        "Look for a logarithm or a square root at zero, or an overflow, in the outer loss, or raise the solver's "
-        "`damping`.",
-    )
+        why = (
+            "The likeliest cause is a square root at zero, whose derivative is infinite (Adam, RMSProp, Adagrad, a "
+            "norm): write `optax.adam(..., eps_root=1e-8)`, or `sqrt(x + eps)`."
+        )
+    else:
+        return (
+            "No inner step is at fault, so the outer loss itself, or the linear solve of an implicit rule, is.",
+            "Look for a logarithm or a square root at zero, or an overflow, in the outer loss, or raise the solver's "
+            "`damping`.",
+        )
+    return f"Inner problem {place[0]}: {where}" if log.num_problems > 1 else where, why
 
 
 def _divergence(log) -> str | None:
@@ -121,12 +119,11 @@ def _divergence(log) -> str | None:
     if index not in log.first:  # within a differentiated scan JAX drops callbacks under a condition
         return None
     state, inputs, x = log.first[index]
-    points = [(state, x), *([log.broken[index]] if index in log.broken else [])]
-    for state, x in points:
+    growth = measure_growth(log.advance[index], state, inputs, x)
+    if (growth is None or growth.factor <= 1) and index in log.broken:
+        state, x = log.broken[index]
         growth = measure_growth(log.advance[index], state, inputs, x)
-        if growth is not None and growth.factor > 1:
-            break
-    else:
+    if growth is None or growth.factor <= 1:
         return None
     factor = -growth.factor if growth.alternates else growth.factor
     text = f"The inner run diverges: a step multiplies an error along the worst direction by {factor:.3g}"

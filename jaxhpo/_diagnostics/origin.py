@@ -16,7 +16,22 @@ from jaxhpo._core.tree import all_finite, is_inexact
 
 ARITHMETIC = {"add", "add_any", "sub", "mul", "dot_general", "conv_general_dilated", "reduce_sum", "cumsum", "square"}
 ARITHMETIC |= {"integer_pow", "scatter-add", "convert_element_type"}
+# Explanations of operations, with the least and largest entry of the first operand and the least of the last.
+FINITE = "made it of numbers that are finite."
 INSIDE = "a `where` around it does not change its derivative, so put one around its argument"
+ADVICE = {
+    "log": "took the logarithm of {least:.4g}: bound its argument, as in `log(maximum(x, 1e-12))`.",
+    "log1p": "took the logarithm of 1 + {least:.4g}: bound its argument, as in `log(maximum(x, 1e-12))`.",
+    "sqrt": "took the square root of {least:.4g}: write `sqrt(maximum(x, 0) + eps)`.",
+    "rsqrt": "took the square root of {least:.4g}: write `sqrt(maximum(x, 0) + eps)`.",
+    "derivative of sqrt": "took the derivative of a square root at zero, which is infinite (a norm, Adam, RMSProp, "
+    "Adagrad): write `sqrt(x + eps)`, or `optax.adam(..., eps_root=1e-8)`.",
+    "div by zero": f"divided by zero: bound the denominator. Where this is a logarithm's derivative, {INSIDE}.",
+    "pow": f"raised {{least:.4g}} to the power {{power:.4g}}: bound the base away from zero; {INSIDE}.",
+    "negative power of zero": f"raised zero to a negative power: bound the base away from zero; {INSIDE}.",
+    "exp": "took the exponential of {most:.4g}: bound its argument, or subtract the largest.",
+    "custom_linear_solve": "found no solution: the matrix is singular, or nearly so; raise the solver's `damping`.",
+}
 OURS, JAX = (os.path.join(os.path.dirname(file), "") for file in (os.path.dirname(__file__), jax.__file__))
 NOT_THE_USERS = (OURS, JAX, os.path.join(os.path.dirname(os.path.dirname(jax.__file__)), "optax", ""))
 
@@ -213,31 +228,16 @@ def _explain(operation, operands) -> str:
     """The operation's mistake, and what to write instead."""
     floats = [x for x in operands if is_inexact(x) and x.size]
     if not floats or any(map(np.iscomplexobj, floats)):
-        return "made it of numbers that are finite."
-    first, last = floats[0], floats[-1]
-    least, most, largest = f"{np.nanmin(first):.4g}", first.max(), _largest(operands)
-    if operation in ("log", "log1p"):
-        of = least if operation == "log" else f"1 + {least}"
-        return f"took the logarithm of {of}: bound its argument, as in `log(maximum(x, 1e-12))`."
-    if operation in ("sqrt", "rsqrt"):
-        return f"took the square root of {least}: write `sqrt(maximum(x, 0) + eps)`."
+        return FINITE
+    first, last, largest = floats[0], floats[-1], _largest(operands)
     if operation == "div" and (last == 0).any():
-        if np.all(first == 0.5):  # d√x/dx = 0.5 / √x
-            return (
-                "took the derivative of a square root at zero, which is infinite (a norm, Adam, RMSProp, Adagrad): "
-                "write `sqrt(x + eps)`, or `optax.adam(..., eps_root=1e-8)`."
-            )
-        return f"divided by zero: bound the denominator. Where this is a logarithm's derivative, {INSIDE}."
-    if operation == "pow":
-        return f"raised {least} to the power {last.min():.4g}: bound the base away from zero; {INSIDE}."
+        operation = "derivative of sqrt" if np.all(first == 0.5) else "div by zero"  # d√x/dx = 0.5 / √x
     if operation == "integer_pow" and (first == 0).any():
-        return f"raised zero to a negative power: bound the base away from zero; {INSIDE}."
-    if operation == "exp":
-        return f"took the exponential of {most:.4g}: bound its argument, or subtract the largest."
-    if operation == "custom_linear_solve":
-        return "found no solution: the matrix is singular, or nearly so; raise the solver's `damping`."
+        operation = "negative power of zero"
+    if operation in ADVICE:
+        return ADVICE[operation].format(least=np.nanmin(first), most=first.max(), power=last.min())
     if operation in ARITHMETIC and largest:
         return f"overflowed: its largest operand is {largest:.3g}."
     if all_finite(floats):
-        return "made it of numbers that are finite."
+        return FINITE
     return "met infinities that cancel or multiply zero: mask with a large finite number."

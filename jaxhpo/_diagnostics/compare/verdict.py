@@ -17,51 +17,45 @@ CONVERGED = 1e-3  # condition at the end / at the start; above this ratio the in
 
 
 def failures(row: MethodRow, problem: ProblemSize) -> tuple[str, ...]:
-    """Why a method is not reliable here, one clause per reason; empty for an accurate method."""
+    """The reasons why a method is not reliable here, one clause each; none for an accurate method."""
+    solver = row.rule.linear_solver if isinstance(row.rule, Implicit) else None
     if row.error is not None:
         return ("it raised an error",)
     if not row.finite:
-        if isinstance(row.rule, Implicit) and isinstance(row.rule.linear_solver, Neumann):
+        if isinstance(solver, Neumann):
             return ("its series diverges to NaN: `step_size` is above 2 / the largest curvature",)
         return ("its hypergradient is not finite",)
     found = [f"it cannot see {_and([f'`{leaf}`' for leaf in row.blind])}"] if row.blind else []
     seen = [error for leaf, error in (row.leaf_errors or {}).items() if leaf not in row.blind]
-    right_where_it_sees = bool(row.blind and seen) and max(seen) <= 1e-2
-    if not row.accurate and not right_where_it_sees:
-        found += _approximation(row, problem)
+    if row.accurate or (row.blind and seen and max(seen) <= 1e-2):
+        return tuple(found)
+    if solver is not None:
+        found += _implicit(row, solver, problem)
+    elif isinstance(row.rule, (ForwardGradient, Smoothing)):
+        found.append("one draw of so few directions is noise")
+    elif isinstance(row.rule, Unroll) and row.rule.truncate is not None:
+        found.append(f"the last {row.rule.truncate} inner steps carry only part of the hypergradient")
+    else:
+        found.append("its approximation is too rough")
     return tuple(found)
 
 
-def _approximation(row, problem) -> list[str]:
-    if isinstance(row.rule, (ForwardGradient, Smoothing)):
-        return ["one draw of so few directions is noise"]
-    if isinstance(row.rule, Implicit):
-        return _implicit(row, problem)
-    if isinstance(row.rule, Unroll) and row.rule.truncate is not None:
-        return [f"the last {row.rule.truncate} inner steps carry only part of the hypergradient"]
-    return ["its approximation is too rough"]
-
-
-def _implicit(row, problem) -> list[str]:
-    """First the point reached, then the linear solve there."""
+def _implicit(row, solver, problem) -> list[str]:
+    """The faults of the point reached, then of the linear solve there."""
     found = []
-    solver, status = row.rule.linear_solver, row.linear_status
-    if status == "indefinite":
+    if row.linear_status == "indefinite":
         found.append("the Hessian at the point reached is not positive definite")
-    elif status in ("max iterations", "stalled") and (row.linear_residual or 0) > 1e-2:
+    elif row.linear_status in ("max iterations", "stalled") and (row.linear_residual or 0) > 1e-2:
         found.append(f"its linear solve stopped at a relative residual of {row.linear_residual:.1e}")
     elif isinstance(solver, Neumann) and (row.norm_ratio or 0) > 10:
         found.append("its series grows instead of converging")
     elif isinstance(solver, (Neumann, Identity)):
         found.append("it approximates the inverse Hessian too roughly")
+    if found and problem.end <= CONVERGED * problem.start:
+        return found
     # If the linear solve is good, nothing else can be wrong.
-    if problem.end > CONVERGED * problem.start or not found:
-        unconverged = (
-            f"the inner run has not converged: the norm of its condition went from {problem.start:.2g} to "
-            f"{problem.end:.2g}, and implicit rules are right where it is zero"
-        )
-        return [unconverged, *found]
-    return found
+    unconverged = f"the norm of its condition went from {problem.start:.2g} to {problem.end:.2g}"
+    return [f"the inner run has not converged: {unconverged}, and implicit rules are right where it is zero", *found]
 
 
 def recommend(rows: Sequence[MethodRow], reference: Reference, problem: ProblemSize) -> tuple[str | None, str]:
