@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,30 +31,40 @@ def raise_if_zero(
     Raises:
       ZeroHypergradientError: names the leaf and, where a rule gave one, the reason.
     """
-    reasons = {w.leaf: w for w in messages if isinstance(w, ZeroHypergradientWarning)}
+    reasons = reasons_for_zero(messages)
     can_be_nonzero = functools.cache(structure) if structure else None
     for i, (name, leaf) in enumerate(zip(leaf_names, jax.tree.leaves(hypergrad), strict=True)):
-        reason, zero = reasons.get(name), leaf == 0
-        if not jnp.any(zero):
+        reason = reasons.get(name)
+        entries = zero_entries(leaf, reason)
+        if not entries:
             continue
-        begin = f"The hypergradient of `{name}` is exactly zero in"
-        if reason and jnp.all(zero):
-            raise ZeroHypergradientError(f"{begin} every entry: {reason}")
-        if reason and reason.partial:
-            raise ZeroHypergradientError(f"{begin} some entries: {reason}")
-        if not jnp.all(zero):
-            continue
+        begin = f"The hypergradient of `{name}` is exactly zero in {entries}"
+        if reason:
+            raise ZeroHypergradientError(f"{begin}: {reason}")
         if can_be_nonzero and not can_be_nonzero()[i]:
-            others = "".join(f" ({w})" for w in messages if isinstance(w, ZeroHypergradientWarning))
+            others = "".join(f" ({w})" for w in reasons.values())
             raise ZeroHypergradientError(
-                f"{begin} every entry: nothing that the outer loss sees depends on it. Remove it, or use it in the "
-                f"train loss or the optimiser.{others}"
+                f"{begin}: nothing that the outer loss sees depends on it. Remove it, or use it in the train loss or "
+                f"the optimiser.{others}"
             )
         text = (
             f"`{name}` has a hypergradient of exactly zero at this point: start elsewhere if it does not move (a count "
             "of errors is flat: take a smooth loss, or `EvolutionStrategies`)."
         )
         warnings.warn(ZeroHypergradientWarning(text, name), stacklevel=3)
+
+
+def reasons_for_zero(messages: Iterable[Any]) -> dict[str, ZeroHypergradientWarning]:
+    """The warnings by which rules announce a zero, by the name of the leaf."""
+    return {w.leaf: w for w in messages if isinstance(w, ZeroHypergradientWarning)}
+
+
+def zero_entries(leaf: Any, reason: ZeroHypergradientWarning | None) -> str:
+    """`"every entry"` if all are zero; `"some entries"` if a rule announces that it cuts some off; else `""`."""
+    zero = leaf == 0
+    if zero.size and zero.all():
+        return "every entry"
+    return "some entries" if zero.any() and reason is not None and reason.partial else ""
 
 
 def raise_unless_finite(value: jax.Array, hypergrad: PyTree, diagnosis: Callable[[], str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterable
@@ -133,19 +134,16 @@ def memory_plan(
 
     training = max(count_arithmetic(outer_loss, hparams, unknown_length=UNKNOWN_LENGTH), 1.0)
     asked, log = _row(with_grad, hparams, training)
-    unrolled = {row.adjoint: None for row in log.schedules}
-    rows = []
-    for checkpoint in CHOICES if unrolled else ():
-        rules = [dataclasses.replace(rule, checkpoint=checkpoint, memory_limit=None) for rule in unrolled]
-        same = rules == [*unrolled]
-        rows.append(asked if same else _row(with_grad, hparams, training, rules, (checkpoint, None))[0])
+    unrolled: list[Any] = [*dict.fromkeys(row.adjoint for row in log.schedules)]
+
+    def row_of(checkpoint, memory_limit=None) -> PlanRow:
+        rules = [dataclasses.replace(rule, checkpoint=checkpoint, memory_limit=memory_limit) for rule in unrolled]
+        return asked if rules == unrolled else _row(with_grad, hparams, training, rules, (checkpoint, memory_limit))[0]
+
+    rows = [row_of(checkpoint) for checkpoint in CHOICES if unrolled]
     if unrolled and all(row.bytes > limit for row in (asked, *rows)):
-        # A memory limit may choose among more schedules than those above.
-        rules = [dataclasses.replace(rule, checkpoint="auto", memory_limit=limit) for rule in unrolled]
-        try:
-            rows.append(_row(with_grad, hparams, training, rules, ("auto", limit))[0])
-        except JaxhpoError:  # none of them fits
-            pass
+        with contextlib.suppress(JaxhpoError):  # a limit has more schedules to choose from; none of them may fit
+            rows.append(row_of("auto", limit))
     population = shape.shape[0] if shape.shape else 1
     reasons = tuple(dict.fromkeys(map(_reason, log.schedules)))
     plan = MemoryPlan(asked, tuple(rows), limit, log.param_bytes, population, reasons)

@@ -28,7 +28,7 @@ from jaxhpo._core.validate import (
     describe,
     short_name,
 )
-from jaxhpo._diagnostics.compare.measure import Measured, RuleNotUsed, measure, run_once
+from jaxhpo._diagnostics.compare.measure import Measured, RuleNotUsed, first_words, measure, run_once
 from jaxhpo._diagnostics.compare.reference import Standard, standard
 from jaxhpo._diagnostics.compare.result import Comparison, MethodRow, ProblemSize
 from jaxhpo._diagnostics.compare.verdict import failures, recommend
@@ -216,8 +216,7 @@ def _size(plain, num_hparams, seconds) -> ProblemSize:
 def _row(name, measured: Measured, against: Standard, parts, seconds: Iterator, problem, plain) -> MethodRow:
     """One method's row; `seconds` gives the time of the next method that ran."""
     if measured.error is not None:
-        text = _first_words(f"{type(measured.error).__name__}: {measured.error}")
-        return MethodRow(name, measured.rule, error=text, notes=(f"It raised {text}",))
+        return MethodRow(name, measured.rule, error=measured.error, notes=(f"It raised {measured.error}",))
     grad, took, temporary = measured.result[1], next(seconds), temporary_bytes(measured.program)
     finite, solves = bool(np.all(np.isfinite(grad))), measured.linear_solves
     fields: dict[str, Any] = against.scores(grad, parts, measured.warnings) if finite else {}
@@ -248,9 +247,4 @@ def _notes(row, measured, problem, plain_value) -> Iterator[str]:
         yield f"Its outer loss is {value:.6g}, that of the plain run {plain_value:.6g}."
     for warning in measured.warnings:
         if not isinstance(warning, ZeroHypergradientWarning):
-            yield f"It warns: {_first_words(str(warning))}"
-
-
-def _first_words(text: str, limit: int = 300) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= limit else f"{text[:limit].rsplit(' ', 1)[0]} …"
+            yield f"It warns: {first_words(str(warning))}"

@@ -25,7 +25,7 @@ class Measured(NamedTuple):
       linear_solves: the iterative linear solves that were run.
       program: the compiled program, without callbacks that report.
       warnings: the warnings raised while tracing.
-      error: the exception raised; the other fields after `rule` are then empty.
+      error: the exception raised, in words; the other fields after `rule` are then empty.
     """
 
     rule: Adjoint
@@ -34,7 +34,7 @@ class Measured(NamedTuple):
     linear_solves: tuple[LinearSolve, ...] = ()
     program: Any = None
     warnings: tuple[Warning, ...] = ()
-    error: Exception | None = None
+    error: str | None = None
 
 
 class RuleNotUsed(JaxhpoError):
@@ -77,10 +77,16 @@ def measure(make_loss: Callable[[Adjoint], Callable], rule: Adjoint, flat: jax.A
     except RuleNotUsed:
         raise
     except Exception as error:  # of any kind: the other methods are still compared
-        return Measured(rule, error=error)
+        return Measured(rule, error=first_words(f"{type(error).__name__}: {error}"))
     value, grad = measured.result
     messages = tuple(w.message for w in caught if isinstance(w.message, Warning))
     return measured._replace(result=(float(value), np.asarray(grad, float)), warnings=messages)
+
+
+def first_words(text: str, limit: int = 300) -> str:
+    """The text on one line, cut at a space where it is too long."""
+    text = " ".join(text.split())
+    return text if len(text) <= limit else f"{text[:limit].rsplit(' ', 1)[0]} …"
 
 
 def compiled_if_it_fits(traced: Any) -> Any:

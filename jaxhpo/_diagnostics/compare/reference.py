@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from jaxhpo._core.errors import ZeroHypergradientWarning
 from jaxhpo._diagnostics.compare.measure import Measured
 from jaxhpo._diagnostics.compare.result import Reference
 from jaxhpo._diagnostics.differences import Differences, agreement
+from jaxhpo._diagnostics.health import reasons_for_zero, zero_entries
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -39,21 +39,17 @@ class Standard:
 
     def _blind(self, grad, leaves, warnings) -> tuple[str, ...]:
         """The leaves that are wrongly zero: throughout, or in entries that the method says it cuts off."""
-        reasons = {w.leaf: w for w in warnings if isinstance(w, ZeroHypergradientWarning)}
-        found = []
-        for name, part in leaves.items():
-            zero, reason = grad[part] == 0, reasons.get(name)
-            if not zero.any() or not (zero.all() or (reason is not None and reason.partial)):
-                continue
+        reasons = reasons_for_zero(warnings)
+
+        def wrong(name, part):
             if self.gradient is None:
-                wrong = reason is not None
-            else:
-                # Differences of a leaf without effect are zero only up to their own error.
-                noise = 1e-6 * np.linalg.norm(self.gradient) if self.reference.name == "differences" else 0.0
-                wrong = np.any(np.abs(self.gradient[part][zero]) > noise)
-            if wrong:
-                found.append(name)
-        return tuple(found)
+                return name in reasons
+            # Differences along a leaf without effect are zero only up to their own error.
+            noise = 1e-6 * np.linalg.norm(self.gradient) if self.reference.name == "differences" else 0.0
+            return np.any(np.abs(self.gradient[part][grad[part] == 0]) > noise)
+
+        suspect = {name: part for name, part in leaves.items() if zero_entries(grad[part], reasons.get(name))}
+        return tuple(name for name, part in suspect.items() if wrong(name, part))
 
 
 def _leaf_error(got, want) -> float:
@@ -80,10 +76,10 @@ def standard(name: str, measured: Measured | None, differences: Differences) -> 
 
     if measured is None:
         return by_differences(f"{kind}, good to {error:.0e}.")
-    failed = _failed(measured)
-    if failed:
+    grad = None if measured.error else measured.result[1]
+    if grad is None or not np.all(np.isfinite(grad)):
+        failed = measured.error or "its hypergradient is not finite."
         return by_differences(f"{kind}, because `{name}` cannot be the reference: {failed}")
-    _, grad = measured.result
     if not np.any(grad) and not differences.valid:
         differences.check()
     off = agreement(differences.along(grad), differences.numeric).relative_error if differences.valid else math.inf
@@ -101,9 +97,3 @@ def standard(name: str, measured: Measured | None, differences: Differences) -> 
             "hyperparameters, as networks with ReLU do, or rounding errors dominate (try float64)."
         )
     return Standard(Reference(name, text, off, error, off <= 1e-2), grad, differences)
-
-
-def _failed(measured) -> str | None:
-    if measured.error is not None:
-        return " ".join(f"{type(measured.error).__name__}: {measured.error}".split())[:300]
-    return None if np.all(np.isfinite(measured.result[1])) else "its hypergradient is not finite."
