@@ -1,4 +1,4 @@
-"""Small matplotlib pieces that draw into given axes; nothing touches pyplot's global state, so all work headless."""
+"""Plots of comparisons and runs, and the matplotlib helpers they share; pyplot's global state is never touched."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import numpy as np
 from jaxhpo import Comparison, TuneResult
 from jaxhpo._tune import table
 
-FEW = 8  # entries of a hyperparameter that are drawn as lines of their own
+FEW = 8  # a hyperparameter with at most as many entries has a line for each
 
 
 def figure(rows: int = 1, columns: int = 1, *, width: float = 11.0, height: float = 8.0) -> tuple[Any, np.ndarray]:
-    """A figure that belongs to nobody else, with a grid of axes.
+    """Makes a figure of its own, outside pyplot, with a grid of axes.
 
     Args:
       rows: number of rows of axes.
@@ -50,12 +50,12 @@ def figure(rows: int = 1, columns: int = 1, *, width: float = 11.0, height: floa
 
 
 def save(figure: Any, path: str | os.PathLike, *, dpi: int = 150) -> None:
-    """Writes a figure to a file whose ending names the format.
+    """Writes a figure to a file, in the format of its extension.
 
     Args:
       figure: what `figure` returned.
       path: such as `"demo.png"` or `"demo.pdf"`.
-      dpi: dots an inch, for formats made of pixels.
+      dpi: dots per inch, for raster formats.
 
     Example:
       >>> from jaxhpo import plot
@@ -66,7 +66,7 @@ def save(figure: Any, path: str | os.PathLike, *, dpi: int = 150) -> None:
 
 
 def band(axis: Any, x, mean, sem, *, label: str, color: Any = None, **style: Any) -> None:
-    """A line with a band of plus and minus one standard error; points that are not finite are left out.
+    """Draws a line with a band of plus and minus one standard error; points that are not finite are omitted.
 
     Args:
       axis: matplotlib axes.
@@ -75,7 +75,7 @@ def band(axis: Any, x, mean, sem, *, label: str, color: Any = None, **style: Any
       sem: (n,) standard errors.
       label: the legend's text.
       color: any matplotlib colour; None takes the next of the cycle.
-      **style: further arguments of `axis.plot`.
+      **style: more arguments of `axis.plot`.
 
     Example:
       >>> from jaxhpo import plot
@@ -85,26 +85,19 @@ def band(axis: Any, x, mean, sem, *, label: str, color: Any = None, **style: Any
     x, mean, sem = (np.asarray(values, float) for values in (x, mean, sem))
     keep = np.isfinite(mean) & np.isfinite(sem)
     (line,) = axis.plot(x[keep], mean[keep], label=label, color=color, **style)
-    axis.fill_between(
-        x[keep],
-        (mean - sem)[keep],
-        (mean + sem)[keep],
-        color=line.get_color(),
-        alpha=0.18,
-        linewidth=0,
-        step="post" if "steps" in str(style.get("drawstyle", "")) else None,
-    )
+    low, high, step = mean - sem, mean + sem, "post" if "steps" in str(style.get("drawstyle", "")) else None
+    axis.fill_between(x[keep], low[keep], high[keep], color=line.get_color(), alpha=0.18, linewidth=0, step=step)
 
 
 def image(axis: Any, values, *, label: str, mask=None, center: float | None = None, colormap: str = "RdBu_r") -> None:
-    """A matrix as an image with a colour bar.
+    """Draws a matrix as an image with a colour bar.
 
     Args:
       axis: matplotlib axes.
       values: (rows, columns) numbers.
       label: the colour bar's text.
       mask: (rows, columns) booleans, True where there is nothing to show; these are drawn grey.
-      center: the value that gets the colour map's middle, for diverging maps.
+      center: the value at the colour map's middle, for diverging maps.
       colormap: a matplotlib colour map's name.
 
     Example:
@@ -115,7 +108,7 @@ def image(axis: Any, values, *, label: str, mask=None, center: float | None = No
     """
     shown = np.ma.masked_invalid(np.asarray(values, float))
     if mask is not None:
-        shown = np.ma.masked_where(np.asarray(mask) | np.ma.getmaskarray(shown), shown)
+        shown[np.asarray(mask)] = np.ma.masked
     limits = {}
     if center is not None and shown.count():
         reach = float(np.abs(shown - center).max()) or 1.0
@@ -123,8 +116,7 @@ def image(axis: Any, values, *, label: str, mask=None, center: float | None = No
     drawn = axis.imshow(shown, cmap=colormap, interpolation="nearest", **limits)
     axis.set_facecolor("0.85")
     axis.spines[:].set_visible(False)
-    axis.set_xticks([])
-    axis.set_yticks([])
+    axis.set(xticks=[], yticks=[])
     axis.figure.colorbar(drawn, ax=axis, label=label, shrink=0.9)
 
 
@@ -136,39 +128,40 @@ def bars(
     colors: Sequence[Any] = ("#34495e", "#a9b8c9"),
     format: str = "{:.3f}",
 ) -> None:
-    """Grouped bars with error bars and the numbers written beside them, one group of bars to each name.
+    """Draws grouped bars with error bars and their numbers, one group of bars per name.
 
-    The axis starts just below the lowest bar, not at zero, so that differences can be seen: say so in its label.
+    The axis starts just below the lowest bar, not at zero, to show the differences: say so in its label.
 
     Args:
       axis: matplotlib axes.
-      names: one a group, from top to bottom.
-      series: label -> (means, standard errors), each one number a group.
-      colors: one a label.
-      format: how a number is written.
+      names: one per group, from top to bottom.
+      series: label -> (means, standard errors), each with one number per group.
+      colors: one per label.
+      format: the format of the numbers.
 
     Example:
       >>> from jaxhpo import plot
       >>> figure, axes = plot.figure()
       >>> plot.bars(axes[0, 0], ["grid", "random"], {"test": ([0.92, 0.93], [0.01, 0.01])})
     """
-    height = 0.8 / len(series)
-    positions = np.arange(len(names))
-    lowest, highest = np.inf, -np.inf
-    for row, (label, (means, errors)) in enumerate(series.items()):
-        means, errors = np.asarray(means, float), np.nan_to_num(np.asarray(errors, float))
-        at = positions + (row - (len(series) - 1) / 2) * height
-        whisker = {"lw": 1, "capsize": 2, "ecolor": "0.1"}
-        color = colors[row % len(colors)]
-        axis.barh(at, means, height * 0.92, xerr=errors, label=label, color=color, error_kw=whisker)
-        lowest, highest = min(lowest, np.min(means - errors)), max(highest, np.max(means + errors))
-        for y, mean, error in zip(at, means, errors, strict=True):
-            offset = {"xytext": (4, 0), "textcoords": "offset points", "va": "center", "fontsize": 8}
-            axis.annotate(format.format(mean), (mean + error, y), **offset)
+    means, errors = np.moveaxis(np.asarray(list(series.values()), float), 1, 0)  # (labels, groups) each
+    errors, positions, height = np.nan_to_num(errors), np.arange(len(names)), 0.8 / len(series)
+    whisker = {"lw": 1, "capsize": 2, "ecolor": "0.1"}
+    for row, label in enumerate(series):
+        at, color = positions + (row - (len(series) - 1) / 2) * height, colors[row % len(colors)]
+        drawn = axis.barh(at, means[row], height * 0.92, xerr=errors[row], label=label, color=color, error_kw=whisker)
+        axis.bar_label(drawn, [format.format(mean) for mean in means[row]], padding=4, fontsize=8)
+    lowest, highest = np.min(means - errors), np.max(means + errors)
     span = max(highest - lowest, 1e-3)
     axis.set_xlim(lowest - 0.25 * span, highest + 0.25 * span)
     axis.set_yticks(positions, names)
     axis.invert_yaxis()
+
+
+def _saved(figure, path) -> Any:
+    if path is not None:
+        save(figure, path)
+    return figure
 
 
 def plain_log_ticks(axis: Any) -> None:
@@ -191,14 +184,14 @@ def plain_log_ticks(axis: Any) -> None:
 
 
 def comparison(comparison: Comparison, path: str | os.PathLike | None = None) -> Any:
-    """Error against time of every method in a `Comparison`; the marker's area grows with the logarithm of memory.
+    """Plots error against time of every method in a `Comparison`; marker areas grow with the logarithm of memory.
 
-    Filled markers are methods that can be trusted on this problem, the recommended one in blue; hollow ones are not.
-    Above the dotted line a hypergradient is not accurate. Methods with nothing to draw are listed all the same.
+    Methods that are accurate on this problem have filled markers, the recommended one in blue; the others are hollow.
+    Above the dotted line a hypergradient is not accurate. Methods without numbers are listed in the legend alone.
 
     Args:
       comparison: from `jaxhpo.compare`.
-      path: where to write the picture, or None.
+      path: the file to write, or None.
 
     Returns:
       The matplotlib `Figure`.
@@ -213,21 +206,21 @@ def comparison(comparison: Comparison, path: str | os.PathLike | None = None) ->
     canvas, axes = figure(width=10.0, height=5.5)
     axis = axes[0, 0]
     errors = [row.relative_error for row in comparison.rows if row.relative_error]
-    floor = min([1.0, *errors]) / 10  # where an error of zero is drawn: the reference itself
+    floor = min([1.0, *errors]) / 10  # stands for an error of zero: the reference itself
     axis.set(xscale="log", yscale="log", ylabel="relative error of the hypergradient")
     axis.set_xlabel("time of one hypergradient, in inner steps")
     best = [row.accurate for row in comparison.rows if row.name == comparison.recommended]
-    told = "nearest, but not accurate" if best == [False] else "recommended here"
-    axis.set_title(f"{told}: {comparison.recommended or 'none of these'}", fontsize=11)
+    verdict = "nearest, but not accurate" if best == [False] else "recommended here"
+    axis.set_title(f"{verdict}: {comparison.recommended or 'none of these'}", fontsize=11)
     axis.set_ylim(floor / 5, 10 * max([1.0, *errors]))
     axis.axhline(1e-2, color="0.6", linestyle=":", zorder=0)
     for number, row in enumerate(comparison.rows, 1):
         color = "tab:blue" if row.name == comparison.recommended else "0.4"
         style = {"color": color if row.accurate else "white", "edgecolors": color, "linewidths": 1.4}
-        area = 120 * (1 + np.log10(1 + (row.copies or 0.0)))
-        at = (row.gradients, max(row.relative_error, floor)) if row.relative_error is not None else (np.nan, np.nan)
+        area, error = 120 * (1 + np.log10(1 + (row.copies or 0.0))), row.relative_error
+        at = (np.nan, np.nan) if error is None else (row.gradients, max(error, floor))
         axis.scatter(*at, s=area, label=f"{number}  {_caption(row)}", alpha=0.9, zorder=3, **style)
-        if row.relative_error is not None:
+        if error is not None:
             text = {"color": "white" if row.accurate else "0.2", "ha": "center", "va": "center", "zorder": 4}
             axis.annotate(str(number), at, fontsize=8, **text)
     plain_log_ticks(axis.xaxis)
@@ -235,9 +228,7 @@ def comparison(comparison: Comparison, path: str | os.PathLike | None = None) ->
     legend = axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), labelspacing=0.9)
     for handle in legend.legend_handles:
         handle.set_sizes([60.0])
-    if path is not None:
-        save(canvas, path)
-    return canvas
+    return _saved(canvas, path)
 
 
 def _caption(row) -> str:
@@ -251,15 +242,15 @@ def _caption(row) -> str:
 
 
 def run(source: TuneResult | str | os.PathLike, path: str | os.PathLike | None = None) -> Any:
-    """How a run of `tune` went: convergence, the hypergradient's health, the paths of the hyperparameters.
+    """Plots a run of `tune`: its convergence, the hypergradient's norm, the paths of the hyperparameters.
 
-    A hyperparameter of up to eight entries has a line for each, a larger one its median, quartiles and extremes. Of
-    each vector with 9 to 1024 entries (a schedule) the first, the middle and the last step are drawn over the index, of
-    each matrix the last step as a heat map; at most six of them.
+    A hyperparameter of up to eight entries has a line for each, a larger one its median, quartiles and extremes. At
+    most six panels more show a vector with 9 to 1024 entries (a schedule) over its index at the first, the middle and
+    the last step, or a matrix at the last step as a heat map.
 
     Args:
-      source: what `tune` returned, or its `run_dir`, also while the run is going on.
-      path: where to write the picture, or None.
+      source: the result of `tune`, or its `run_dir`, also during the run.
+      path: the file to write, or None.
 
     Returns:
       The matplotlib `Figure`.
@@ -275,19 +266,17 @@ def run(source: TuneResult | str | os.PathLike, path: str | os.PathLike | None =
     columns = table.history_columns(source)
     hparams = {name: values for name, values in columns.items() if name.startswith("hparams")}
     large = [name for name, x in hparams.items() if x.ndim > 1 and x[0].size > FEW][:6]
-    panels = 3 + len(large)
-    canvas, axes = figure(-(-panels // 3), 3, width=14.0, height=4.0 * -(-panels // 3))
-    free = iter(axes.flat)
-    _convergence(next(free), columns)
-    _health(next(free), columns)
-    _paths(next(free), hparams)
-    for name in large:
-        _last_values(next(free), name, hparams[name])
-    for axis in free:
+    lines = 1 + -(-len(large) // 3)
+    canvas, axes = figure(lines, 3, width=14.0, height=4.0 * lines)
+    first, second, third, *others = axes.flat
+    _convergence(first, columns)
+    _norms(second, columns)
+    _paths(third, hparams)
+    for axis, name in zip(others, large, strict=False):
+        _values(axis, name, hparams[name])
+    for axis in others[len(large) :]:
         axis.set_visible(False)
-    if path is not None:
-        save(canvas, path)
-    return canvas
+    return _saved(canvas, path)
 
 
 def _convergence(axis, columns) -> None:
@@ -300,20 +289,20 @@ def _convergence(axis, columns) -> None:
     skipped = np.flatnonzero(columns["remedies['skipped_steps']"])
     if skipped.size:
         axis.plot(skipped, best[skipped], "x", color="tab:red", label="skipped")
-    if np.nanmin(value) > 0 and np.nanmax(value) > 20 * np.nanmin(value):
-        axis.set_yscale("log")
+    _log_if_wide(axis, value)
     axis.set(xlabel="outer step", title="Convergence")
     axis.legend(frameon=False)
 
 
-def _health(axis, columns) -> None:
+def _norms(axis, columns) -> None:
+    """The hypergradient's norm, with a row of marks for every remedy that acted."""
     axis.semilogy(columns["hypergradient_norm"], lw=1, color="tab:blue")
-    counts = {name[len("remedies['") : -2]: x for name, x in columns.items() if name.startswith("remedies")}
-    for i, (name, x) in enumerate((n, x) for n, x in counts.items() if x.any()):
-        at = np.flatnonzero(x)
-        label = f"{name.replace('_', ' ')}: {int(x.sum())}"
-        axis.plot(at, np.full(at.size, 0.03 + 0.05 * i), "|", ms=8, color=f"C{i + 1}", label=label,
-                  transform=axis.get_xaxis_transform())  # fmt: skip
+    counts = {name[len("remedies['") : -2]: x for name, x in columns.items() if name.startswith("remedies") and x.any()}
+    for i, (name, x) in enumerate(counts.items()):
+        at, label = np.flatnonzero(x), f"{name.replace('_', ' ')}: {int(x.sum())}"
+        style = {"ms": 8, "color": f"C{i + 1}", "transform": axis.get_xaxis_transform()}
+        axis.plot(at, np.full(at.size, 0.03 + 0.05 * i), "|", label=label, **style)
+    if counts:
         axis.legend(frameon=False)
     axis.set(xlabel="outer step", title="Norm of the hypergradient")
 
@@ -322,21 +311,23 @@ def _paths(axis, hparams) -> None:
     for i, (name, values) in enumerate(hparams.items()):
         short, flat = name.removeprefix("hparams") or "hparams", values.reshape(len(values), -1)
         if flat.shape[1] <= FEW:
-            axis.plot(flat[:, 0], lw=1, color=f"C{i}", label=short)
-            axis.plot(flat[:, 1:], lw=1, color=f"C{i}")
+            axis.plot(flat, lw=1, color=f"C{i}")[0].set_label(short)
             continue
         low, first, median, third, high = np.quantile(flat, [0, 0.25, 0.5, 0.75, 1], axis=1)
         axis.plot(median, lw=1, color=f"C{i}", label=f"{short}, {flat.shape[1]} entries")
         for bounds, alpha in (((first, third), 0.3), ((low, high), 0.12)):
             axis.fill_between(np.arange(len(flat)), *bounds, color=f"C{i}", alpha=alpha, linewidth=0)
-    everything = np.concatenate([x.ravel() for x in hparams.values()])
-    if everything.min() > 0 and everything.max() > 20 * everything.min():
-        axis.set_yscale("log")
+    _log_if_wide(axis, np.concatenate([x.ravel() for x in hparams.values()]))
     axis.set(xlabel="outer step", title="Hyperparameters")
     axis.legend(frameon=False, fontsize=8)
 
 
-def _last_values(axis, name, values) -> None:
+def _log_if_wide(axis, values) -> None:
+    if np.nanmin(values) > 0 and np.nanmax(values) > 20 * np.nanmin(values):
+        axis.set_yscale("log")
+
+
+def _values(axis, name, values) -> None:
     if values.ndim == 3:
         image(axis, values[-1], label=name, colormap="viridis")
         axis.set_title(f"{name} at the last step")

@@ -1,4 +1,4 @@
-"""Bilevel problems whose solutions and hypergradients are known in closed form, to test methods against.
+"""Bilevel problems with closed-form solutions and hypergradients, to test methods against.
 
 Every formula here is written in NumPy and independent of the library's own derivatives.
 """
@@ -14,12 +14,12 @@ import numpy as np
 
 
 class BilevelProblem(NamedTuple):
-    """An inner and an outer problem with closed forms. Arrays are float64; JAX casts them where x64 is off.
+    """An inner and an outer problem with closed forms; arrays are float64, which JAX casts where x64 is off.
 
     Attributes:
       train_loss: `(params, hparams, batch) -> scalar`, the inner objective; `batch` is ignored.
       val_loss: `params -> scalar`, the outer objective.
-      predict: `(params, inputs) -> outputs` of the model, None where there is none.
+      predict: `(params, inputs) -> outputs` of the model, or None.
       params: inner starting point, shape (P,).
       hparams: a point at which to test, shape (m,).
       step_size: a stable step for gradient descent on the train loss at `hparams`.
@@ -27,7 +27,7 @@ class BilevelProblem(NamedTuple):
       hypergradient: `hparams -> dF/dh` at the exact inner minimiser.
       partial: `(hparams, inverse) -> dF/dh` with the inverse Hessian replaced by the matrix `inverse(H)`.
       unrolled: `(hparams, step_size, num_steps, truncate) -> dF/dh` through gradient descent from `params`, by a
-        forward recursion for the Jacobian; None where the problem is not quadratic.
+        forward recursion for the Jacobian; None if the problem is not quadratic.
     """
 
     train_loss: Callable
@@ -40,6 +40,20 @@ class BilevelProblem(NamedTuple):
     hypergradient: Callable
     partial: Callable
     unrolled: Callable | None
+
+
+def _of_log_penalties(solution: Callable, hessian: Callable, val_grad: Callable) -> Callable:
+    """The `partial` of a train loss with the penalty ½ Σ_j e^h_j w_j².
+
+    The condition g(w, h) = 0 holds at w*(h), so dw*/dh = −H⁻¹ ∂g/∂h, and ∂g/∂h = diag(e^h w*): with ∇V at w*,
+    dF/dh = (dw*/dh)ᵀ ∇V = −e^h ∘ w* ∘ (H⁻¹ ∇V), as H is symmetric.
+    """
+
+    def partial(h, inverse=np.linalg.inv):
+        w = solution(h)
+        return -np.exp(h) * w * (inverse(hessian(w, h)) @ val_grad(w))
+
+    return partial
 
 
 def ridge(seed: int = 0, num_train: int = 40, num_val: int = 30, dim: int = 6) -> BilevelProblem:
@@ -81,18 +95,16 @@ def ridge(seed: int = 0, num_train: int = 40, num_val: int = 30, dim: int = 6) -
     def val_grad(w):
         return Xv.T @ (Xv @ w - yv)
 
-    def partial(h, inverse):
-        w = solution(h)
-        return -np.exp(h) * w * (inverse(hessian(h)) @ val_grad(w))
-
     def unrolled(h, step_size, num_steps, truncate=None):
         # w ← w − α(Aw − Xᵀy) has the Jacobian Z ← (I − αA) Z − α diag(eʰ w), from Z = 0 where the derivative begins.
         A, w, Z = hessian(h), start, np.zeros((dim, dim))
         for t in range(num_steps):
-            inside = truncate is None or t >= num_steps - truncate
-            Z = (np.eye(dim) - step_size * A) @ Z - step_size * np.diag(np.exp(h) * w) if inside else Z
+            if truncate is None or t >= num_steps - truncate:
+                Z = (np.eye(dim) - step_size * A) @ Z - step_size * np.diag(np.exp(h) * w)
             w = w - step_size * (A @ w - X.T @ y)
         return Z.T @ val_grad(w)
+
+    partial = _of_log_penalties(solution, lambda w, h: hessian(h), val_grad)
 
     return BilevelProblem(
         train_loss=lambda w, h, batch: 0.5 * jnp.sum((X @ w - y) ** 2) + 0.5 * jnp.sum(jnp.exp(h) * w**2),
@@ -102,7 +114,7 @@ def ridge(seed: int = 0, num_train: int = 40, num_val: int = 30, dim: int = 6) -
         hparams=h,
         step_size=1.0 / float(np.linalg.eigvalsh(hessian(h))[-1]),
         solution=solution,
-        hypergradient=lambda h: partial(h, np.linalg.inv),
+        hypergradient=partial,
         partial=partial,
         unrolled=unrolled,
     )
@@ -131,14 +143,10 @@ def quadratic(dim: int = 3, seed: int = 0) -> BilevelProblem:
     rng = np.random.default_rng(seed)
     start, h, target = rng.uniform(size=(3, dim))
 
-    def partial(h, inverse):
-        return 2 * inverse(2 * np.eye(dim)) @ (2 * (h - target))
-
     def unrolled(h, step_size, num_steps, truncate=None):
         rho = (1 - 2 * step_size) ** num_steps
-        end = (1 - rho) * h + rho * start
         cut = (1 - 2 * step_size) ** (num_steps if truncate is None else min(truncate, num_steps))
-        return 2 * (1 - cut) * (end - target)
+        return 2 * (1 - cut) * ((1 - rho) * h + rho * start - target)
 
     return BilevelProblem(
         train_loss=lambda a, h, batch: jnp.sum((a - h) ** 2),
@@ -149,7 +157,7 @@ def quadratic(dim: int = 3, seed: int = 0) -> BilevelProblem:
         step_size=0.1,
         solution=lambda h: np.asarray(h),
         hypergradient=lambda h: 2 * (h - target),
-        partial=partial,
+        partial=lambda h, inverse: 2 * inverse(2 * np.eye(dim)) @ (2 * (h - target)),
         unrolled=unrolled,
     )
 
@@ -183,7 +191,7 @@ def logistic(seed: int = 0, num_train: int = 60, num_val: int = 40, dim: int = 5
     yv = np.where(Xv @ truth + rng.logistic(size=num_val) > 0, 1.0, -1.0)
     h = np.linspace(-3.0, -1.5, dim)
 
-    def gradient(w, X, y):
+    def gradient(w, X, y):  # of the mean of log(1 + e^−z) at z = y x·w, whose derivative is −1 / (1 + e^z)
         return X.T @ (-y / (1 + np.exp(y * (X @ w)))) / len(y)
 
     def hessian(w, h):
@@ -192,13 +200,11 @@ def logistic(seed: int = 0, num_train: int = 60, num_val: int = 40, dim: int = 5
 
     def solution(h):
         w = np.zeros(dim)
-        for _ in range(50):
+        for _ in range(50):  # Newton's method
             w = w - np.linalg.solve(hessian(w, h), gradient(w, X, y) + np.exp(h) * w)
         return w
 
-    def partial(h, inverse):
-        w = solution(h)
-        return -np.exp(h) * w * (inverse(hessian(w, h)) @ gradient(w, Xv, yv))
+    partial = _of_log_penalties(solution, hessian, lambda w: gradient(w, Xv, yv))
 
     def mean_loss(w, X, y):
         return jnp.mean(jax.nn.softplus(-y * (X @ w)))
@@ -211,7 +217,7 @@ def logistic(seed: int = 0, num_train: int = 60, num_val: int = 40, dim: int = 5
         hparams=h,
         step_size=1.0 / float(np.linalg.eigvalsh(X.T @ X / (4 * num_train) + np.diag(np.exp(h)))[-1]),
         solution=solution,
-        hypergradient=lambda h: partial(h, np.linalg.inv),
+        hypergradient=partial,
         partial=partial,
         unrolled=None,
     )

@@ -13,7 +13,7 @@ from jaxhpo._adjoint.binomial import run_backward, run_forward
 from jaxhpo._adjoint.checkpointing import choose, sizes_of
 from jaxhpo._adjoint.fraction import check_fraction, nan_unless_mean, subsample
 from jaxhpo._adjoint.pullback import in_condition, input_names, run_with_pullback
-from jaxhpo._core.cost import peak_bytes
+from jaxhpo._core.cost import predicted_peak_bytes
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.record import UnrolledSolve, report_schedule
 from jaxhpo._core.stop_gradient import stop_gradient_with_warning
@@ -173,7 +173,7 @@ class Unroll:
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the real run will warn
-            return peak_bytes(pulled, problem.state, problem.inputs)
+            return predicted_peak_bytes(pulled, problem.state, problem.inputs)
 
     def _run(self, problem, schedule) -> InnerState:
         early = max(0, problem.num_steps - (self.truncate or problem.num_steps))

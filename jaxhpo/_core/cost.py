@@ -1,4 +1,4 @@
-"""What a program costs: its arithmetic, counted so that every machine agrees, and its time on this one."""
+"""The cost of a program: its counted arithmetic, its predicted peak memory, and its measured time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.extend import core as jex
@@ -20,89 +19,57 @@ from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.trace import scan_layout, subprograms
 from jaxhpo._core.tree import is_inexact, partition
 
+# Operations that a compiler writes into their consumer: always, or where one operation alone uses the result.
+_LAYOUT = {"reshape", "squeeze", "expand_dims", "broadcast_in_dim", "iota", "convert_element_type", "copy"}
+_ELEMENTWISE = {
+    *("add", "sub", "mul", "div", "neg", "max", "min", "select_n", "add_any", "integer_pow", "square", "sqrt", "rsqrt"),
+    *("eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not", "sign", "abs", "exp", "log", "tanh", "logistic", "erf"),
+    *("sin", "cos", "pow", "log1p", "expm1", "stop_gradient", "transpose", "slice", "dynamic_slice", "rev", "pad"),
+    *("clamp", "floor", "ceil", "round", "is_finite", "erf_inv", "atan2", "rem", "name", "reduce_precision"),
+}
+
 
 def count_arithmetic(
     function: Callable, *args: Any, unknown_length: int | None = None, elementwise: bool = True
 ) -> float:
     """Floating-point operations of `function(*args)`: matrix products in full, one for each other number computed.
 
-    Counted on the traced program, less what no result depends on, with every loop's body times its length: nothing is
-    run, and the same versions give the same number on every machine.
+    The traced program is counted, less the equations that no result depends on; a loop counts as its length times its
+    body. Nothing is run, and the same versions give the same number on every machine.
 
     Args:
       function: any function that JAX can trace, whose loops have fixed lengths.
       *args: its arguments; only shapes and dtypes matter.
-      unknown_length: how often a loop is taken to run that ends at a condition; None refuses such loops.
-      elementwise: whether other numbers than those of matrix products count.
+      unknown_length: the number of passes assumed for a loop that ends at a condition; None refuses such loops.
+      elementwise: False counts matrix products alone.
 
     Returns:
       The number of operations.
 
     Raises:
-      JaxhpoError: if a loop has no fixed length, and none is given.
+      JaxhpoError: if a loop has no fixed length and `unknown_length` is None.
 
     Example:
       >>> import jax.numpy as jnp
       >>> count_arithmetic(jnp.dot, jnp.ones((2, 3)), jnp.ones((3, 4)))
       48.0
     """
-    needed, known = _traced(function, args)
-    return _count(needed, known, unknown_length, elementwise)
+    return _count(*_traced(function, args), unknown_length, elementwise)
 
 
 def count_and_peak(function: Callable, *args: Any, unknown_length: int | None = None) -> tuple[float, int]:
-    """`count_arithmetic` and `peak_bytes` from one trace."""
-    needed, known = _traced(function, args)
-    return _count(needed, known, unknown_length, True), _peak(needed, own_results=False)
+    """`count_arithmetic` and `predicted_peak_bytes` from one trace."""
+    program, known = _traced(function, args)
+    return _count(program, known, unknown_length, True), _peak(program, count_results=False)
 
 
-def _traced(function, args) -> tuple[Any, dict]:
-    """The program less what no result depends on, and the values of its constants."""
-    closed = jax.make_jaxpr(function)(*args)
-    needed, _ = dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars), instantiate=True)
-    constants = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
-    return needed, {v: x for v, x in constants.items() if not isinstance(x, Tracer)}
+def predicted_peak_bytes(function: Callable, *args: Any) -> int:
+    """Peak temporary memory of the compiled `function(*args)`, predicted from the traced program.
 
-
-def bytes_between_passes(function: Callable, *args: Any) -> int:
-    """Bytes that reverse mode keeps of `function(*args)` between its two passes, less what it was given.
-
-    Neither arguments nor values that the function closes over are counted, as they are there anyway.
-
-    Args:
-      function: any function that JAX can trace; what is not floating point is not differentiated.
-      *args: its arguments, any pytrees.
-
-    Returns:
-      Bytes, from shapes alone.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> bytes_between_passes(lambda x: jnp.sum(jnp.sin(x)), jnp.ones(3, jnp.float32))  # cos(x)
-      12
-    """
-    moved, combine = partition(args, jax.tree.map(is_inexact, args))
-
-    def pullback(moved):
-        def floats(moved):
-            out = function(*combine(moved))
-            return partition(out, jax.tree.map(is_inexact, out))[0]
-
-        return jax.vjp(floats, moved)[1]
-
-    jaxpr = jax.make_jaxpr(pullback)(moved).jaxpr
-    given = {*jaxpr.invars, *jaxpr.constvars}
-    kept = {out for out in jaxpr.outvars if isinstance(out, jex.Var) and out not in given}
-    return sum(map(_bytes, kept))
-
-
-def peak_bytes(function: Callable, *args: Any) -> int:
-    """Temporary memory that `function(*args)` takes at its peak when it is compiled, estimated on the traced program.
-
-    Equations are taken in their order; a result is live from its own to its last use. A loop takes its carry, its
-    stacked results and the peak of its body. A compiler fuses elementwise operations: such a result is taken to need no
-    memory if one operation uses it, but what it is computed from stays live that long. Arguments and results of the
-    whole are not counted, as a compiled program's own analysis does not.
+    Equations are taken in their order; a result is live from its own equation to its last use. A loop takes its carry,
+    its stacked results and the peak of its body. A compiler fuses elementwise operations: if one operation alone uses
+    such a result, it is taken to need no memory, but its operands stay live in its place. Arguments and results of the
+    whole program are not counted, as in a compiled program's own analysis.
 
     Args:
       function: any function that JAX can trace.
@@ -113,59 +80,167 @@ def peak_bytes(function: Callable, *args: Any) -> int:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> peak_bytes(lambda x: jnp.sum(x @ x), jnp.ones((10, 10), jnp.float32))
+      >>> predicted_peak_bytes(lambda x: jnp.sum(x @ x), jnp.ones((10, 10), jnp.float32))
       400
     """
-    return _peak(_traced(function, args)[0], own_results=False)
+    return _peak(_traced(function, args)[0], count_results=False)
 
 
-def _peak(jaxpr, own_results=True) -> int:
-    results = {v for v in jaxpr.outvars if isinstance(v, jex.Var)}
-    stands = _stand_ins(jaxpr, results, {*jaxpr.invars} if own_results else set())
-    ends = {v: i for i, equation in enumerate(jaxpr.eqns) for var in _variables(equation) for v in stands[var]}
-    ends |= {v: len(jaxpr.eqns) for result in results for v in stands[result]}
-    begin = [{v for out in equation.outvars for v in stands[out] if v == out} for equation in jaxpr.eqns]
-    end: dict[int, list] = {}
-    for v in set().union(*begin):
-        end.setdefault(ends[v], []).append(v)
-    free = set() if own_results else results
-    live, peak, read = 0, 0, _read(jaxpr)
-    for i, equation in enumerate(jaxpr.eqns):
-        live += sum(_bytes(v) for v in begin[i] - free)
-        peak = max(peak, live + _inside(equation, read))
-        live -= sum(_bytes(v) for v in end.get(i, ()) if v not in free)
-    return peak
+def bytes_between_passes(function: Callable, *args: Any) -> int:
+    """Bytes that reverse mode keeps of `function(*args)` from the forward to the backward pass.
 
+    Arguments and closed-over values are not counted: they stay in memory anyway.
 
-def _stand_ins(jaxpr, results, ours) -> dict[Any, frozenset]:
-    """What of a value is in memory: itself; what it is computed from, where it is fused; what it is written into.
+    Args:
+      function: any function that JAX can trace; only its floating-point arguments are differentiated.
+      *args: its arguments, any pytrees.
 
-    `ours` are the arguments that may be written into, as a loop's body may into its carry.
+    Returns:
+      Bytes, from shapes alone.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> bytes_between_passes(lambda x: jnp.sum(jnp.sin(x)), jnp.ones(3, jnp.float32))  # cos(x)
+      12
     """
-    count = collections.Counter(v for equation in jaxpr.eqns for v in _variables(equation) if v not in equation.outvars)
-    last = {v: i for i, equation in enumerate(jaxpr.eqns) for v in _variables(equation)}
-    last |= dict.fromkeys(results, len(jaxpr.eqns))
-    given, owners = [*jaxpr.invars, *jaxpr.constvars], set(ours)
-    stands: dict[Any, frozenset] = dict.fromkeys(given, frozenset())
-    for i, equation in enumerate(jaxpr.eqns):
-        sources = frozenset().union(*(stands[v] for v in _variables(equation) if v not in equation.outvars))
+    perturbed, combine = partition(args, jax.tree.map(is_inexact, args))
+
+    def residuals(perturbed):
+        def floats(perturbed):
+            out = function(*combine(perturbed))
+            return partition(out, jax.tree.map(is_inexact, out))[0]
+
+        # The pullback is a pytree: its leaves, the results of this program, are the residuals.
+        return jax.vjp(floats, perturbed)[1]
+
+    jaxpr = jax.make_jaxpr(residuals)(perturbed).jaxpr
+    given = {*jaxpr.invars, *jaxpr.constvars}
+    return sum(_bytes(v) for v in set(_variables(jaxpr.outvars)) - given)
+
+
+def _traced(function, args) -> tuple[Any, dict]:
+    """The program without the equations that no result depends on, and the values of its constants."""
+    closed = jax.make_jaxpr(function)(*args)
+    needed, _ = dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars), instantiate=True)
+    constants = zip(closed.jaxpr.constvars, closed.consts, strict=True)
+    return needed, {v: x for v, x in constants if not isinstance(x, Tracer)}
+
+
+# --- arithmetic ------------------------------------------------------------------------------------------------------
+
+
+def _count(program, known, unknown_length, elementwise) -> float:
+    """Operations of a program; `known` holds the values of those of its arguments that are constants.
+
+    Of an argument that takes one slice of an array in every pass of a scan, `known` holds the whole array.
+    """
+    jaxpr = getattr(program, "jaxpr", program)
+    known = known | dict(zip(jaxpr.constvars, getattr(program, "consts", ()), strict=False))
+    total, read = 0.0, _read(jaxpr)
+    for equation in jaxpr.eqns:
+        parts = _executed(equation, read)
+        inner = [_count(part, _known_inside(equation, part, known), unknown_length, elementwise) for part in parts]
+        first = next(iter(equation.invars), None)
+        value = known.get(first) if isinstance(first, jex.Var) else None
         name = equation.primitive.name
+        if name == "convert_element_type" and value is not None:
+            known[equation.outvars[0]] = value
+        if name == "scan":
+            # length · body
+            total += equation.params["length"] * sum(inner)
+        elif name == "while":
+            if unknown_length is None:
+                raise JaxhpoError(
+                    "`function` holds a `while` loop, whose length is not known while tracing: write a scan, or pass "
+                    "`unknown_length`."
+                )
+            total += unknown_length * sum(inner)
+        elif name == "cond":
+            # In a scan over a known table of branches k_1 … k_T: (1/T) Σ_t count(branch k_t); else the largest branch.
+            taken = np.asarray(() if value is None else value, int)
+            total += float(np.mean([inner[k] for k in taken])) if taken.ndim and taken.size else max(inner)
+        elif inner:
+            total += sum(inner)
+        elif name == "dot_general":
+            # out_ij = Σ_k a_ik b_kj: one product and one sum for every k and every entry of the result.
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            length = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+            total += 2.0 * length * _size(equation.outvars[0])
+        elif elementwise:
+            total += sum(_size(out) for out in equation.outvars if _is_inexact(out))
+    return total
+
+
+def _known_inside(equation, part, known) -> dict:
+    """The known values of the arguments of a program that an equation calls; of a scan, of those it steps through."""
+    if equation.primitive.name not in ("scan", "jit", "pjit", "closed_call", "core_call"):
+        return {}
+    scanned = equation.primitive.name == "scan"
+    return {
+        argument: known[operand]
+        for operand, argument in zip(equation.invars, getattr(part, "jaxpr", part).invars, strict=False)
+        if isinstance(operand, jex.Var) and operand in known and scanned == (_shape(operand) != _shape(argument))
+    }
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def _peak(jaxpr, count_results=True) -> int:
+    """The most bytes live at once, by a liveness analysis over the equations i = 0 … n−1.
+
+    Equation s(b) creates the buffer b, and e(b) is the last equation that uses a variable held in b (n for a result of
+    the program). With |b| the bytes of b and inside(i) what equation i takes inside the programs that it calls,
+
+        peak = max_i [ Σ { |b| : s(b) ≤ i ≤ e(b) } + inside(i) ].
+    """
+    results, count, read = set(_variables(jaxpr.outvars)), len(jaxpr.eqns), _read(jaxpr)
+    buffers = _buffers(jaxpr, results, {*jaxpr.invars} if count_results else set())
+    # e(b): later equations overwrite earlier ones.
+    last = {b: i for i, equation in enumerate(jaxpr.eqns) for v in _mentioned(equation) for b in buffers[v]}
+    last |= {b: count for v in results for b in buffers[v]}
+    change = np.zeros(count + 2, np.int64)
+    for i, equation in enumerate(jaxpr.eqns):
+        for b in equation.outvars:
+            if b in buffers[b] and (count_results or b not in results):
+                change[i] += _bytes(b)  # live from s(b) = i …
+                change[last[b] + 1] -= _bytes(b)  # … to e(b)
+    live = np.cumsum(change)[:count]
+    return int(max(live + [_inside(equation, read) for equation in jaxpr.eqns], default=0))
+
+
+def _buffers(jaxpr, results, writable) -> dict[Any, frozenset]:
+    """Maps each variable to the buffers that keep it alive, each named by the variable that it was made for.
+
+    An argument has none, as its memory is its caller's. A fused result has those of its operands. A result written over
+    an operand has that operand's. Every other result has one of its own.
+
+    Args:
+      jaxpr: the program.
+      results: its results, which are never fused.
+      writable: the arguments whose memory may be written over, as a loop's body may write over its carry.
+    """
+    uses = collections.Counter(v for equation in jaxpr.eqns for v in _variables(equation.invars))
+    last_use = {v: i for i, equation in enumerate(jaxpr.eqns) for v in _mentioned(equation)}
+    last_use |= dict.fromkeys(results, len(jaxpr.eqns))
+    buffers: dict[Any, frozenset] = dict.fromkeys([*jaxpr.invars, *jaxpr.constvars], frozenset())
+    owners = set(writable)  # variables that have a buffer to themselves
+    for i, equation in enumerate(jaxpr.eqns):
+        name = equation.primitive.name
+        of_operands = frozenset().union(*(buffers[v] for v in _variables(equation.invars)))
         for out in equation.outvars:
-            fused = name in _LAYOUT or (name in _FUSED and count[out] == 1)
-            stands[out] = sources if fused and out not in results else frozenset([out])
-        for out, operand in _written_into(equation):
-            if isinstance(operand, jex.Var) and last[operand] == i and operand in owners:
-                stands[out] = stands[operand]
-        owners.update(out for out in equation.outvars if len(stands[out]) <= 1 and name not in _LAYOUT | _FUSED)
-    return stands
+            fused = name in _LAYOUT or (name in _ELEMENTWISE and uses[out] == 1)
+            buffers[out] = of_operands if fused and out not in results else frozenset([out])
+        for out, operand in _written_over(equation):
+            if isinstance(operand, jex.Var) and last_use[operand] == i and operand in owners:
+                buffers[out] = buffers[operand]
+        if name not in _LAYOUT | _ELEMENTWISE:
+            owners.update(out for out in equation.outvars if len(buffers[out]) <= 1)
+    return buffers
 
 
-def _variables(equation):
-    return [v for v in [*equation.invars, *equation.outvars] if isinstance(v, jex.Var)]
-
-
-def _written_into(equation) -> list:
-    """Results that take the place of an operand, if that is not used again."""
+def _written_over(equation) -> list:
+    """The results that can take the memory of an operand, with that operand."""
     if equation.primitive.name in ("scatter", "scatter-add", "dynamic_update_slice"):
         return [(equation.outvars[0], equation.invars[0])]
     if equation.primitive.name != "scan":
@@ -179,93 +254,58 @@ def _inside(equation, read) -> int:
     most = max(map(_peak, _executed(equation, read)), default=0)
     if equation.primitive.name in ("scan", "while"):
         return most
+    # The results of a call are those of the called program, whose peak holds them already.
     return max(0, most - sum(map(_bytes, equation.outvars)))
 
 
-def _bytes(v) -> int:
-    return math.prod(_shape(v)) * getattr(getattr(v.aval, "dtype", None), "itemsize", 0)
+# --- equations and variables -----------------------------------------------------------------------------------------
+
+
+def _read(jaxpr) -> set:
+    """The variables that an equation or a result reads."""
+    return {*_variables(jaxpr.outvars), *(v for equation in jaxpr.eqns for v in _variables(equation.invars))}
+
+
+def _executed(equation, read: set) -> list:
+    """The programs inside an equation that run when it does, given the variables that others read."""
+    if equation.primitive.name == "custom_linear_solve":
+        # The equation also holds its transpose and the products with either. JAX removes nothing from it, but a
+        # compiler does: the product for a report that nobody reads.
+        solve = equation.params["jaxprs"].solve.jaxpr
+        return [dce_jaxpr(solve, [v in read for v in equation.outvars], instantiate=True)[0]]
+    return [sub for value in equation.params.values() for sub in subprograms(value)]
+
+
+def _mentioned(equation) -> list:
+    return _variables([*equation.invars, *equation.outvars])
+
+
+def _variables(atoms) -> list:
+    """Without the literals."""
+    return [v for v in atoms if isinstance(v, jex.Var)]
 
 
 def _shape(v) -> tuple:
     return getattr(v.aval, "shape", ())
 
 
-_LAYOUT = {"reshape", "squeeze", "expand_dims", "broadcast_in_dim", "iota", "convert_element_type", "copy"}
-_FUSED = {
-    *("add", "sub", "mul", "div", "neg", "max", "min", "select_n", "add_any", "integer_pow", "square", "sqrt", "rsqrt"),
-    *("eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not", "sign", "abs", "exp", "log", "tanh", "logistic", "erf"),
-    *("sin", "cos", "pow", "log1p", "expm1", "stop_gradient", "transpose", "slice", "dynamic_slice", "rev", "pad"),
-    *("clamp", "floor", "ceil", "round", "is_finite", "erf_inv", "atan2", "rem", "name", "reduce_precision"),
-}
+def _size(v) -> int:
+    return math.prod(_shape(v))
 
 
-def _count(program, values, unknown_length, elementwise) -> float:
-    """`values`: of what is known of the program's arguments; inside a scan, one a turn."""
-    jaxpr = getattr(program, "jaxpr", program)
-    values = values | dict(zip(jaxpr.constvars, getattr(program, "consts", ()), strict=False))
-    total, read = 0.0, _read(jaxpr)
-    for equation in jaxpr.eqns:
-        name, parts = equation.primitive.name, _executed(equation, read)
-        inner = [_count(p, _values_inside(equation, p, values), unknown_length, elementwise) for p in parts]
-        first = next(iter(equation.invars), None)
-        if name == "convert_element_type" and isinstance(first, jex.Var) and first in values:
-            values[equation.outvars[0]] = values[first]
-        if name == "scan":
-            total += equation.params["length"] * sum(inner)
-        elif name == "cond":
-            taken = np.asarray(values.get(first, ()) if isinstance(first, jex.Var) else (), int)
-            total += float(np.mean([inner[i] for i in taken])) if taken.ndim and taken.size else max(inner)
-        elif name == "while":
-            if unknown_length is None:
-                raise JaxhpoError(
-                    "`function` holds a `while` loop, whose length is not known while tracing: write a scan, or pass "
-                    "`unknown_length`."
-                )
-            total += unknown_length * sum(inner)
-        elif inner:
-            total += sum(inner)
-        elif name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            shape = equation.invars[0].aval.shape
-            total += 2.0 * math.prod(shape[axis] for axis in contracted) * math.prod(equation.outvars[0].aval.shape)
-        elif elementwise:
-            total += sum(math.prod(out.aval.shape) for out in equation.outvars if _is_real(out.aval))
-    return total
+def _bytes(v) -> int:
+    return _size(v) * getattr(getattr(v.aval, "dtype", None), "itemsize", 0)
 
 
-def _values_inside(equation, part, values) -> dict:
-    """What is known of the arguments of what an equation calls: of a scan, those that it scans over, one a turn."""
-    if equation.primitive.name not in ("scan", "jit", "pjit", "closed_call", "core_call"):
-        return {}
-    pairs = zip(equation.invars, getattr(part, "jaxpr", part).invars, strict=False)
-    scanned = equation.primitive.name == "scan"
-    return {
-        var: values[operand]
-        for operand, var in pairs
-        if isinstance(operand, jex.Var) and operand in values and scanned == (_shape(operand) != _shape(var))
-    }
+def _is_inexact(v) -> bool:
+    return hasattr(v.aval, "dtype") and is_inexact(v.aval)
 
 
-def _is_real(aval) -> bool:
-    return jnp.issubdtype(getattr(aval, "dtype", jnp.int32), jnp.inexact)
-
-
-def _read(jaxpr) -> set[int]:
-    return {id(v) for equation in jaxpr.eqns for v in equation.invars} | {id(v) for v in jaxpr.outvars}
-
-
-def _executed(equation, read: set[int]) -> list:
-    """The programs inside an equation that run when it does, given the variables that others read."""
-    if equation.primitive.name == "custom_linear_solve":
-        # Beside it, its transpose and the products with either. JAX removes nothing from it, but a compiler does: the
-        # product for a report that nobody reads.
-        solve = equation.params["jaxprs"].solve.jaxpr
-        return [dce_jaxpr(solve, [id(v) in read for v in equation.outvars], instantiate=True)[0]]
-    return [sub for value in equation.params.values() for sub in subprograms(value)]
+# --- measured --------------------------------------------------------------------------------------------------------
 
 
 def temporary_bytes(program: Any) -> int | None:
-    """Peak temporary memory of a compiled program; None where the backend does not tell."""
+    """Peak temporary memory of a compiled program; None where the backend does not report it."""
     try:
         return program.memory_analysis().temp_size_in_bytes
     except (AttributeError, NotImplementedError, RuntimeError):
@@ -280,20 +320,40 @@ def available_bytes() -> float:
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):
-        return float("inf")
+        return math.inf
+
+
+def human_bytes(value: float) -> str:
+    """Bytes with three digits and a unit."""
+    return _with_unit(value, {"TiB": 2**40, "GiB": 2**30, "MiB": 2**20, "KiB": 2**10, "B": 1})
+
+
+def human_seconds(value: float) -> str:
+    """Seconds with three digits and a unit.
+
+    Example:
+      >>> human_seconds(3e-5)
+      '30 µs'
+    """
+    return _with_unit(value, {"s": 1.0, "ms": 1e-3, "µs": 1e-6, "ns": 1e-9})
+
+
+def _with_unit(value, units) -> str:
+    unit = next((unit for unit, size in units.items() if value >= size), list(units)[-1])
+    return f"{value / units[unit]:.3g} {unit}"
 
 
 def fastest(functions: Sequence[Callable], *args: Any, repeats: int = 10, seconds: float = 0.0) -> list[float]:
-    """Seconds of each compiled function's fastest call; calls take turns, so that a busy spell hits all alike.
+    """Seconds of each compiled function's fastest call; calls alternate, so that other load affects all alike.
 
     Args:
-      functions: what to time, each called as `function(*args)`.
+      functions: the compiled functions, each called as `function(*args)`.
       *args: their arguments.
-      repeats: turns that each function takes.
-      seconds: shared out equally, where short calls want many; each turn holds one call at least.
+      repeats: turns of each function.
+      seconds: time shared out equally among the turns; each turn has at least one call.
 
     Returns:
-      One number a function.
+      One number per function.
 
     Example:
       >>> len(fastest([jax.jit(jnp.sum), jax.jit(jnp.max)], jnp.ones(3)))
@@ -302,12 +362,12 @@ def fastest(functions: Sequence[Callable], *args: Any, repeats: int = 10, second
     found, share = [math.inf] * len(functions), seconds / repeats / len(functions)
     for _ in range(repeats):
         for i, function in enumerate(functions):
-            spent = 0.0
+            end = time.perf_counter() + share
             while True:
                 start = time.perf_counter()
                 jax.block_until_ready(function(*args))
-                took = time.perf_counter() - start
-                found[i], spent = min(found[i], took), spent + took
-                if spent >= share:
+                stop = time.perf_counter()
+                found[i] = min(found[i], stop - start)
+                if stop >= end:
                     break
     return found

@@ -1,4 +1,4 @@
-"""Progress on stderr: a bar where one can be drawn, else one plain line every few seconds."""
+"""Progress on stderr: a bar in a terminal or a notebook with tqdm, else one plain line every few seconds."""
 
 from __future__ import annotations
 
@@ -7,20 +7,19 @@ import time
 
 
 class Progress:
-    """Shows how far a loop is. A context manager; nothing of it runs inside compiled code.
+    """Shows the progress of a loop. A context manager that runs on the host, outside compiled code.
 
     Args:
-      total: steps in all.
-      label: what is being done.
+      total: number of steps.
+      label: what a step is.
       enabled: False shows nothing.
       every: seconds between plain lines.
-      done: steps taken before.
+      done: steps taken earlier.
     """
 
     def __init__(self, total: int, label: str = "step", enabled: bool = True, every: float = 5.0, done: int = 0):
-        self.total, self.label, self.every, self.done = total, label, every, done
+        self.total, self.label, self.enabled, self.every, self.done = total, label, enabled, every, done
         self.shown, self.bar = time.perf_counter(), None
-        self.enabled = enabled
 
     def __enter__(self) -> Progress:
         """Draws the bar, in a terminal or a notebook where tqdm is installed."""
@@ -34,7 +33,7 @@ class Progress:
         return self
 
     def update(self, text: str = "") -> None:
-        """One step is done; `text` says how it went."""
+        """Counts one step; `text` describes its result."""
         self.done += 1
         if self.bar is not None:
             self.bar.set_postfix_str(text, refresh=False)

@@ -1,1 +1,1 @@
-"""Diagnosis of hypergradients: checks, comparisons, memory, numbers that are not finite."""
+"""Diagnosis of hypergradients: checks, comparisons, memory plans, and the origin of numbers that are not finite."""

@@ -1,4 +1,4 @@
-"""Whether to trust a hypergradient: against central differences of the outer loss."""
+"""`check_hypergradient`: compares a hypergradient with central differences of the outer loss."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from jaxhpo._core.errors import NonFiniteError, ZeroHypergradientError, ZeroHypergradientWarning
+from jaxhpo._core.errors import ZeroHypergradientWarning
 from jaxhpo._core.record import recording
 from jaxhpo._core.trace import differentiable_inputs
 from jaxhpo._core.tree import names
@@ -23,14 +23,14 @@ from jaxhpo._diagnostics.not_finite import diagnose
 
 @dataclasses.dataclass(frozen=True)
 class HypergradientCheck:
-    """How a hypergradient compares with central differences; prints as a short report.
+    """A hypergradient compared with central differences; prints as a short report.
 
     Attributes:
       relative_error: ‖analytic − numeric‖ / ‖numeric‖ over the directions tried.
       cosine: cosine of the angle between the two.
       norm_ratio: ‖analytic‖ / ‖numeric‖.
-      numeric_error: estimated relative error of the central differences themselves, for a smooth outer loss: a relative
-        error near it is none.
+      numeric_error: estimated relative error of the central differences themselves, for a smooth outer loss; a relative
+        error of this size does not count against the rule.
       analytic: directional derivatives by the rule, shape (directions,).
       numeric: the same by central differences.
       coordinates: the name of each direction where they are coordinates, else None (random directions).
@@ -60,9 +60,9 @@ class HypergradientCheck:
             return text
         if self.numeric_error > 1e-2:
             text += (
-                "\n  The differences cannot be trusted here, so neither can this comparison: the trained model jumps "
+                "\n  The differences are not reliable here, and so neither is this comparison: the trained model jumps "
                 "or bends sharply with the hyperparameters, as networks with ReLU do over many steps (tanh and gelu do "
-                "not), or rounding drowns the differences. Try float64, and another `step_size`."
+                "not), or rounding errors dominate. Try float64, and another `step_size`."
             )
         worst = int(np.argmax(np.abs(self.analytic - self.numeric)))
         where = f" at {self.coordinates[worst]}" if self.coordinates else ""
@@ -71,8 +71,8 @@ class HypergradientCheck:
             "differences.\n  If the rule is approximate (truncated, Neumann, Identity), this is its bias. Under "
             "`Implicit`, look at the solution's `info.optimality`: the inner problem may not have converged, or its "
             "optimiser may have another fixed point than the train loss (decoupled weight decay, clipping, "
-            "projection: put the decay into the loss, or use `fixed_point(step)`). Randomness that differs between "
-            "calls also ends here."
+            "projection: put the decay into the loss, or use `fixed_point(step)`). Another cause is randomness that "
+            "differs between calls."
         )
 
 
@@ -89,8 +89,8 @@ def check_hypergradient(
     Differences are fourth order, :math:`(8 F(h+sd) - 8 F(h-sd) - F(h+2sd) + F(h-2sd)) / 12s`, along every coordinate
     for up to 64 hyperparameters, else along random directions.
 
-    **Cost and bias**: one hypergradient and four outer losses a direction, compiled once. The differences err by
-    :math:`O(s^4)` and by rounding over s; `numeric_error` estimates both where the outer loss is smooth.
+    **Cost and bias**: one hypergradient, and four outer losses per direction, compiled once. The differences err by
+    :math:`O(s^4)` and by rounding errors over s; `numeric_error` estimates both where the outer loss is smooth.
 
     Args:
       outer_loss: `hparams -> scalar`, deterministic.
@@ -105,9 +105,9 @@ def check_hypergradient(
       A `HypergradientCheck`; `print` it.
 
     Raises:
-      ZeroHypergradientError: the rule gives exactly zero for a leaf, or for entries, that it cannot see.
-      NonFiniteError: the outer loss or the hypergradient is not finite; says in which inner step that began.
-      JaxhpoError: an input that cannot work.
+      ZeroHypergradientError: the rule cannot see a leaf, or some of its entries, and gives exactly zero for them.
+      NonFiniteError: the outer loss or the hypergradient is not finite; names the inner step at which that began.
+      JaxhpoError: an invalid input.
 
     Example:
       >>> solver = jaxhpo.from_optax(lambda p, h, batch: jnp.sum((p - h) ** 2), optax.sgd(0.1))
@@ -151,26 +151,13 @@ def check_hypergradient(
     for w in caught:
         if not isinstance(w.message, ZeroHypergradientWarning):
             warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
-    return _compare(differences.along(grad), differences, solves)
-
-
-def _compare(analytic, differences, solves) -> HypergradientCheck:
-    numeric = differences.numeric
-    if not np.all(np.isfinite(numeric)):
-        raise NonFiniteError(
-            "The outer loss is finite at `hparams` but not at all points that the differences visit: pass a smaller "
-            "`step_size`, or check at hyperparameters further from the edge of their domain."
-        )
-    if not np.any(numeric):
-        raise ZeroHypergradientError(
-            "The outer loss does not change along any direction tried: no hyperparameter affects it. Pass the "
-            "hyperparameters on to `solve`, and use them in the train loss or the optimiser."
-        )
+    differences.check()
+    analytic = differences.along(grad)
     return HypergradientCheck(
-        *agreement(analytic, numeric),
+        *agreement(analytic, differences.numeric),
         numeric_error=differences.error,
         analytic=analytic,
-        numeric=numeric,
+        numeric=differences.numeric,
         coordinates=differences.coordinates,
         linear_statuses=tuple(solve.status for solve in solves),
     )

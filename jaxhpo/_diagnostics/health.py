@@ -1,77 +1,86 @@
-"""What `tune` and `check_hypergradient` refuse: hypergradients that are exactly zero, or not finite."""
+"""Refusal of hypergradients that are exactly zero or not finite, for `tune`, `check_hypergradient` and `compare`."""
 
 from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxhpo._core.errors import NonFiniteError, ZeroHypergradientError, ZeroHypergradientWarning
-from jaxhpo._core.tree import all_finite, is_inexact, names
+from jaxhpo._core.tree import all_finite, names
 from jaxhpo._core.types import PyTree
 
 
 def raise_if_zero(
     hypergrad: PyTree, messages: list, leaf_names: list[str], structure: Callable[[], list[bool]] | None = None
 ) -> None:
-    """Raises for a leaf that is zero throughout and cannot be otherwise, or in part where a rule cuts it off.
+    """Raises for a leaf that is structurally zero, in whole, or in part where a rule cuts it off.
 
     A leaf that merely happens to be zero at this point (a penalty on weights that are all zero) is warned about.
 
     Args:
       hypergrad: the hypergradient, concrete.
-      messages: the warnings met while tracing it.
+      messages: the warnings raised while tracing it.
       leaf_names: the leaves' names.
-      structure: for each leaf, whether its derivative can be non-zero at all; asked only when needed.
+      structure: for each leaf, whether its derivative can be non-zero at all; called only when needed.
 
     Raises:
-      ZeroHypergradientError: names the leaf and, where a rule said so, the reason.
+      ZeroHypergradientError: names the leaf and, where a rule gave one, the reason.
     """
-    reasons = {w.leaf: w for w in messages if isinstance(w, ZeroHypergradientWarning)}
-
-    seen = functools.cache(structure) if structure else None
+    reasons = reasons_for_zero(messages)
+    can_be_nonzero = functools.cache(structure) if structure else None
     for i, (name, leaf) in enumerate(zip(leaf_names, jax.tree.leaves(hypergrad), strict=True)):
-        reason, zero = reasons.get(name), leaf.size > 0 and not jnp.any(leaf != 0)
-        if reason and zero:
-            raise ZeroHypergradientError(f"The hypergradient of `{name}` is exactly zero in every entry: {reason}")
-        if reason and reason.partial and bool(jnp.any(leaf == 0)):
-            raise ZeroHypergradientError(f"The hypergradient of `{name}` is exactly zero in some entries: {reason}")
-        if zero and seen and not seen()[i]:
-            told = " ".join(f"({w})" for w in messages if isinstance(w, ZeroHypergradientWarning))
+        reason = reasons.get(name)
+        entries = zero_entries(leaf, reason)
+        if not entries:
+            continue
+        begin = f"The hypergradient of `{name}` is exactly zero in {entries}"
+        if reason:
+            raise ZeroHypergradientError(f"{begin}: {reason}")
+        if can_be_nonzero and not can_be_nonzero()[i]:
+            others = "".join(f" ({w})" for w in reasons.values())
             raise ZeroHypergradientError(
-                f"The hypergradient of `{name}` is exactly zero in every entry: nothing that the outer loss sees "
-                f"depends on it. Remove it, or use it in the train loss or the optimiser. {told}".rstrip()
+                f"{begin}: nothing that the outer loss sees depends on it. Remove it, or use it in the train loss or "
+                f"the optimiser.{others}"
             )
-        if zero:
-            text = "has a hypergradient of exactly zero at this point: start elsewhere if it does not move (a count of "
-            text += "errors is flat: take a smooth loss, or `EvolutionStrategies`)."
-            warnings.warn(ZeroHypergradientWarning(f"`{name}` {text}", name), stacklevel=3)
+        text = (
+            f"`{name}` has a hypergradient of exactly zero at this point: start elsewhere if it does not move (a count "
+            "of errors is flat: take a smooth loss, or `EvolutionStrategies`)."
+        )
+        warnings.warn(ZeroHypergradientWarning(text, name), stacklevel=3)
+
+
+def reasons_for_zero(messages: Iterable[Any]) -> dict[str, ZeroHypergradientWarning]:
+    """The warnings by which rules announce a zero, by the name of the leaf."""
+    return {w.leaf: w for w in messages if isinstance(w, ZeroHypergradientWarning)}
+
+
+def zero_entries(leaf: Any, reason: ZeroHypergradientWarning | None) -> str:
+    """`"every entry"` if all are zero; `"some entries"` if a rule announces that it cuts some off; else `""`."""
+    zero = leaf == 0
+    if zero.size and zero.all():
+        return "every entry"
+    return "some entries" if zero.any() and reason is not None and reason.partial else ""
 
 
 def raise_unless_finite(value: jax.Array, hypergrad: PyTree, diagnosis: Callable[[], str]) -> None:
     """Raises with the leaf's path and the diagnosis where the outer loss or the hypergradient is not finite."""
-    if bool(jnp.isfinite(value)) and bool(all_finite(hypergrad)):
-        return
-    raise NonFiniteError(f"{what_is_not_finite(value, hypergrad)} {diagnosis()}")
+    if not all_finite((value, hypergrad)):
+        raise NonFiniteError(f"{what_is_not_finite(value, hypergrad)} {diagnosis()}")
 
 
 def what_is_not_finite(value: jax.Array, hypergrad: PyTree, point: PyTree = None, carry: PyTree = None) -> str:
-    """Names the outer loss, or the leaves of the hypergradient, the updated point or the carry, that are not finite."""
-    if not bool(jnp.isfinite(value)):
+    """Names the outer loss, or the leaves of the hypergradient, the carry or the updated point, that are not finite."""
+    if not jnp.isfinite(value):
         return f"The outer loss is {float(value)}."
-    found = [_not_finite(hypergrad, "hparams"), _not_finite(carry, "carry"), _not_finite(point, "hparams")]
-    if found[0]:
-        return f"The outer loss is finite, but the hypergradient of `{'`, `'.join(found[0])}` is not."
-    if found[1]:
-        return f"The outer loss is finite, but `{'`, `'.join(found[1])}` is not."
-    if found[2]:
-        return f"The outer loss is finite, but the optimiser's update of `{'`, `'.join(found[2])}` is not."
+    texts = "the hypergradient of ", "", "the optimiser's update of "
+    for tree, root, text in zip((hypergrad, carry, point), ("hparams", "carry", "hparams"), texts, strict=True):
+        leaves = zip(names(tree, root), jax.tree.leaves(tree), strict=True)
+        bad = [name for name, leaf in leaves if not all_finite(leaf)]
+        if bad:
+            return f"The outer loss is finite, but {text}`{'`, `'.join(bad)}` is not."
     return "The outer loss is finite, but an inner solve that `info` reports is not."
-
-
-def _not_finite(tree, root) -> list[str]:
-    leaves = zip(names(tree, root), jax.tree.leaves(tree), strict=True)
-    return [name for name, leaf in leaves if is_inexact(leaf) and not bool(jnp.all(jnp.isfinite(leaf)))]

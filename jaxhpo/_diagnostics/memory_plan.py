@@ -1,31 +1,32 @@
-"""What an unrolled hypergradient will take, schedule by schedule, before anything runs."""
+"""`memory_plan`: predicted memory and time of an unrolled hypergradient under each checkpoint schedule."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxhpo._adjoint.checkpointing import describe_schedule
-from jaxhpo._core.cost import available_bytes, count_and_peak, count_arithmetic
+from jaxhpo._core.cost import available_bytes, count_and_peak, count_arithmetic, human_bytes
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.record import SolveLog, UnrolledSolve, recording
 from jaxhpo._core.types import PyTree
 from jaxhpo._core.validate import check_callable, check_params, check_positive, short_name
 
 CHOICES = (None, 1, "sqrt", "auto", "binomial")
-UNKNOWN_LENGTH = 100  # iterations that a loop to a tolerance is counted as
+UNKNOWN_LENGTH = 100  # assumed passes of a loop to a tolerance
 
 
 class PlanRow(NamedTuple):
     """One schedule of a `MemoryPlan`.
 
     Attributes:
-      call: how to ask for it.
+      call: the rule, as written in code.
       bytes: predicted peak of temporary memory.
       time: counted operations of outer loss and hypergradient, in units of the outer loss's alone.
       keeps: what it keeps, in words, for each inner solve.
@@ -39,15 +40,15 @@ class PlanRow(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class MemoryPlan:
-    """What `memory_plan` found; prints as a table.
+    """The result of `memory_plan`; prints as a table.
 
     Attributes:
       asked: the row of the outer loss as it is written.
       rows: the rows of all schedules; empty if no solve is differentiated by unrolling.
-      limit: bytes that were taken to be available.
+      limit: bytes taken to be available.
       param_bytes: bytes of the largest inner problem's parameters.
       population: hyperparameter vectors that the outer loss takes at once.
-      reasons: for each unrolled solve, what its schedule was chosen by.
+      reasons: for each unrolled solve, the sizes by which its schedule was chosen.
     """
 
     asked: PlanRow
@@ -63,31 +64,15 @@ class MemoryPlan:
         return tuple(sorted((row for row in self.rows if row.bytes <= self.limit), key=lambda row: row.time))
 
     def __str__(self) -> str:
-        head = f"{'schedule':34} {'memory':>10} {'copies of θ':>12} {'trainings':>10}  keeps"
-        lines = [head, *(self._line(row) for row in dict.fromkeys((*self.rows, self.asked)))]
+        lines = [f"{'schedule':34} {'memory':>10} {'copies of θ':>12} {'trainings':>10}  keeps"]
+        for row in dict.fromkeys((*self.rows, self.asked)):
+            copies = row.bytes / max(self.param_bytes, 1)
+            fits = "" if row.bytes <= self.limit else "  (does not fit)"
+            numbers = f"{human_bytes(row.bytes):>10} {copies:12.1f} {row.time:10.2f}"
+            lines.append(f"{row.call:34} {numbers}  {'; '.join(dict.fromkeys(row.keeps))}{fits}")
         of = f" for a population of {self.population}" if self.population > 1 else ""
-        lines.append(f"As written, {self.asked.call}: {human(self.asked.bytes)} of {human(self.limit)}{of}.")
-        return "\n".join([*lines, *self.reasons])
-
-    def _line(self, row):
-        fits = "" if row.bytes <= self.limit else "  (does not fit)"
-        copies = row.bytes / max(self.param_bytes, 1)
-        keeps = "; ".join(dict.fromkeys(row.keeps))
-        return f"{row.call:34} {human(row.bytes):>10} {copies:12.1f} {row.time:10.2f}  {keeps}{fits}"
-
-
-def human(size: float) -> str:
-    """Bytes with a unit.
-
-    Example:
-      >>> human(2.5 * 2**30)
-      '2.50 GiB'
-    """
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.3g} {unit}"
-        size /= 1024
-    return f"{size:.2f} GiB"
+        used, limit = human_bytes(self.asked.bytes), human_bytes(self.limit)
+        return "\n".join([*lines, f"As written, {self.asked.call}: {used} of {limit}{of}.", *self.reasons])
 
 
 def memory_plan(
@@ -95,24 +80,24 @@ def memory_plan(
 ) -> MemoryPlan:
     """Prints what each checkpoint schedule would take in memory and time; raises if the one asked for cannot fit.
 
-    Nothing is run or compiled: the hypergradient's program is traced once a schedule, the life of each of its arrays
-    followed, and its operations counted. The memory is that of intermediate results, beside arguments and results. For
-    a population give `jax.vmap(outer_loss)` and stacked hyperparameters: what is traced is what will run.
+    Nothing is run or compiled: the hypergradient's program is traced once per schedule, the life of each of its arrays
+    followed, and its operations counted. The memory is that of intermediate results, without arguments and results. For
+    a population give `jax.vmap(outer_loss)` and stacked hyperparameters: the program traced is the one that will run.
 
-    **Cost and bias**: six traces (half a minute for a transformer). Where the states stored are at least half of the
-    memory, within 20 % of what the compiler allocates, else within a factor of 1.5 (on CPU, for the problems of the
-    tests); operations are exact, but for loops to a tolerance, which count as 100 passes.
+    **Cost and bias**: six traces (half a minute for a transformer). Where the stored states are at least half of the
+    memory, the prediction is within 20 % of what the compiler allocates, else within a factor of 1.5 (on CPU, for the
+    problems of the tests); operations are exact, except for loops to a tolerance, which count as 100 passes.
 
     Args:
       outer_loss: `hparams -> scalar`, or `-> (N,)` for a population.
-      hparams: a pytree of floating-point arrays; shapes alone matter.
-      memory_limit: bytes that there are; None asks the device, or the machine.
+      hparams: a pytree of floating-point arrays; only shapes matter.
+      memory_limit: bytes available; None asks the device, or the machine.
 
     Returns:
       A `MemoryPlan`.
 
     Raises:
-      JaxhpoError: what is asked for takes more than there is; says which schedules would fit.
+      JaxhpoError: the schedule asked for takes more memory than there is; names the schedules that would fit.
 
     Example:
       >>> solver = jaxhpo.from_optax(lambda p, h, batch: jnp.sum(jnp.exp(h) * p**2), optax.sgd(0.1, momentum=0.9))
@@ -133,7 +118,7 @@ def memory_plan(
         check_positive("memory_limit", memory_limit)
     limit = available_bytes() if memory_limit is None else memory_limit
     shape = jax.eval_shape(outer_loss, hparams)
-    if not hasattr(shape, "shape") or len(shape.shape) > 1:
+    if not isinstance(shape, jax.ShapeDtypeStruct) or len(shape.shape) > 1:
         raise JaxhpoError(
             f"`outer_loss` returned {shape}; it must return one number, or for a population a vector of them: "
             "`memory_plan(jax.vmap(outer_loss), hparams)`."
@@ -142,70 +127,63 @@ def memory_plan(
         raise JaxhpoError(
             f"`outer_loss` returned {shape.dtype}, which has no derivative: return a floating-point loss."
         )
-    unit = max(count_arithmetic(outer_loss, hparams, unknown_length=UNKNOWN_LENGTH), 1.0)
-    asked, log = _row(outer_loss, hparams, shape, unit)
-    rows = []
-    rules: dict[Any, None] = dict.fromkeys(row.adjoint for row in log.schedules)
-    for checkpoint in CHOICES if rules else ():
-        if [*rules] == [dataclasses.replace(rule, checkpoint=checkpoint, memory_limit=None) for rule in rules]:
-            rows.append(asked)
-            continue
-        calls = [short_name(dataclasses.replace(rule, checkpoint=checkpoint, memory_limit=None)) for rule in rules]
-        with recording(schedule=(checkpoint, None)):
-            rows.append(_row(outer_loss, hparams, shape, unit, ", ".join(dict.fromkeys(calls)))[0])
-    if rules and all(row.bytes > limit for row in (asked, *rows)):
-        rows += _within(outer_loss, hparams, shape, unit, rules, limit)
+
+    def with_grad(hparams):
+        value, pullback = jax.vjp(outer_loss, hparams)
+        return value, pullback(jnp.ones(shape.shape, shape.dtype))
+
+    training = max(count_arithmetic(outer_loss, hparams, unknown_length=UNKNOWN_LENGTH), 1.0)
+    asked, log = _row(with_grad, hparams, training)
+    unrolled: list[Any] = [*dict.fromkeys(row.adjoint for row in log.schedules)]
+
+    def row_of(checkpoint, memory_limit=None) -> PlanRow:
+        rules = [dataclasses.replace(rule, checkpoint=checkpoint, memory_limit=memory_limit) for rule in unrolled]
+        return asked if rules == unrolled else _row(with_grad, hparams, training, rules, (checkpoint, memory_limit))[0]
+
+    rows = [row_of(checkpoint) for checkpoint in CHOICES if unrolled]
+    if unrolled and all(row.bytes > limit for row in (asked, *rows)):
+        with contextlib.suppress(JaxhpoError):  # a limit has more schedules to choose from; none of them may fit
+            rows.append(row_of("auto", limit))
     population = shape.shape[0] if shape.shape else 1
     reasons = tuple(dict.fromkeys(map(_reason, log.schedules)))
     plan = MemoryPlan(asked, tuple(rows), limit, log.param_bytes, population, reasons)
     print(plan)
     if asked.bytes > limit:
-        raise JaxhpoError(_too_much(plan))
+        raise JaxhpoError(_does_not_fit(plan))
     return plan
 
 
-def _row(outer_loss, hparams, shape, unit, call=None) -> tuple[PlanRow, SolveLog]:
-    def with_grad(hparams):
-        value, pullback = jax.vjp(outer_loss, hparams)
-        return value, pullback(jnp.ones(shape.shape, shape.dtype))
-
+def _row(with_grad, hparams, training, rules: Iterable = (), schedule: Any = None) -> tuple[PlanRow, SolveLog]:
+    """The row of a program whose solves take `schedule` as if by `rules`, or, by default, what they ask for."""
     log = SolveLog()
-    with warnings.catch_warnings(), recording(solves=log):
-        warnings.simplefilter("ignore")  # they are for the run
+    with warnings.catch_warnings(), recording(solves=log, schedule=schedule):
+        warnings.simplefilter("ignore")  # the run will warn
         operations, peak = count_and_peak(with_grad, hparams, unknown_length=UNKNOWN_LENGTH)
-    call = call or ", ".join(dict.fromkeys(map(short_name, log.adjoints))) or "no solve"
-    return PlanRow(call, peak, operations / unit, tuple(describe_schedule(row.schedule) for row in log.schedules)), log
-
-
-def _within(outer_loss, hparams, shape, unit, rules, limit) -> list[PlanRow]:
-    """The row of `memory_limit`, which knows more schedules, if one of them fits."""
-    calls = [short_name(dataclasses.replace(rule, checkpoint="auto", memory_limit=limit)) for rule in rules]
-    try:
-        with recording(schedule=("auto", limit)):
-            return [_row(outer_loss, hparams, shape, unit, ", ".join(dict.fromkeys(calls)))[0]]
-    except JaxhpoError:  # none does
-        return []
+    call = ", ".join(dict.fromkeys(map(short_name, rules or log.adjoints))) or "no solve"
+    return PlanRow(
+        call, peak, operations / training, tuple(describe_schedule(row.schedule) for row in log.schedules)
+    ), log
 
 
 def _reason(row: UnrolledSolve) -> str:
     steps = row.num_steps
     text = (
-        f"{short_name(row.adjoint)} keeps {describe_schedule(row.schedule)}: a state is {human(row.state)}, {steps} of "
-        f"them {human(steps * row.state)}, with all that plain autodiff may keep at most "
-        f"{human(steps * (row.state + row.residuals))}"
+        f"{short_name(row.adjoint)} keeps {describe_schedule(row.schedule)}: a state is {human_bytes(row.state)}, {steps} of "
+        f"them {human_bytes(steps * row.state)}; plain autodiff may keep at most "
+        f"{human_bytes(steps * (row.state + row.residuals))}"
     )
     if row.gradient:
-        text += f"; a gradient is {human(row.gradient)}, the activations of a step {human(row.activations)}"
-    return text + "."
+        text += f"; a gradient is {human_bytes(row.gradient)}, the activations of a step {human_bytes(row.activations)}"
+    return f"{text}."
 
 
-def _too_much(plan) -> str:
-    needs = f"`{plan.asked.call}` takes about {human(plan.asked.bytes)}, and there are {human(plan.limit)}."
+def _does_not_fit(plan) -> str:
+    text = f"`{plan.asked.call}` takes about {human_bytes(plan.asked.bytes)}, and there are {human_bytes(plan.limit)}."
     if plan.fitting:
-        calls = ", ".join(f"`{row.call}` ({human(row.bytes)}, {row.time:.2f} trainings)" for row in plan.fitting)
-        return f"{needs} What would fit: {calls}."
+        calls = (f"`{row.call}` ({human_bytes(row.bytes)}, {row.time:.2f} trainings)" for row in plan.fitting)
+        return f"{text} What would fit: {', '.join(calls)}."
     return (
-        f"{needs} No schedule fits: make the batch or the population smaller, differentiate fewer steps "
+        f"{text} No schedule fits: make the batch or the population smaller, differentiate fewer steps "
         "(`Unroll(truncate=...)`), run momentum backwards (`Reversible()`), or write `Implicit(CG())`, which stores "
-        "none."
+        "no states."
     )

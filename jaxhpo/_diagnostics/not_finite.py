@@ -1,4 +1,4 @@
-"""Where a number that is not finite began, and why: runs whose every inner step reports."""
+"""Diagnosis of numbers that are not finite: the inner step, the leaf, the operation and the likely cause."""
 
 from __future__ import annotations
 
@@ -18,108 +18,117 @@ POWER_ITERATIONS = 40
 
 
 class Growth(NamedTuple):
-    """What an inner step does to a small error.
+    """The factor by which an inner step multiplies a small error.
 
     Attributes:
-      factor: by which it multiplies one along its worst direction.
-      turns: whether it turns it round, as too long a step does.
-      drivers: hyperparameters by which the factor can be changed most, with their values where they are numbers.
+      factor: the factor's magnitude along the worst direction.
+      alternates: True where the error changes its sign, as with too large a learning rate.
+      drivers: the hyperparameters that change the factor most, with their values where they are numbers.
     """
 
     factor: float
-    turns: bool
+    alternates: bool
     drivers: list[str]
 
 
 def diagnose(fn: Callable, hparams: PyTree) -> str:
-    """Runs `jax.value_and_grad(fn)(hparams)` with every inner step reporting; says in words where a NaN began, and why.
+    """Runs `jax.value_and_grad(fn)(hparams)` with instrumented inner steps; says in words where and why a NaN began.
 
-    Costs a run that reports, and another in which the number is followed back to the operation that made it.
+    Costs one instrumented run, and one more in which the number is followed back to the operation that made it.
     """
-    recorder = StepLog()
-    with recording(steps=recorder):
+    log = StepLog()
+    with recording(steps=log):
         try:
             value, _ = jax.block_until_ready(jax.jit(jax.value_and_grad(fn))(hparams))
-        except TypeError:  # of a rule that pushes directions forward, where there is no backward pass to be watched
+        except TypeError:  # a forward-mode rule has no backward pass to instrument
             value = jax.block_until_ready(jax.jit(fn)(hparams))
-    if recorder.faults:
-        return recorder.faults[0]
-    where, why = _place(recorder, bool(jnp.isfinite(value)))
+    if log.faults:
+        return log.faults[0]
+    where, why = _place(log, bool(jnp.isfinite(value)))
     origin = _attempted(lambda: find_origin(jax.value_and_grad(fn), hparams))
-    if recorder.forward and (origin is None or origin.overflows):
-        why = _attempted(lambda: _growing(recorder)) or (f"It began {origin}" if origin else why)
-    elif origin is not None:
+    if origin is not None:
         why = f"It began {origin}"
+    if log.forward and (origin is None or origin.overflows):
+        why = _attempted(lambda: _divergence(log)) or why
     return f"{where} {why}"
 
 
 def _attempted(explain: Callable) -> Any:
-    """None where a program cannot be run in pieces, or differentiated once more: what is to be told is told anyway."""
+    """The explanation, or None where the program cannot be run in pieces or differentiated once more."""
     try:
         return explain()
     except Exception:
         return None
 
 
-def _place(recorder, value_is_finite) -> tuple[str, str]:
-    """The first inner step that went wrong and the leaf; and the likeliest cause, where no more is known."""
-    entered = {(i, t) for i, t, _ in recorder.before} - {(i, t + 1) for i, t, _ in recorder.forward}
-    # A later solve may be given what an earlier one made: who comes first is at fault.
-    begun = min((n for (i, t, _), n in recorder.before.items() if (i, t) in entered), default=math.inf)
-    if entered and begun < min(recorder.forward.values(), default=math.inf):
-        index, step = min(entered, key=lambda e: (e[1], e[0]))
-        leaves = sorted(name for i, t, name in recorder.before if (i, t) == (index, step))
-        leaf = _first(leaves, "batches", "hparams", "state.params")
-        return (
-            f"{_which(recorder, index)}`{leaf}` is not finite before inner step {step}: `solve` was given it so.",
-            "Mend what makes it in the outer loss.",
-        )
-    if recorder.forward:
-        index, step, _ = min(recorder.forward, key=recorder.forward.__getitem__)
-        leaves = sorted(name for i, t, name in recorder.forward if (i, t) == (index, step))
-        leaf = _first(leaves, "the train loss", "state.params")
-        where = f"the train loss is not finite at inner step {step}"
-        if leaf != "the train loss":
-            where = f"`{leaf}` is not finite after inner step {step}"
-        return (
-            f"{_which(recorder, index)}{where[0].upper() + where[1:]}.",
+def _place(log, value_is_finite) -> tuple[str, str]:
+    """The first inner step and leaf that went wrong, and the likeliest cause if no more is found out.
+
+    The log's keys are `(inner problem, inner step, leaf)`, its values the order of arrival.
+    """
+
+    def places(events) -> set:
+        return {key[:2] for key in events}
+
+    def leaf_of(events, *preferred) -> str:
+        leaves = sorted(leaf for *key, leaf in events if tuple(key) == place)
+        return next((leaf for start in preferred for leaf in leaves if leaf.startswith(start)), leaves[0])
+
+    # A step may be given a number that is not finite by the step before, or from outside the solve.
+    entered = places(log.before) - {(index, step + 1) for index, step in places(log.forward)}
+    # A later solve may be given the result of an earlier one: the first to arrive is at fault.
+    begun = min((order for key, order in log.before.items() if key[:2] in entered), default=math.inf)
+    # The backward pass begins at the last step; a cotangent that arrives there broken comes from the outer loss.
+    broken = places(log.backward) - places(log.arriving)
+    if begun < min(log.forward.values(), default=math.inf):
+        place = min(entered, key=lambda at: (at[1], at[0]))
+        leaf = leaf_of(log.before, "batches", "hparams", "state.params")
+        where = f"`{leaf}` is not finite before inner step {place[1]}: it was passed to `solve` that way."
+        why = "Correct the part of the outer loss that computes it."
+    elif log.forward:
+        place = min(log.forward, key=log.forward.__getitem__)[:2]
+        leaf = leaf_of(log.forward, "the train loss", "state.params")
+        where = f"`{leaf}` is not finite after" if leaf != "the train loss" else "The train loss is not finite at"
+        where += f" inner step {place[1]}."
+        why = (
             "The inner run diverges. The likeliest cause is an inner learning rate above 2 / curvature, to which a "
-            "penalty in the train loss adds: lower the rate, bound the penalty, or clip the inner gradients.",
+            "penalty in the train loss adds: lower the rate, bound the penalty, or clip the inner gradients."
         )
-    # The backward pass meets the last step first; what already arrives there broken was broken by the outer loss.
-    broken = {(i, t) for i, t, _ in recorder.backward} - {(i, t) for i, t, _ in recorder.arriving}
-    if broken and value_is_finite:
-        index, step = max(broken, key=lambda e: (e[1], -e[0]))
-        leaves = sorted(name for i, t, name in recorder.backward if (i, t) == (index, step))
-        leaf = _first(leaves, "state.opt_state")
-        return (
-            f"{_which(recorder, index)}The inner run is finite, but the derivative of inner step {step} with respect "
-            f"to `{leaf}` is not.",
+    elif broken and value_is_finite:
+        place = max(broken, key=lambda at: (at[1], -at[0]))
+        where = (
+            f"The inner run is finite, but the derivative of inner step {place[1]} with respect to "
+            f"`{leaf_of(log.backward, 'state.opt_state')}` is not."
+        )
+        why = (
             "The likeliest cause is a square root at zero, whose derivative is infinite (Adam, RMSProp, Adagrad, a "
-            "norm): write `optax.adam(..., eps_root=1e-8)`, or `sqrt(x + eps)`.",
+            "norm): write `optax.adam(..., eps_root=1e-8)`, or `sqrt(x + eps)`."
         )
-    return (
-        "No inner step is at fault, so the outer loss itself, or the linear solve of an implicit rule, is.",
-        "Look for a logarithm or a square root at zero, or an overflow, in the outer loss, or raise the solver's "
-        "`damping`.",
-    )
+    else:
+        return (
+            "No inner step is at fault, so the outer loss itself, or the linear solve of an implicit rule, is.",
+            "Look for a logarithm or a square root at zero, or an overflow, in the outer loss, or raise the solver's "
+            "`damping`.",
+        )
+    return f"Inner problem {place[0]}: {where}" if log.num_problems > 1 else where, why
 
 
-def _growing(recorder) -> str | None:
-    """In words, by how much inner steps multiply an error, where that is more than one, and what drives it."""
-    index, _, _ = min(recorder.forward, key=recorder.forward.__getitem__)
-    if index not in recorder.first:  # of a solve within a differentiated scan JAX drops what is told under a condition
+def _divergence(log) -> str | None:
+    """In words, the growth of an error from step to step, and what drives it; None where errors do not grow."""
+    index, _, _ = min(log.forward, key=log.forward.__getitem__)
+    if index not in log.first:  # within a differentiated scan JAX drops callbacks under a condition
         return None
-    state, inputs, x = recorder.first[index]
-    growth = measure_growth(recorder.advance[index], state, inputs, x)
-    if (growth is None or growth.factor <= 1) and index in recorder.broken:
-        state, x = recorder.broken[index]
-        growth = measure_growth(recorder.advance[index], state, inputs, x)
+    state, inputs, x = log.first[index]
+    growth = measure_growth(log.advance[index], state, inputs, x)
+    if (growth is None or growth.factor <= 1) and index in log.broken:
+        state, x = log.broken[index]
+        growth = measure_growth(log.advance[index], state, inputs, x)
     if growth is None or growth.factor <= 1:
         return None
-    factor = -growth.factor if growth.turns else growth.factor
+    factor = -growth.factor if growth.alternates else growth.factor
     text = f"The inner run diverges: a step multiplies an error along the worst direction by {factor:.3g}"
-    if growth.turns:
+    if growth.alternates:
+        # Gradient descent multiplies an error along a curvature c by 1 − rate · c.
         text += f" (in gradient descent, learning rate x curvature is {1 + growth.factor:.3g}, above 2)"
     if growth.drivers:
         text += f". That is driven by {' and '.join(growth.drivers)}"
@@ -138,43 +147,39 @@ def measure_growth(advance: Callable, state: PyTree, inputs: PyTree, x: PyTree) 
         return None
 
     def pulled(hparams, v):
+        """Jᵀ v, with J = ∂Φ(θ, h)/∂θ."""
+
         def step(perturbed):
             return partition(advance(combine(perturbed), (hparams, *inputs[1:]), x), floats)[0]
 
         return jax.vjp(step, perturbed)[1](v)[0]
 
     def turn(v, _):
-        after = pulled(inputs[0], v)
-        size = _norm(after)
-        return scaled(1 / size, after), (size, vdot(v, after))
+        after = pulled(inputs[0], v)  # w = Jᵀ v
+        size = _norm(after)  # ‖w‖ → |λ₁| for a real dominant eigenvalue λ₁, as ‖v‖ = 1
+        return scaled(1 / size, after), (size, vdot(v, after))  # v ← w / ‖w‖;  ⟨v, Jᵀ v⟩ → λ₁, with its sign
 
     keys = jax.random.split(jax.random.key(0), len(perturbed))
-    v = [jax.random.normal(key, m.shape, m.dtype) for key, m in zip(keys, perturbed, strict=True)]
+    v = [jax.random.normal(key, leaf.shape, leaf.dtype) for key, leaf in zip(keys, perturbed, strict=True)]
     v, (sizes, products) = jax.lax.scan(turn, v, None, POWER_ITERATIONS)
-    # Complex eigenvalues make the norms swing; their mean over many turns does not.
+    # For complex eigenvalues r e^±iφ the norms oscillate, but ‖(Jᵀ)ⁿ v‖^(1/n), their geometric mean, tends to r.
     factor = float(jnp.exp(jnp.mean(jnp.log(sizes[POWER_ITERATIONS // 2 :]))))
     if not math.isfinite(factor):
         return None
-    slopes = jax.grad(lambda h: jnp.log(_norm(pulled(h, v))))(inputs[0])
-    shares = [float(jnp.sum(jnp.abs(h * g))) for h, g in zip(*map(jax.tree.leaves, (inputs[0], slopes)), strict=True)]
-    leaf_names = names(inputs[0], "hparams")
-    is_number = lambda h: h.size == 1 and jnp.issubdtype(h.dtype, jnp.floating)  # noqa: E731
-    values = [f" = {h.item():.3g}" if is_number(h) else "" for h in jax.tree.leaves(inputs[0])]
-    told = zip(leaf_names, values, shares, strict=True)
-    drivers = [f"`{name}`{value}" for name, value, s in told if s > 0 and s >= max(shares) / 2]
+    # Σ |h ∂ log ‖Jᵀ v‖ / ∂h| over a leaf: the relative change of the factor for a relative change of the leaf.
+    hparams = jax.tree.leaves(inputs[0])
+    slopes = jax.tree.leaves(jax.grad(lambda h: jnp.log(_norm(pulled(h, v))))(inputs[0]))
+    shares = [float(jnp.sum(jnp.abs(h * slope))) for h, slope in zip(hparams, slopes, strict=True)]
+    drivers = [
+        f"`{name}` = {h.item():.3g}" if h.size == 1 and jnp.issubdtype(h.dtype, jnp.floating) else f"`{name}`"
+        for name, h, share in zip(names(inputs[0], "hparams"), hparams, shares, strict=True)
+        if share > 0 and share >= max(shares) / 2
+    ]
     return Growth(factor, bool(products[-1] < 0), drivers)
 
 
 def _norm(leaves: list) -> jax.Array:
-    """The Euclidean norm, where squares of the entries overflow too."""
+    """The Euclidean norm as s ‖x / s‖ with s the largest entry, so that no square overflows."""
     largest = jnp.stack([jnp.max(jnp.abs(jax.lax.stop_gradient(x)), initial=0.0) for x in upcast(leaves)]).max()
     unit = jnp.where(largest > 0, largest, 1.0)
     return unit * norm(scaled(1 / unit, upcast(leaves)))
-
-
-def _which(recorder, index) -> str:
-    return f"Inner problem {index}: " if recorder.num_problems > 1 else ""
-
-
-def _first(leaves, *preferred) -> str:
-    return next((name for start in preferred for name in leaves if name.startswith(start)), leaves[0])

@@ -1,4 +1,4 @@
-"""`check_hypergradient` accepts what is right, and finds what is wrong."""
+"""`check_hypergradient` accepts exact hypergradients and finds wrong ones."""
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +21,8 @@ def test_exact_rule_passes():
     assert "6 coordinates" in str(check) and "\n" not in str(check)
 
 
-def test_approximate_rule_is_exposed():
-    """T1–T2 on ridge: the error is that of its closed form, measured here independently of it."""
+def test_error_of_approximate_rule_is_measured():
+    """T1–T2 on ridge: the measured error is that of its closed form."""
     exact = RIDGE.hypergradient(RIDGE.hparams)
     approximate = RIDGE.partial(RIDGE.hparams, lambda A: RIDGE.step_size * np.eye(len(A)))
     check = jaxhpo.check_hypergradient(outer_loss(RIDGE, Implicit(Identity(RIDGE.step_size)), 400), H)
@@ -38,13 +38,13 @@ def test_random_directions():
     assert check.coordinates is None and check.numeric.shape == (7,) and check.relative_error < 1e-9
 
 
-def test_float32_error_is_estimated():
-    """The differences' own error is reported, and is an upper bound here where the true error is rounding."""
+def test_error_of_float32_differences_is_estimated():
+    """The differences' own error is reported; here, where the true error is rounding, it is an upper bound."""
     check = jaxhpo.check_hypergradient(lambda h: jnp.sum(jnp.exp(h)), jnp.linspace(-1, 1, 5, dtype=jnp.float32))
     assert check.relative_error < 1e-3 and check.relative_error < 2 * check.numeric_error
 
 
-def test_a_wrong_custom_rule_is_found():
+def test_wrong_custom_vjp_is_found():
     @jax.custom_vjp
     def f(x):
         return jnp.sum(x**2)
@@ -55,6 +55,6 @@ def test_a_wrong_custom_rule_is_found():
     assert check.cosine == pytest.approx(1.0)
 
 
-def test_a_leaf_that_does_nothing():
+def test_leaf_without_effect_is_refused():
     with pytest.raises(jaxhpo.ZeroHypergradientError, match=r"hparams\['b'\].*Remove it"):
         jaxhpo.check_hypergradient(lambda h: h["a"] ** 2, {"a": 1.0, "b": 2.0})

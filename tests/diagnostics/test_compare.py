@@ -1,4 +1,4 @@
-"""`compare` measures what it says, recommends what is right, and no method can abort or fool it."""
+"""`compare` measures errors, times and memory correctly, recommends the right method, and survives broken ones."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ from jaxhpo._cli import problems
 from jaxhpo._cli.main import main
 from jaxhpo._diagnostics.compare import compare as comparison
 from jaxhpo._diagnostics.compare import measure
-from jaxhpo._diagnostics.compare.result import MethodRow, Problem, Reference
+from jaxhpo._diagnostics.compare.result import MethodRow, ProblemSize, Reference
 from jaxhpo._diagnostics.compare.verdict import recommend
 
 RIDGE, QUADRATIC = PROBLEMS["ridge"], PROBLEMS["quadratic"]
@@ -34,11 +34,11 @@ class Broken:
     """A rule that cannot run."""
 
     def run(self, problem):
-        raise RuntimeError("no such luck")
+        raise RuntimeError("out of order")
 
 
-def test_a_small_comparison():
-    """Ten steps on the quadratic, whose closed forms are in `jaxhpo.testing.quadratic`; a broken rule is a row."""
+def test_comparison_on_the_quadratic():
+    """Ten steps on the quadratic, whose closed forms are in `jaxhpo.testing.quadratic`; a broken rule has a row."""
     p, steps, rate = QUADRATIC, 10, QUADRATIC.step_size
     rules = {"exact": Unroll(), "one step": Implicit(Identity(rate)), "broken": Broken()}
     found = compare(lambda rule: outer_loss(p, rule, steps), jnp.asarray(p.hparams), rules, num_directions=2)
@@ -50,7 +50,7 @@ def test_a_small_comparison():
     assert found["exact"].relative_error == 0 and found["exact"].accurate
     assert found["one step"].relative_error == pytest.approx(relative_error(one_step, exact), rel=1e-6)
     assert found["one step"].norm_ratio == pytest.approx(2 * rate / (1 - rho), rel=1e-6)
-    assert found["broken"].error == "RuntimeError: no such luck" and found["broken"].gradients is None
+    assert found["broken"].error == "RuntimeError: out of order" and found["broken"].gradients is None
     assert found.recommended == "exact" and found.recommendation.startswith("Use `exact`: its hypergradient is exact")
     assert found.problem.num_steps == steps and found.problem.num_params == 3
     # The condition is 2 (a - h).
@@ -61,16 +61,16 @@ def test_a_small_comparison():
     report = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert [row["name"] for row in report["methods"]] == list(rules)
     text = str(found)
-    assert "It raised RuntimeError: no such luck" in text and "one step" in text and found["exact"].leaf_errors
+    assert "It raised RuntimeError: out of order" in text and "one step" in text and found["exact"].leaf_errors
     assert max(map(len, text.splitlines())) <= 120
 
 
-# --- the sentence, from made-up rows ---------------------------------------------------------------------------------
+# --- the recommendation, from synthetic rows -------------------------------------------------------------------------
 
 
 EXACT = Reference("Unroll()", "...", 1e-9, 1e-9, True)
 BY_DIFFERENCES = Reference("differences", "...", None, 1e-9, True)
-CONVERGED, UNCONVERGED = Problem(6, 50, 100, 10.0, 1e-9, 1.0), Problem(6, 50, 100, 3.0, 0.5, 1.0)
+CONVERGED, UNCONVERGED = ProblemSize(6, 50, 100, 10.0, 1e-9, 1.0), ProblemSize(6, 50, 100, 3.0, 0.5, 1.0)
 
 
 def row(name, rule=None, error=0.0, cosine=1.0, gradients=100.0, copies=10.0, **more):
@@ -78,20 +78,20 @@ def row(name, rule=None, error=0.0, cosine=1.0, gradients=100.0, copies=10.0, **
     return row._replace(**more)
 
 
-def test_the_fastest_accurate_method_is_taken():
+def test_fastest_accurate_method_is_recommended():
     rows = [row("slow"), row("fast", error=9e-3, gradients=50.0), row("rough", error=2e-2, gradients=10.0)]
     assert recommend(rows, EXACT, CONVERGED)[0] == "fast"
-    turned = [row("turned", cosine=0.99, gradients=10.0), row("slow")]
-    assert recommend(turned, EXACT, CONVERGED)[0] == "slow"
+    rotated = [row("rotated", cosine=0.99, gradients=10.0), row("slow")]
+    assert recommend(rotated, EXACT, CONVERGED)[0] == "slow"
 
 
-def test_equally_fast_methods_are_told_apart_by_error_then_memory():
+def test_equally_fast_methods_are_ranked_by_error_then_memory():
     rows = [row("a", error=1e-3, gradients=95.0), row("b", error=1e-8), row("c", error=1e-9, copies=5.0)]
     assert recommend(rows, EXACT, CONVERGED)[0] == "c"
     assert recommend(rows[:2], EXACT, CONVERGED)[0] == "b"
 
 
-def test_where_memory_is_short_another_is_named():
+def test_smaller_method_is_named_where_memory_is_large():
     rows = [row("big", copies=1000.0), row("small", gradients=140.0, copies=20.0), row("slow", gradients=160.0)]
     name, text = recommend(rows, EXACT, CONVERGED)
     assert name == "big" and "`small` needs 20 and takes 1.4 times as long" in text
@@ -106,7 +106,7 @@ def test_where_memory_is_short_another_is_named():
         {"error": "ValueError: no"},
     ],
 )
-def test_what_cannot_be_used_is_never_taken(bad):
+def test_unusable_methods_are_never_recommended(bad):
     rows = [row("bad", gradients=1.0)._replace(**bad), row("good")]
     name, text = recommend(rows, EXACT, CONVERGED)
     assert name == "good" and "Not to be trusted here: `bad`" in text
@@ -115,7 +115,7 @@ def test_what_cannot_be_used_is_never_taken(bad):
     assert "use that" not in recommend(rows[:1], BY_DIFFERENCES, CONVERGED)[1]
 
 
-def test_the_nearest_of_approximate_methods_is_called_that():
+def test_nearest_of_approximate_methods_is_recommended():
     rows = [row("a", error=0.4, cosine=0.95, gradients=1.0), row("b", error=0.2, cosine=0.98)]
     name, text = recommend(rows, BY_DIFFERENCES, CONVERGED)
     assert name == "b" and text.startswith("No method in the list is accurate here. Use `b`, the nearest")
@@ -138,12 +138,12 @@ REASONS = [
 
 
 @pytest.mark.parametrize(("rule", "problem", "more", "words"), REASONS)
-def test_why_a_method_fails_is_said(rule, problem, more, words):
+def test_reason_of_failure_is_named(rule, problem, more, words):
     _, text = recommend([row("good"), row("bad", rule, error=0.5, cosine=0.7, **more)], EXACT, problem)
     assert "`bad` (" in text and words in text
 
 
-def test_an_unconfirmed_reference_is_pointed_out():
+def test_unconfirmed_reference_is_mentioned():
     assert "with care" in recommend([row("a")], EXACT._replace(trusted=False), CONVERGED)[1]
 
 
@@ -154,11 +154,11 @@ def test_an_unconfirmed_reference_is_pointed_out():
     "text",
     ["Unroll()", "Unroll(truncate=5)", "Implicit(CG())", "Implicit(CG(maxiter=5))", "Implicit(Neumann(3, 0.1))"],
 )
-def test_methods_are_named_as_one_would_write_them(text):
+def test_methods_are_named_as_written_in_code(text):
     assert comparison.short_name(eval(text)) == text
 
 
-def test_equal_rules_keep_names_of_their_own():
+def test_equal_rules_have_distinct_names():
     assert list(comparison._named([Unroll(), Unroll()])) == ["Unroll()", "Unroll() #2"]
 
 
@@ -174,7 +174,7 @@ def fixed(adjoint):
     ("make", "options", "words"),
     [
         (None, {}, "make_outer_loss"),
-        pytest.param(no_solve, {}, "calls `solve` not at all", marks=pytest.mark.slow),  # clears JAX's caches
+        pytest.param(no_solve, {}, "calls `solve` not at all", marks=pytest.mark.slow),
         pytest.param(fixed, {"adjoints": [Forward()]}, "only with Unroll", marks=pytest.mark.slow),
         (lambda adjoint: jnp.ones(3), {}, r"outer_loss\(hparams\)"),
         (no_solve, {"adjoints": []}, "nothing to compare"),
@@ -187,7 +187,7 @@ def fixed(adjoint):
         (no_solve, {"key": jnp.zeros(2, jnp.uint32)}, "typed key"),
     ],
 )
-def test_mistakes_are_named(make, options, words):
+def test_invalid_inputs_are_refused(make, options, words):
     with pytest.raises(jaxhpo.JaxhpoError, match=words):
         compare(make, jnp.ones(3), **options)
 
@@ -203,7 +203,7 @@ def test_mistakes_are_named(make, options, words):
         (["compare", "--problem", "hard", "--seed", "x"], ["--seed", "'x'"]),
     ],
 )
-def test_mistakes_on_the_command_line_are_named(arguments, words, capsys):
+def test_invalid_command_lines_are_refused(arguments, words, capsys):
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code == 2
@@ -211,7 +211,7 @@ def test_mistakes_on_the_command_line_are_named(arguments, words, capsys):
     assert all(word in text for word in words), text
 
 
-def test_help_names_every_method(capsys):
+def test_help_names_every_problem_and_method(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["compare", "--help"])
     assert stop.value.code == 0
@@ -219,14 +219,14 @@ def test_help_names_every_method(capsys):
     assert all(name in text for name in (*problems.PROBLEMS, *problems.METHODS, "--num-steps", "--out"))
 
 
-def test_a_file_is_no_folder(tmp_path, capsys):
+def test_output_path_that_is_a_file_is_refused(tmp_path, capsys):
     file = tmp_path / "file"
     file.touch()
     assert main(["compare", "--problem", "hard", "--out", str(file)]) == 1
     assert "name a folder" in capsys.readouterr().err
 
 
-# --- the recommendation is right -------------------------------------------------------------------------------------
+# --- the recommendation is right, by independent computations --------------------------------------------------------
 
 
 def ridge_exact(h):
@@ -234,7 +234,7 @@ def ridge_exact(h):
 
 
 def reverse_through(step, params, xs, val_loss):
-    """Plain reverse mode through a plain loop: nothing of the library's own derivatives."""
+    """Plain reverse mode through a plain loop, without the library's derivative rules."""
 
     def outer(h):
         return val_loss(jax.lax.scan(lambda p, x: (step(p, h, x), None), params, xs)[0])
@@ -300,8 +300,8 @@ def flat(tree):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::jaxhpo.ZeroHypergradientWarning")
 @pytest.mark.parametrize("name", list(INDEPENDENT))
-def test_the_recommendation_agrees_with_independent_errors(name):
-    """Every method's error is measured again, against a loop of its own; the method taken is the fastest good one."""
+def test_recommendation_agrees_with_independent_errors(name):
+    """Each error is measured again against a plain loop; the recommended method is the fastest accurate one."""
     if name == "mlp":
         pytest.importorskip("sklearn")
     problem = problems.PROBLEMS[name](0)
@@ -338,7 +338,7 @@ def test_the_recommendation_agrees_with_independent_errors(name):
 
 
 @pytest.mark.slow
-def test_rows_carry_the_errors_of_their_closed_forms():
+def test_errors_are_those_of_the_closed_forms():
     """Ridge at its solution, where every rule has a closed form in NumPy."""
     h, a, steps = RIDGE.hparams, RIDGE.step_size, 400
     exact = RIDGE.unrolled(h, a, steps)
@@ -362,7 +362,7 @@ def test_rows_carry_the_errors_of_their_closed_forms():
 
 
 @pytest.mark.slow
-def test_what_diverges_and_what_is_blind():
+def test_diverging_and_blind_methods_are_named():
     """Neumann far beyond 2/curvature overflows; a learning rate is invisible to `Implicit`, partly to truncation."""
 
     def train_loss(w, h, batch):
@@ -392,14 +392,14 @@ def test_what_diverges_and_what_is_blind():
     assert found["blind"].leaf_errors["hparams['rate']"] == 1.0
     assert "It cannot see `hparams['rate']`." in found["blind"].notes
     assert "NO" in str(found) and "-" in str(found)
-    # Along fewer random directions than hyperparameters the leaf is known only from what the rule says of itself.
+    # Along fewer random directions than hyperparameters the leaf is known only from the rule's own warning.
     found = compare(make, h, rules, reference="differences", num_directions=3)
     assert found["blind"].blind == found["half"].blind == ("hparams['rate']",)
     assert found["blind"].leaf_errors is None and found["exact"].relative_error < 1e-7
 
 
 @pytest.mark.slow
-def test_a_wrong_derivative_is_not_taken_for_exact():
+def test_differences_replace_a_wrong_reference():
     """A loss with a wrong `custom_vjp`: the differences contradict reverse mode, and take its place."""
 
     @jax.custom_vjp
@@ -419,8 +419,8 @@ def test_a_wrong_derivative_is_not_taken_for_exact():
 
 
 @pytest.mark.slow
-def test_a_rough_outer_loss_is_pointed_out():
-    """Steps finer than the differences' own: they contradict themselves, and the exact reference stays."""
+def test_rough_outer_loss_is_mentioned():
+    """Oscillations finer than the step: the differences contradict themselves, and the exact reference stays."""
 
     def make(rule):
         loss = outer_loss(QUADRATIC, rule, 5)
@@ -432,8 +432,8 @@ def test_a_rough_outer_loss_is_pointed_out():
 
 
 @pytest.mark.slow
-def test_inner_runs_to_a_tolerance():
-    """`Unroll` cannot differentiate them: the differences are the reference, and the default list leaves it out."""
+def test_inner_runs_to_a_tolerance_are_compared():
+    """`Unroll` cannot differentiate them: the differences are the reference, and the default list omits it."""
     solver = jaxhpo.from_optax(RIDGE.train_loss, optax.sgd(RIDGE.step_size))
 
     def make(rule):
@@ -453,8 +453,8 @@ def test_inner_runs_to_a_tolerance():
 
 
 @pytest.mark.slow
-def test_the_default_list_suits_the_problem():
-    """A `fixed_point` solver has no symmetric condition: CG would raise, so GMRES stands there."""
+def test_default_rules_of_a_fixed_point_solver():
+    """A `fixed_point` solver has no symmetric condition: CG would raise, so the list has GMRES."""
     solver = jaxhpo.fixed_point(lambda p, h, batch: 0.5 * p + 0.1 * jnp.flip(p) * jnp.array([1.0, 0.2]) + h)
 
     def make(rule):
@@ -470,8 +470,8 @@ def test_the_default_list_suits_the_problem():
 
 
 @pytest.mark.slow
-def test_functions_that_the_user_jits_hide_nothing():
-    """The same jitted outer loss for each rule, traced before: its solves are found, and timed without reports."""
+def test_solves_inside_jitted_functions_are_recorded():
+    """The same jitted outer loss for each rule, traced before: its solves are found, and timed without callbacks."""
 
     @functools.cache
     def make(rule):
@@ -484,12 +484,12 @@ def test_functions_that_the_user_jits_hide_nothing():
     found = compare(make, h, rules)
     assert found.problem.num_steps == 30
     assert found["Implicit(CG())"].linear_iterations is not None
-    flat = jnp.asarray(RIDGE.hparams)
-    assert not measure.silent_trace(lambda rule: jax.value_and_grad(make(rule)), rules[1], flat).jaxpr.effects
+    measured = measure.measure(make, rules[1], h)
+    assert measured.linear_solves and "callback" not in measured.program.as_text()
 
 
 @pytest.mark.slow
-def test_every_inner_solve_counts():
+def test_steps_of_vmapped_solves_are_summed():
     """Three tasks under `vmap` are three runs of ten steps."""
 
     def make(rule):
@@ -505,8 +505,8 @@ def test_every_inner_solve_counts():
 
 
 @pytest.mark.slow
-def test_a_method_too_large_is_not_run(monkeypatch):
-    """Memory enough for all but plain autodiff, which keeps every step's activations."""
+def test_method_that_exceeds_memory_is_not_run(monkeypatch):
+    """Memory for every method but plain autodiff, which keeps every step's activations."""
     make = functools.partial(outer_loss, PROBLEMS["logistic"], num_steps=300)
     monkeypatch.setattr(measure, "available_bytes", lambda: 2 * 60_000)  # it needs 380 kB, two levels a tenth of it
     rules = [Unroll(checkpoint="sqrt"), Unroll(checkpoint=None)]
@@ -516,14 +516,14 @@ def test_a_method_too_large_is_not_run(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_random_rule_is_called_one_draw():
+def test_random_rule_is_noted_as_one_draw():
     found = compare(lambda rule: outer_loss(QUADRATIC, rule, 5), jnp.asarray(QUADRATIC.hparams), [ForwardGradient(2)])
     line = found["ForwardGradient(2)"]
     assert line.notes[-1] == "A random estimate, judged by one draw." and line.relative_error > 0.1
 
 
 @pytest.mark.slow
-def test_what_nothing_affects_and_what_is_not_finite():
+def test_outer_loss_without_effect_or_not_finite_is_refused():
     make = lambda rule: outer_loss(QUADRATIC, rule, 5)  # noqa: E731
     with pytest.raises(jaxhpo.ZeroHypergradientError, match="no hyperparameter affects"):
         compare(lambda rule: lambda h: make(rule)(jnp.zeros(3)) + 0 * jnp.sum(h), jnp.ones(3), [Unroll()])
@@ -532,7 +532,7 @@ def test_what_nothing_affects_and_what_is_not_finite():
 
 
 @pytest.mark.slow
-def test_the_command_writes_what_it_prints(tmp_path, capsys):
+def test_command_prints_and_writes_the_comparison(tmp_path, capsys):
     out = tmp_path / "new"
     arguments = ["--problem", "hard", "--methods", "unroll,cg", "--num-steps", "12", "--seed", "3", "--out", str(out)]
     assert main(["compare", *arguments]) == 0
@@ -545,7 +545,7 @@ def test_the_command_writes_what_it_prints(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_the_picture_shows_every_row(tmp_path):
+def test_picture_shows_every_row(tmp_path):
     rows = (row("good"), row("bad", error=0.5), row("lost", finite=False, relative_error=None), row("no", error=0.1))
     rows = (*rows, row("raised", gradients=None, relative_error=None, finite=None)._replace(error="no"))
     found = jaxhpo.Comparison(rows, EXACT, CONVERGED, "good", "Use it.")
@@ -572,7 +572,7 @@ def check_picture(path):
 
 
 @pytest.mark.slow
-def test_a_missing_extra_is_named(monkeypatch, tmp_path, capsys):
+def test_missing_extra_is_named(monkeypatch, tmp_path, capsys):
     def missing():
         raise ImportError("... pip install 'jaxhpo[demo]'")
 

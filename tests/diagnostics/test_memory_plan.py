@@ -1,4 +1,4 @@
-"""`memory_plan` foretells what the compiler allocates, at any schedule, without compiling."""
+"""`memory_plan` predicts, without compiling, the memory that the compiler allocates for every schedule."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ SIZE = 100
 
 
 def matrix(adjoint, num_steps, tx=None):
-    """Adam on a matrix, a weight for each of its entries."""
+    """Adam on a matrix, with a hyperparameter for each of its entries."""
     solver = jaxhpo.from_optax(
         lambda p, h, b: jnp.sum(jnp.sin(p) * h) + jnp.sum(p @ p), tx or optax.adam(0.01, eps_root=1e-8)
     )
@@ -30,7 +30,7 @@ def matrix(adjoint, num_steps, tx=None):
 
 
 def regression(adjoint, num_steps):
-    """Logistic regression on a closed-over data set, one penalty."""
+    """Logistic regression on a closed-over data set, with one penalty."""
     x = jax.random.normal(jax.random.key(0), (500, 200))
     labels = jnp.sign(x[:, 0])
 
@@ -47,7 +47,7 @@ def regression(adjoint, num_steps):
 
 
 def network(adjoint, num_steps):
-    """A network with a batch a step; its penalties, the steps' rates and the examples' weights are tuned."""
+    """A network with one batch per step and tuned penalties, learning rates of steps and weights of examples."""
     keys = jax.random.split(jax.random.key(0), 3)
     params = [(jax.random.normal(k, s) / 8, jnp.zeros(s[1])) for k, s in zip(keys, ((64, 64), (64, 10)), strict=False)]
     batches = jax.random.normal(keys[2], (num_steps, 32, 64))
@@ -75,8 +75,8 @@ CHECKPOINTS = (None, 1, "sqrt", "binomial")
 @pytest.mark.parametrize("num_steps", [20, 200])
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 @pytest.mark.parametrize("problem", PROBLEMS)
-def test_memory_is_foretold(problem, checkpoint, num_steps):
-    """Within 20 % where the stored states are at least half of it, as in all of these at 200 steps, else within 1.5."""
+def test_predicted_memory_is_near_the_allocated(problem, checkpoint, num_steps):
+    """Within 20 % where the stored states are at least half of the memory (all cases of 200 steps), else within 1.5."""
     outer, h = PROBLEMS[problem](Unroll(checkpoint=checkpoint), num_steps)
     allocated = jax.jit(jax.value_and_grad(outer)).lower(h).compile().memory_analysis().temp_size_in_bytes
     predicted = count_and_peak(jax.value_and_grad(outer), h)[1]
@@ -84,7 +84,7 @@ def test_memory_is_foretold(problem, checkpoint, num_steps):
     assert 1 / (1.5 if few else 1.2) < predicted / allocated < (1.5 if few else 1.2), (predicted, allocated)
 
 
-def test_the_plan(capsys):
+def test_rows_and_text_of_a_plan(capsys):
     outer, h = matrix(Unroll(), 1000)
     plan = jaxhpo.memory_plan(outer, h)
     assert capsys.readouterr().out.strip() == str(plan)
@@ -101,7 +101,7 @@ def test_the_plan(capsys):
     assert plan.rows[0].time < plan.rows[1].time and plan.rows[2].time + 0.8 < plan.rows[4].time
 
 
-def test_what_does_not_fit_is_refused_with_what_would():
+def test_refusal_names_the_schedules_that_fit():
     outer, h = matrix(Unroll(checkpoint=1), 1000)
     size = h.nbytes
     with pytest.raises(jaxhpo.JaxhpoError, match=r"takes about .*What would fit: .*`Unroll\(checkpoint='sqrt'\)` \("):
@@ -110,7 +110,7 @@ def test_what_does_not_fit_is_refused_with_what_would():
         jaxhpo.memory_plan(outer, h, memory_limit=3 * size)
 
 
-def test_a_population_takes_as_many_times_the_memory():
+def test_memory_is_proportional_to_the_population():
     outer, h = matrix(Unroll(checkpoint=1), 100)
     one = jaxhpo.memory_plan(outer, h)
     four = jaxhpo.memory_plan(jax.vmap(outer), jnp.stack([h] * 4))
@@ -118,7 +118,7 @@ def test_a_population_takes_as_many_times_the_memory():
     assert four.asked.bytes == pytest.approx(4 * one.asked.bytes, rel=0.02)
 
 
-def test_a_jitted_loss_is_planned_and_left_as_it_was():
+def test_jitted_loss_is_planned_and_its_jaxpr_unchanged():
     outer, h = matrix(Unroll(checkpoint=1), 200)
     jitted = jax.jit(outer)
     before = str(jax.make_jaxpr(jax.grad(jitted))(h))
@@ -127,15 +127,15 @@ def test_a_jitted_loss_is_planned_and_left_as_it_was():
     assert str(jax.make_jaxpr(jax.grad(jitted))(h)) == before
 
 
-def test_other_rules_are_planned_as_they_are():
+def test_implicit_rule_has_one_row():
     outer, h = matrix(Implicit(jaxhpo.CG(10)), 100, optax.sgd(0.01))
     plan = jaxhpo.memory_plan(outer, h)
     assert not plan.rows and plan.asked.call.startswith("Implicit(") and plan.asked.bytes < 30 * h.nbytes
 
 
 @slow
-def test_a_limit_chooses_the_fastest_that_fits():
-    """`memory_limit` and `memory_plan` go by the same estimate."""
+def test_memory_limit_chooses_the_fastest_schedule_that_fits():
+    """`memory_limit` and `memory_plan` use the same estimate."""
     outer, h = matrix(Unroll(), 400)
     rows = jaxhpo.memory_plan(outer, h).rows
     for row, more in zip(rows, (1.01, 1.01, 1.01, 1.01, 1.01), strict=True):
@@ -144,7 +144,7 @@ def test_a_limit_chooses_the_fastest_that_fits():
         assert found.bytes <= row.bytes * more and found.time <= row.time * 1.01
 
 
-def test_branches_are_counted_as_often_as_a_table_takes_them():
+def test_branches_are_counted_as_a_known_table_selects_them():
     taken = np.array([True, False, False, True, False])
 
     def loop(x):
@@ -154,7 +154,7 @@ def test_branches_are_counted_as_often_as_a_table_takes_them():
     assert count_arithmetic(loop, jnp.ones((7, 7))) == 2 * (2 * 7**3)
 
 
-def test_mistakes():
+def test_invalid_inputs_are_refused():
     outer, h = matrix(Unroll(), 4)
     with pytest.raises(jaxhpo.JaxhpoError, match=r"must return one number.*jax\.vmap"):
         jaxhpo.memory_plan(lambda h: h, h)
@@ -163,7 +163,7 @@ def test_mistakes():
     assert dataclasses.is_dataclass(jaxhpo.MemoryPlan)
 
 
-def test_what_costs_nothing():
+def test_loss_without_solve_and_loss_without_derivative():
     plan = jaxhpo.memory_plan(lambda h: h["a"], {"a": jnp.ones(())})
     assert plan.asked.call == "no solve" and plan.asked.bytes == 0
     with pytest.raises(jaxhpo.JaxhpoError, match="returned int.*no derivative"):
@@ -171,7 +171,7 @@ def test_what_costs_nothing():
 
 
 @slow
-def test_parts_of_minibatches_are_described_and_held_to_a_limit():
+def test_hvp_fraction_keeps_within_the_memory_limit():
     solver = jaxhpo.from_optax(lambda p, h, b: jnp.mean((b @ p) ** 2) + jnp.exp(h) * jnp.sum(p**2), optax.sgd(0.1))
 
     def plan(**settings):
@@ -190,8 +190,8 @@ def test_parts_of_minibatches_are_described_and_held_to_a_limit():
 
 
 @slow
-def test_where_no_row_fits_the_limit_is_tried():
-    """Fewer states than those of "binomial" may do."""
+def test_memory_limit_is_tried_when_no_row_fits():
+    """Fewer states than `"binomial"` keeps may fit."""
     outer, h = matrix(Unroll(), 300)
     least = min(row.bytes for row in jaxhpo.memory_plan(outer, h).rows)
     with pytest.raises(jaxhpo.JaxhpoError, match=r"What would fit: `Unroll\(memory_limit="):

@@ -1,4 +1,4 @@
-"""NaN and infinity, put into every part of a run at its first, a middle and its last step: each is found and named."""
+"""NaN and infinity are found and named in every part of a run, at its first, a middle and its last step."""
 
 import re
 
@@ -18,7 +18,7 @@ slow = pytest.mark.slow
 STEPS, INNER = 5, 3
 BAD_INNER = 1  # the inner step at which the loss, the gradient or the data break
 HPARAMS = {"goal": jnp.array([0.5, 1.0]), "penalty": jnp.asarray(0.1)}
-# Where a number is put, and the leaf and the inner step at which it is to be reported.
+# The place of the number, and the leaf and the inner step that the message must name.
 PLACES = {
     "inner loss": f"train loss is not finite at inner step {BAD_INNER}",
     "gradient": rf"`state\.params\['w'\]` is not finite after inner step {BAD_INNER}",
@@ -72,15 +72,15 @@ def check(place, when, number, adjoint):
             progress=False,
         )
 
-    said = rf"Outer step {when}: .*{PLACES[place]}"
+    message = rf"Outer step {when}: .*{PLACES[place]}"
     if when == 0:
-        with pytest.raises(jaxhpo.NonFiniteError, match=said):
+        with pytest.raises(jaxhpo.NonFiniteError, match=message):
             run()
         return
-    with pytest.warns(RuntimeWarning, match=said):
+    with pytest.warns(RuntimeWarning, match=message):
         result = run()
     assert result.status == "not_finite" and len(result.history["value"]) == when
-    assert re.search(said, result.message)
+    assert re.search(message, result.message)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(result.hparams))
 
 
@@ -88,7 +88,7 @@ QUICK = [("inner loss", 2, np.inf), ("outer loss", 0, np.nan)]
 
 
 @pytest.mark.parametrize(("place", "when", "number"), QUICK)
-def test_found(place, when, number):
+def test_place_and_step_are_named(place, when, number):
     check(place, when, number, jaxhpo.Unroll())
 
 
@@ -99,8 +99,8 @@ def test_found(place, when, number):
     pairwise([*PLACES], [0, STEPS // 2, STEPS - 1], [np.nan, np.inf], [jaxhpo.Unroll(), jaxhpo.Implicit()]),
     ids=lambda value: type(value).__name__.lower() if isinstance(value, (jaxhpo.Unroll, jaxhpo.Implicit)) else None,
 )
-def test_every_place_and_time(place, when, number, adjoint):
-    """Six places, three outer steps, two numbers, two rules: each with every value of each other."""
+def test_every_place_and_step_is_named(place, when, number, adjoint):
+    """Six places, three outer steps, two numbers, two rules, pairwise."""
     check(place, when, number, adjoint)
 
 
@@ -114,7 +114,7 @@ def training(loss, optimizer=lambda h: optax.sgd(0.1), num_steps=3, outer=jnp.su
     return value
 
 
-def test_the_operation_is_named_with_its_line():
+def test_operation_is_named_with_its_line():
     fn = training(lambda p, h, b: jnp.sum((p - h) ** 2) + jnp.sum(jnp.log(p - 0.9)))
     said = diagnose(fn, jnp.asarray(0.5))
     # The first step, of gradient 2 (1 - .5) + 1 / .1 = 11, leads to 1 - .1 * 11 = -.1, and -.1 - .9 = -1.
@@ -126,7 +126,7 @@ QUADRATIC = {"penalty": jnp.asarray(30.0), "shift": jnp.asarray(0.1), "rate": jn
 
 
 @pytest.mark.parametrize("adjoint", [jaxhpo.Unroll(), pytest.param(jaxhpo.Unroll(checkpoint="sqrt"), marks=slow)])
-def test_divergence_is_traced_to_the_curvature_and_its_driver(adjoint):
+def test_divergence_names_curvature_and_driver(adjoint):
     """Rate 0.1 and curvature 2 * 30: a step multiplies an error by 1 - 6."""
     fn = training(
         lambda p, h, b: h["penalty"] * jnp.sum(p**2) + jnp.sum(h["shift"] * p), num_steps=500, adjoint=adjoint
@@ -138,7 +138,7 @@ def test_divergence_is_traced_to_the_curvature_and_its_driver(adjoint):
 
 
 @slow
-def test_a_tuned_rate_drives_it_too():
+def test_divergence_names_a_tuned_rate_too():
     fn = training(
         lambda p, h, b: h["penalty"] * jnp.sum(p**2) + jnp.sum(h["shift"] * p), lambda h: optax.sgd(h["rate"]), 500
     )
@@ -165,11 +165,11 @@ def test_a_tuned_rate_drives_it_too():
         (lambda x: jax.vmap(jnp.log)(jnp.array([1.0, -3.0]) * x).sum(), 1.0, "logarithm of -3"),
     ],
 )
-def test_origins(fn, at, said):
+def test_origin_is_explained(fn, at, said):
     assert re.search(said, str(find_origin(jax.value_and_grad(fn), jnp.asarray(at))))
 
 
-def test_what_is_finite_has_no_origin():
+def test_finite_result_has_no_origin():
     assert find_origin(jnp.log, 2.0) is None
 
 
@@ -177,8 +177,8 @@ def test_what_is_finite_has_no_origin():
 @pytest.mark.parametrize(
     "adjoint", [jaxhpo.Unroll(), jaxhpo.Unroll(checkpoint=1), jaxhpo.Unroll(checkpoint="sqrt"), jaxhpo.Forward()]
 )
-def test_no_training_goes_on_from_a_loss_that_is_not_finite(adjoint):
-    """The logarithm of -1 has a derivative of -1: without a check, the parameters would be finite."""
+def test_training_stops_at_a_loss_that_is_not_finite(adjoint):
+    """The logarithm has the derivative -1 at -1: without a check the parameters would stay finite."""
     fn = training(lambda p, h, b: jnp.sum(jnp.log(h * p)), num_steps=2, adjoint=adjoint)
     assert not np.isfinite(fn(jnp.asarray(-1.0)))
 
@@ -186,8 +186,8 @@ def test_no_training_goes_on_from_a_loss_that_is_not_finite(adjoint):
 QUADRATIC_LOSS = lambda p, h, b: h["penalty"] * jnp.sum(p**2)  # noqa: E731
 
 
-def test_a_diverging_solve_within_a_scan_is_not_blamed_on_what_it_was_given():
-    """Rate .1 and curvature 2 * 1e6 multiply parameters by 1 - 2e5 at each step, on from solve to solve."""
+def test_divergence_within_a_scan_of_solves_is_attributed_to_the_solve():
+    """Rate .1 and curvature 2 * 1e6 multiply parameters by 1 - 2e5 at each step of every solve."""
     solver = jaxhpo.from_optax(QUADRATIC_LOSS, optax.sgd(0.1))
 
     def fn(h):
@@ -203,34 +203,34 @@ def test_a_diverging_solve_within_a_scan_is_not_blamed_on_what_it_was_given():
 
 
 @slow
-def test_many_diverging_runs_take_one_explanation(monkeypatch):
-    """And what a run closes over comes to the host once."""
-    told, measured = [], []
+def test_many_diverging_runs_are_measured_once(monkeypatch):
+    """The values that a run closes over come to the host once."""
+    kept, measured = [], []
 
     class Counting(dict):
         def setdefault(self, key, value):
-            told.append(key)
+            kept.append(key)
             return super().setdefault(key, value)
 
-    class Recorder(not_finite.Recorder):
+    class CountingLog(not_finite.StepLog):
         def __init__(self):
             super().__init__()
             self.first = Counting()
 
     growth = not_finite.measure_growth
-    monkeypatch.setattr(not_finite, "Recorder", Recorder)
+    monkeypatch.setattr(not_finite, "StepLog", CountingLog)
     monkeypatch.setattr(not_finite, "measure_growth", lambda *args: measured.append(1) or growth(*args))
     data = jnp.ones(1000)
     fn = training(lambda p, h, b: QUADRATIC_LOSS(p, h, b) + 0 * data[0], num_steps=400)
     assert "learning rate x curvature is 6" in diagnose(fn, {"penalty": jnp.asarray(30.0)})
-    assert len(told) == 1 and len(measured) == 1
+    assert len(kept) == 1 and len(measured) == 1
     tasks = jnp.array([30.0, 40.0, 50.0])
     said = diagnose(lambda h: jnp.sum(jax.vmap(lambda p: fn({"penalty": p}))(h["tasks"])), {"tasks": tasks})
     assert "The inner run diverges" in said and len(measured) == 2
 
 
 @slow
-def test_a_rule_that_approximates_the_way_back_does_not_hide_what_broke_forwards():
+def test_forward_fault_is_found_under_drmad():
     solver = jaxhpo.momentum_sgd(
         lambda p, h, b: jnp.sum((p - h) ** 2) + jnp.sum(jnp.log(p + 0.3)), learning_rate=0.3, momentum=0.5
     )
@@ -247,13 +247,13 @@ def test_a_rule_that_approximates_the_way_back_does_not_hide_what_broke_forwards
 @pytest.mark.parametrize(
     ("place", "said"),
     [
-        ("state", "`state.params` is not finite before inner step 0: `solve` was given it so. Mend"),
-        ("hparams", "`hparams` is not finite before inner step 0: `solve` was given it so. Mend"),
+        ("state", "`state.params` is not finite before inner step 0: it was passed to `solve` that way. Correct"),
+        ("hparams", "`hparams` is not finite before inner step 0: it was passed to `solve` that way. Correct"),
         ("batches", "`Reversible()`: at inner step 3 a weight or a velocity left the range"),
         ("earlier solve", "Inner problem 0: The train loss is not finite at inner step 0."),
     ],
 )
-def test_a_rule_in_fixed_point_is_blamed_for_its_own_numbers_alone(place, said):
+def test_reversible_is_named_only_for_its_own_overflow(place, said):
     def fn(h):
         def start_at(x, wanted):
             return x + jnp.log(-h) if place == wanted else x
@@ -272,7 +272,7 @@ def test_a_rule_in_fixed_point_is_blamed_for_its_own_numbers_alone(place, said):
 
 
 @slow
-def test_with_several_keys_a_step_the_one_that_broke_is_followed():
+def test_key_that_broke_is_followed_among_several():
     def loss(h, carry, key):
         sign = jnp.where(jax.random.uniform(key) < 0.25, -1.0, 1.0)
         return jnp.sum(h**2) + jnp.log(sign * (1 + 0 * h[0])), carry, None
@@ -289,13 +289,13 @@ def test_with_several_keys_a_step_the_one_that_broke_is_followed():
     assert all("`log` (test_not_finite.py:" in said(seed) for seed in range(2))
 
 
-def test_what_broke_beside_the_loss_is_named():
+def test_carry_and_update_that_are_not_finite_are_named():
     def loss(h, carry, key):
         return jnp.sum(h**2), jnp.log(carry - 1.0), None
 
     settings = {"num_steps": 4, "progress": False}
     with pytest.warns(
-        RuntimeWarning, match=r"but `carry` is not\. It began where `log` \(test_not_finite.py:\d+, in test_what"
+        RuntimeWarning, match=r"but `carry` is not\. It began where `log` \(test_not_finite.py:\d+, in test_carry"
     ):
         jaxhpo.tune(loss, jnp.ones(2), optax.sgd(0.1), carry=jnp.asarray(8.0), **settings)
     rate = lambda step: 0.1 / jnp.where(step == 2, 0.0, 1.0)  # noqa: E731

@@ -1,1 +1,1 @@
-"""`compare`: which method to trust on a problem. What is measured, what follows from it, and how it is shown."""
+"""`compare`: measures hypergradient methods on one problem, and recommends one of them."""

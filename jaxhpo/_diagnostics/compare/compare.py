@@ -1,10 +1,10 @@
-"""`compare`: error, time and memory of hypergradient methods on the user's own problem, and which one to take."""
+"""`compare`: error, time and memory of hypergradient methods on the user's own problem, and a recommendation."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+import collections
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,12 +13,12 @@ from jax.flatten_util import ravel_pytree
 from jaxhpo._adjoint.forward import Forward
 from jaxhpo._adjoint.implicit import Implicit
 from jaxhpo._adjoint.unroll import Unroll
-from jaxhpo._core.cost import fastest
+from jaxhpo._core.cost import fastest, temporary_bytes
 from jaxhpo._core.errors import JaxhpoError, ZeroHypergradientWarning
 from jaxhpo._core.progress import Progress
 from jaxhpo._core.record import SolveLog
 from jaxhpo._core.tree import names
-from jaxhpo._core.types import LinearStatus, PyTree
+from jaxhpo._core.types import PyTree
 from jaxhpo._core.validate import (
     check_callable,
     check_count,
@@ -28,17 +28,9 @@ from jaxhpo._core.validate import (
     describe,
     short_name,
 )
-from jaxhpo._diagnostics.compare.measure import (
-    Measured,
-    RuleNotUsed,
-    compiled_if_it_fits,
-    measure,
-    silent_trace,
-    temporary_bytes,
-    trace,
-)
+from jaxhpo._diagnostics.compare.measure import Measured, RuleNotUsed, first_words, measure, run_once
 from jaxhpo._diagnostics.compare.reference import Standard, standard
-from jaxhpo._diagnostics.compare.result import Comparison, MethodRow, Problem
+from jaxhpo._diagnostics.compare.result import Comparison, MethodRow, ProblemSize
 from jaxhpo._diagnostics.compare.verdict import failures, recommend
 from jaxhpo._diagnostics.differences import central_differences
 from jaxhpo._diagnostics.health import raise_unless_finite
@@ -48,6 +40,8 @@ from jaxhpo._linear.cg import CG
 from jaxhpo._linear.direct import Direct
 from jaxhpo._linear.gmres import GMRES
 from jaxhpo._linear.neumann import Neumann
+
+WORST_LAST = ("converged", "max iterations", "stalled", "indefinite", "not finite")  # of `LinearStatus`
 
 
 def compare(
@@ -61,36 +55,37 @@ def compare(
     key: jax.Array | None = None,
     progress: bool = True,
 ) -> Comparison:
-    r"""Measures hypergradient methods on your own problem, and says which one to take.
+    r"""Measures hypergradient methods on your own problem, and recommends one of them.
 
-    For each method the relative error :math:`\|g - g^*\| / \|g^*\|`, the cosine and the norm ratio against the exact
-    hypergradient :math:`g^*`, the time in inner gradient steps, the peak memory in copies of the parameters, and how
-    its linear solves ended. The exact hypergradient is that of reverse mode through all steps, itself held against
+    For each method it reports the relative error :math:`\|g - g^*\| / \|g^*\|`, the cosine and the norm ratio against
+    the exact hypergradient :math:`g^*`, the time in inner gradient steps, the peak memory in copies of the parameters,
+    and how its linear solves ended. The exact hypergradient is that of reverse mode through all steps, checked against
     central differences; where it does not fit into memory, or is wrong, the differences take its place.
 
-    **Cost and bias**: one compilation and 1 + `repeats` hypergradients a method (one compilation more for rules with an
-    iterative linear solve), and 4 `num_directions` outer losses for the differences. Times are of this machine, all
-    programs taking turns; errors are at `hparams` alone. A randomised rule is judged by one draw, of the key that
-    `make_outer_loss` gives it.
+    **Cost and bias**: one compilation and 1 + `repeats` hypergradients per method (one more compilation for rules with
+    an iterative linear solve), and 4 `num_directions` outer losses for the differences. Times are those of this
+    machine, measured by calling all programs in turn; errors are those at `hparams` alone. A randomised rule is judged
+    by one draw, of the key that `make_outer_loss` gives it.
 
     Args:
       make_outer_loss: `adjoint -> (hparams -> scalar)`: your outer loss, passing the rule on to `solve`.
       hparams: where to compare, a pytree of floating-point arrays.
-      adjoints: the rules, in a sequence or as `{name: rule}`; None takes those that need no setting of their own.
-      reference: what counts as exact: a rule, or `"differences"`; `Unroll()` when None.
-      num_directions: for the differences; with no more hyperparameters than that, their coordinates are taken.
+      adjoints: the rules, in a sequence or as `{name: rule}`; None takes those without required settings.
+      reference: the rule taken to be exact, or `"differences"`; `Unroll()` when None.
+      num_directions: random directions of the differences; up to as many hyperparameters are taken one by one.
       repeats: timed calls of each program, of which the fastest counts; None takes five, and more of short ones:
         three seconds in all.
       key: for the random directions; `jax.random.key(0)` when None.
       progress: shows progress on stderr.
 
     Returns:
-      A `Comparison`; `print` it, or draw it with `jaxhpo.plot.comparison`. A method that raises has a row that says so.
+      A `Comparison`; `print` it, or draw it with `jaxhpo.plot.comparison`. The row of a method that raises holds the
+      error.
 
     Raises:
       NonFiniteError: the outer loss, or the differences where nothing else can be the reference, are not finite.
       ZeroHypergradientError: no hyperparameter affects the outer loss.
-      JaxhpoError: an input that cannot work; an outer loss that does not use the rule it is given.
+      JaxhpoError: an invalid input; an outer loss that does not use the rule that it is given.
 
     Example:
       >>> solver = jaxhpo.from_optax(lambda p, h, batch: jnp.sum(jnp.exp(h) * (p - 1) ** 2), optax.sgd(0.1))
@@ -119,7 +114,13 @@ def compare(
         check_count("repeats", repeats)
     direction_key = jax.random.key(0) if key is None else check_key(key)
     given = {} if adjoints is None else _named(adjoints)
-    exact = _exact_rule(reference)
+    if isinstance(reference, str) and reference != "differences":
+        raise JaxhpoError(
+            f"`reference` got {reference!r}, which is not valid: write 'differences', or a rule such as `Unroll()`."
+        )
+    exact = None if isinstance(reference, str) else Unroll() if reference is None else reference
+    if exact is not None:
+        check_adjoint(exact)
     flat, unravel = ravel_pytree(hparams)
 
     def make_loss(rule):
@@ -128,71 +129,57 @@ def compare(
         return lambda flat: check_scalar(outer_loss(unravel(flat)), "make_outer_loss(adjoint)")
 
     plain = _run_plain(make_loss, [exact or Unroll(), *given.values(), Implicit()], flat)
-    raise_unless_finite(plain.value, (), lambda: diagnose(make_outer_loss(plain.rule), hparams))
+    raise_unless_finite(plain.result, (), lambda: diagnose(make_outer_loss(plain.rule), hparams))
     methods = given or _named(default_adjoints(plain.log, flat.size, isinstance(plain.rule, Unroll)))
     with Progress(len(methods) + 3, "compare", progress) as bar:
         found = {}
         for name, rule in methods.items():
             found[name] = measure(make_loss, rule, flat)
             bar.update(name)
-        of_exact = _of_exact(exact, methods, found, lambda rule: measure(make_loss, rule, flat))
+        of_exact = next((measured for measured in found.values() if measured.rule == exact), None)
+        if exact is not None and of_exact is None:
+            of_exact = measure(make_loss, exact, flat)
         bar.update("reference")
         directions = None if flat.size <= num_directions else num_directions
         differences = central_differences(make_loss(plain.rule), hparams, directions, None, direction_key)
         bar.update("central differences")
-        seconds = _timed([plain.program, *(measured.program for measured in found.values())], flat, repeats)
+        programs = [measured.program for measured in (plain, *found.values()) if measured.error is None]
+        seconds = iter(fastest(programs, flat, repeats=repeats or 5, seconds=0.0 if repeats else 3.0))
         bar.update("times")
     against = standard(short_name(exact), of_exact, differences)
-    problem = Problem(flat.size, plain.log.num_params, *_summary(plain.log), seconds[0])
-    rows = tuple(
-        _row(MethodRow(name, rule), found[name], against, _parts(hparams), took, problem, plain)
-        for (name, rule), took in zip(methods.items(), seconds[1:], strict=True)
-    )
+    problem = _size(plain, flat.size, next(seconds))
+    ends = np.cumsum([0, *(leaf.size for leaf in jax.tree.leaves(hparams))])
+    # The place of each leaf in the flat vector.
+    parts = {name: slice(*ends[i : i + 2]) for i, name in enumerate(names(hparams, "hparams"))}
+    rows = tuple(_row(name, measured, against, parts, seconds, problem, plain) for name, measured in found.items())
     return Comparison(rows, against.reference, problem, *recommend(rows, against.reference, problem))
 
 
-# --- what is compared -----------------------------------------------------------------------------------------------
-
-
-def _exact_rule(reference) -> Adjoint | None:
-    if reference is None:
-        return Unroll()
-    if isinstance(reference, str):
-        if reference != "differences":
-            raise JaxhpoError(
-                f"`reference` got {reference!r}, which is none: write 'differences', or a rule such as `Unroll()`."
-            )
-        return None
-    check_adjoint(reference)
-    return reference
-
-
 def _named(adjoints) -> dict[str, Adjoint]:
-    """Each method under its own name."""
+    """Each method under a name of its own."""
+    methods: dict[str, Adjoint] = {}
     if isinstance(adjoints, Mapping):
         methods = {str(name): rule for name, rule in adjoints.items()}
     elif isinstance(adjoints, Sequence) and not isinstance(adjoints, str):
-        methods = {}
+        times = collections.Counter()
         for rule in adjoints:
-            name, again = short_name(rule), 1
-            while name in methods:
-                again += 1
-                name = f"{short_name(rule)} #{again}"
-            methods[name] = rule
+            name = short_name(rule)
+            times[name] += 1
+            methods[name if times[name] == 1 else f"{name} #{times[name]}"] = rule
     else:
         raise JaxhpoError(
             f"`adjoints` got {describe(adjoints)}, but several methods are compared: write a list of rules such as "
             "`[Unroll(), Implicit(CG())]`, or a dict of them by name."
         )
     if not methods:
-        raise JaxhpoError("`adjoints` is empty, so there is nothing to compare: give a rule or more, or None.")
+        raise JaxhpoError("`adjoints` is empty, so there is nothing to compare: pass at least one rule, or None.")
     for rule in methods.values():
         check_adjoint(rule)
     return methods
 
 
 def default_adjoints(log: SolveLog, num_hparams: int, unrolls: bool) -> list[Adjoint]:
-    """Rules that need no setting of their own, as far as they suit the problem."""
+    """The rules without required settings that suit the problem."""
     rules: list[Adjoint] = []
     longest = max(run.num_steps for run in log.runs)
     if unrolls:
@@ -206,122 +193,58 @@ def default_adjoints(log: SolveLog, num_hparams: int, unrolls: bool) -> list[Adj
     return rules + ([Implicit(Direct())] if log.num_params <= 256 else [])
 
 
-def _of_exact(exact, methods, found, measure_one) -> Measured | None:
-    """What the exact rule gave; it need not be run again where it is one of the methods."""
-    if exact is None:
-        return None
-    for name, rule in methods.items():
-        if rule == exact:
-            return found[name]
-    return measure_one(exact)
-
-
-class _Plain(NamedTuple):
-    """The outer loss without derivative: under which rule it was run, its value, its solves and the program."""
-
-    rule: Adjoint
-    value: jax.Array
-    log: SolveLog
-    program: Any
-
-
-def _run_plain(make_loss, rules, flat) -> _Plain:
-    """Runs the outer loss under the first rule that allows it; raises what the first one raised if none does."""
-    first: Exception | None = None
+def _run_plain(make_loss, rules, flat) -> Measured:
+    """Runs the outer loss, without derivative, under the first rule that allows it; else raises the first error."""
+    errors = []
     for rule in rules:
         try:
-            traced, log = trace(make_loss, rule, flat, runs=True)
-            value = jax.block_until_ready(compiled_if_it_fits(traced)(flat))
-            jax.effects_barrier()
-            return _Plain(rule, value, log, compiled_if_it_fits(silent_trace(make_loss, rule, flat)))
+            return run_once(make_loss, rule, flat, runs=True)
         except RuleNotUsed:
             raise
-        except Exception as error:  # `tol`, say, which only implicit rules allow
-            first = first or error
-    assert first is not None
-    raise first
+        except Exception as error:  # such as `tol`, which only implicit rules allow
+            errors.append(error)
+    raise errors[0]
 
 
-def _summary(log) -> tuple[int, float, float]:
-    """Inner steps in all, and the condition's norm before and after the run that got the least far."""
-    worst = max(log.runs, key=lambda run: run.end / run.start if run.start else 0.0)
-    return sum(run.num_steps for run in log.runs), worst.start, worst.end
+def _size(plain, num_hparams, seconds) -> ProblemSize:
+    log = plain.log
+    worst = max(log.runs, key=lambda run: run.end / run.start if run.start else 0.0)  # the least converged
+    num_steps = sum(run.num_steps for run in log.runs)
+    return ProblemSize(num_hparams, log.num_params, num_steps, worst.start, worst.end, seconds)
 
 
-def _timed(programs, flat, repeats) -> list[float]:
-    """Seconds of each program; NaN where there is none."""
-    present = [program for program in programs if program is not None]
-    patience = {"repeats": 5, "seconds": 3.0} if repeats is None else {"repeats": repeats}
-    seconds = iter(fastest(present, flat, **patience))
-    return [next(seconds) if program is not None else math.nan for program in programs]
-
-
-WORSE = (
-    LinearStatus.CONVERGED,
-    LinearStatus.MAX_ITERATIONS,
-    LinearStatus.STALLED,
-    LinearStatus.INDEFINITE,
-    LinearStatus.NOT_FINITE,
-)
-
-
-# --- one row ---------------------------------------------------------------------------------------------------------
-
-
-def _parts(hparams) -> dict[str, slice]:
-    """Where each leaf lies in the flat vector."""
-    ends = np.cumsum([0, *(leaf.size for leaf in jax.tree.leaves(hparams))])
-    return {name: slice(*ends[i : i + 2]) for i, name in enumerate(names(hparams, "hparams"))}
-
-
-def _row(row: MethodRow, measured: Measured, against: Standard, leaves, seconds, problem, plain) -> MethodRow:
-    if measured.error is not None or measured.grad is None:
-        text = _first_words(f"{type(measured.error).__name__}: {measured.error}")
-        return row._replace(error=text, notes=(f"It raised {text}",))
-    grad, temporary = measured.grad, temporary_bytes(measured.program)
-    finite = bool(np.all(np.isfinite(grad)))
-    row = row._replace(
-        gradients=seconds * problem.num_steps / problem.seconds,
-        seconds=seconds,
+def _row(name, measured: Measured, against: Standard, parts, seconds: Iterator, problem, plain) -> MethodRow:
+    """One method's row; `seconds` gives the time of the next method that ran."""
+    if measured.error is not None:
+        return MethodRow(name, measured.rule, error=measured.error, notes=(f"It raised {measured.error}",))
+    grad, took, temporary = measured.result[1], next(seconds), temporary_bytes(measured.program)
+    finite, solves = bool(np.all(np.isfinite(grad))), measured.linear_solves
+    fields: dict[str, Any] = against.scores(grad, parts, measured.warnings) if finite else {}
+    if solves:
+        statuses = [solve.status.name.lower().replace("_", " ") for solve in solves]
+        fields["linear_status"] = max(statuses, key=WORST_LAST.index)
+        fields["linear_residual"] = max(solve.residual for solve in solves)
+        fields["linear_iterations"] = max(solve.num_iterations for solve in solves)
+    row = MethodRow(
+        name,
+        measured.rule,
+        gradients=took * problem.num_steps / problem.seconds,
+        seconds=took,
         copies=None if temporary is None else temporary / plain.log.param_bytes,
         finite=finite,
-        **_linear(measured.solves),
+        **fields,
     )
-    if finite:
-        error, cosine, ratio = against.agreement(grad)
-        row = row._replace(
-            relative_error=error,
-            cosine=cosine,
-            norm_ratio=ratio,
-            leaf_errors=against.leaf_errors(grad, leaves),
-            blind=against.blind(grad, leaves, measured.warnings),
-        )
-    return row._replace(notes=tuple(_notes(row, measured, problem, plain)))
+    return row._replace(notes=tuple(_notes(row, measured, problem, float(plain.result))))
 
 
-def _linear(solves) -> dict[str, Any]:
-    if not solves:
-        return {}
-    return {
-        "linear_status": max((solve.status for solve in solves), key=WORSE.index).name.lower().replace("_", " "),
-        "linear_residual": max(solve.residual for solve in solves),
-        "linear_iterations": max(solve.num_iterations for solve in solves),
-    }
-
-
-def _notes(row, measured, problem, plain):
+def _notes(row, measured, problem, plain_value) -> Iterator[str]:
     for reason in failures(row, problem):
         yield f"{reason[0].upper()}{reason[1:]}."
-    if measured.random:
+    if measured.log.random:
         yield "A random estimate, judged by one draw."
-    value = float(plain.value)
-    if abs(measured.value - value) > 1e-3 * max(abs(value), 1e-30):
-        yield f"Its outer loss is {measured.value:.6g}, that of the plain run {value:.6g}."
+    value, _ = measured.result
+    if abs(value - plain_value) > 1e-3 * max(abs(plain_value), 1e-30):
+        yield f"Its outer loss is {value:.6g}, that of the plain run {plain_value:.6g}."
     for warning in measured.warnings:
         if not isinstance(warning, ZeroHypergradientWarning):
-            yield f"It warns: {_first_words(str(warning))}"
-
-
-def _first_words(text: str, limit: int = 300) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= limit else f"{text[:limit].rsplit(' ', 1)[0]} …"
+            yield f"It warns: {first_words(str(warning))}"

@@ -1,4 +1,4 @@
-"""One method on one problem: traced, compiled, run once, and what became known on the way."""
+"""One run of one method on one problem: traced, compiled and run, with its solves and warnings recorded."""
 
 from __future__ import annotations
 
@@ -9,92 +9,93 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxhpo._core.cost import available_bytes, temporary_bytes
+from jaxhpo._core.cost import available_bytes, human_bytes, temporary_bytes
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.record import LinearSolve, SolveLog, recording
 from jaxhpo._inner.problem import Adjoint
 
 
 class Measured(NamedTuple):
-    """What one run of a method gave.
+    """One run of a method.
 
     Attributes:
-      value: the outer loss.
-      grad: (m,) the flat hypergradient.
-      solves: the iterative linear solves that it ran.
-      warnings: what was warned of while tracing.
-      program: the compiled `flat -> (value, gradient)`, without anything that reports.
-      random: whether the rule asked for a key.
-      error: what was raised, in which case the rest is empty.
+      rule: the method.
+      result: the program's result: of `measure`, the value and the (m,) hypergradient.
+      log: the `SolveLog` of the inner solves that were traced.
+      linear_solves: the iterative linear solves that were run.
+      program: the compiled program, without callbacks that report.
+      warnings: the warnings raised while tracing.
+      error: the exception raised, in words; the other fields after `rule` are then empty.
     """
 
-    value: float = float("nan")
-    grad: np.ndarray | None = None
-    solves: tuple[LinearSolve, ...] = ()
-    warnings: tuple[Warning, ...] = ()
+    rule: Adjoint
+    result: Any = None
+    log: Any = None
+    linear_solves: tuple[LinearSolve, ...] = ()
     program: Any = None
-    random: bool = False
-    error: Exception | None = None
+    warnings: tuple[Warning, ...] = ()
+    error: str | None = None
 
 
 class RuleNotUsed(JaxhpoError):
     """`make_outer_loss` does not pass its argument on: an error of the comparison, not of a method."""
 
 
-def measure(make_loss: Callable[[Adjoint], Callable], rule: Adjoint, flat: jax.Array) -> Measured:
-    """Runs a method once; whatever it raises becomes its `error`.
+def run_once(make: Callable[[Adjoint], Callable], rule: Adjoint, flat: jax.Array, runs: bool = False) -> Measured:
+    """Runs `make(rule)(flat)` once; raises unless the rule reaches an inner solve.
 
     Args:
-      make_loss: `rule -> (flat hyperparameters -> scalar)`.
+      make: `rule -> (flat hyperparameters -> result)`.
       rule: the method.
       flat: (m,) hyperparameters.
+      runs: records the condition before and after each inner solve, which costs a gradient.
     """
-    with_grad = lambda rule: jax.value_and_grad(make_loss(rule))  # noqa: E731
+    linear_solves, log = [], SolveLog(runs)
+    with recording(linear_solves=linear_solves, solves=log):
+        traced = jax.jit(make(rule)).trace(flat)
+        if rule not in log.adjoints:
+            met = f"only with {log.adjoints[0]!r}" if log.adjoints else "not at all"
+            raise RuleNotUsed(
+                f"`make_outer_loss({rule!r})` returned a function that calls `solve` {met}, so every method would look "
+                "the same: pass the argument on, `solve(..., adjoint=adjoint)`."
+            )
+        program = compiled_if_it_fits(traced)
+        result = jax.block_until_ready(program(flat))
+    if traced.jaxpr.effects:  # callbacks, which would be timed too
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # already raised above
+            program = compiled_if_it_fits(jax.jit(make(rule)).trace(flat))
+    return Measured(rule, result, log, tuple(linear_solves), program)
+
+
+def measure(make_loss: Callable[[Adjoint], Callable], rule: Adjoint, flat: jax.Array) -> Measured:
+    """Runs value and gradient of `make_loss(rule)` once; an exception becomes the `error`."""
     try:
-        solves = []
-        with warnings.catch_warnings(record=True) as caught, recording(linear_solves=solves):
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            traced, log = trace(with_grad, rule, flat)
-            program = compiled_if_it_fits(traced)
-            value, grad = jax.block_until_ready(program(flat))
-        if traced.jaxpr.effects:
-            program = compiled_if_it_fits(silent_trace(with_grad, rule, flat))
+            measured = run_once(lambda rule: jax.value_and_grad(make_loss(rule)), rule, flat)
     except RuleNotUsed:
         raise
-    except Exception as error:  # of whatever kind: the other methods are still to be compared
-        return Measured(error=error)
+    except Exception as error:  # of any kind: the other methods are still compared
+        return Measured(rule, error=first_words(f"{type(error).__name__}: {error}"))
+    value, grad = measured.result
     messages = tuple(w.message for w in caught if isinstance(w.message, Warning))
-    return Measured(float(value), np.asarray(grad, float), tuple(solves), messages, program, bool(log.random))
+    return measured._replace(result=(float(value), np.asarray(grad, float)), warnings=messages)
 
 
-def trace(make: Callable, rule: Adjoint, flat: jax.Array, runs: bool = False) -> tuple[Any, SolveLog]:
-    """Traces `make(rule)` at `flat`, and notes the inner solves met; raises unless the rule got to one of them."""
-    log = SolveLog(runs)
-    with recording(solves=log):
-        traced = jax.jit(make(rule)).trace(flat)
-    if rule not in log.adjoints:
-        met = f"only with {log.adjoints[0]!r}" if log.adjoints else "not at all"
-        raise RuleNotUsed(
-            f"`make_outer_loss({rule!r})` returned a function that calls `solve` {met}, so every method would look the "
-            "same: pass the argument on, `solve(..., adjoint=adjoint)`."
-        )
-    return traced, log
-
-
-def silent_trace(make: Callable, rule: Adjoint, flat: jax.Array) -> Any:
-    """Traces `make(rule)` at `flat` with nothing recorded, so that its time is its own."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # they were met before
-        return jax.jit(make(rule)).trace(flat)
+def first_words(text: str, limit: int = 300) -> str:
+    """The text on one line, cut at a space where it is too long."""
+    text = " ".join(text.split())
+    return text if len(text) <= limit else f"{text[:limit].rsplit(' ', 1)[0]} …"
 
 
 def compiled_if_it_fits(traced: Any) -> Any:
-    """The compiled program; raises where it asks for more than half of the memory there is."""
+    """The compiled program; raises where it needs more than half of the available memory."""
     program = traced.lower().compile()
-    needed, limit = temporary_bytes(program), available_bytes() / 2
-    if needed is not None and needed > limit:
+    needed, available = temporary_bytes(program), available_bytes()
+    if needed is not None and needed > available / 2:
         raise JaxhpoError(
-            f"it needs {needed / 2**30:.1f} GiB of temporary memory, more than half of what there is "
-            f"({limit / 2**29:.1f} GiB): not run."
+            f"it needs {human_bytes(needed)} of temporary memory, more than half of the {human_bytes(available)} that "
+            "there are: not run."
         )
     return program
