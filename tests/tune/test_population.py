@@ -172,8 +172,15 @@ def broken(policy):
         return jnp.where(bad, jnp.nan, value), carry, {"h": h}
 
     carry = (jnp.array([9.0, 0.34, 9.0]), jnp.array([0.0, 0.0, 0.3 if policy == "skip" else 0.0]))
-    return {"loss": loss, "hparams": jnp.array([0.0, 0.1, 0.2]), "carry": carry, "transforms": None,
-            "optimizer": optax.sgd(0.1), "on_not_finite": policy, "num_steps": 16 - 11 * (policy == "backtrack")}  # fmt: skip
+    return {
+        "loss": loss,
+        "hparams": jnp.array([0.0, 0.1, 0.2]),
+        "carry": carry,
+        "transforms": None,
+        "optimizer": optax.sgd(0.1),
+        "on_not_finite": policy,
+        "num_steps": 16 - 11 * (policy == "backtrack"),
+    }
 
 
 @pytest.mark.filterwarnings("ignore:Outer step:RuntimeWarning")
@@ -249,8 +256,9 @@ def test_resume_is_bit_identical(tmp_path, at):
 def test_another_population_is_refused(tmp_path):
     population(num_steps=2, run_dir=tmp_path)
     with pytest.raises(JaxhpoError, match=r"the shape \[3, 2\] there, \[2, 2\] here"):
-        population(hparams=at(STARTS, slice(2)), carry=at(CARRY, slice(2)), key=KEYS[:2], population=2,
-                   run_dir=tmp_path)  # fmt: skip
+        population(
+            hparams=at(STARTS, slice(2)), carry=at(CARRY, slice(2)), key=KEYS[:2], population=2, run_dir=tmp_path
+        )
 
 
 def test_callbacks_progress_and_table(tmp_path, monkeypatch):
