@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.types import Hypergradient, Solver
@@ -163,14 +164,11 @@ def check_record(record) -> tuple[str, ...]:
 
 def check_callbacks(callbacks) -> tuple:
     """Returns the callbacks as a tuple; raises unless they are functions of one argument."""
-    try:
-        listed = None if callable(callbacks) else tuple(callbacks)
-    except TypeError:  # not iterable, as an array without axes
-        listed = None
-    if listed is None:
+    if callable(callbacks) or not np.iterable(callbacks):
         raise JaxhpoError(
             f"`callbacks` got {describe(callbacks)}, but it is a sequence of functions: write `callbacks=[callback]`."
         )
+    listed = tuple(callbacks)
     for callback in listed:
         check_callable("callbacks", callback, "callback(tune_step)", 1)
     return listed

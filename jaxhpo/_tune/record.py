@@ -21,7 +21,7 @@ from jaxhpo._tune.history import summary, to_numpy
 from jaxhpo._tune.inputs import convert
 from jaxhpo._tune.population import Compiled, member
 from jaxhpo._tune.processes import on_any, whole
-from jaxhpo._tune.run_dir import RunDir
+from jaxhpo._tune.run_dir import RunDir, is_spread
 from jaxhpo._tune.settings import described
 from jaxhpo._tune.sharded_dir import ShardedDir
 from jaxhpo._tune.step import OuterReport, OuterState
@@ -57,35 +57,25 @@ class TuneStep(NamedTuple):
     seconds: float
 
 
-class Attempt(NamedTuple):
-    """An outer step as the device returned it; arrays have the shape () or (members,).
+class PendingRow(NamedTuple):
+    """Data of a history row, converted by `Record.flush` while the device takes the next step.
+
+    Arrays have the shape () or (members,).
 
     Attributes:
-      after: the new state.
       report: of the device.
       active: members that take the step; the others have ended, and are held.
       finite: active members whose step is finite; the other active ones skip it.
       halvings: of the last move, before the step was finite.
-    """
-
-    after: OuterState
-    report: OuterReport
-    active: np.ndarray
-    finite: np.ndarray
-    halvings: np.ndarray
-
-
-class PendingRow(NamedTuple):
-    """Data of a history row, converted by `Record.flush` while the device takes the next step.
-
-    Attributes:
-      attempt: the step.
       score: of each member.
       seconds: since the start.
       solves: linear solves of the step; None where they are not recorded.
     """
 
-    attempt: Attempt
+    report: OuterReport
+    active: np.ndarray
+    finite: np.ndarray
+    halvings: np.ndarray
     score: np.ndarray
     seconds: float
     solves: list[LinearSolve] | None
@@ -139,7 +129,7 @@ class Record:
         self,
         compiled: Compiled,
         state: OuterState,
-        run_dir: RunDir | ShardedDir | None,
+        run_dir: RunDir | None,
         settings: dict[str, Any],
         monitor: Callable[[PyTree], Any] | None,
         extras: tuple[str, ...] = (),
@@ -153,7 +143,8 @@ class Record:
         # What must be the same when the run is resumed: the numbers on disk depend on it.
         text = described(compiled.step.transforms) or repr(None)
         transforms = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
-        self.fixed = {"hparams": state.point, "key": state.key, "transforms": transforms}
+        monitored = np.asarray(monitor is not None)  # otherwise the score is another number
+        self.fixed = {"hparams": state.point, "key": state.key, "transforms": transforms, "monitor": monitored}
         self.rows: list[dict[str, Any]] = []
         self.origin, self.notes = "started", list[str]()
         self.started = self.saved = time.perf_counter()
@@ -163,28 +154,22 @@ class Record:
         """Seconds since the start, without the time between a stop and its resumption."""
         return time.perf_counter() - self.started
 
-    def accept(self, attempt: Attempt, min_delta: float) -> TuneStep:
-        """Records a step: the next state, the best so far, and a history row that is converted later."""
-        now, seconds, (after, report, active, finite, _) = self.now, self.seconds, attempt
+    def accept(self, after: OuterState, report: OuterReport, active, finite, halvings, min_delta: float) -> TuneStep:
+        """Records a step: the next state, the best so far, and a history row; masks are those of `PendingRow`."""
+        now, seconds, value = self.now, self.seconds, whole(report.value)
         hparams, info = jax.tree.map(lambda x: x, (report.hparams, report.info))  # containers that a callback may edit
-        value = whole(report.value)
         score = np.where(finite, value if self.monitor is None else self._scores(info, finite), np.nan)
         improved = finite & (score < now.best)
-        waited = np.where(score < now.best - min_delta, 0, now.waited + 1)
-        loop_state = LoopState(
-            after,
-            now.rows + 1,
-            np.where(improved, score, now.best),
-            self.compiled.select(improved, report.hparams, now.best_hparams),
-            np.where(active, waited, now.waited),
-            np.where(active, np.where(finite, 0, now.failures + 1), now.failures),
-            now.steps + active,
-            now.failed,
-        )
-        self.flush()
+        best = np.where(improved, score, now.best)
+        best_hparams = self.compiled.select(improved, report.hparams, now.best_hparams)
+        waited = np.where(active, np.where(score < now.best - min_delta, 0, now.waited + 1), now.waited)
+        failures = np.where(active, np.where(finite, 0, now.failures + 1), now.failures)
         solves = None if self.solves is None else _taken(self.solves)
-        self.now = loop_state._replace(pending=PendingRow(attempt, score, seconds, solves))
-        value, grad_norm, best = (_number(whole(x)) for x in (value, report.hypergradient_norm, loop_state.best))
+        row = PendingRow(report, active, finite, halvings, score, seconds, solves)
+        self.flush()
+        steps = now.steps + active
+        self.now = LoopState(after, now.rows + 1, best, best_hparams, waited, failures, steps, now.failed, row)
+        value, grad_norm, best = (_number(x) for x in (value, whole(report.hypergradient_norm), best))
         return TuneStep(now.rows, value, hparams, grad_norm, info, best, seconds)
 
     def _scores(self, info, finite) -> np.ndarray:
@@ -211,7 +196,7 @@ class Record:
 
     def _row(self, pending: PendingRow) -> dict[str, Any]:
         """Returns a history row of copies: a view would keep the device's array."""
-        (_, report, active, finite, halvings), score, seconds, solves = pending
+        report, active, finite, halvings, score, seconds, solves = pending
         counts = {**report.remedies, "halvings": halvings, "skipped_steps": active & ~finite}
         leaf = to_numpy if "hparams" in self.extras else summary
         row = {
@@ -262,18 +247,14 @@ class Record:
         if self.run_dir is None or not self.run_dir.begun:
             return
         after, report = self.compiled.shapes(self.now.state, placed=isinstance(self.run_dir, ShardedDir))
-        zeros = jax.tree.map(_zeros, report)
-        solves = None if self.solves is None else []
-        mask = self.now.failed
-        row = self._row(PendingRow(Attempt(after, zeros, mask, mask, mask), self.now.best, 0.0, solves))
+        zeros, mask = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), report), self.now.failed
+        row = self._row(PendingRow(zeros, mask, mask, mask, self.now.best, 0.0, self.solves))
         like = self.now._replace(state=after, best_hparams=report.hparams)
         found = self.run_dir.resume(self._tree(like), row, "run['fixed']")
-        tree = found.tree
-        loop: Any = {name: np.asarray(tree[name]) for name in SAVED if name != "best_hparams"}
-        best_hparams, state = jax.tree.map(jnp.asarray, tree["best_hparams"]), _placed(tree["state"], self.now.state)
-        self.now = LoopState(state, len(found.rows), best_hparams=best_hparams, **loop)
+        loop: Any = {name: np.asarray(found.tree[name]) for name in SAVED if name != "best_hparams"}
+        loop["best_hparams"] = jax.tree.map(jnp.asarray, found.tree["best_hparams"])
+        self.now = LoopState(_placed(found.tree["state"], self.now.state), len(found.rows), **loop)
         self.rows = found.rows
-        self._check_monitor(found.settings, self.run_dir.folder)
         # Includes the time of callbacks after the last row: a run that had spent its seconds has spent them.
         self.started -= max(float(self.rows[-1]["seconds"]), found.settings.pop("seconds", 0.0))
         self.origin = f"resumed from {os.fspath(self.run_dir.folder)!r} after {len(self.rows)} outer steps"
@@ -285,16 +266,6 @@ class Record:
 
     def _settings(self) -> dict[str, Any]:
         return {**self.settings, "inner_steps": self.compiled.step.inner_steps}
-
-    def _check_monitor(self, before, folder):
-        """Raises where the scores so far are of another kind, which cannot be compared with those to come."""
-        if (before.get("monitor") is None) == (self.monitor is None):
-            return
-        here, there = ("no `monitor`", "one") if self.monitor is None else ("a `monitor`", "none")
-        raise JaxhpoError(
-            f"`run_dir`: this call has {here}, the run in {folder} had {there}, so that the best step so far and the "
-            "steps to come would be judged by different numbers: use another folder, or what that run had."
-        )
 
     def write_status(self, status: str, message: str) -> None:
         """Writes the run's status to `run_dir`."""
@@ -317,13 +288,6 @@ def _masked(x, active) -> np.ndarray:
 
 def _per_member(fn, x, shape) -> np.ndarray:
     return np.stack([fn(own) for own in x]) if shape else fn(x)
-
-
-def _zeros(struct):
-    """Zeros of a shape, or a key."""
-    if jnp.issubdtype(struct.dtype, jax.dtypes.prng_key):
-        return jnp.zeros(struct.shape, struct.dtype)
-    return np.zeros(struct.shape, struct.dtype)
 
 
 def peak_bytes() -> int:
@@ -365,11 +329,8 @@ def _placed(state, like):
         return jax.tree.map(jnp.asarray, state)
 
     def put(x, first):
-        if isinstance(x, jax.Array) and len(x.sharding.device_set) > 1:
-            return x
-        sharding = getattr(first, "sharding", None)
-        spread = sharding is not None and len(sharding.device_set) > 1 and np.shape(x) == first.shape
-        return jax.device_put(x, sharding) if spread else jnp.asarray(x)
+        spread = is_spread(first) and np.shape(x) == first.shape
+        return x if is_spread(x) else jax.device_put(x, first.sharding) if spread else jnp.asarray(x)
 
     return jax.tree.map(put, state, like)
 

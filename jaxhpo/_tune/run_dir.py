@@ -261,13 +261,24 @@ class RunDir:
           JaxhpoError: all checkpoints are damaged, or they are those of another run.
         """
         found = from_first(self._find)
-        rows, leaves = rows_of(self.folder, found["history"].encode(), row), named_leaves(like)
-        saved = self._structs(found["leaves"])
+        leaves, saved = named_leaves(like), self._structs(found["leaves"])
+        try:
+            rows = [decode(line, row) for line in found["history"].splitlines()]
+        except ValueError as error:
+            raise JaxhpoError(
+                f"`run_dir`: rows of the history in {self.folder} differ from those of this call ({error}): use another "
+                "folder, or the `record`, `population`, `remedies.accumulate`, `hparams` and info of that run."
+            ) from error
         check_structure(self.folder, saved, leaves)
         arrays = self._restored(self.folder / found["name"], saved, leaves)
         pairs = list(zip(leaves, arrays, strict=True))
         others = [name for (name, x), y in pairs if name.startswith(fixed) and not _same(y, key_data(x))]
-        refuse_others(self.folder, others, fixed)
+        if others:  # another transform has another start, too
+            what = next((name for name in others if "transforms" in name), ", ".join(others)).replace(fixed, "")
+            raise JaxhpoError(
+                f"`run_dir`: the run in {self.folder} began with another value of {what}, so that its numbers mean "
+                "something else: use another folder, or the `hparams`, `key`, `transforms` and `monitor` of that run."
+            )
         tree = jax.tree.unflatten(jax.tree.structure(like), [from_data(array, x) for (_, x), array in pairs])
         from_first(self._adopt)
         self._log, self.saved_rows = self._log._replace(rows=len(rows)), len(rows)
@@ -333,17 +344,6 @@ class RunDir:
         if digest.hexdigest() != expected:
             raise DamagedError("history.jsonl is not the one that it was saved with")
         return text, _Log(int(header["rows"]), digest, int(length), b"")
-
-
-def rows_of(folder: pathlib.Path, text: bytes, row: PyTree) -> list[PyTree]:
-    """Returns the rows of a history, with the structure and the types of `row`."""
-    try:
-        return [decode(line, row) for line in text.splitlines()]
-    except ValueError as error:
-        raise JaxhpoError(
-            f"`run_dir`: rows of the history in {folder} differ from those of this call ({error}): use another folder, "
-            "or the `record`, `population`, `remedies.accumulate`, hyperparameters and info of that run."
-        ) from error
 
 
 def checksum(path: pathlib.Path) -> str:
@@ -412,18 +412,6 @@ def check_structure(folder: pathlib.Path, arrays: dict[str, Any], leaves: Leaves
                 f"`run_dir`: `{name}` is {array.dtype}{list(array.shape)} in {folder}, but {dtype}{list(shape)} "
                 "here: use another folder, or the precision (`jax_enable_x64`) and shapes of that run."
             )
-
-
-def refuse_others(folder: pathlib.Path, others: list[str], fixed: str) -> None:
-    """Raises where values that must stay differ; their names begin with `fixed`."""
-    if others:
-        others = [name.removeprefix(fixed) for name in others]
-        # Another transform has another start, too.
-        what = next((name for name in others if "transforms" in name), ", ".join(others))
-        raise JaxhpoError(
-            f"`run_dir`: the run in {folder} began with another value of {what}, so that its numbers mean something "
-            "else: use another folder, or the start (`hparams`), `key` and `transforms` of that run."
-        )
 
 
 def named_leaves(tree: PyTree) -> Leaves:

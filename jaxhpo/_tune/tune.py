@@ -26,7 +26,7 @@ from jaxhpo._tune.diagnosis import diagnosis, structure
 from jaxhpo._tune.inputs import check_callbacks, check_policies, check_record, check_settings, convert
 from jaxhpo._tune.population import Compiled, member
 from jaxhpo._tune.processes import on_any, whole
-from jaxhpo._tune.record import Attempt, LoopState, Record, TuneStep
+from jaxhpo._tune.record import LoopState, Record, TuneStep
 from jaxhpo._tune.remedies import NO_REMEDIES, Remedies
 from jaxhpo._tune.settings import described, fingerprint
 from jaxhpo._tune.sharded_dir import open_run_dir
@@ -293,10 +293,11 @@ class _Limits(NamedTuple):
 
     def ended(self, record: Record) -> np.ndarray:
         """Returns the status of each member; an empty string while it goes on."""
-        statuses = np.where(record.now.failed, "not_finite", np.where(self.active(record.now), "", "patience"))
-        if self.patience is None or not np.any(statuses == "patience"):
-            return statuses
-        return np.where((statuses == "patience") & record.still_falls(self.patience), "overfitting", statuses)
+        waited_out = ~self.active(record.now) & ~record.now.failed
+        patience = (
+            np.where(record.still_falls(self.patience or 0), "overfitting", "patience") if waited_out.any() else ""
+        )
+        return np.where(record.now.failed, "not_finite", np.where(waited_out, patience, ""))
 
     def reached(self, record: Record) -> tuple[str, str] | None:
         """Returns status and message of a run that has ended, or None."""
@@ -304,21 +305,19 @@ class _Limits(NamedTuple):
         if rows >= self.num_steps:
             return "finished", f"{rows} outer steps were taken, of {self.num_steps} asked for"
         if not self.active(record.now).any():
-            return self._all_ended(self.ended(record))
+            statuses, counts = np.unique(self.ended(record), return_counts=True)
+            status = str(statuses[0]) if len(statuses) == 1 else "mixed"
+            if record.compiled.shape:
+                told = ", ".join(f"{n} {s}" for s, n in zip(statuses, counts, strict=True))
+                return status, f"every member has ended: {told}"
+            more = ", while the outer loss still fell" if status == "overfitting" else ""
+            return status, f"no improvement of more than {self.min_delta} in {self.patience} outer steps{more}"
         if self.max_seconds is not None and rows and on_any(record.seconds >= self.max_seconds):
             return "budget", f"{record.seconds:.3g} of {self.max_seconds} seconds are spent"
         if self.max_inner_steps is not None and (rows + 1) * steps > self.max_inner_steps:
             taken = rows * steps
             return "budget", f"{taken} of {self.max_inner_steps} inner steps are taken, and an outer step takes {steps}"
         return None
-
-    def _all_ended(self, ended) -> tuple[str, str]:
-        statuses, counts = np.unique(ended, return_counts=True)
-        if ended.shape:
-            told = ", ".join(f"{n} {s}" for s, n in zip(statuses, counts, strict=True))
-            return str(statuses[0]) if len(statuses) == 1 else "mixed", f"every member has ended: {told}"
-        more = ", while the outer loss still fell" if ended == "overfitting" else ""
-        return str(ended), f"no improvement of more than {self.min_delta} in {self.patience} outer steps{more}"
 
 
 def _check_budget(record, max_inner_steps):
@@ -359,11 +358,11 @@ def _loop(record, limits, on_not_finite, callbacks, save_every, preempted, bar) 
                 return ("not_finite", message) if not compiled.shape else limits.reached(record)
             now = record.now = now._replace(failed=now.failed | ends)
         # A member that skips the step keeps its state, but for the number of the step, which gives another key.
-        held = state._replace(step=state.step + skips) if bad.any() else state
-        after = compiled.select(active & ~bad, after, held)
-        told = record.accept(Attempt(after, report, active, active & ~bad, halvings), limits.min_delta)
-        bar.update("skipped" if not (active & ~bad).any() else _progress_line(told, active))
-        stop = [convert(bool, callback(told), problem) for callback in callbacks] if (active & ~bad).any() else []
+        taken, held = active & ~bad, state._replace(step=state.step + skips) if bad.any() else state
+        after = compiled.select(taken, after, held)
+        step_info = record.accept(after, report, active, taken, halvings, limits.min_delta)
+        bar.update(_progress_line(step_info, active) if taken.any() else "skipped")
+        stop = [convert(bool, callback(step_info), problem) for callback in callbacks if taken.any()]
         if callbacks and on_any(any(stop)):
             return "callback", f"a callback stopped the run after outer step {step}"
     return reached
@@ -425,10 +424,10 @@ def _not_finite(record, state, report, after, ends, halvings, alive) -> str:
         message += f" Going back by half of the last move, {halvings} times, did not help."
     if now.rows == 0 and not alive:
         raise NonFiniteError(message)
-    told = "The run ends; `hparams` are those of this step, `best_hparams` the best before."
+    end = "The run ends; `hparams` are those of this step, `best_hparams` the best before."
     if who:
-        told = "These members end, and keep their hyperparameters; the others go on."
-    warnings.warn(f"{message} {told}", RuntimeWarning, stacklevel=4)
+        end = "These members end, and keep their hyperparameters; the others go on."
+    warnings.warn(f"{message} {end}", RuntimeWarning, stacklevel=4)
     return message
 
 

@@ -128,10 +128,10 @@ def test_outer_step_refuses_what_tune_refuses():
     "settings",
     [
         {},
-        {"remedies": Remedies(clip=0.3, accumulate=2)},
+        pytest.param({"remedies": Remedies(clip=0.3, accumulate=2)}, marks=pytest.mark.slow),
         {"remedies": Remedies(clip_norm=0.3), "monitor": lambda info: info["held_out"], "patience": 2, "num_steps": 12},
-        {"optimizer": optax.lbfgs(), "record": ("hparams", "hypergradient")},
-        {"max_inner_steps": 14},
+        pytest.param({"optimizer": optax.lbfgs(), "record": ("hparams", "hypergradient")}, marks=pytest.mark.slow),
+        pytest.param({"max_inner_steps": 14}, marks=pytest.mark.slow),
     ],
     ids=["plain", "accumulate", "patience", "lbfgs", "budget"],
 )
@@ -184,7 +184,7 @@ def broken(policy):
 
 
 @pytest.mark.filterwarnings("ignore:Outer step:RuntimeWarning")
-@pytest.mark.parametrize("policy", ["stop", "skip", "backtrack"])
+@pytest.mark.parametrize("policy", [pytest.param("stop", marks=pytest.mark.slow), "skip", "backtrack"])
 def test_a_member_that_is_not_finite_spoils_no_other(policy, tmp_path):
     settings = broken(policy)
     result = population(**settings)
@@ -231,7 +231,7 @@ def test_a_zero_hypergradient_names_the_members():
         population(lambda h: loss(h), start | {"flat": jnp.ones(3), "unused": jnp.ones(3)}, **settings)
 
 
-@pytest.mark.parametrize("at", [0, 2, 4])
+@pytest.mark.parametrize("at", [pytest.param(0, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_resume_is_bit_identical(tmp_path, at):
     """A member has ended before the interruption, or ends after it."""
     settings = broken("skip") | {"patience": 12}

@@ -302,7 +302,7 @@ def test_a_broken_carry_and_a_broken_inner_solve_are_seen():
         ({"max_inner_steps": 0}, "max_inner_steps"),
         ({"max_seconds": -1.0}, "max_seconds"),
         ({"save_every": 2.5}, r"write an integer for outer steps, `datetime.timedelta\(seconds=2.5\)`"),
-        ({"projections": 3.0}, "is no function"),
+        ({"projections": 3.0}, r"`projections` got 3.0 .*cannot be called"),
         ({"projections": {"a": None}}, "does not fit `hparams`"),
         ({"projections": optax.projections.projection_non_negative, "transforms": jaxhpo.positive}, "keep one of them"),
         ({"projections": lambda h: h - 1.0}, "starts outside the set of its projection"),
