@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxhpo._core.errors import NonFiniteError, ZeroHypergradientError, ZeroHypergradientWarning
 from jaxhpo._core.tree import all_finite, names
@@ -16,7 +17,11 @@ from jaxhpo._core.types import PyTree
 
 
 def raise_if_zero(
-    hypergrad: PyTree, messages: list, leaf_names: list[str], structure: Callable[[], list[bool]] | None = None
+    hypergrad: PyTree,
+    messages: list,
+    leaf_names: list[str],
+    structure: Callable[[], list[bool]] | None = None,
+    members: np.ndarray | None = None,
 ) -> None:
     """Raises for a leaf that is structurally zero, in whole, or in part where a rule cuts it off.
 
@@ -27,6 +32,7 @@ def raise_if_zero(
       messages: the warnings raised while tracing it.
       leaf_names: the leaves' names.
       structure: for each leaf, whether its derivative can be non-zero at all; called only when needed.
+      members: indices of the members of a population to look at, the leading axis of every leaf; None without one.
 
     Raises:
       ZeroHypergradientError: names the leaf and, where a rule gave one, the reason.
@@ -35,10 +41,14 @@ def raise_if_zero(
     can_be_nonzero = functools.cache(structure) if structure else None
     for i, (name, leaf) in enumerate(zip(leaf_names, jax.tree.leaves(hypergrad), strict=True)):
         reason = reasons.get(name)
-        entries = zero_entries(leaf, reason)
+        found = [zero_entries(x, reason) for x in ([leaf] if members is None else leaf[members])]
+        entries = max(found, key=("", "some entries", "every entry").index)
         if not entries:
             continue
-        begin = f"The hypergradient of `{name}` is exactly zero in {entries}"
+        who = f"`{name}`"
+        if members is not None:
+            who += f" ({named_members(members[[e == entries for e in found]])})"
+        begin = f"The hypergradient of {who} is exactly zero in {entries}"
         if reason:
             raise ZeroHypergradientError(f"{begin}: {reason}")
         if can_be_nonzero and not can_be_nonzero()[i]:
@@ -48,7 +58,7 @@ def raise_if_zero(
                 f"the optimiser.{others}"
             )
         text = (
-            f"`{name}` has a hypergradient of exactly zero at this point: start elsewhere if it does not move (a count "
+            f"{who} has a hypergradient of exactly zero at this point: start elsewhere if it does not move (a count "
             "of errors is flat: take a smooth loss, or `EvolutionStrategies`)."
         )
         warnings.warn(ZeroHypergradientWarning(text, name), stacklevel=3)
@@ -65,6 +75,12 @@ def zero_entries(leaf: Any, reason: ZeroHypergradientWarning | None) -> str:
     if zero.size and zero.all():
         return "every entry"
     return "some entries" if zero.any() and reason is not None and reason.partial else ""
+
+
+def named_members(indices: np.ndarray) -> str:
+    """Names members of a population: `member 3`, `members 0, 2, 5`; at most ten of them."""
+    shown = ", ".join(str(int(i)) for i in indices[:10])
+    return f"member{'s' * (len(indices) > 1)} {shown}{', …' * (len(indices) > 10)}"
 
 
 def raise_unless_finite(value: jax.Array, hypergrad: PyTree, diagnosis: Callable[[], str]) -> None:

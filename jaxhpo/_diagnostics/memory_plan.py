@@ -168,8 +168,8 @@ def _row(with_grad, hparams, training, rules: Iterable = (), schedule: Any = Non
 def _reason(row: UnrolledSolve) -> str:
     steps = row.num_steps
     text = (
-        f"{short_name(row.adjoint)} keeps {describe_schedule(row.schedule)}: a state is {human_bytes(row.state)}, {steps} of "
-        f"them {human_bytes(steps * row.state)}; plain autodiff may keep at most "
+        f"{short_name(row.adjoint)} keeps {describe_schedule(row.schedule)}: a state is {human_bytes(row.state)}, "
+        f"{steps} of them {human_bytes(steps * row.state)}; plain autodiff may keep at most "
         f"{human_bytes(steps * (row.state + row.residuals))}"
     )
     if row.gradient:

@@ -1,4 +1,4 @@
-"""What several JAX processes, each of which runs the same program, must agree on. One process asks nobody."""
+"""Multi-host agreement; a no-op with one process."""
 
 from __future__ import annotations
 
@@ -14,31 +14,32 @@ from jaxhpo._core.errors import JaxhpoError
 
 
 def on_any(yes: bool) -> bool:
-    """Whether one process or more says so: clocks differ, and a signal comes where it comes."""
+    """Returns whether the argument is True on any process: clocks differ, and a signal may reach one process only."""
     return yes if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.asarray(yes)).any())
 
 
 def from_first(fn: Callable[[], Any]) -> Any:
-    """What `fn()` returns on process 0, where alone it runs, on all of them; raises on all what it raises there.
+    """Calls `fn` on process 0 only; returns its result, or raises its exception, on all processes.
 
     Args:
       fn: returns what JSON can hold; raises `JaxhpoError` or `OSError`.
     """
-    told: Any = None
+    if jax.process_count() == 1:
+        return fn()
+    message: Any = None
     if jax.process_index() == 0:
         try:
-            told = {"found": fn()}
+            message = {"result": fn()}
         except (JaxhpoError, OSError) as error:
-            told = {"refused": isinstance(error, JaxhpoError), "error": str(error)}
-    told = _broadcast(told)
-    if "error" in told:
-        raise JaxhpoError(told["error"]) if told["refused"] else OSError(told["error"])
-    return told["found"]
+            message = {"refused": isinstance(error, JaxhpoError), "error": str(error)}
+    message = _broadcast(message)
+    if "error" in message:
+        raise JaxhpoError(message["error"]) if message["refused"] else OSError(message["error"])
+    return message["result"]
 
 
 def _broadcast(message):
-    if jax.process_count() == 1:
-        return message
+    """Sends the length, then the JSON text: all processes must know the shape of what they receive."""
     text = np.frombuffer(json.dumps(message).encode(), np.uint8)
     length = int(multihost_utils.broadcast_one_to_all(np.asarray(len(text), np.int32)))
     text = text if jax.process_index() == 0 else np.zeros(length, np.uint8)
@@ -46,7 +47,7 @@ def _broadcast(message):
 
 
 def whole(x: Any) -> np.ndarray:
-    """An array in NumPy; gathered where parts of it lie with other processes."""
+    """Returns the array in NumPy; gathers it where parts of it lie with other processes."""
     if getattr(x, "is_fully_addressable", True) or x.is_fully_replicated:
         return np.asarray(x)
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))

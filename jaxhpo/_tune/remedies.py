@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import types
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.transforms import positive, to_natural
 from jaxhpo._core.tree import names, norm, scaled, upcast
 from jaxhpo._core.types import PyTree
-from jaxhpo._core.validate import check_callable, check_count, check_positive, check_residual, describe
+from jaxhpo._core.validate import check_callable, check_count, check_positive, check_residual
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +84,9 @@ class Remedies:
             )
 
 
+NO_REMEDIES = Remedies()
+
+
 def clipped(remedies: Remedies, grad: PyTree) -> tuple[PyTree, dict[str, jax.Array]]:
     """The hypergradient within its bounds, and counts of what that changed."""
     none = jnp.zeros((), jnp.int32)
@@ -116,25 +121,20 @@ def shrunk(remedies: Remedies, transforms: PyTree, grad: PyTree, point: PyTree) 
 
 
 def under_positive(transforms: PyTree, point: PyTree) -> list[bool]:
-    """For each leaf, whether its transform is `positive`."""
+    """Returns for each leaf whether its transform is `positive`."""
     return jax.tree.leaves(_marked(transforms, point, lambda transform: transform is positive))
 
 
 def _marked(transforms, point, test):
-    """For each leaf, what `test` says of its transform; False where it has none."""
-    return to_natural(jax.tree.map(lambda t: _Marker(test(t)), transforms), jax.tree.map(lambda x: False, point))
+    """Returns for each leaf `test` of its transform; False where it has none."""
 
+    # `to_natural` finds the transform of each leaf: it applies transforms whose value is the mark.
+    def marker(transform):
+        mark = lambda leaf: test(transform)  # noqa: E731
+        return types.SimpleNamespace(forward=mark, inverse=mark)
 
-class _Marker:
-    """A transform whose values say something of the one that it stands for."""
-
-    def __init__(self, mark):
-        self.mark = mark
-
-    def forward(self, leaf):
-        return self.mark
-
-    inverse = forward
+    marks = jax.tree.map(marker, transforms)
+    return to_natural(marks, jax.tree.map(lambda x: False, point))
 
 
 def projected(projections: PyTree, point: PyTree) -> tuple[PyTree, jax.Array]:
@@ -151,38 +151,33 @@ def check_projections(projections: PyTree, transforms: PyTree, point: PyTree) ->
     """Raises unless each projection is a function of a part of the hyperparameters that holds the start."""
     if projections is None:
         return
+    functions = jax.tree.map(
+        lambda f: (lambda part: part) if f is None else f, projections, is_leaf=lambda x: x is None
+    )
+    for function in jax.tree.leaves(functions):
+        check_callable("projections", function, "projection(hparams)", 1)
+    marks = _marked(transforms, point, lambda transform: True)
     try:
-        jax.tree.map(lambda f, part: part, projections, point, is_leaf=_is_projection)
+        both = jax.tree.map(
+            lambda f, part: jax.tree.map(lambda m: f is not None and m, part),
+            projections,
+            marks,
+            is_leaf=_is_projection,
+        )
     except (ValueError, TypeError) as error:
         raise JaxhpoError(
             f"`projections` got {projections!r}, which does not fit `hparams`: write a function such as "
             f"`optax.projections.projection_non_negative` or None, for all of it or for each part under its own name "
             f"({str(error).splitlines()[0]})."
         ) from error
-    for function in jax.tree.leaves(projections, is_leaf=_is_projection):
-        if function is not None and not callable(function):
-            raise JaxhpoError(
-                f"`projections` got {describe(function)}, which is no function: write "
-                "`optax.projections.projection_simplex`, say."
-            )
-        if function is not None:
-            check_callable("projections", function, "projection(hparams)", 1)
-    marks = _marked(transforms, point, lambda transform: True)
-    both = jax.tree.map(
-        lambda f, part: jax.tree.map(lambda m: f is not None and m, part), projections, marks, is_leaf=_is_projection
-    )
-    for name, clash in zip(names(point, "hparams"), jax.tree.leaves(both), strict=True):
+    after = jax.tree.map(lambda f, part: check_residual(f(part), part, "projections", "hparams"), functions, point)
+    leaves = (jax.tree.leaves(tree) for tree in (both, after, point))
+    for name, clash, a, b in zip(names(point, "hparams"), *leaves, strict=True):
         if clash:
             raise JaxhpoError(
                 f"`{name}` has a transform and a projection, but a projection acts in natural units: keep one of them."
             )
-
-    def checked(function, part):
-        return part if function is None else check_residual(function(part), part, "projections", "hparams")
-
-    after = jax.tree.map(checked, projections, point, is_leaf=_is_projection)
-    for name, a, b in zip(names(point, "hparams"), jax.tree.leaves(after), jax.tree.leaves(point), strict=True):
-        if not jnp.allclose(a, b, rtol=1e-5, atol=1e-6):
+        if not isinstance(a, Tracer) and not jnp.allclose(a, b, rtol=1e-5, atol=1e-6):
             raise JaxhpoError(
                 f"`{name}` starts outside the set of its projection, which would move it to {a}: start there."
             )

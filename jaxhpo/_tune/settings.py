@@ -1,69 +1,70 @@
-"""The settings of an optax transformation, which it keeps in the closures of its functions."""
+"""Settings of an optax transformation, read from the closures of its functions."""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import re
 import types
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-DEEPEST = 12  # closures within closures
+DEEPEST = 16  # nesting of optax's own optimisers and schedules; a bound, as a function may close over itself
 
 
 def fingerprint(optimizer: Any) -> dict[str, str]:
-    """Every number and name found in the closures of the optimiser's update, by the function that holds it.
+    """Returns every number and name in the closures of the optimiser's update, by the function that holds it.
 
-    Enough to tell a user that another learning rate is in use; two optimisers may agree in it and differ all the same.
+    Enough to tell a user that another learning rate is in use; two different optimisers may have the same fingerprint.
 
     Example:
       >>> import optax
       >>> fingerprint(optax.sgd(0.5))["scale.step_size"]
       '-0.5'
     """
-    found: dict[str, str] = {}
-
-    def note(name, text):
-        count = sum(key == name or key.startswith(f"{name} (") for key in found)
-        found[f"{name} ({count + 1})" if count else name] = text
-
-    def visit(value, name, depth):
-        if depth > DEEPEST:
-            return
-        if isinstance(value, functools.partial):
-            value = (value.func, value.args, value.keywords)
-        if isinstance(value, types.FunctionType):
-            owner = value.__qualname__.split(".<locals>")[0].rpartition(".")[2]
-            note(f"{name}()" if name else "update", owner)
-            for variable, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
-                visit(_content(cell), f"{owner}.{variable}", depth + 1)
-        elif isinstance(value, (bool, int, float, complex, str, type(None), np.generic)):
-            note(name, repr(value))
-        elif isinstance(value, (np.ndarray, jax.Array)):
-            value = jax.random.key_data(value) if jnp.issubdtype(value.dtype, jax.dtypes.prng_key) else value
-            note(name, str(np.asarray(value)) if value.size <= 8 else f"{value.dtype}{list(value.shape)}")
-        elif isinstance(value, dict):
-            for key in sorted(value, key=str):
-                visit(value[key], f"{name}[{key!r}]", depth + 1)
-        elif isinstance(value, (tuple, list)):
-            for item in value:
-                visit(item, name, depth + 1)
-        elif dataclasses.is_dataclass(value):
-            visit({f.name: getattr(value, f.name) for f in dataclasses.fields(value)}, name, depth + 1)
-        else:
-            note(name, type(value).__name__)
-
-    visit(optimizer.update, "", 0)
+    counts: collections.Counter[str] = collections.Counter()
+    found = {}
+    for name, text in _settings(optimizer.update, "", 0):
+        counts[name] += 1
+        found[name if counts[name] == 1 else f"{name} ({counts[name]})"] = text
     return found
 
 
-def described(functions: Any) -> str | None:
-    """What prints of a tree of functions, without the addresses, which differ from process to process."""
-    return None if functions is None else re.sub(r" at 0x[0-9a-f]+", "", repr(functions))
+def _settings(value, name, depth) -> Iterator[tuple[str, str]]:
+    if depth > DEEPEST:
+        return
+    if isinstance(value, functools.partial):
+        value = (value.func, value.args, value.keywords)
+    if isinstance(value, types.FunctionType):
+        owner = value.__qualname__.split(".<locals>")[0].rpartition(".")[2]
+        yield f"{name}()" if name else "update", owner
+        cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
+        parts = [(f"{owner}.{variable}", _content(cell)) for variable, cell in cells]
+    elif isinstance(value, (tuple, list)):
+        parts = [(name, item) for item in value]
+    elif isinstance(value, dict):
+        parts = [(f"{name}[{key!r}]", value[key]) for key in sorted(value, key=str)]
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        parts = [(f"{name}[{f.name!r}]", getattr(value, f.name)) for f in dataclasses.fields(value)]
+    else:
+        parts = []
+        yield name, _text(value)
+    for part, content in parts:
+        yield from _settings(content, part, depth + 1)
+
+
+def _text(value) -> str:
+    if isinstance(value, (bool, int, float, complex, str, type(None), np.generic)):
+        return repr(value)
+    if not isinstance(value, (np.ndarray, jax.Array)):
+        return type(value).__name__
+    value = jax.random.key_data(value) if jnp.issubdtype(value.dtype, jax.dtypes.prng_key) else value
+    return str(np.asarray(value)) if value.size <= 8 else f"{value.dtype}{list(value.shape)}"
 
 
 def _content(cell):
@@ -71,3 +72,8 @@ def _content(cell):
         return cell.cell_contents
     except ValueError:  # of a variable that was never set
         return None
+
+
+def described(functions: Any) -> str | None:
+    """Returns the repr of a tree of functions without addresses, which differ from process to process."""
+    return None if functions is None else re.sub(r" at 0x[0-9a-f]+", "", repr(functions))

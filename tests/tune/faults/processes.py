@@ -145,18 +145,18 @@ def timed(folder):
 
 def full(folder):
     """The disk of process 0 refuses the seal of the last checkpoint: all warn, and the same call saves it then."""
-    seal, refusals = sharded_dir._FirstDir.seal, [OSError("No space left")] * 2  # after the last step, and at the end
+    seal, refusals = sharded_dir.ShardedDir._seal, [OSError("No space left")] * 2  # after the last step, and at the end
 
     def refusing(self, *args):
         if self.num_rows == STEPS and refusals:
             raise refusals.pop()
         seal(self, *args)
 
-    sharded_dir._FirstDir.seal = refusing
+    sharded_dir.ShardedDir._seal = refusing
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         result = tune(folder)
-    sharded_dir._FirstDir.seal = seal
+    sharded_dir.ShardedDir._seal = seal
     return [result, *(str(w.message) for w in caught if "could not be saved" in str(w.message)), tune(folder)]
 
 

@@ -123,7 +123,7 @@ def test_refusals_are_told_by_all(ended):
     start, use, alone = (told["refusal"] for told in ended["refused"])
     assert "began with another value of ['hparams']['goal']" in start
     assert "is in use by process" in use
-    assert "a run of one process cannot be gone on with by several" in alone
+    assert "a run of one process cannot be resumed by several" in alone
 
 
 @ORBAX
@@ -156,5 +156,5 @@ def test_gone_on_with_by_one_process(ended, folder):
 def test_without_orbax(tmp_path, monkeypatch):
     (tmp_path / "state-00000001.orbax").mkdir()  # of several processes
     monkeypatch.setitem(sys.modules, "orbax", None)
-    with pytest.raises(ImportError, match=r"pip install 'jaxhpo\[orbax\]'; or leave `run_dir` out"):
+    with pytest.raises(ImportError, match=r"pip install 'jaxhpo\[orbax\]'; or omit `run_dir`"):
         jaxhpo.tune(jnp.sum, jnp.ones(2), optax.sgd(0.1), num_steps=1, run_dir=tmp_path, progress=False)
