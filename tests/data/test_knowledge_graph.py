@@ -1,42 +1,12 @@
 """Knowledge graphs are read from archives and folders; what is wrong with a file is named with its line."""
 
-import io
-import tarfile
-
 import numpy as np
 import pytest
+from knowledge_graphs import TEST, TRAIN, VALID, write_archive, write_folder
+from knowledge_graphs import mirror as mirror
 
 import jaxhpo
-from jaxhpo.data import _download, knowledge_graph
-
-TRAIN = "b\tlikes\ta\na\tlikes\tb\nb\tis\tb\n"
-VALID = "a\tis\tb\n"
-TEST = "a\tis\ta\nb\tlikes\tb\n"
-
-
-def write_folder(folder, train=TRAIN, valid=VALID, test=TEST):
-    for name, text in (("train", train), ("valid", valid), ("test", test)):
-        if text is not None:
-            (folder / f"{name}.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
-    return folder
-
-
-@pytest.fixture
-def mirror(tmp_path, monkeypatch):
-    """A folder of archives that are not the published ones."""
-    monkeypatch.setenv("JAXHPO_DATA_DIR", str(tmp_path))
-    monkeypatch.setattr(_download, "_verify", lambda path, sha256: None)
-    return tmp_path
-
-
-def write_archive(path, train=TRAIN, valid=VALID, test=TEST, inside=""):
-    path.parent.mkdir(exist_ok=True)
-    with tarfile.open(path, "w:gz") as archive:
-        for name, text in (("train", train), ("valid", valid), ("test", test)):
-            if text is not None:
-                member = tarfile.TarInfo(f"{inside}{name}.txt")
-                member.size = len(text)
-                archive.addfile(member, io.BytesIO(text.encode()))
+from jaxhpo.data import knowledge_graph
 
 
 def test_a_folder_is_read(tmp_path):
