@@ -68,7 +68,12 @@ from jaxhpo._linear.nystrom import Nystrom as Nystrom
 from jaxhpo._solve import solve as solve
 from jaxhpo._tune.record import TuneStep as TuneStep
 from jaxhpo._tune.remedies import Remedies as Remedies
+from jaxhpo._tune.step import OuterReport as OuterReport
+from jaxhpo._tune.step import OuterState as OuterState
+from jaxhpo._tune.step import OuterStep as OuterStep
+from jaxhpo._tune.step import outer_step as outer_step
 from jaxhpo._tune.table import history_table as history_table
+from jaxhpo._tune.tune import Member as Member
 from jaxhpo._tune.tune import TuneResult as TuneResult
 from jaxhpo._tune.tune import tune as tune
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxhpo._core.errors import NonFiniteError, ZeroHypergradientError, ZeroHypergradientWarning
 from jaxhpo._core.tree import all_finite, is_inexact, names
@@ -15,7 +16,11 @@ from jaxhpo._core.types import PyTree
 
 
 def raise_if_zero(
-    hypergrad: PyTree, messages: list, leaf_names: list[str], structure: Callable[[], list[bool]] | None = None
+    hypergrad: PyTree,
+    messages: list,
+    leaf_names: list[str],
+    structure: Callable[[], list[bool]] | None = None,
+    members: np.ndarray | None = None,
 ) -> None:
     """Raises for a leaf that is zero throughout and cannot be otherwise, or in part where a rule cuts it off.
 
@@ -23,32 +28,45 @@ def raise_if_zero(
 
     Args:
       hypergrad: the hypergradient, concrete.
-      messages: the warnings met while tracing it.
+      messages: the warnings issued while tracing it.
       leaf_names: the leaves' names.
-      structure: for each leaf, whether its derivative can be non-zero at all; asked only when needed.
+      structure: for each leaf, whether its derivative can be non-zero at all; called only when needed.
+      members: indices of the members of a population to look at, the leading axis of every leaf; None without one.
 
     Raises:
       ZeroHypergradientError: names the leaf and, where a rule said so, the reason.
     """
     reasons = {w.leaf: w for w in messages if isinstance(w, ZeroHypergradientWarning)}
-
     seen = functools.cache(structure) if structure else None
     for i, (name, leaf) in enumerate(zip(leaf_names, jax.tree.leaves(hypergrad), strict=True)):
-        reason, zero = reasons.get(name), leaf.size > 0 and not jnp.any(leaf != 0)
-        if reason and zero:
-            raise ZeroHypergradientError(f"The hypergradient of `{name}` is exactly zero in every entry: {reason}")
-        if reason and reason.partial and bool(jnp.any(leaf == 0)):
-            raise ZeroHypergradientError(f"The hypergradient of `{name}` is exactly zero in some entries: {reason}")
-        if zero and seen and not seen()[i]:
+        if not leaf.size:
+            continue
+        rows = leaf.reshape(1, -1) if members is None else leaf.reshape(len(leaf), -1)[members]
+        is_zero = rows == 0
+        zero, cut = np.asarray(is_zero.all(1)), np.asarray(is_zero.any(1))
+        reason = reasons.get(name)
+        which = cut if reason and reason.partial and not zero.any() else zero
+        who = f"`{name}`" if members is None else f"`{name}` ({named_members(members[which])})"
+        if reason and zero.any():
+            raise ZeroHypergradientError(f"The hypergradient of {who} is exactly zero in every entry: {reason}")
+        if reason and which.any():
+            raise ZeroHypergradientError(f"The hypergradient of {who} is exactly zero in some entries: {reason}")
+        if zero.any() and seen and not seen()[i]:
             told = " ".join(f"({w})" for w in messages if isinstance(w, ZeroHypergradientWarning))
             raise ZeroHypergradientError(
-                f"The hypergradient of `{name}` is exactly zero in every entry: nothing that the outer loss sees "
+                f"The hypergradient of {who} is exactly zero in every entry: nothing that the outer loss sees "
                 f"depends on it. Remove it, or use it in the train loss or the optimiser. {told}".rstrip()
             )
-        if zero:
+        if zero.any():
             text = "has a hypergradient of exactly zero at this point: start elsewhere if it does not move (a count of "
             text += "errors is flat: take a smooth loss, or `EvolutionStrategies`)."
-            warnings.warn(ZeroHypergradientWarning(f"`{name}` {text}", name), stacklevel=3)
+            warnings.warn(ZeroHypergradientWarning(f"{who} {text}", name), stacklevel=3)
+
+
+def named_members(indices: np.ndarray) -> str:
+    """Names members of a population: `member 3`, `members 0, 2, 5`; at most ten of them."""
+    shown = ", ".join(str(int(i)) for i in indices[:10])
+    return f"member{'s' * (len(indices) > 1)} {shown}{', …' * (len(indices) > 10)}"
 
 
 def raise_unless_finite(value: jax.Array, hypergrad: PyTree, diagnosis: Callable[[], str]) -> None:

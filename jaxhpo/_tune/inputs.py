@@ -1,11 +1,11 @@
-"""What `tune` accepts: its arguments checked, and the outer loss brought into one form."""
+"""Checks of the arguments of `tune` and `outer_step`, and one form for the outer loss."""
 
 from __future__ import annotations
 
 import datetime
 import inspect
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,32 +25,28 @@ from jaxhpo._core.validate import (
 from jaxhpo._tune.history import EXTRAS
 from jaxhpo._tune.remedies import Remedies
 
+WITH_CARRY = "outer_loss(hparams, carry, key) -> (value, carry, info)"
+
 
 class Evaluator(NamedTuple):
-    """The outer loss in one form, and what may stand in for its differentiation."""
+    """The outer loss in one form, and the function that replaces its differentiation."""
 
     loss: Callable | None  # (hparams, carry, key) -> (value, carry, info)
     gradient: Callable | None  # (hparams, carry, key) -> (value, hypergradient, carry, info)
 
 
 def make_evaluator(outer_loss, gradient) -> Evaluator:
-    """Brings both forms of the outer loss into one; raises for anything else."""
-    if gradient is not None:
-        gradient = _checked_gradient(gradient)
-        if outer_loss is None:
-            return Evaluator(None, gradient)
+    """Converts both forms of the outer loss into one; raises for anything else."""
+    gradient = None if gradient is None else _checked_gradient(gradient)
     if outer_loss is None:
-        raise JaxhpoError("`outer_loss` got None without a `gradient`: pass a function `outer_loss(hparams)`.")
-    if _accepts(outer_loss, 3):
+        if gradient is None:
+            raise JaxhpoError("`outer_loss` got None without a `gradient`: pass a function `outer_loss(hparams)`.")
+        return Evaluator(None, gradient)
+    if takes_carry(outer_loss):
 
         def loss(hparams, carry, key):
-            out = outer_loss(hparams, carry, key)
-            if not (isinstance(out, tuple) and len(out) == 3):
-                raise JaxhpoError(
-                    f"`outer_loss(hparams, carry, key)` returned {describe(out)}, but what it carries is expected too: "
-                    f"return `(value, carry, info)`; info may be None."
-                )
-            return check_scalar(out[0], "outer_loss"), check_arrays(out[1], "carry"), check_arrays(out[2], "info")
+            value, carry, info = _outputs(outer_loss(hparams, carry, key), "outer_loss", "value, carry, info")
+            return check_scalar(value, "outer_loss"), carry, info
 
         return Evaluator(loss, gradient)
     check_callable("outer_loss", outer_loss, "outer_loss(hparams)", 1, " or `outer_loss(hparams, carry, key)`")
@@ -65,43 +61,84 @@ def _checked_gradient(gradient):
     check_callable("gradient", gradient, "gradient(hparams, carry, key)", 3)
 
     def checked(hparams, carry, key):
-        out = gradient(hparams, carry, key)
-        if not (isinstance(out, tuple) and len(out) == 4):
-            raise JaxhpoError(
-                f"`gradient(hparams, carry, key)` returned {describe(out)}, but more is expected: return "
-                f"`(value, hypergradient, carry, info)`; carry and info may be None."
-            )
+        out = _outputs(gradient(hparams, carry, key), "gradient", "value, hypergradient, carry, info")
         value, hypergrad, carry, info = out
         check_residual(hypergrad, hparams, "gradient", "hparams")
         hypergrad = jax.tree.map(lambda g, h: jnp.asarray(g, h.dtype), hypergrad, hparams)
-        return check_scalar(value, "gradient"), hypergrad, check_arrays(carry, "carry"), check_arrays(info, "info")
+        return check_scalar(value, "gradient"), hypergrad, carry, info
 
     return checked
 
 
-def _accepts(fn, num_args) -> bool:
-    """Whether exactly this many positional arguments are required: defaults do not make a carry."""
+def _outputs(out, what, wanted) -> tuple:
+    if not isinstance(out, tuple) or len(out) != len(wanted.split()):
+        raise JaxhpoError(
+            f"`{what}(hparams, carry, key)` returned {describe(out)}, but more is expected: return `({wanted})`; "
+            "carry and info may be None."
+        )
+    check_arrays(out[-2], "carry")
+    check_arrays(out[-1], "info")
+    return out
+
+
+def takes_carry(outer_loss) -> bool:
+    """Returns whether exactly three positional arguments are required: defaults do not make a carry."""
     try:
-        parameters = inspect.signature(fn).parameters.values()
+        parameters = inspect.signature(outer_loss).parameters.values()
     except (TypeError, ValueError):
         return False
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return sum(p.kind in positional and p.default is p.empty for p in parameters) == num_args
+    return sum(p.kind in positional and p.default is p.empty for p in parameters) == 3
 
 
-def check_settings(optimizer, num_steps, transforms, patience, min_delta, save_every, max_seconds, progress):
-    """Raises for a setting that cannot work."""
+def check_optimizer(optimizer, transforms) -> None:
+    """Raises unless these are an optax transformation and instances of transforms."""
     has_both = hasattr(optimizer, "init") and hasattr(optimizer, "update")
     if not has_both or isinstance(optimizer, (type, Solver)):
         raise JaxhpoError(
-            f"`optimizer` got {describe(optimizer)}, which is no optax transformation: write `optax.adam(0.1)`, say."
+            f"`optimizer` got {describe(optimizer)}, not an optax transformation: write `optax.adam(0.1)`, say."
         )
-    check_count("num_steps", num_steps)
-    check_nonnegative("min_delta", min_delta)
-    if patience is not None:
-        check_count("patience", patience)
-    if max_seconds is not None:
-        check_positive("max_seconds", max_seconds)
+    for transform in jax.tree.leaves(transforms):
+        if isinstance(transform, type):
+            name = transform.__name__
+            raise JaxhpoError(
+                f"`transforms` got the class {name}, not an instance: write `{name}(...)`, as `box(0.0, 1.0)`."
+            )
+
+
+def check_policies(remedies, outer_loss, gradient, on_not_finite="stop", monitor=None) -> None:
+    """Raises for a policy that is invalid, or that needs the key or the info of an outer loss that has none."""
+    if not isinstance(remedies, Remedies):
+        raise JaxhpoError(f"`remedies` got {describe(remedies)}: write `jaxhpo.Remedies(clip=0.5)`, say.")
+    if not isinstance(on_not_finite, str) or on_not_finite not in ("stop", "skip", "backtrack"):
+        raise JaxhpoError(f"`on_not_finite` got {describe(on_not_finite)}: write 'stop', 'skip' or 'backtrack'.")
+    if monitor is not None:
+        check_callable("monitor", monitor, "monitor(info)", 1)
+    if gradient is not None or outer_loss is None or takes_carry(outer_loss):
+        return
+    for is_wanted, problem, instead in (
+        (remedies.accumulate > 1, f"`{remedies!r}` averages over keys, and all outer losses would be equal", ""),
+        (on_not_finite == "skip", "`on_not_finite='skip'` takes the next key, and would fail again", " or 'backtrack'"),
+        (monitor is not None, "`monitor(info)` needs an info", ""),
+    ):
+        if is_wanted:
+            raise JaxhpoError(
+                f"{problem}, since `outer_loss(hparams)` has neither key nor info: write `{WITH_CARRY}`{instead}."
+            )
+
+
+def check_settings(num_steps, population, patience, min_delta, save_every, max_seconds, max_inner_steps, progress):
+    """Raises for a setting of `tune` that is not valid."""
+    for what, value, check in (
+        ("num_steps", num_steps, check_count),
+        ("min_delta", min_delta, check_nonnegative),
+        ("population", population, check_count),
+        ("patience", patience, check_count),
+        ("max_seconds", max_seconds, check_positive),
+        ("max_inner_steps", max_inner_steps, check_count),
+    ):
+        if value is not None or what in ("num_steps", "min_delta"):
+            check(what, value)
     if isinstance(save_every, float):
         raise JaxhpoError(
             f"`save_every` got {save_every!r}, which may be steps or seconds: write an integer for outer steps, "
@@ -113,56 +150,22 @@ def check_settings(optimizer, num_steps, transforms, patience, min_delta, save_e
         raise JaxhpoError(f"`save_every` got {save_every!r}, a negative time: write a positive one, or zero.")
     if not isinstance(progress, bool):
         raise JaxhpoError(f"`progress` got {describe(progress)}: write True or False.")
-    for transform in jax.tree.leaves(transforms):
-        if isinstance(transform, type):
-            name = transform.__name__
-            raise JaxhpoError(
-                f"`transforms` got the class {name}, not an instance: write `{name}(...)`, as `box(0.0, 1.0)`."
-            )
 
 
-def check_policies(remedies, on_not_finite, monitor, max_inner_steps, outer_loss, gradient):
-    """Raises for a policy that cannot work."""
-    if not isinstance(remedies, Remedies):
-        raise JaxhpoError(f"`remedies` got {describe(remedies)}: write `jaxhpo.Remedies(clip=0.5)`, say.")
-    if not isinstance(on_not_finite, str) or on_not_finite not in ("stop", "skip", "backtrack"):
-        raise JaxhpoError(f"`on_not_finite` got {describe(on_not_finite)}: write 'stop', 'skip' or 'backtrack'.")
-    if monitor is not None:
-        check_callable("monitor", monitor, "monitor(info)", 1)
-    if max_inner_steps is not None:
-        check_count("max_inner_steps", max_inner_steps)
-    if gradient is None and outer_loss is not None and not _accepts(outer_loss, 3):
-        if remedies.accumulate > 1:
-            raise JaxhpoError(
-                f"`{remedies!r}` takes the mean over outer losses of different keys, but `outer_loss(hparams)` takes "
-                "none, and all would be the same: write `outer_loss(hparams, carry, key) -> (value, carry, info)`."
-            )
-        if on_not_finite == "skip":
-            raise JaxhpoError(
-                "`on_not_finite='skip'` takes the step again with another key, but `outer_loss(hparams)` takes none, "
-                "and it would be what it was: write 'backtrack', or `outer_loss(hparams, carry, key)`."
-            )
-        if monitor is not None:
-            raise JaxhpoError(
-                "`monitor(info)` needs an info, but `outer_loss(hparams)` returns none: write `outer_loss(hparams, "
-                "carry, key) -> (value, carry, info)`, with what is monitored in info."
-            )
-
-
-def check_wanted(record) -> tuple[str, ...]:
-    """What is recorded beside, as a tuple; raises for another name."""
-    wanted = (record,) if isinstance(record, str) or not isinstance(record, (tuple, list, set)) else tuple(record)
-    unknown = [name for name in wanted if not isinstance(name, str) or name not in EXTRAS]
-    if unknown:
-        raise JaxhpoError(f"`record` got {describe(unknown[0])}, of which nothing is known: write some of {EXTRAS}.")
+def check_record(record) -> tuple[str, ...]:
+    """Returns the names of extra columns as a tuple; raises for an unknown one."""
+    wanted = tuple(record) if isinstance(record, (tuple, list, set)) else (record,)
+    for name in wanted:
+        if not isinstance(name, str) or name not in EXTRAS:
+            raise JaxhpoError(f"`record` got {describe(name)}, an unknown name: write some of {EXTRAS}.")
     return wanted
 
 
 def check_callbacks(callbacks) -> tuple:
-    """The callbacks as a tuple; raises unless they are functions of one argument."""
+    """Returns the callbacks as a tuple; raises unless they are functions of one argument."""
     try:
         listed = None if callable(callbacks) else tuple(callbacks)
-    except TypeError:  # nothing to iterate over, as in an array without axes
+    except TypeError:  # not iterable, as an array without axes
         listed = None
     if listed is None:
         raise JaxhpoError(
@@ -171,3 +174,11 @@ def check_callbacks(callbacks) -> tuple:
     for callback in listed:
         check_callable("callbacks", callback, "callback(tune_step)", 1)
     return listed
+
+
+def convert(kind: Callable[[Any], Any], value: Any, problem: str) -> Any:
+    """Returns `kind(value)`, a float or a bool; raises where a user's function returned something else."""
+    try:
+        return kind(value)
+    except (TypeError, ValueError):
+        raise JaxhpoError(problem.format(describe(value))) from None

@@ -25,7 +25,7 @@ try:
 except ImportError:  # Windows, where nothing keeps a second process out
     fcntl = None
 
-SCHEMA = 2  # of what a checkpoint holds; another number is refused
+SCHEMA = 3  # of what a checkpoint holds; another number is refused
 KEPT = 2  # checkpoints, the newest
 STATUS = "status.json"
 PLAIN = ("schema", "rows", "history", "settings")  # arrays beside the leaves of the state
@@ -195,11 +195,11 @@ class RunDir:
                 old.unlink()
         return True
 
-    def tell(self, **told: Any) -> None:
+    def write_status(self, **fields: Any) -> None:
         """Leaves word of how the run stands, for `jaxhpo show`; nothing depends on it, so a disk may refuse it."""
         temporary = self.folder / "status.tmp"
         with contextlib.suppress(OSError):
-            temporary.write_text(json.dumps(told) + "\n")
+            temporary.write_text(json.dumps(fields) + "\n")
             os.replace(temporary, self.folder / STATUS)
 
     def _plain(self, settings) -> tuple[str, ...]:

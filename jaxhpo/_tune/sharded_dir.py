@@ -82,10 +82,10 @@ class ShardedDir:
         if self._first is not None:
             self._first.append(row)
 
-    def tell(self, **told: Any) -> None:
-        """As `RunDir.tell`."""
+    def write_status(self, **fields: Any) -> None:
+        """Writes the run's status."""
         if self._first is not None:
-            self._first.tell(**told)
+            self._first.write_status(**fields)
 
     def save(self, tree: PyTree, settings: dict[str, Any]) -> bool:
         """Writes a checkpoint, as `RunDir.save`; every process must call it, and what Orbax cannot write is raised."""

@@ -1,30 +1,36 @@
-"""The compiled outer step."""
+"""The outer step as two pure functions, `init` and `update`; `tune` is a loop over them."""
 
 from __future__ import annotations
 
-import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxhpo._core.errors import JaxhpoError
-from jaxhpo._core.record import SolveLog, recording, traced_anew
-from jaxhpo._core.trace import differentiable_inputs
-from jaxhpo._core.transforms import to_natural
+from jaxhpo._core.record import SolveLog, recording
+from jaxhpo._core.transforms import to_natural, to_unconstrained
 from jaxhpo._core.tree import add_scaled, all_finite, is_inexact, norm, upcast
 from jaxhpo._core.types import Info, PyTree
-from jaxhpo._diagnostics.not_finite import diagnose
-from jaxhpo._diagnostics.origin import find_origin
-from jaxhpo._tune.inputs import Evaluator
-from jaxhpo._tune.remedies import Remedies, clipped, projected, shrunk
+from jaxhpo._core.validate import check_arrays, check_key, check_params
+from jaxhpo._tune.inputs import check_optimizer, check_policies, make_evaluator
+from jaxhpo._tune.remedies import NO_REMEDIES, Remedies, check_projections, clipped, projected, shrunk
 
 
-class State(NamedTuple):
-    """All that an outer step depends on, and where the last one stood, to go back to where it led nowhere."""
+class OuterState(NamedTuple):
+    """State of the outer loop; `before` is the previous point, for backtracking.
 
-    point: PyTree  # unconstrained hyperparameters
+    Attributes:
+      point: the hyperparameters, unconstrained.
+      opt_state: the optimiser's state.
+      carry: what `outer_loss` carries from step to step.
+      key: the key of the loop; step i draws `jax.random.fold_in(key, i)`.
+      step: steps taken.
+      before: the previous point.
+    """
+
+    point: PyTree
     opt_state: PyTree
     carry: PyTree
     key: Any
@@ -32,8 +38,18 @@ class State(NamedTuple):
     before: PyTree
 
 
-class Report(NamedTuple):
-    """What an outer step tells the host."""
+class OuterReport(NamedTuple):
+    """Report of an outer step.
+
+    Attributes:
+      value: the outer loss at `hparams`.
+      hparams: the hyperparameters at which it was evaluated, in natural units.
+      hypergradient: in unconstrained units, before any remedy.
+      hypergradient_norm: its Euclidean norm.
+      finite: whether value, hypergradient, new point, carry and the inner solves in `info` are finite.
+      remedies: counts of what each remedy changed.
+      info: what the outer loss reported, or None.
+    """
 
     value: jax.Array
     hparams: PyTree
@@ -44,70 +60,120 @@ class Report(NamedTuple):
     info: PyTree
 
 
-class Search:
-    """The compiled outer step.
+class OuterStep(NamedTuple):
+    """An outer step as pure functions, as in optax.
+
+    Attributes:
+      init: `(hparams, carry=None, key=None) -> state`, an `OuterState`.
+      update: `state -> (state, report)`, with an `OuterReport`.
+      hparams: `state -> hparams`, in natural units.
+    """
+
+    init: Callable[..., OuterState]
+    update: Callable[[OuterState], tuple[OuterState, OuterReport]]
+    hparams: Callable[[OuterState], PyTree]
+
+
+def outer_step(
+    outer_loss: Callable | None,
+    optimizer: optax.GradientTransformation,
+    *,
+    transforms: PyTree = None,
+    projections: PyTree = None,
+    remedies: Remedies = NO_REMEDIES,
+    gradient: Callable | None = None,
+) -> OuterStep:
+    r"""The step of `tune` as a pair of pure functions, for a loop of your own.
+
+    With h = forward(u), an update is
+    :math:`u \leftarrow u + \mathrm{optimizer}(\nabla_u F(\mathrm{forward}(u)))`.
+    `jit`, `vmap` and `scan` apply to both functions:
+
+    .. code-block:: python
+
+        step = outer_step(outer_loss, optax.adam(0.1), transforms=positive)
+        state = step.init(hparams, carry, key)
+        update = jax.jit(step.update)
+        for _ in range(100):
+            state, report = update(state)
+
+    `update` takes every step, finite or not. To leave out those that are not, keep the old state with the number of
+    the new one, which draws another key: `jax.tree.map(partial(jnp.where, report.finite), new,
+    old._replace(step=new.step))`. `state._replace(carry=...)` hands other data to the next step.
+
+    **Cost and bias**: one hypergradient an update, and whatever bias its rule has; memory of the hyperparameters (three
+    copies) and of the optimiser's state. Nothing is recorded, checked against zero or diagnosed: `tune` does that.
+
+    Args:
+      outer_loss: as for `tune`; None where `gradient` is given.
+      optimizer: any optax transformation.
+      transforms: as for `tune`.
+      projections: as for `tune`.
+      remedies: as for `tune`.
+      gradient: as for `tune`.
+
+    Returns:
+      An `OuterStep(init, update, hparams)`.
+
+    Raises:
+      JaxhpoError: an input that cannot work.
+
+    Example:
+      >>> step = jaxhpo.outer_step(lambda h: jnp.sum((h - 3.0) ** 2), optax.sgd(0.1), transforms=jaxhpo.positive)
+      >>> starts = jnp.array([[1.0], [2.0]])
+      >>> states = jax.vmap(step.init)(starts)
+      >>> states, reports = jax.lax.scan(lambda s, _: jax.vmap(step.update)(s), states, length=20)
+      >>> print(step.hparams(states).round(2).tolist(), reports.value.shape)
+      [[3.0], [3.0]] (20, 2)
+
+    References:
+      Pedregosa. Hyperparameter optimization with approximate gradient. 2016. arXiv:1602.02355
+    """
+    step = Step(outer_loss, optimizer, transforms, projections, remedies, gradient)
+    return OuterStep(step.init, step.update, step.hparams)
+
+
+class Step:
+    """The functions of an `OuterStep`, and those that explain one of its steps.
 
     Attributes:
       inner_steps: those of all solves that were traced for a step; under `vmap` or a scan each counts once.
     """
 
-    def __init__(
-        self, evaluate: Evaluator, optimizer: Any, transforms: PyTree, projections: PyTree, remedies: Remedies
-    ):
-        self.evaluate, self.transforms, self.projections, self.remedies = evaluate, transforms, projections, remedies
+    def __init__(self, outer_loss, optimizer, transforms, projections, remedies, gradient):
+        check_optimizer(optimizer, transforms)
+        check_policies(remedies, outer_loss, gradient)
+        self.evaluate = make_evaluator(outer_loss, gradient)
         self.optimizer = optax.with_extra_args_support(optimizer)
-        self._compiled = jax.jit(self._step)
+        self.transforms, self.projections, self.remedies = transforms, projections, remedies
         self.inner_steps = 0
 
-    def start(self, point: PyTree, carry: PyTree, key: jax.Array) -> State:
-        """The state of no steps."""
+    def init(self, hparams: PyTree, carry: PyTree = None, key: jax.Array | None = None) -> OuterState:
+        """Returns the state before the first step."""
+        key = jax.random.key(0) if key is None else check_key(key)
+        carry = jax.tree.map(jnp.asarray, check_arrays(carry, "carry"))
+        point = self.checked_point(hparams)
         point, opt_state, carry = _strong((point, self.optimizer.init(point), carry))
-        return State(point, opt_state, carry, key, jnp.zeros((), jnp.int32), point)
+        return OuterState(point, opt_state, carry, key, jnp.zeros((), jnp.int32), point)
 
-    def step(self, state: State) -> tuple[State, Report]:
+    def checked_point(self, hparams: PyTree) -> PyTree:
+        """Returns the hyperparameters unconstrained; raises where a transform, remedy or projection rejects them."""
+        point = to_unconstrained(self.transforms, check_params(hparams, "hparams"))
+        self.remedies.check(self.transforms, point)
+        check_projections(self.projections, self.transforms, point)
+        return point
+
+    def update(self, state: OuterState) -> tuple[OuterState, OuterReport]:
         """Takes an outer step."""
-        after, report = self._compiled(state)
-        # What does not change need not come back from the device.
-        return after._replace(key=state.key, before=state.point), report
+        after, report = self.advance(state)
+        return with_constants(after, state), report
 
-    def objective(self, point, carry, key):
-        """`(point, carry, key) -> (value, (carry, info))` where it can be differentiated."""
-        loss: Any = self.evaluate.loss
-        value, carry, info = loss(to_natural(self.transforms, point), carry, key)
-        return value, (carry, info)
+    def hparams(self, state: OuterState) -> PyTree:
+        """Returns the hyperparameters in natural units."""
+        return to_natural(self.transforms, state.point)
 
-    def _value_and_grad(self, point, carry, key):
-        if self.evaluate.gradient is None:
-            (value, (carry, info)), grad = jax.value_and_grad(self.objective, has_aux=True)(point, carry, key)
-            return value, grad, carry, info
-        hparams, pullback = jax.vjp(lambda u: to_natural(self.transforms, u), point)
-        value, grad, carry, info = self.evaluate.gradient(hparams, carry, key)
-        return value, pullback(grad)[0], carry, info
-
-    def _counted(self, point, carry, key):
-        log = SolveLog(schedules=False)
-        with recording(solves=log):
-            out = self._value_and_grad(point, carry, key)
-        if log.num_steps:  # none is seen of a function that the user jitted, and has called before
-            self.inner_steps = self.remedies.accumulate * log.num_steps
-        return out
-
-    def _accumulated(self, point, carry, key):
-        """The mean over several outer losses, one after the other."""
-        times = self.remedies.accumulate
-        if times == 1:
-            return self._counted(point, carry, key)
-
-        def body(sums, key):
-            value, grad, after, info = self._counted(point, carry, key)
-            return add_scaled(sums, 1 / times, (value, grad)), (after, info)
-
-        shapes = jax.eval_shape(self._value_and_grad, point, carry, key)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[:2])
-        (value, grad), (carries, infos) = jax.lax.scan(body, zeros, jax.random.split(key, times))
-        return value, grad, jax.tree.map(lambda x: x[-1], carries), infos
-
-    def _step(self, state):
+    def advance(self, state: OuterState) -> tuple[OuterState, OuterReport]:
+        """Takes an outer step, without what `with_constants` puts back: the device need not return it."""
         key = jax.random.fold_in(state.key, state.step)
         value, grad, carry, info = self._accumulated(state.point, state.carry, key)
         safe, counts = clipped(self.remedies, grad)
@@ -122,75 +188,62 @@ class Search:
         point = optax.apply_updates(state.point, updates)
         point, counts["shrunk_leaves"] = shrunk(self.remedies, self.transforms, safe, point)
         point, counts["projected_entries"] = projected(self.projections, point)
-        after = _strong(State(point, opt_state, carry, None, state.step + 1, None))
+        after = _strong(OuterState(point, opt_state, carry, None, state.step + 1, None))
         grad_norm = norm(upcast(grad))  # squares of float16 overflow
-        finite = jnp.isfinite(value) & all_finite((grad, point)) & ~_has_nan(carry) & _solves_finite(info)
-        hparams = to_natural(self.transforms, state.point)
-        return after, Report(value, hparams, grad, grad_norm, finite, counts, info)
+        finite = jnp.isfinite(value) & all_finite((grad, point)) & ~has_nan(carry) & solves_finite(info)
+        return after, OuterReport(value, self.hparams(state), grad, grad_norm, finite, counts, info)
 
-    def retreat(self, state: State) -> State:
-        """The state half of its last move back."""
-        point = jax.tree.map(lambda now, before: (now + before) / 2, state.point, state.before)
-        return state._replace(point=point)
+    def objective(self, point, carry, key):
+        """Returns `(value, (carry, info))`, to be differentiated with respect to the point."""
+        loss: Any = self.evaluate.loss
+        value, carry, info = loss(to_natural(self.transforms, point), carry, key)
+        return value, (carry, info)
 
-    def shapes(self, state: State, placed: bool = False) -> tuple[State, Report]:
-        """Shapes of what `step` returns, and the count of inner steps; the first step traces, and warns, itself.
+    def _value_and_grad(self, point, carry, key):
+        if self.evaluate.gradient is None:
+            (value, (carry, info)), grad = jax.value_and_grad(self.objective, has_aux=True)(point, carry, key)
+            return value, grad, carry, info
+        # The chain rule: with h = forward(u), dF/du = forward'(u)^T dF/dh.
+        hparams, pullback = jax.vjp(lambda u: to_natural(self.transforms, u), point)
+        value, grad, carry, info = self.evaluate.gradient(hparams, carry, key)
+        return value, pullback(grad)[0], carry, info
 
-        With `placed` also shardings, which only the compiler knows.
-        """
-        with warnings.catch_warnings(), traced_anew():
-            warnings.simplefilter("ignore")
-            after, report = jax.eval_shape(self._step, state)
-            if placed:
-                places = self._compiled.lower(state).compile().output_shardings
-                struct = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
-                after, report = jax.tree.map(struct, (after, report), places)
-        # A shape does not tell which kind of key.
-        return after._replace(key=state.key, before=state.point), report
+    def _counted(self, point, carry, key):
+        log = SolveLog(schedules=False)
+        with recording(solves=log):
+            out = self._value_and_grad(point, carry, key)
+        self.inner_steps = self.remedies.accumulate * log.num_steps
+        return out
 
-    def structure(self, state):
-        """A function that tells for each leaf whether its derivative can be non-zero; None where that is unknown."""
-        if self.evaluate.gradient is not None:
-            return None
-        leaves, tree = jax.tree.flatten(state.point)
+    def _accumulated(self, point, carry, key):
+        """Returns the mean over several outer losses of different keys, computed in sequence."""
+        times = self.remedies.accumulate
+        if times == 1:
+            return self._counted(point, carry, key)
 
-        def value(leaves):
-            return self.objective(jax.tree.unflatten(tree, leaves), state.carry, state.key)[0]
+        def body(sums, key):
+            value, grad, after, info = self._counted(point, carry, key)
+            return add_scaled(sums, 1 / times, (value, grad)), (after, info)
 
-        return lambda: differentiable_inputs(value, leaves)
+        shapes = jax.eval_shape(self._value_and_grad, point, carry, key)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[:2])
+        (value, grad), (carries, infos) = jax.lax.scan(body, zeros, jax.random.split(key, times))
+        return value, grad, jax.tree.map(lambda x: x[-1], carries), infos
 
-    def diagnosis(self, state) -> str:
-        """Where the step from `state` ceases to be finite."""
-        if self.evaluate.gradient is not None:
-            return "It comes from the `gradient` function that was given."
-        key = jax.random.fold_in(state.key, state.step)
-        keys = [key] if self.remedies.accumulate == 1 else list(jax.random.split(key, self.remedies.accumulate))
 
-        run = jax.jit(lambda u, key: jax.value_and_grad(self.objective, has_aux=True)(u, state.carry, key))
-        for key in keys:
-            (value, (carry, info)), grad = run(state.point, key)
-            if not bool(jnp.isfinite(value) & all_finite(grad) & _solves_finite(info)):
-                try:
-                    return diagnose(lambda u, key=key: self.objective(u, state.carry, key)[0], state.point)
-                except JaxhpoError as error:  # of values that are only met outside compiled code
-                    return str(error)
-            if bool(_has_nan(carry)):
-                return self._origin_of(carry, state, key)
-        return "Loss and hypergradient are finite: look at the optimiser's rate and schedule at this step."
+def with_constants(after: OuterState, state: OuterState) -> OuterState:
+    """Completes the state that `Step.advance` returned."""
+    return after._replace(key=state.key, before=state.point)
 
-    def _origin_of(self, carry, state, key) -> str:
-        bad = [bool(_has_nan(leaf)) for leaf in jax.tree.leaves(carry)]
 
-        def made(point):
-            leaves = jax.tree.leaves(self.objective(point, state.carry, key)[1][0])
-            return [leaf for leaf, is_bad in zip(leaves, bad, strict=True) if is_bad]
-
-        origin = find_origin(made, state.point)
-        return f"It began {origin}" if origin else "Look for an overflow, or 0/0, in what makes the carry."
+def backtracked(state: OuterState) -> OuterState:
+    """Returns the state with the point halfway back to the previous one."""
+    point = jax.tree.map(lambda now, before: (now + before) / 2, state.point, state.before)
+    return state._replace(point=point)
 
 
 def _strong(tree):
-    """Without JAX's weak types, which a Python number gives its arrays, and no file keeps."""
+    """Removes JAX's weak types, which arrays made from Python numbers have and files do not keep."""
 
     def strong(x):
         return x.astype(x.dtype) if is_inexact(x) or jnp.issubdtype(getattr(x, "dtype", object), jnp.integer) else x
@@ -198,14 +251,14 @@ def _strong(tree):
     return jax.tree.map(strong, tree)
 
 
-def _has_nan(tree) -> jax.Array:
-    # An infinity may be meant, as the least so far.
+def has_nan(tree: PyTree) -> jax.Array:
+    """Returns whether an entry is NaN; an infinity may be meant, as the smallest value so far."""
     found = [jnp.any(jnp.isnan(x)) for x in jax.tree.leaves(tree) if is_inexact(x)]
     return jnp.any(jnp.stack([jnp.asarray(False), *found]))
 
 
-def _solves_finite(info) -> jax.Array:
-    """What the reports of inner solves say, where they are among what is recorded."""
+def solves_finite(info: PyTree) -> jax.Array:
+    """Returns whether every inner solve whose `Info` is recorded is finite."""
     is_report = lambda x: isinstance(x, Info)  # noqa: E731
     reports = [x for x in jax.tree.leaves(info, is_leaf=is_report) if is_report(x)]
     return jnp.all(jnp.stack([jnp.asarray(True), *(jnp.all(jnp.asarray(report.finite)) for report in reports)]))

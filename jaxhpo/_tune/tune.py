@@ -1,10 +1,9 @@
-"""The outer loop, for those who do not want to write it."""
+"""The outer loop."""
 
 from __future__ import annotations
 
 import contextlib
 import datetime
-import functools
 import os
 import signal
 import sys
@@ -14,33 +13,43 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
 from jaxhpo._core.errors import JaxhpoError, NonFiniteError, ZeroHypergradientWarning
 from jaxhpo._core.progress import Progress
 from jaxhpo._core.record import recording
-from jaxhpo._core.transforms import to_natural, to_unconstrained
 from jaxhpo._core.tree import names
 from jaxhpo._core.types import PyTree
-from jaxhpo._core.validate import check_arrays, check_key, check_params, describe
-from jaxhpo._diagnostics.health import raise_if_zero, what_is_not_finite
-from jaxhpo._tune.inputs import check_callbacks, check_policies, check_settings, check_wanted, make_evaluator
-from jaxhpo._tune.processes import on_any
-from jaxhpo._tune.record import Record, TuneStep
-from jaxhpo._tune.remedies import Remedies, check_projections
+from jaxhpo._diagnostics.health import named_members, raise_if_zero, what_is_not_finite
+from jaxhpo._tune.diagnosis import diagnosis, structure
+from jaxhpo._tune.inputs import check_callbacks, check_policies, check_record, check_settings, convert
+from jaxhpo._tune.population import Compiled, member
+from jaxhpo._tune.processes import on_any, whole
+from jaxhpo._tune.record import Attempt, LoopState, Record, TuneStep
+from jaxhpo._tune.remedies import NO_REMEDIES, Remedies
 from jaxhpo._tune.settings import described, fingerprint
 from jaxhpo._tune.sharded_dir import open_run_dir
-from jaxhpo._tune.step import Search
+from jaxhpo._tune.step import Step, backtracked
 
 TEN_SECONDS = datetime.timedelta(seconds=10)
-NO_REMEDIES = Remedies()
-MOST_FAILURES = 10  # in a row: 2**-10 of a move is as good as none
+MOST_FAILURES = 10  # consecutive ones: 2**-10 of a move is as good as none
+
+
+class Member(NamedTuple):
+    """End of one member of a population.
+
+    Attributes:
+      status: one of those of a `TuneResult`.
+      num_steps: rows of the history in which the member took part.
+    """
+
+    status: str
+    num_steps: int
 
 
 class TuneResult(NamedTuple):
-    """What `tune` found. Everything is in natural units.
+    """Result of `tune`, in natural units. In a population, arrays have a leading axis of members.
 
     Attributes:
       hparams: the last hyperparameters, after the last update.
@@ -52,27 +61,53 @@ class TuneResult(NamedTuple):
         unconstrained units, those of the search, before any remedy), `seconds`, `peak_bytes` (so far: of the
         accelerator, or of the process's resident set), `hparams` (a tree; leaves of more than 1024 entries are kept as
         minimum, quartiles, of every k-th entry, maximum and Euclidean norm), `info`, `remedies`, counts of what each
-        did, and what `record` asks for.
-      status: "finished", "patience", "overfitting", "budget", "callback", "interrupted", "preempted" or "not_finite".
+        did, and what `record` asks for. In a population all but `seconds`, `peak_bytes` and `linear_solves` have a
+        second axis of members; `value`, `score` and `hypergradient_norm` of a member that has ended are NaN.
+      status: "finished", "patience", "overfitting", "budget", "callback", "interrupted", "preempted" or "not_finite";
+        "mixed" where all members of a population have ended, for different reasons.
       message: why it stopped, in words.
+      members: of a population, a `Member(status, num_steps)` each; else empty.
     """
 
     hparams: PyTree
     carry: PyTree
     best_hparams: PyTree
-    best_value: float
+    best_value: Any
     history: dict[str, Any]
     status: str
     message: str
+    members: tuple[Member, ...] = ()
 
     @property
     def exit_code(self) -> int:
         """For `sys.exit(result.exit_code)`: 143 if preempted, as shells and schedulers expect, 130 if interrupted."""
         return {"preempted": 143, "interrupted": 130, "not_finite": 1}.get(self.status, 0)
 
+    def member(self, index: int) -> TuneResult:
+        """Returns the result of one member of a population, as if it had been tuned alone.
+
+        Args:
+          index: of the member, from 0.
+        """
+        if not self.members:
+            raise JaxhpoError("`member` needs the result of a population: write `tune(..., population=N)`.")
+        status, num_steps = self.members[index]
+        hparams, carry, best_hparams, best_value = member(self[:4], index)
+        rows = {
+            name: column if name in SHARED else jax.tree.map(lambda x: x[:, index], column)
+            for name, column in self.history.items()
+        }
+        rows = jax.tree.map(lambda x: x[:num_steps], rows)
+        message = f"member {index} of {len(self.members)}; {self.message}"
+        return TuneResult(hparams, carry, best_hparams, float(best_value), rows, status, message)
+
     def __repr__(self) -> str:
-        steps = len(self.history["value"])
-        return f"TuneResult(best_value={self.best_value:.6g}, steps={steps}, status={self.status!r}: {self.message})"
+        steps, best = len(self.history["value"]), np.min(self.best_value)
+        population = f", population={len(self.members)}" * bool(self.members)
+        return f"TuneResult(best_value={best:.6g}, steps={steps}{population}, status={self.status!r}: {self.message})"
+
+
+SHARED = ("seconds", "peak_bytes", "linear_solves")  # columns without an axis of members
 
 
 def tune(
@@ -81,6 +116,7 @@ def tune(
     optimizer: optax.GradientTransformation,
     *,
     num_steps: int,
+    population: int | None = None,
     transforms: PyTree = None,
     projections: PyTree = None,
     remedies: Remedies = NO_REMEDIES,
@@ -102,55 +138,76 @@ def tune(
     r"""Moves hyperparameters down their hypergradient with an optax optimiser.
 
     With h = forward(u), each outer step is
-    :math:`u \leftarrow u + \mathrm{optimizer}(\nabla_u F(\mathrm{forward}(u)))`.
-    The step is compiled once. Ctrl-C returns what there is, after the first step.
+    :math:`u \leftarrow u + \mathrm{optimizer}(\nabla_u F(\mathrm{forward}(u)))`, the `update` of `outer_step`.
+    The step is compiled once. Ctrl-C returns the result so far, after the first step.
+
+    With `population=N`, N runs are tuned together, as one `vmap` of the step. Starts, seeds and settings differ from
+    member to member as entries of the leading axis of `hparams`, `carry` and `key`, and each member ends as a run of
+    its own would:
+
+    .. code-block:: python
+
+        starts = {"rate": jnp.geomspace(1e-3, 1e-1, 8), "penalty": jnp.full(8, 1e-4)}
+        result = tune(outer_loss, starts, optax.adam(0.1), num_steps=100, population=8)
+        result.best_value                  # of each member
+        result.member(3)                   # a `TuneResult`, as of a run of its own
+        result.members[3].status           # "finished", "patience", "not_finite", ...
 
     **Cost and bias**: one hypergradient a step, and whatever bias its rule has; memory of the hyperparameters, the
-    optimiser's state and one row of history a step.
+    optimiser's state and one row of history a step. A population takes all of this N times, in one program, until its
+    last member ends.
 
     Args:
       outer_loss: `hparams -> scalar`, or `(hparams, carry, key) -> (scalar, carry, info)`: `carry` is handed from step
         to step (a solution's `.state`, for a warm start), `key` is new at every step, and `info` (any pytree, such as a
-        solution's `.info`) is recorded. None where `gradient` is given.
+        solution's `.info`) is recorded. In a population it is written for one member. None where `gradient` is given.
       hparams: the start, in natural units.
       optimizer: any optax transformation, `optax.lbfgs()` too.
       num_steps: outer steps, in all (with those of earlier calls on the same `run_dir`).
+      population: N runs at once: each leaf of `hparams` and `carry` has a leading axis of N. What is the same for all
+        members belongs into `outer_loss`; a setting that differs, or a part of the data, into `carry`. Remedies,
+        `on_not_finite`, the best step, `patience`, `monitor` (called with the info of each member) and
+        `max_inner_steps` apply to each member; a member that has ended is held while others go on, and is never the
+        reason for an exception unless it is the last. `num_steps`, `max_seconds`, `callbacks`, `progress` and `run_dir`
+        apply to all of them together. None tunes one run, without the axis.
       transforms: a prefix tree of transforms such as `{"penalty": positive, "momentum": unit_interval}`; None where a
-        hyperparameter is unconstrained.
+        hyperparameter is unconstrained. In a population, of one member.
       projections: a prefix tree of functions, such as `optax.projections.projection_simplex`, that bring the
         hyperparameters back onto their set after each step; they act in natural units, on leaves without a transform.
+        In a population, of one member.
       remedies: `Remedies(...)`, for hypergradients that explode, vanish or are noise.
-      on_not_finite: what to do where the outer loss, its hypergradient, the carry or an inner solve in the info is not
+      on_not_finite: the policy where the outer loss, its hypergradient, the carry or an inner solve in the info is not
         finite. "stop" ends the run with the last finite state; "skip" takes the step again with the next key,
         "backtrack" from half of the last move back (both at most ten times in a row).
       gradient: `(hparams, carry, key) -> (value, hypergradient, carry, info)`, in natural units, in place of
         differentiating `outer_loss`.
-      key: `jax.random.key(0)` when None.
+      key: `jax.random.key(0)` when None. In a population, a key for each member, or one that is split into them.
       carry: the first carry.
       run_dir: a folder that keeps the run: the state in its two newest checkpoints, each checked when it is read, and
-        the history as `history.jsonl`, a line a step. The same call with the same folder goes on to the bit where the
-        last checkpoint stood, or returns at once if it had finished. More steps or another setting of the optimiser are
-        taken as given, and the difference printed (losses and data are not compared); another start, key, transform or
-        tree, other columns of history (`record`, `accumulate`), or a `monitor` where there was none, are refused, and
-        so is a folder in use. A full disk is warned of, and does not end the run. SIGTERM ends it after the step in
-        hand, with status "preempted"; `sys.exit(result.exit_code)` tells the scheduler. Several JAX
-        processes, each with the same call on a folder that all of them see, keep their arrays there with Orbax
-        (`jaxhpo[orbax]`); what that cannot write, or an exception in one of them, ends the run. None keeps nothing.
+        the history as `history.jsonl`, one line per step. The same call with the same folder continues from the last
+        checkpoint, with results equal to the bit, or returns at once if the run had finished. More steps or another
+        setting of the optimiser are accepted, and the difference is printed (losses and data are not compared); another
+        start, key, transform, population or tree, other columns of history (`record`, `accumulate`), or a `monitor`
+        where there was none, are refused, and so is a folder in use. A full disk causes a warning, and does not end the
+        run. SIGTERM ends it after the step in progress, with status "preempted"; `sys.exit(result.exit_code)` informs
+        the scheduler. Several JAX processes, each with the same call on a folder that all of them see, keep their
+        arrays there with Orbax (`jaxhpo[orbax]`); what that cannot write, or an exception in one of them, ends the run.
+        None keeps nothing.
       save_every: outer steps, or a `datetime.timedelta`, between checkpoints; the last state is always saved.
       callbacks: each is called with a `TuneStep` after every step; a true result stops the run.
       patience: stop after this many steps without an improvement of more than `min_delta`; None never stops early.
       min_delta: the least improvement that counts for `patience`.
-      monitor: `info -> number`, of which the lowest is the best step, and by which `patience` goes: the loss on a part
-        of the validation set that the outer loss does not see, say. A run out of patience while the outer loss still
-        fell has the status "overfitting". None takes the outer loss.
+      monitor: `info -> number`; the step of the lowest number is the best, and `patience` follows it: the loss on a
+        part of the validation set that the outer loss does not see, say. A run out of patience while the outer loss
+        still fell has the status "overfitting". None takes the outer loss.
       max_seconds: stop after the first step that ends so late, compilation and earlier calls on the same `run_dir`
         included; None never does.
       max_inner_steps: stop before the inner steps of all outer steps (those of `solve`, the most that a `tol` allows)
         would exceed this number; None never does.
-      record: what is to be recorded beside: "hparams", large leaves whole; "hypergradient", its leaves, in the units of
-        the search; "linear_solves", which tells by a callback from the device of those of implicit rules the largest
-        `residual`, the `num_iterations`, and how many were `not_converged`. (An inner solve's optimality is recorded
-        where the info holds its `sol.info`.)
+      record: extra columns: "hparams", large leaves whole; "hypergradient", its leaves, in the units of the search;
+        "linear_solves", for which the device calls back: of the linear solves of implicit rules (of all members) the
+        largest `residual`, the `num_iterations`, and how many were `not_converged`. (An inner solve's optimality is
+        recorded where the info holds its `sol.info`.)
       progress: a tqdm bar where tqdm is installed and the output is a terminal or a notebook, else a line every 5 s.
 
     Returns:
@@ -158,8 +215,8 @@ def tune(
 
     Raises:
       ZeroHypergradientError: at the first step a leaf's hypergradient is exactly zero, or the rule cuts entries off.
-      NonFiniteError: the first step is not finite; says where that began. (Later on, the run ends with a warning that
-        says so, status "not_finite", and the last finite state.)
+      NonFiniteError: the first step is not finite (of every member); says where that began. (Later on, the run ends
+        with a warning that says so, status "not_finite", and the last finite state.)
       JaxhpoError: an input that cannot work.
 
     Example:
@@ -176,16 +233,11 @@ def tune(
     References:
       Pedregosa. Hyperparameter optimization with approximate gradient. 2016. arXiv:1602.02355
     """
-    hparams = check_params(hparams, "hparams")
-    callbacks, wanted = check_callbacks(callbacks), check_wanted(record)
-    check_settings(optimizer, num_steps, transforms, patience, min_delta, save_every, max_seconds, progress)
-    check_policies(remedies, on_not_finite, monitor, max_inner_steps, outer_loss, gradient)
-    first_key = jax.random.key(0) if key is None else check_key(key)
-    carry = jax.tree.map(jnp.asarray, check_arrays(carry, "carry"))
-    point = to_unconstrained(transforms, hparams)
-    remedies.check(transforms, point)
-    check_projections(projections, transforms, point)
-    search = Search(make_evaluator(outer_loss, gradient), optimizer, transforms, projections, remedies)
+    callbacks, extras = check_callbacks(callbacks), check_record(record)
+    check_settings(num_steps, population, patience, min_delta, save_every, max_seconds, max_inner_steps, progress)
+    check_policies(remedies, outer_loss, gradient, on_not_finite, monitor)
+    compiled = Compiled(Step(outer_loss, optimizer, transforms, projections, remedies, gradient), population)
+    state = compiled.init(hparams, carry, key)
     limits = _Limits(num_steps, patience, min_delta, max_seconds, max_inner_steps)
     settings = {
         **limits._asdict(),
@@ -198,12 +250,12 @@ def tune(
     with contextlib.ExitStack() as stack:
         folder = None if run_dir is None else stack.enter_context(open_run_dir(run_dir))
         preempted = stack.enter_context(noting_sigterm(folder is not None))
-        solves = [] if "linear_solves" in wanted else None
+        solves = [] if "linear_solves" in extras else None
         if solves is not None:
             stack.enter_context(recording(linear_solves=solves))
-        run = Record(search, search.start(point, carry, first_key), folder, settings, monitor, wanted, solves)
+        run = Record(compiled, state, folder, settings, monitor, extras, solves)
         run.resume()
-        run.tell("running", "")
+        run.write_status("running", "")
         if max_inner_steps is not None:
             _check_budget(run, max_inner_steps)
         if progress and run.rows:
@@ -211,7 +263,7 @@ def tune(
         bar = stack.enter_context(Progress(num_steps, "step", progress, done=run.now.rows))
         status, message, alone = "", "", jax.process_count() == 1
         try:
-            status, message = _advance(run, limits, on_not_finite, callbacks, save_every, preempted, bar)
+            status, message = _loop(run, limits, on_not_finite, callbacks, save_every, preempted, bar)
         except KeyboardInterrupt:
             if not run.now.rows or not alone:
                 raise
@@ -222,12 +274,12 @@ def tune(
         finally:
             if status or alone:  # saving takes all processes, and where one raised the others may not come
                 run.save()
-            run.tell(status or "raised", message)
-    return _result(run, status, message)
+            run.write_status(status or "raised", message)
+    return _result(run, limits, status, message)
 
 
 class _Limits(NamedTuple):
-    """When to stop."""
+    """Limits of a run."""
 
     num_steps: int
     patience: int | None
@@ -235,27 +287,44 @@ class _Limits(NamedTuple):
     max_seconds: float | None
     max_inner_steps: int | None
 
-    def reached(self, record) -> tuple[str, str] | None:
-        """Status and message of a run that is to go no further."""
-        if record.now.rows >= self.num_steps:
-            return "finished", f"{record.now.rows} outer steps were taken, of {self.num_steps} asked for"
-        if self.patience is not None and record.now.waited >= self.patience:
-            status = "overfitting" if record.still_falls(self.patience) else "patience"
-            more = ", while the outer loss still fell" if status == "overfitting" else ""
-            return status, f"no improvement of more than {self.min_delta} in {self.patience} outer steps{more}"
-        if self.max_seconds is not None and record.now.rows and on_any(record.seconds >= self.max_seconds):
+    def active(self, now: LoopState) -> np.ndarray:
+        """Returns the members that go on: shape () or (members,)."""
+        return ~now.failed & (True if self.patience is None else now.waited < self.patience)
+
+    def ended(self, record: Record) -> np.ndarray:
+        """Returns the status of each member; an empty string while it goes on."""
+        statuses = np.where(record.now.failed, "not_finite", np.where(self.active(record.now), "", "patience"))
+        if self.patience is None or not np.any(statuses == "patience"):
+            return statuses
+        return np.where((statuses == "patience") & record.still_falls(self.patience), "overfitting", statuses)
+
+    def reached(self, record: Record) -> tuple[str, str] | None:
+        """Returns status and message of a run that has ended, or None."""
+        rows, steps = record.now.rows, record.compiled.step.inner_steps
+        if rows >= self.num_steps:
+            return "finished", f"{rows} outer steps were taken, of {self.num_steps} asked for"
+        if not self.active(record.now).any():
+            return self._all_ended(self.ended(record))
+        if self.max_seconds is not None and rows and on_any(record.seconds >= self.max_seconds):
             return "budget", f"{record.seconds:.3g} of {self.max_seconds} seconds are spent"
-        steps = record.search.inner_steps
-        if self.max_inner_steps is not None and (record.now.rows + 1) * steps > self.max_inner_steps:
-            taken = record.now.rows * steps
+        if self.max_inner_steps is not None and (rows + 1) * steps > self.max_inner_steps:
+            taken = rows * steps
             return "budget", f"{taken} of {self.max_inner_steps} inner steps are taken, and an outer step takes {steps}"
         return None
+
+    def _all_ended(self, ended) -> tuple[str, str]:
+        statuses, counts = np.unique(ended, return_counts=True)
+        if ended.shape:
+            told = ", ".join(f"{n} {s}" for s, n in zip(statuses, counts, strict=True))
+            return str(statuses[0]) if len(statuses) == 1 else "mixed", f"every member has ended: {told}"
+        more = ", while the outer loss still fell" if ended == "overfitting" else ""
+        return str(ended), f"no improvement of more than {self.min_delta} in {self.patience} outer steps{more}"
 
 
 def _check_budget(record, max_inner_steps):
     """Raises where inner steps cannot be counted, or do not suffice for one outer step."""
-    record.search.shapes(record.now.state)
-    steps = record.search.inner_steps
+    record.compiled.shapes(record.now.state)
+    steps = record.compiled.step.inner_steps
     if not steps:
         raise JaxhpoError(
             f"`max_inner_steps={max_inner_steps}` counts the steps of `solve`, and none was called: write `num_steps` "
@@ -265,86 +334,110 @@ def _check_budget(record, max_inner_steps):
         raise JaxhpoError(f"`max_inner_steps={max_inner_steps}` is too few, as an outer step takes {steps}.")
 
 
-def _advance(record, limits, on_not_finite, callbacks, save_every, preempted, bar) -> tuple[str, str]:
-    """Takes the outer steps; returns why it stopped."""
+def _loop(record, limits, on_not_finite, callbacks, save_every, preempted, bar) -> tuple[str, str]:
+    """Takes the outer steps; returns status and message of the end."""
+    problem = "`callbacks`: one returned {}, but a true value stops the run: return True, or nothing."
     while (reached := limits.reached(record)) is None:
-        step = record.now.rows
+        step, now = record.now.rows, record.now
         if step and on_any(preempted()):
             return "preempted", f"SIGTERM came; stopped after {step} outer steps"
-        begun = record.now.failures < step
-        take = record.search.step if begun else functools.partial(_first_step, record.search)
-        after, report = take(record.now.state)
+        compiled, state, active = record.compiled, now.state, limits.active(now)
+        traced = (now.failures < step).any()  # a step has been finite: the traced program has been checked
+        after, report = compiled.update(state) if traced else _first_step(compiled, state)
         record.save(save_every)  # of the step before, while the device takes this one
-        if not np.asarray(report.finite):
-            if on_not_finite == "skip" and record.now.failures < MOST_FAILURES:
-                record.skip(report)
-                bar.update("skipped")
-                continue
-            if on_not_finite == "backtrack" and step and record.now.halvings < MOST_FAILURES:
-                record.retreat()
-                continue
-            return "not_finite", _not_finite(record, report, after)
-        told = record.accept(after, report, limits.min_delta)
-        bar.update(f"loss {told.value:.4g}, best {told.best_value:.4g}, |hypergradient| {told.hypergradient_norm:.2g}")
-        if callbacks and on_any(any([_says_stop(callback, told) for callback in callbacks])):
+        bad, halvings = active & ~whole(report.finite), np.zeros(compiled.shape, np.int32)
+        while on_not_finite == "backtrack" and step and (again := bad & (halvings < MOST_FAILURES)).any():
+            state = compiled.select(again, backtracked(state), state)
+            after, report = compiled.select(again, compiled.update(state), (after, report))
+            bad, halvings = active & ~whole(report.finite), halvings + again
+        skips = bad & (on_not_finite == "skip") & (now.failures < MOST_FAILURES)
+        ends, active = bad & ~skips, active & ~(bad & ~skips)
+        if ends.any():
+            message = _not_finite(record, state, report, after, ends, halvings, alive=active.any())
+            if not active.any():
+                record.now = now._replace(state=state, failed=now.failed | ends if compiled.shape else now.failed)
+                return ("not_finite", message) if not compiled.shape else limits.reached(record)
+            now = record.now = now._replace(failed=now.failed | ends)
+        # A member that skips the step keeps its state, but for the number of the step, which gives another key.
+        held = state._replace(step=state.step + skips) if bad.any() else state
+        after = compiled.select(active & ~bad, after, held)
+        told = record.accept(Attempt(after, report, active, active & ~bad, halvings), limits.min_delta)
+        bar.update("skipped" if not (active & ~bad).any() else _progress_line(told, active))
+        stop = [convert(bool, callback(told), problem) for callback in callbacks] if (active & ~bad).any() else []
+        if callbacks and on_any(any(stop)):
             return "callback", f"a callback stopped the run after outer step {step}"
     return reached
 
 
-def _says_stop(callback, told) -> bool:
-    answer = callback(told)
-    try:
-        return bool(answer)
-    except (TypeError, ValueError):
-        raise JaxhpoError(
-            f"`callbacks`: one returned {describe(answer)}, but a true answer stops the run: return True, or nothing."
-        ) from None
+def _progress_line(step: TuneStep, active) -> str:
+    if not active.shape:
+        return f"loss {step.value:.4g}, best {step.best_value:.4g}, |hypergradient| {step.hypergradient_norm:.2g}"
+    value, grad_norm = (np.nanmedian(np.where(active, x, np.nan)) for x in (step.value, step.hypergradient_norm))
+    best = f"best {step.best_value.min():.4g} (member {step.best_value.argmin()})"
+    return f"{active.sum()} of {active.size} members: median loss {value:.4g}, {best}, |hypergradient| {grad_norm:.2g}"
 
 
-def _result(record, status, message) -> TuneResult:
-    hparams = jax.jit(lambda u: to_natural(record.search.transforms, u))(record.now.state.point)
-    message = "; ".join([*([] if record.origin == "started" else [record.origin, *record.notes]), message])
-    now = record.now
-    return TuneResult(hparams, now.state.carry, now.best_hparams, now.best, record.history(), status, message)
+def _result(record, limits, status, message) -> TuneResult:
+    now, history = record.now, record.history()
+    if record.origin != "started":
+        message = "; ".join([record.origin, *record.notes, message])
+    members = ()
+    if record.compiled.shape:
+        ended = limits.ended(record)
+        members = tuple(Member(str(own) or status, int(n)) for own, n in zip(ended, now.steps, strict=True))
+    best = now.best if members else float(now.best)
+    hparams = record.compiled.hparams(now.state)
+    return TuneResult(hparams, now.state.carry, now.best_hparams, best, history, status, message, members)
 
 
-def _first_step(search, state):
-    """The step that traces: what the rules warned of while tracing is held against the hypergradient."""
+def _first_step(compiled, state):
+    """Takes the step that traces, and compares the hypergradient with what the rules warned of while tracing."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        after, report = search.step(state)
+        after, report = compiled.update(state)
     leaf_names = names(report.hparams, "hparams")
     for w in caught:
-        # Of a leaf that is judged below by its value, nothing need be said twice.
+        # A leaf whose value is checked below needs no second warning.
         if not (isinstance(w.message, ZeroHypergradientWarning) and w.message.leaf in leaf_names):
             warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
-    if bool(report.finite):
+    finite, hypergrad, members = whole(report.finite), report.hypergradient, None
+    if compiled.shape:
+        state, hypergrad, members = member(state, 0), jax.tree.map(whole, hypergrad), np.flatnonzero(finite)
+    if finite.any():
         messages = [w.message for w in caught]
-        raise_if_zero(report.hypergradient, messages, leaf_names, search.structure(state))
+        raise_if_zero(hypergrad, messages, leaf_names, structure(compiled.step, state), members)
     return after, report
 
 
-def _not_finite(record, report, after) -> str:
-    now = record.now
+def _not_finite(record, state, report, after, ends, halvings, alive) -> str:
+    now, who = record.now, ""
+    if ends.shape:  # the first of them is explained
+        indices = np.flatnonzero(ends)
+        state, report, after, ends, halvings = member((state, report, after, ends, halvings), indices[0])
+        now = now._replace(failures=now.failures[indices[0]])
+        who = f", {named_members(indices)}{' (explained for the first)' * (len(indices) > 1)}"
     what = what_is_not_finite(report.value, report.hypergradient, after.point, after.carry)
-    message = f"Outer step {now.rows}: {what} {record.search.diagnosis(now.state)}"
+    with recording(linear_solves=None):
+        message = f"Outer step {now.rows}{who}: {what} {diagnosis(record.compiled.step, state)}"
     if now.failures:
         message += f" So were the {now.failures} steps before, which were skipped: other keys make no difference."
-    if now.halvings:
-        message += f" Going back by half of the last move, {now.halvings} times, did not help."
-    if now.rows == 0:
+    if halvings:
+        message += f" Going back by half of the last move, {halvings} times, did not help."
+    if now.rows == 0 and not alive:
         raise NonFiniteError(message)
     told = "The run ends; `hparams` are those of this step, `best_hparams` the best before."
+    if who:
+        told = "These members end, and keep their hyperparameters; the others go on."
     warnings.warn(f"{message} {told}", RuntimeWarning, stacklevel=4)
     return message
 
 
 @contextlib.contextmanager
 def noting_sigterm(enabled: bool) -> Iterator[Callable[[], bool]]:
-    """While active, SIGTERM is noted and does nothing else; gives a function that tells whether it came.
+    """SIGTERM handling for preemption: while active, SIGTERM is noted; yields a function that says whether it came.
 
-    The handler that was there is restored. Only the main thread of Python may set one: in another, and where what is
-    there was not set by Python, nothing is noted.
+    The previous handler is restored. Only the main thread of Python may set one: in another thread, and where the
+    handler was not set by Python, nothing is noted.
     """
     noted: list[int] = []
     before = signal.getsignal(signal.SIGTERM)

@@ -286,11 +286,17 @@ def test_a_broken_carry_and_a_broken_inner_solve_are_seen():
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"remedies": Remedies(accumulate=2)}, "takes none, and all would be the same"),
+        (
+            {"remedies": Remedies(accumulate=2)},
+            r"all outer losses would be equal, since `outer_loss\(hparams\)` has neither key",
+        ),
         ({"remedies": Remedies(shrink=0.5)}, r"no leaf of `hparams` is: write `transforms=positive`"),
         ({"remedies": 0.5}, r"write `jaxhpo.Remedies\(clip=0.5\)`"),
-        ({"monitor": lambda info: info}, "with what is monitored in info"),
-        ({"on_not_finite": "skip"}, "would be what it was"),
+        (
+            {"monitor": lambda info: info},
+            r"needs an info, since .*: write `outer_loss\(hparams, carry, key\)",
+        ),
+        ({"on_not_finite": "skip"}, "would fail again, .*or 'backtrack'"),
         ({"max_inner_steps": 99}, "an outer step takes 100"),
         ({"on_not_finite": "ignore"}, "write 'stop', 'skip' or 'backtrack'"),
         ({"max_inner_steps": 0}, "max_inner_steps"),

@@ -275,7 +275,7 @@ def test_run_dir_of_another_schema_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(run_dir, "SCHEMA", 99)
     run(num_steps=2, run_dir=tmp_path)
     monkeypatch.undo()
-    with pytest.raises(jaxhpo.JaxhpoError, match=r"schema 99, where this one reads 2"):
+    with pytest.raises(jaxhpo.JaxhpoError, match=r"schema 99, where this one reads 3"):
         run(num_steps=2, run_dir=tmp_path)
 
 

@@ -1,0 +1,57 @@
+"""Explanations of an outer step that is not finite, or whose hypergradient is zero."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from jaxhpo._core.errors import JaxhpoError
+from jaxhpo._core.trace import differentiable_inputs
+from jaxhpo._core.tree import all_finite
+from jaxhpo._diagnostics.not_finite import diagnose
+from jaxhpo._diagnostics.origin import find_origin
+from jaxhpo._tune.step import OuterState, Step, has_nan, solves_finite
+
+
+def structure(step: Step, state: OuterState) -> Callable[[], list[bool]] | None:
+    """Returns a function: for each leaf, whether its derivative can be non-zero; None where that is unknown."""
+    if step.evaluate.gradient is not None:
+        return None
+    leaves, tree = jax.tree.flatten(state.point)
+
+    def value(leaves):
+        return step.objective(jax.tree.unflatten(tree, leaves), state.carry, state.key)[0]
+
+    return lambda: differentiable_inputs(value, leaves)
+
+
+def diagnosis(step: Step, state: OuterState) -> str:
+    """Says where the step from `state` ceases to be finite."""
+    if step.evaluate.gradient is not None:
+        return "It comes from the `gradient` function that was given."
+    key = jax.random.fold_in(state.key, state.step)
+    times = step.remedies.accumulate
+    run = jax.jit(lambda u, key: jax.value_and_grad(step.objective, has_aux=True)(u, state.carry, key))
+    for key in [key] if times == 1 else list(jax.random.split(key, times)):  # noqa: B020 (the keys of `_accumulated`)
+        (value, (carry, info)), grad = run(state.point, key)
+        if not bool(jnp.isfinite(value) & all_finite(grad) & solves_finite(info)):
+            try:
+                return diagnose(lambda u, key=key: step.objective(u, state.carry, key)[0], state.point)
+            except JaxhpoError as error:  # of values that are only met outside compiled code
+                return str(error)
+        if bool(has_nan(carry)):
+            return _origin_of(carry, step, state, key)
+    return "Loss and hypergradient are finite: look at the optimiser's rate and schedule at this step."
+
+
+def _origin_of(carry, step, state, key) -> str:
+    bad = [bool(has_nan(leaf)) for leaf in jax.tree.leaves(carry)]
+
+    def made(point):
+        leaves = jax.tree.leaves(step.objective(point, state.carry, key)[1][0])
+        return [leaf for leaf, is_bad in zip(leaves, bad, strict=True) if is_bad]
+
+    origin = find_origin(made, state.point)
+    return f"It began {origin}" if origin else "Look for an overflow, or 0/0, in what makes the carry."
