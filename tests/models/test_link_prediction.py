@@ -409,8 +409,14 @@ def masked(params, triples, pack=lambda mask: mask):
             lambda params: lp.penalty(MODEL, params, 0.1, lp.group(TRIPLES, 7, 3)),
             r"grouped for 7.*group\(triples, 6, 3",
         ),
-        (lambda params: lp.cross_entropy(lp.CP(RANK), params, TRIPLES), r"`params` got \['entities', 'relations'\]"),
-        (lambda params: lp.cross_entropy(lp.ComplEx(RANK), params, TRIPLES), "rows of ComplEx.* are 4 long"),
+        (
+            lambda params: lp.cross_entropy(lp.CP(RANK), params, TRIPLES),
+            "`params` has the tables.*CP.*objects",
+        ),
+        (
+            lambda params: lp.cross_entropy(lp.ComplEx(RANK), params, TRIPLES),
+            r"tables.*\(3, 2\).*ComplEx.*\(3, 4\)",
+        ),
         (lambda params: lp.ranks(lp.DistMult(RANK, True), params, TRIPLES, TRIPLES), "two rows per relation"),
         (lambda params: lp.penalty(MODEL, [params], 0.1, TRIPLES), "`params` got list"),
         (lambda params: MODEL.scores(params, TRIPLES, "O"), "`side` got 'O'"),

@@ -59,23 +59,19 @@ class Model:
         Raises:
           JaxhpoError: params of another model.
         """
-        instead = "take `params` from this model's `init`."
-        names = self._rows(1, 1)
-        if not isinstance(params, dict) or params.keys() != names.keys():
-            given = sorted(params) if isinstance(params, dict) else type(params).__name__
-            raise JaxhpoError(f"`params` got {given}, but {self} has the tables {list(names)}: {instead}")
+        if not isinstance(params, dict):
+            raise JaxhpoError(f"`params` got {type(params).__name__}: give the dict of tables from `init`.")
         shapes = {name: jnp.shape(table) for name, table in params.items()}
-        if any(len(shape) != 2 or shape[1] != self._width() for shape in shapes.values()):
+        num_entities, num_rows = ((shapes.get(name) or (1,))[0] for name in ("entities", "relations"))
+        num_relations = num_rows // (1 + self.reciprocal)
+        rows = self._rows(num_entities, num_relations * (1 + self.reciprocal))
+        expected = {name: (n, self._width()) for name, n in rows.items()}
+        if shapes != expected:
+            inverses = ", with two rows per relation" if self.reciprocal else ""
             raise JaxhpoError(
-                f"`params` has the shapes {shapes}, but the rows of {self} are {self._width()} long: {instead}"
+                f"`params` has the tables {shapes}, but {self} has {expected}{inverses}: take them from its `init`."
             )
-        rows = {name: shape[0] for name, shape in shapes.items()}
-        if rows["relations"] % (1 + self.reciprocal) or rows.get("objects", rows["entities"]) != rows["entities"]:
-            raise JaxhpoError(
-                f"`params` has tables of {rows} rows, but {self} has as many objects as entities and, if reciprocal, "
-                f"two rows per relation: {instead}"
-            )
-        return rows["entities"], rows["relations"] // (1 + self.reciprocal)
+        return num_entities, num_relations
 
     def scores(self, params: dict, triples: jax.Array, side: str) -> jax.Array:
         """Scores of all candidates for one side, "s", "p" or "o", of each triple: (n, entities or relations).
