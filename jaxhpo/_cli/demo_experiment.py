@@ -1,8 +1,9 @@
-"""The demo's experiment: the inner problem, the searches, and the one look at the test part."""
+"""The demo's experiment: the inner problem, the searches, and the single evaluation on the test part."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -22,28 +23,28 @@ from jaxhpo._core.validate import check_count, check_positive
 MODEL = jaxhpo.models.MLP((64, 10))
 PENALTY_RANGE = (1e-5, 1e-1)
 RATE_RANGE = (1e-2, 1.0)
-EVERYTHING = ("log_penalty", "log_rate")
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What the demo runs.
+    """Settings of the demo.
 
-    The defaults were settled on the validation and held-out images of seeds 100 to 111, which the demo does not use.
+    The defaults were chosen on the validation and held-out images of seeds 100 to 111, which the demo does not use.
 
     Args:
-      seeds: how many repetitions, each with its own split, initial weights and minibatches; trained together by `vmap`.
+      seeds: number of repetitions, each with its own split, initial weights and minibatches; `vmap` trains them
+        together.
       outer_steps: steps on the hyperparameters.
       seed: the first repetition's seed; the others follow it.
       num_steps: inner training steps T.
-      batch_size: images in a minibatch.
-      train: training images.
-      validation: validation images; all others are test images.
-      penalty: the untuned penalty of every weight, and where the gradient starts.
-      rate: the untuned learning rate, and where the gradient starts.
+      batch_size: images per minibatch.
+      train: number of training images.
+      validation: number of validation images; all others are test images.
+      penalty: the untuned penalty of every weight, where the gradient starts.
+      rate: the untuned learning rate, where the gradient starts.
       momentum: of the inner SGD.
       knots: of the learning-rate schedule.
-      outer_rate: of the outer Adam.
+      outer_rate: learning rate of the outer Adam.
     """
 
     seeds: int = 6
@@ -68,7 +69,7 @@ class Settings:
             check_positive(name, getattr(self, name))
 
 
-class Problem(NamedTuple):
+class Task(NamedTuple):
     """One repetition, without its test part; with a leading axis, all of them.
 
     Attributes:
@@ -86,8 +87,8 @@ class Problem(NamedTuple):
     refit_order: Any
 
 
-def make_problems(settings: Settings) -> tuple[Problem, jaxhpo.data.Examples]:
-    """All repetitions, stacked, and apart from them their test parts."""
+def make_tasks(settings: Settings) -> tuple[Task, jaxhpo.data.Examples]:
+    """All repetitions, stacked, and separately their test parts."""
     seeds = range(settings.seed, settings.seed + settings.seeds)
     splits = [jaxhpo.data.digits(seed, train=settings.train, validation=settings.validation) for seed in seeds]
     initialise = jax.jit(jax.vmap(lambda seed: MODEL.init(jax.random.key(seed), jnp.zeros((1, 64)))["params"]))
@@ -96,12 +97,11 @@ def make_problems(settings: Settings) -> tuple[Problem, jaxhpo.data.Examples]:
         for size in (settings.train, settings.train + settings.validation)
     ]
     train, validation, test = jax.tree.map(lambda *arrays: np.stack(arrays), *splits)
-    problems = Problem(initialise(np.array(seeds)), train, validation, *orders)
-    return jax.tree.map(jnp.asarray, (problems, test))
+    return jax.tree.map(jnp.asarray, (Task(initialise(np.array(seeds)), train, validation, *orders), test))
 
 
 def _minibatches(rng: np.random.Generator, size: int, settings: Settings) -> np.ndarray:
-    """Indices of T minibatches: one shuffled pass over the examples after another, cut into batches."""
+    """Indices of T minibatches: shuffled passes over the examples, concatenated and cut into batches."""
     wanted = settings.num_steps * settings.batch_size
     passes = [rng.permutation(size) for _ in range(math.ceil(wanted / size))]
     return np.concatenate(passes)[:wanted].reshape(settings.num_steps, settings.batch_size)
@@ -110,23 +110,16 @@ def _minibatches(rng: np.random.Generator, size: int, settings: Settings) -> np.
 # --- the inner problem ------------------------------------------------------------------------------------------------
 
 
-def predict(params, images) -> Any:
-    """The model's logits, (images, 10)."""
-    return MODEL.apply({"params": params}, images)
-
-
-def cross_entropy(params, images, labels):
-    """Mean cross-entropy of the model."""
-    return optax.softmax_cross_entropy_with_integer_labels(predict(params, images), labels).mean()
+def cross_entropy(model, params, images, labels):
+    """Mean cross-entropy of a model."""
+    logits: Any = model.apply({"params": params}, images)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
 def train_loss(params, hparams, batch):
     """Cross-entropy plus ½ Σ exp(log_penalty) w², with a penalty of its own for every weight w of every layer."""
-    penalties = [
-        jnp.sum(jnp.exp(log_penalty) * params[layer]["kernel"] ** 2)
-        for layer, log_penalty in hparams["log_penalty"].items()
-    ]
-    return cross_entropy(params, *batch) + 0.5 * sum(penalties)
+    penalties = [jnp.sum(jnp.exp(p) * params[layer]["kernel"] ** 2) for layer, p in hparams["log_penalty"].items()]
+    return cross_entropy(MODEL, params, *batch) + 0.5 * sum(penalties)
 
 
 def learning_rate(log_rate, step, num_steps: int):
@@ -135,11 +128,10 @@ def learning_rate(log_rate, step, num_steps: int):
 
 
 def fit(hparams, params, examples, order, momentum: float):
-    """T steps of SGD with momentum, from `params`; differentiable with respect to `hparams`."""
-    num_steps = len(order)
+    """T steps of SGD with momentum from `params`, differentiable with respect to `hparams`."""
 
     def optimiser(hparams):
-        return optax.sgd(lambda step: learning_rate(hparams["log_rate"], step, num_steps), momentum=momentum)
+        return optax.sgd(lambda step: learning_rate(hparams["log_rate"], step, len(order)), momentum=momentum)
 
     solver = jaxhpo.from_optax(train_loss, optimiser)
     batches = jax.tree.map(lambda array: array[order], tuple(examples))
@@ -147,72 +139,71 @@ def fit(hparams, params, examples, order, momentum: float):
     return jaxhpo.solve(solver, solver.init(params, hparams), hparams, batches, adjoint=adjoint).params
 
 
-def validation_loss(hparams, problem: Problem, momentum: float):
-    """The outer loss: how well the weights that these hyperparameters lead to do on the validation part."""
-    params = fit(hparams, problem.params, problem.train, problem.order, momentum)
-    return cross_entropy(params, *problem.validation)
+def validation_loss(hparams, task: Task, momentum: float):
+    """The outer loss: cross-entropy on the validation part after training with these hyperparameters."""
+    params = fit(hparams, task.params, task.train, task.order, momentum)
+    return cross_entropy(MODEL, params, *task.validation)
 
 
-def constant_hparams(params, log_penalty, log_rate, knots: int) -> dict:
-    """One penalty for every weight and one rate for every step, in the shape of the full hyperparameters."""
-    kernels = {layer: leaves["kernel"] for layer, leaves in params.items()}
-    return {
-        "log_penalty": jax.tree.map(lambda kernel: jnp.full(kernel.shape, log_penalty, jnp.float32), kernels),
-        "log_rate": jnp.full(knots, log_rate, jnp.float32),
-    }
+def constant_hparams(params, point, knots: int) -> dict:
+    """The same log-penalty for every weight and log-rate for every step, in the shape of the full hyperparameters."""
+    shapes = {layer: leaves["kernel"].shape for layer, leaves in params.items()}
+    penalties = {layer: jnp.full(shape, point[0], jnp.float32) for layer, shape in shapes.items()}
+    return {"log_penalty": penalties, "log_rate": jnp.full(knots, point[1], jnp.float32)}
 
 
 # --- the searches -----------------------------------------------------------------------------------------------------
 
 
-class Search(NamedTuple):
-    """What a method found, for each seed.
+def descend(start: dict, tasks: Task, settings: Settings, tuned: tuple[str, ...]) -> jaxhpo.TuneResult:
+    """Adam on the hyperparameters named in `tuned`, for all seeds at once; the others stay at `start`."""
+    fixed = {name: leaf for name, leaf in start.items() if name not in tuned}
 
-    Attributes:
-      hparams: those of the lowest validation loss.
-      values: (evaluations, seeds) validation losses, in order.
-      seconds: wall time, all seeds together, without compilation.
-      best_point: (seeds, 2) log-penalty and log-rate, for methods that try points.
-    """
+    def outer_loss(hparams, carry, key):
+        del key
+        fixed, task = carry
+        return validation_loss(fixed | hparams, task, settings.momentum), carry, {}
 
-    hparams: dict
-    values: np.ndarray
-    seconds: float
-    best_point: np.ndarray | None = None
+    result = jaxhpo.tune(
+        outer_loss,
+        {name: start[name] for name in tuned},
+        optax.chain(optax.clip(1.0), optax.adam(settings.outer_rate)),
+        num_steps=settings.outer_steps,
+        population=settings.seeds,
+        carry=(fixed, tasks),
+    )
+    return result._replace(best_hparams=fixed | result.best_hparams)
 
 
-def best(values: np.ndarray) -> np.ndarray:
-    """For each seed the index of the lowest value; a diverged training never wins."""
+def try_points(evaluate: Callable, points: np.ndarray, tasks: Task, knots: int, name: str) -> jaxhpo.TuneResult:
+    """Train every seed with each of its (log-penalty, log-rate) points, an array (trials, seeds, 2)."""
+    began = time.perf_counter()
+    spread = jax.jit(jax.vmap(functools.partial(constant_hparams, knots=knots)))
+    values, seconds = [], []
+    with Progress(len(points), name) as progress:
+        for point in points:
+            values.append(np.asarray(evaluate(spread(tasks.params, point), tasks)))
+            seconds.append(time.perf_counter() - began)
+            progress.update(f"{seconds[-1]:.1f} s")
+    history = {"value": np.stack(values), "seconds": np.array(seconds)}
+    best, seeds = best_steps(history["value"]), np.arange(points.shape[1])
+    hparams = spread(tasks.params, points[best, seeds])
+    return jaxhpo.TuneResult(hparams, None, hparams, history["value"][best, seeds], history, "finished", name)
+
+
+def best_steps(values: np.ndarray) -> np.ndarray:
+    """For each seed the index of the lowest value; a diverged training is never the best."""
     return np.where(np.isfinite(values), values, np.inf).argmin(axis=0)
 
 
-def _told(values: list[np.ndarray], began: float) -> str:
-    lowest = np.min(np.where(np.isfinite(values), values, np.inf), axis=0)
-    return f"validation loss {lowest.mean():.4f}, {time.perf_counter() - began:.1f} s"
-
-
-def try_points(evaluate: Callable, points: np.ndarray, problems: Problem, knots: int, name: str) -> Search:
-    """Trains every seed with each of its (log-penalty, log-rate) points, an array (trials, seeds, 2)."""
-    start = time.perf_counter()
-    spread = jax.jit(jax.vmap(lambda params, point: constant_hparams(params, point[0], point[1], knots)))
-    values = []
-    with Progress(len(points), name) as progress:
-        for point in points:
-            values.append(np.asarray(evaluate(spread(problems.params, point), problems)))
-            progress.update(_told(values, start))
-    values = np.stack(values)
-    chosen = points[best(values), np.arange(points.shape[1])]
-    return Search(spread(problems.params, chosen), values, time.perf_counter() - start, chosen)
-
-
 def random_points(trials: int, seeds: int, seed: int) -> np.ndarray:
-    """Log-uniform (log-penalty, log-rate) pairs, other ones for every seed."""
+    """Log-uniform (log-penalty, log-rate) pairs, different for every seed."""
     low, high = np.log([PENALTY_RANGE, RATE_RANGE]).T
     return np.random.default_rng([seed, 7]).uniform(low, high, (trials, seeds, 2)).astype(np.float32)
 
 
 def grid_points(trials: int, seeds: int, seed: int) -> np.ndarray:
-    """An even grid of at least `trials` points in logarithms, visited in shuffled order (other ones for every seed)."""
+    """An even grid of at least `trials` points in logarithms, shuffled differently for every seed."""
     rates = max(1, math.isqrt(trials))
     penalties = math.ceil(trials / rates)
     grid = np.stack(np.meshgrid(_even(PENALTY_RANGE, penalties), _even(RATE_RANGE, rates)), axis=-1).reshape(-1, 2)
@@ -225,65 +216,37 @@ def _even(limits: tuple[float, float], count: int) -> np.ndarray:
     return np.linspace(low, high, count) if count > 1 else np.array([(low + high) / 2])
 
 
-def descend(gradient: Callable, start: dict, problems: Problem, settings: Settings, tuned, name: str) -> Search:
-    """Adam on the hyperparameters named in `tuned`, all seeds at once; for each seed the best iterate is kept."""
-    began = time.perf_counter()
-    tx = optax.chain(optax.clip(1.0), optax.adam(settings.outer_rate))  # elementwise, so seeds do not mix
+def time_of(result: jaxhpo.TuneResult) -> tuple[float, float]:
+    """Seconds of a search without compilation, and those of compilation.
 
-    @jax.jit
-    def update(hparams, opt_state, hypergrad):
-        for name in set(hparams) - set(tuned):
-            hypergrad = hypergrad | {name: jax.tree.map(jnp.zeros_like, hypergrad[name])}
-        updates, opt_state = tx.update(hypergrad, opt_state)
-        return optax.apply_updates(hparams, updates), opt_state
-
-    hparams, opt_state, visited, values = start, tx.init(start), [], []
-    with Progress(settings.outer_steps, name) as progress:
-        for _ in range(settings.outer_steps):
-            value, hypergrad = gradient(hparams, problems)
-            visited.append(hparams)
-            values.append(np.asarray(value))
-            hparams, opt_state = update(hparams, opt_state, hypergrad)
-            progress.update(_told(values, began))
-    chosen, seeds = best(np.stack(values)), np.arange(settings.seeds)
-    selected = jax.tree.map(lambda *leaves: jnp.stack(leaves)[chosen, seeds], *visited)
-    return Search(selected, np.stack(values), time.perf_counter() - began)
+    The first step compiles. Its own time is taken to be the mean of the others.
+    """
+    elapsed = result.history["seconds"]
+    if len(elapsed) == 1:
+        return elapsed[0], 0.0
+    each = (elapsed[-1] - elapsed[0]) / (len(elapsed) - 1)
+    return each * len(elapsed), max(0.0, elapsed[0] - each)
 
 
-# --- the end ----------------------------------------------------------------------------------------------------------
+# --- the test part ----------------------------------------------------------------------------------------------------
 
 
-class Scores(NamedTuple):
-    """Test figures of one method, each (seeds,): as selected, and refitted on training + validation."""
+def score(selected: dict[str, dict], tasks: Task, test: jaxhpo.data.Examples, momentum: float) -> dict[str, dict]:
+    """Evaluate on the test part: the only function that does, called once, after every choice has been made.
 
-    test_loss: Any
-    test_accuracy: Any
-    refit_test_loss: Any
-    refit_test_accuracy: Any
-
-
-def score(selected: dict, problems: Problem, test: jaxhpo.data.Examples, momentum: float) -> dict[str, Scores]:
-    """Looks at the test part: the only function that does, called once, after every choice has been made.
-
-    Both figures train for the same T steps, from the same initial weights, with the selected hyperparameters: "as
-    selected" on the training part, "refitted" on training + validation.
+    All figures come from T training steps, from the same initial weights, with the selected hyperparameters: "as
+    selected" on the training part, "refitted" on training + validation. Each is an array (seeds,).
     """
 
-    def scores(hparams, problem, test):
-        both = jax.tree.map(lambda *arrays: jnp.concatenate(arrays), problem.train, problem.validation)
-        as_selected = fit(hparams, problem.params, problem.train, problem.order, momentum)
-        refitted = fit(hparams, problem.params, both, problem.refit_order, momentum)
-        return Scores(*_loss_and_accuracy(as_selected, test), *_loss_and_accuracy(refitted, test))
+    def scores(hparams, task, test):
+        both = jax.tree.map(lambda *arrays: jnp.concatenate(arrays), task.train, task.validation)
+        found = {}
+        for prefix, examples, order in (("", task.train, task.order), ("refit_", both, task.refit_order)):
+            params = fit(hparams, task.params, examples, order, momentum)
+            predicted = jnp.argmax(MODEL.apply({"params": params}, test.inputs), axis=-1)  # type: ignore[arg-type]
+            found[f"{prefix}test_loss"] = cross_entropy(MODEL, params, *test)
+            found[f"{prefix}test_accuracy"] = jnp.mean(predicted == test.targets)
+        return found
 
     compiled = jax.jit(jax.vmap(scores))
-    found = {}
-    with Progress(len(selected), "test part, all methods") as progress:
-        for name, hparams in selected.items():
-            found[name] = jax.tree.map(np.asarray, compiled(hparams, problems, test))
-            progress.update(name)
-    return found
-
-
-def _loss_and_accuracy(params, examples):
-    predicted = predict(params, examples.inputs).argmax(axis=-1)
-    return cross_entropy(params, *examples), jnp.mean(predicted == examples.targets)
+    return {name: jax.tree.map(np.asarray, compiled(hparams, tasks, test)) for name, hparams in selected.items()}

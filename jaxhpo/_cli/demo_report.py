@@ -1,88 +1,78 @@
-"""The demo's figures: `report.json`, the printed table, and the sentences under it."""
+"""The demo's figures: `report.json`, the printed table, and the sentences below it."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import json
 import math
-import pathlib
 import platform
 import textwrap
 from typing import Any
 
 import jax
 import numpy as np
-import optax
 
-import jaxhpo
 from jaxhpo._cli import demo_experiment
 
 OURS = "hypergradient"
+BASELINES = ("untuned", "grid", "random")
 ABLATIONS = ("penalties-only", "schedule-only")
-COLUMNS = ("test_loss", "test_accuracy", "refit_test_loss", "refit_test_accuracy")
-IN_WORDS = {
-    "test_loss": "test loss as selected",
-    "test_accuracy": "test accuracy as selected",
-    "refit_test_loss": "test loss refitted",
-    "refit_test_accuracy": "test accuracy refitted",
+COLUMNS = {
+    "test_loss": "loss as selected",
+    "test_accuracy": "accuracy as selected",
+    "refit_test_loss": "loss refitted",
+    "refit_test_accuracy": "accuracy refitted",
 }
 
 
-def make(settings, searches: dict, scores: dict, cost: dict, trials: int, num_hyperparameters: int) -> dict:
+def make(settings, results: dict, scores: dict, cost: dict, num_hyperparameters: int) -> dict:
     """The report as plain numbers, lists and strings.
 
     Args:
       settings: the demo's `Settings`.
-      searches: name -> `Search`.
-      scores: name -> `Scores`.
-      cost: what one hypergradient costs.
-      trials: trainings that random search was allowed.
+      results: name -> `TuneResult`.
+      scores: name -> column -> (seeds,) test figures.
+      cost: the cost of one hypergradient.
       num_hyperparameters: of one seed.
 
     Returns:
       The contents of `report.json`.
     """
-    rows = [_row(name, searches[name], scores[name], settings, cost) for name in searches]
-    differences = [_difference(name, scores) for name in searches if name != OURS]
+    rows = [_row(name, results[name], scores[name], settings, cost) for name in results]
+    differences = [_difference(name, scores) for name in results if name != OURS]
     return {
         "settings": dataclasses.asdict(settings),
         "seeds": list(range(settings.seed, settings.seed + settings.seeds)),
-        "versions": {
-            "jaxhpo": jaxhpo.__version__,
-            "jax": jax.__version__,
-            "jaxlib": importlib.metadata.version("jaxlib"),
-            "optax": optax.__version__,
-            "numpy": np.__version__,
-            "python": platform.python_version(),
-            "backend": jax.default_backend(),
-        },
+        "versions": {name: importlib.metadata.version(name) for name in ("jaxhpo", "jax", "jaxlib", "optax", "numpy")}
+        | {"python": platform.python_version(), "backend": jax.default_backend()},
         "num_hyperparameters": num_hyperparameters,
-        "cost": cost | {"trials": trials},
+        "cost": cost,
         "methods": rows,
         "paired_differences": differences,
-        "conclusions": conclusions(rows, differences) + _outliers(rows) + _edges(searches),
+        "conclusions": conclusions(rows, differences) + _outliers(rows) + _edges(rows),
     }
 
 
-def _row(name, search, scores, settings, cost) -> dict:
-    by_gradient = search.best_point is None
-    trainings = len(search.values) * (cost["hypergradient_in_trainings"] if by_gradient else 1)
-    chosen = demo_experiment.best(search.values)
-    found = search.values[chosen, np.arange(settings.seeds)]
-    row = {"name": name} | _mean_and_sem("validation_loss", found)
+def _row(name, result, scores, settings, cost) -> dict:
+    values = result.history["value"]
+    best = demo_experiment.best_steps(values)
+    per_seed = {"validation_loss": values[best, np.arange(settings.seeds)]} | {c: scores[c] for c in COLUMNS}
+    row = {"name": name}
+    for column, figures in per_seed.items():
+        row |= _mean_and_sem(column, figures)
     row["validation_loss"] = row.pop("validation_loss_mean")
-    for column, values in scores._asdict().items():
-        row |= _mean_and_sem(column, values)
+    trainings = len(values) * (1 if name in BASELINES else cost["hypergradient_in_trainings"])
     row |= {
         "inner_steps": round(trainings * settings.num_steps),
-        "evaluations": len(search.values),
-        "seconds": round(search.seconds, 3),
-        "per_seed": {"validation_loss": _plain(found)} | {c: _plain(v) for c, v in scores._asdict().items()},
-        "best_evaluation": (chosen + 1).tolist(),
+        "evaluations": len(values),
+        "seconds": round(demo_experiment.time_of(result)[0], 3),
+        "per_seed": {column: _plain(figures) for column, figures in per_seed.items()},
+        "best_evaluation": (best + 1).tolist(),
     }
-    if not by_gradient:
-        row["penalty"], row["rate"] = (_plain(np.exp(search.best_point[:, i])) for i in (0, 1))
+    if name in BASELINES:  # all penalties of a seed are equal, and all knots
+        hparams = result.best_hparams
+        row["penalty"] = _plain(np.exp(hparams["log_penalty"]["Dense_0"][:, 0, 0]))
+        row["rate"] = _plain(np.exp(hparams["log_rate"][:, 0]))
     return row
 
 
@@ -93,21 +83,26 @@ def _mean_and_sem(name: str, values) -> dict[str, Any]:
 
 
 def _plain(value):
-    """Python numbers; None for what is not finite, since JSON has no NaN."""
+    """Python numbers; None for those that are not finite, as JSON has no NaN."""
     if np.ndim(value):
         return [_plain(item) for item in value]
     return round(float(value), 6) if np.isfinite(value) else None
 
 
 def _difference(name: str, scores: dict) -> dict:
-    """Ours minus `name`, seed by seed: splits, initial weights and minibatches are shared, so their noise cancels."""
-    seeds = len(scores[OURS].test_loss)
-    difference: dict[str, Any] = {"method": OURS, "against": name, "seeds": seeds}
+    """The hypergradient's scores minus those of `name`, seed by seed.
+
+    Splits, initial weights and minibatches are shared, so their noise cancels.
+    """
+    difference: dict[str, Any] = {"method": OURS, "against": name, "seeds": len(scores[OURS]["test_loss"])}
     for column in COLUMNS:
-        each = getattr(scores[OURS], column) - getattr(scores[name], column)
+        each = scores[OURS][column] - scores[name][column]
         difference |= _mean_and_sem(column, each)
         difference[f"{column}_seeds_better"] = int(np.sum(each < 0 if column.endswith("loss") else each > 0))
     return difference
+
+
+# --- sentences --------------------------------------------------------------------------------------------------------
 
 
 def verdict(column: str, mean: float | None, sem: float | None) -> str:
@@ -118,16 +113,15 @@ def verdict(column: str, mean: float | None, sem: float | None) -> str:
 
 
 def conclusions(rows: list[dict], differences: list[dict]) -> list[str]:
-    """Sentences on where the hypergradient does not win, computed from the paired differences.
+    """Sentences on the comparisons that the hypergradient does not win, from the paired differences.
 
     Args:
       rows: the report's methods.
       differences: the report's paired differences.
 
     Returns:
-      One sentence a list item.
+      One sentence per list item.
     """
-    ours = next(row for row in rows if row["name"] == OURS)
     sentences = []
     for found, text in (("worse", "is worse than"), ("no clear difference", "does not clearly differ from")):
         for column in COLUMNS:
@@ -137,22 +131,21 @@ def conclusions(rows: list[dict], differences: list[dict]) -> list[str]:
                 if verdict(column, d[f"{column}_mean"], d[f"{column}_sem"]) == found
             ]
             if others:
-                sentences.append(f"In {IN_WORDS[column]} the hypergradient {text} {', '.join(others)}.")
+                sentences.append(f"In test {COLUMNS[column]} the hypergradient {text} {', '.join(others)}.")
     if not sentences:
         sentences.append("The hypergradient is better, by more than two standard errors, in every comparison.")
+    ours = next(row for row in rows if row["name"] == OURS)
     reached = f"{_number(ours['validation_loss'])} there, and {_number(ours['test_loss_mean'])} on the test part"
-    sentences.append(f"A validation loss that was minimised is no estimate: the hypergradient reaches {reached}.")
-    return sentences
+    return [*sentences, f"A minimised validation loss is not an estimate: the hypergradient reaches {reached}."]
 
 
 def _difference_in_words(difference: dict, column: str) -> str:
-    mean, sem = (difference[f"{column}_{figure}"] for figure in ("mean", "sem"))
     better = difference[f"{column}_seeds_better"]
-    return f"{_signed(mean)} ± {_number(sem)}, better in {better} of {difference['seeds']} seeds"
+    return f"{_mean_in_words(difference, column, '+')}, better in {better} of {difference['seeds']} seeds"
 
 
 def _outliers(rows: list[dict]) -> list[str]:
-    """Says where one seed carries a mean, so that a reader does not take it for the usual case."""
+    """Sentences on means that are dominated by one seed."""
     losses = {row["name"]: [v for v in row["per_seed"]["refit_test_loss"] if v is not None] for row in rows}
     sentences = []
     for name, values in losses.items():
@@ -163,36 +156,31 @@ def _outliers(rows: list[dict]) -> list[str]:
     return sentences
 
 
-def _edges(searches: dict) -> list[str]:
-    """Says where a baseline's best point lies at the edge of its range, so that a wider range might help it."""
-    limits = np.log([demo_experiment.PENALTY_RANGE, demo_experiment.RATE_RANGE])
-    step = (limits[:, 1] - limits[:, 0]) / 40
+def _edges(rows: list[dict]) -> list[str]:
+    """Sentences on best points at the edge of a search's range, where a wider range might help it."""
     sentences = []
-    for name in ("grid", "random"):
-        point = searches[name].best_point
-        at_edge = (point < limits[:, 0] + step) | (point > limits[:, 1] - step)
-        for which, what in enumerate(("penalty", "rate")):
-            seeds = int(at_edge[:, which].sum())
-            if seeds:
-                low, high = np.exp(limits[which])
-                text = f"{name} chose a {what} at the edge of its range, {low:g} to {high:g}"
-                sentences.append(f"In {seeds} of {len(point)} seeds {text}.")
+    for row in rows:
+        if row["name"] not in ("grid", "random"):
+            continue
+        for what, limits in (("penalty", demo_experiment.PENALTY_RANGE), ("rate", demo_experiment.RATE_RANGE)):
+            low, high = np.log(limits)
+            # within a fortieth of the range, in logarithms
+            edge = np.abs(np.log(row[what]) - (low + high) / 2) > (high - low) * (1 / 2 - 1 / 40)
+            if edge.any():
+                text = f"{row['name']} chose a {what} at the edge of its range, {limits[0]:g} to {limits[1]:g}"
+                sentences.append(f"In {edge.sum()} of {len(edge)} seeds {text}.")
     return sentences
 
 
 # --- text -------------------------------------------------------------------------------------------------------------
 
 
-def _number(value, digits: int = 3) -> str:
-    return "  n/a" if value is None else f"{value:.{digits}f}"
+def _number(value, sign: str = "") -> str:
+    return "n/a" if value is None else f"{value:{sign}.3f}"
 
 
-def _signed(value) -> str:
-    return "n/a" if value is None else f"{value:+.3f}"
-
-
-def _pair(row, column) -> str:
-    return f"{_number(row[f'{column}_mean'])} ± {_number(row[f'{column}_sem'])}"
+def _mean_in_words(row: dict, column: str, sign: str = "") -> str:
+    return f"{_number(row[f'{column}_mean'], sign)} ± {_number(row[f'{column}_sem'])}"
 
 
 def render(report: dict) -> str:
@@ -229,24 +217,16 @@ def _table(rows: list[dict]) -> list[str]:
     for row in rows:
         if row["name"] == ABLATIONS[0]:
             lines.append(rule)
-        selected = f" {_pair(row, 'test_loss')}   {_pair(row, 'test_accuracy')} "
-        refitted = f"{_pair(row, 'refit_test_loss'):^18} {_pair(row, 'refit_test_accuracy'):^19}"
+        loss, accuracy, refit_loss, refit_accuracy = (_mean_in_words(row, column) for column in COLUMNS)
         lines.append(
-            f"{row['name']:16}{_number(row['validation_loss']):>11} │{selected:^31}│{refitted}│"
-            f"{row['inner_steps']:>7}{row['seconds']:>8.1f}"
+            f"{row['name']:16}{_number(row['validation_loss']):>11} │{loss:^15} {accuracy:^15}│"
+            f"{refit_loss:^18} {refit_accuracy:^19}│{row['inner_steps']:>7}{row['seconds']:>8.1f}"
         )
     return lines
 
 
 def _comparison(differences: list[dict]) -> list[str]:
-    width = 24
-    lines = [f"{'Hypergradient minus':20}" + "".join(f"{IN_WORDS[c].removeprefix('test '):>{width}}" for c in COLUMNS)]
+    lines = [f"{'Hypergradient minus':20}" + "".join(f"{words:>24}" for words in COLUMNS.values())]
     for row in differences:
-        cells = "".join(f"{_signed(row[f'{c}_mean'])} ± {_number(row[f'{c}_sem'])}".rjust(width) for c in COLUMNS)
-        lines.append(f"{row['against']:20}{cells}")
+        lines.append(f"{row['against']:20}" + "".join(f"{_mean_in_words(row, c, '+'):>24}" for c in COLUMNS))
     return lines
-
-
-def write(report: dict, path: pathlib.Path) -> None:
-    """Writes strict JSON."""
-    path.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")

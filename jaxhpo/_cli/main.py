@@ -8,7 +8,7 @@ import json
 import pathlib
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -21,16 +21,16 @@ QUICK = {"seeds": 2, "outer_steps": 3, "num_steps": 30}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command.
+    """Run a command.
 
     Args:
-      arguments: such as `["demo", "--quick"]`; None takes the process's own.
+      arguments: such as `["demo", "--quick"]`; None takes those of the process.
 
     Returns:
-      The exit code: 0 when the command did its work, 1 when it could not, 130 after Ctrl-C.
+      The exit code: 0 on success, 1 on an error, 130 after Ctrl-C.
 
     Raises:
-      SystemExit: with code 2 for arguments that cannot work, and 0 after `--help` or `--version`.
+      SystemExit: with code 2 for invalid arguments, and 0 after `--help` or `--version`.
 
     Example:
       >>> from jaxhpo._cli.main import main
@@ -48,91 +48,55 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
+# --- arguments --------------------------------------------------------------------------------------------------------
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="jaxhpo", description="Gradient-based hyperparameter optimisation in JAX.")
     parser.add_argument("--version", action="version", version=f"jaxhpo {jaxhpo.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, dest="name")
-    _add_demo(commands)
-    _add_compare(commands)
-    _add_show(commands)
-    _add_plot(commands)
+    for add in (_add_demo, _add_compare, _add_show, _add_plot):
+        add(commands)
     return parser
 
 
 def _add_demo(commands) -> None:
-    defaults = demo.Settings()
     parser = commands.add_parser(
         "demo",
         help="tune about 5000 hyperparameters of a digit classifier by their gradient, and compare (under two minutes)",
-        description=(
-            "Trains a small network on scikit-learn's handwritten digits (no download). One penalty for every weight "
-            "and a learning-rate schedule are tuned by the gradient of the validation loss through training, and "
-            "compared, at the same number of training steps, with untuned defaults, a grid and random search. Prints "
-            "a table and writes report.json and demo.png."
-        ),
+        description="Trains a small network on scikit-learn's handwritten digits (no download). Tunes one penalty per "
+        "weight and a learning-rate schedule by the gradient of the validation loss through training. Compares with "
+        "untuned defaults, a grid and random search of as many training steps. Prints a table and writes report.json "
+        "and demo.png.",
     )
-    unset = argparse.SUPPRESS
-    parser.add_argument(
-        "--seeds",
-        type=_integer(2, "standard errors are taken across seeds"),
-        default=unset,
-        metavar="N",
-        help=f"repetitions, each with its own split, initial weights and minibatches (default: {defaults.seeds})",
-    )
-    parser.add_argument(
-        "--outer-steps",
-        type=_integer(1, "it counts steps on the hyperparameters"),
-        default=unset,
-        metavar="N",
-        help=f"hypergradient steps; the other methods get as many training steps (default: {defaults.outer_steps})",
-    )
-    parser.add_argument(
-        "--seed",
-        type=_integer(0, "seeds count from zero"),
-        default=unset,
-        metavar="N",
-        help=f"seed of the first repetition; the others follow it (default: {defaults.seed})",
-    )
+    for name, minimum, text in (
+        ("seeds", 2, "repetitions, each with its own split, initial weights and minibatches"),
+        ("outer_steps", 1, "hypergradient steps; the other methods get as many training steps"),
+        ("seed", 0, "seed of the first repetition; the others follow it"),
+    ):
+        reason = ", since standard errors are taken across seeds" if name == "seeds" else ""
+        text = f"{text} (default: {getattr(demo.Settings, name)})"
+        _add_count(parser, f"--{name.replace('_', '-')}", text, minimum, argparse.SUPPRESS, reason)
     _add_out(parser, "jaxhpo-demo")
     short = "{seeds} seeds, {outer_steps} outer and {num_steps} inner steps".format(**QUICK)
-    parser.add_argument("--quick", action="store_true", help=f"a few seconds, to see that it runs: {short}")
+    parser.add_argument("--quick", action="store_true", help=f"a few seconds, to check that it runs: {short}")
     parser.set_defaults(command=_run_demo)
 
 
 def _add_compare(commands) -> None:
     parser = commands.add_parser(
         "compare",
-        help="measure hypergradient methods on a ready-made problem, and say which one to take",
-        description=(
-            "Measures hypergradient methods on a small ready-made problem: error, time and memory of each, and which "
-            "one to take. Prints a table and writes comparison.json and comparison.png. For a problem of your own, "
-            "call jaxhpo.compare."
-        ),
+        help="measure hypergradient methods on a ready-made problem, and recommend one",
+        description="Measures the error, time and memory of hypergradient methods on a small ready-made problem, and "
+        "recommends one. Prints a table and writes comparison.json and comparison.png. For your own problem, call "
+        "jaxhpo.compare.",
         epilog="methods: " + ", ".join(problems.METHODS),
     )
-    parser.add_argument(
-        "--problem", required=True, choices=list(problems.PROBLEMS), help="which problem; mlp needs scikit-learn"
-    )
-    parser.add_argument(
-        "--methods",
-        type=_methods,
-        default=problems.USUAL,
-        metavar="NAMES",
-        help=f"names with commas between (default: {','.join(problems.USUAL)})",
-    )
-    parser.add_argument(
-        "--num-steps",
-        type=_integer(1, "it counts inner training steps"),
-        metavar="N",
-        help="inner steps (default: the problem's own)",
-    )
-    parser.add_argument(
-        "--seed",
-        type=_integer(0, "seeds count from zero"),
-        default=0,
-        metavar="N",
-        help="seed of the data and initial weights (default: %(default)s)",
-    )
+    parser.add_argument("--problem", required=True, choices=list(problems.PROBLEMS), help="mlp needs scikit-learn")
+    names = f"comma-separated names (default: {','.join(problems.USUAL)})"
+    parser.add_argument("--methods", type=_methods, default=problems.USUAL, metavar="NAMES", help=names)
+    _add_count(parser, "--num-steps", "inner steps (default: the problem's own)")
+    _add_count(parser, "--seed", "seed of the data and initial weights (default: %(default)s)", 0, 0)
     _add_out(parser, "jaxhpo-compare")
     parser.set_defaults(command=_run_compare)
 
@@ -140,76 +104,67 @@ def _add_compare(commands) -> None:
 def _add_show(commands) -> None:
     parser = commands.add_parser(
         "show",
-        help="print how a run of tune stands, also while it is going on",
-        description="Prints the last outer steps of a run, its best one, and what remedies did.",
+        help="print the state of a run of tune, finished or not",
+        description="Prints the last outer steps of a run, its best one, and the counts of remedies.",
     )
     parser.add_argument("run_dir", type=pathlib.Path, metavar="RUN_DIR", help="the run_dir of jaxhpo.tune")
-    rows = _integer(1, "it counts rows")
-    parser.add_argument("--rows", type=rows, default=10, metavar="N", help="of the table (default: %(default)s)")
+    _add_count(parser, "--rows", "rows of the table (default: %(default)s)", 1, 10)
     parser.set_defaults(command=_run_show)
 
 
 def _add_plot(commands) -> None:
     parser = commands.add_parser(
         "plot",
-        help="draw how a run of tune went, also while it is going on",
+        help="draw the history of a run of tune, finished or not",
         description="Draws convergence, the norm of the hypergradient, and the paths of the hyperparameters.",
     )
     parser.add_argument("run_dir", type=pathlib.Path, metavar="RUN_DIR", help="the run_dir of jaxhpo.tune")
-    parser.add_argument(
-        "--out", type=pathlib.Path, metavar="FILE", help="a .png, .pdf or .svg (default: RUN_DIR/run.png)"
-    )
+    text = "a .png, .pdf or .svg (default: RUN_DIR/run.png)"
+    parser.add_argument("--out", type=pathlib.Path, metavar="FILE", help=text)
     parser.set_defaults(command=_run_plot)
 
 
 def _add_out(parser, folder: str) -> None:
-    parser.add_argument(
-        "--out",
-        type=pathlib.Path,
-        default=pathlib.Path(folder),
-        metavar="DIR",
-        help="folder to write into (default: %(default)s)",
-    )
+    text = "folder to write into (default: %(default)s)"
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(folder), metavar="DIR", help=text)
+
+
+def _add_count(parser, flag: str, text: str, minimum: int = 1, default=None, reason: str = "") -> None:
+    def convert(given: str) -> int:
+        try:
+            number = int(given)
+        except ValueError:
+            number = None
+        if number is None or number < minimum:
+            raise argparse.ArgumentTypeError(f"got {given!r}: write an integer, {minimum} or more{reason}")
+        return number
+
+    parser.add_argument(flag, type=convert, default=default, metavar="N", help=text)
 
 
 def _methods(text: str) -> tuple[str, ...]:
-    """An argument type: names of methods."""
+    """Argument type: names of methods."""
     names = tuple(name for name in text.replace(" ", "").split(",") if name)
     unknown = [name for name in names if name not in problems.METHODS]
     if unknown or not names:
-        got = f"got {unknown[0]!r}, which is no method" if unknown else "got no name"
-        raise argparse.ArgumentTypeError(f"{got}: write some of {', '.join(problems.METHODS)}, with commas between")
+        got = f"got the unknown method {unknown[0]!r}" if unknown else "got no name"
+        raise argparse.ArgumentTypeError(f"{got}: write some of {', '.join(problems.METHODS)}, separated by commas")
     return tuple(dict.fromkeys(names))
 
 
-def _integer(minimum: int, why: str) -> Callable[[str], int]:
-    """An argument type: an integer that is at least `minimum`."""
-
-    def convert(text: str) -> int:
-        try:
-            number = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"got {text!r}, but {why}: write an integer such as {minimum}") from None
-        if number < minimum:
-            raise argparse.ArgumentTypeError(f"got {number}, but {why}: write {minimum} or more")
-        return number
-
-    return convert
+# --- commands ---------------------------------------------------------------------------------------------------------
 
 
 def _run_demo(parsed: argparse.Namespace) -> int:
-    """`jaxhpo demo`."""
-    given = {field.name for field in dataclasses.fields(demo.Settings)} & set(vars(parsed))
-    chosen = (QUICK if parsed.quick else {}) | {name: getattr(parsed, name) for name in given}
+    given = {f.name: getattr(parsed, f.name) for f in dataclasses.fields(demo.Settings) if f.name in parsed}
     _make_folder(parsed.out, "report.json and demo.png")
-    demo.run(demo.Settings(**chosen), parsed.out)
+    demo.run(demo.Settings(**(QUICK if parsed.quick else {}) | given), parsed.out)
     return 0
 
 
 def _run_compare(parsed: argparse.Namespace) -> int:
-    """`jaxhpo compare`."""
     _make_folder(parsed.out, "comparison.json and comparison.png")
-    plot.figure()  # a missing matplotlib is to be known now, not after the work
+    plot.figure()  # raises now, not after the work, if matplotlib is missing
     steps = () if parsed.num_steps is None else (parsed.num_steps,)
     problem = problems.PROBLEMS[parsed.problem](parsed.seed, *steps)
     rules = [problems.METHODS[name](problem) for name in parsed.methods]
@@ -224,10 +179,9 @@ def _run_compare(parsed: argparse.Namespace) -> int:
 
 
 def _run_show(parsed: argparse.Namespace) -> int:
-    """`jaxhpo show`."""
     columns = table.history_columns(parsed.run_dir)
     steps, best = len(columns["value"]), int(np.nanargmin(columns["score"]))
-    shown = _that_fit({name: x for name, x in columns.items() if x.ndim == 1 and not name.startswith("remedies")})
+    shown = _fitting({name: x for name, x in columns.items() if x.ndim == 1 and not name.startswith("remedies")})
     print(f"{'step':>6}" + "".join(f"  {name:>{_width(name)}}" for name in shown))
     for step in range(max(0, steps - parsed.rows), steps):
         print(f"{step:6}" + "".join(f"  {x[step]:{_width(name)}.6g}" for name, x in shown.items()))
@@ -241,8 +195,8 @@ def _run_show(parsed: argparse.Namespace) -> int:
     return 0
 
 
-def _that_fit(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """As many columns as the terminal is wide, those first that tell most."""
+def _fitting(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """As many columns as fit into the terminal's width, the most informative first."""
     first = ["value", "score", "hypergradient_norm", "seconds"]
     if np.array_equal(columns["score"], columns["value"], equal_nan=True):
         first.remove("score")
@@ -261,7 +215,6 @@ def _width(name: str) -> int:
 
 
 def _run_plot(parsed: argparse.Namespace) -> int:
-    """`jaxhpo plot`."""
     path = parsed.out or parsed.run_dir / "run.png"
     plot.run(parsed.run_dir, path)
     print(f"Written: {path}.")
@@ -272,7 +225,7 @@ def _make_folder(path: pathlib.Path, files: str) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
-        raise jaxhpo.JaxhpoError(f"--out got {path}, a file, but {files} are written into it: name a folder.") from None
+        raise jaxhpo.JaxhpoError(f"--out got the file {path}: name a folder, to hold {files}.") from None
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""The ready-made problems of `jaxhpo compare`, and its methods by name."""
+"""The problems and methods of `jaxhpo compare`, by name."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,18 +15,19 @@ import jaxhpo
 import jaxhpo.data
 import jaxhpo.models
 import jaxhpo.testing
+from jaxhpo._cli.demo_experiment import cross_entropy
 
 
-class Ready(NamedTuple):
+class CompareProblem(NamedTuple):
     """A problem to compare methods on.
 
     Attributes:
-      title: what it is, in a line.
+      title: a description in one line.
       make_outer_loss: `adjoint -> (hparams -> scalar)`.
-      hparams: where to compare.
+      hparams: the hyperparameters at which methods are compared.
       num_steps: inner steps T.
-      step_size: of the inner gradient descent, for the methods that want one.
-      num_params: of the inner problem.
+      step_size: of the inner gradient descent, for the methods that need one.
+      num_params: number of inner parameters.
     """
 
     title: str
@@ -36,77 +38,64 @@ class Ready(NamedTuple):
     num_params: int
 
 
-def _of_known_form(problem: jaxhpo.testing.BilevelProblem, title: str, num_steps: int) -> Ready:
-    """A problem of `jaxhpo.testing`, by gradient descent."""
-    solver = jaxhpo.from_optax(problem.train_loss, optax.sgd(problem.step_size))
-    params, hparams = jnp.asarray(problem.params), jnp.asarray(problem.hparams)
-    return _ready(title, solver, params, problem.val_loss, hparams, num_steps, problem.step_size)
-
-
-def _ready(title, solver, params, val_loss, hparams, num_steps, step_size, batches=None) -> Ready:
+def _problem(title, solver, params, val_loss, hparams, num_steps, step_size, batches=None) -> CompareProblem:
     def make_outer_loss(adjoint):
         def outer_loss(hparams):
-            state, key = solver.init(params, hparams), jax.random.key(0)  # the key is for randomised rules
+            state, key = solver.init(params, hparams), jax.random.key(0)  # randomised rules draw from the key
             solution = jaxhpo.solve(solver, state, hparams, batches, num_steps=num_steps, key=key, adjoint=adjoint)
             return val_loss(solution.params)
 
         return outer_loss
 
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
-    return Ready(title, make_outer_loss, hparams, num_steps, step_size, size)
+    return CompareProblem(title, make_outer_loss, hparams, num_steps, step_size, size)
 
 
-def ridge(seed: int, num_steps: int = 200) -> Ready:
-    """Ridge regression with a log penalty for every weight; training converges."""
-    title = "ridge regression, a penalty for every weight"
-    return _of_known_form(jaxhpo.testing.ridge(seed), title, num_steps)
+def _regression(problem: jaxhpo.testing.BilevelProblem, title: str, num_steps: int) -> CompareProblem:
+    solver = jaxhpo.from_optax(problem.train_loss, optax.sgd(problem.step_size))
+    params, hparams = jnp.asarray(problem.params), jnp.asarray(problem.hparams)
+    return _problem(title, solver, params, problem.val_loss, hparams, num_steps, problem.step_size)
 
 
-def logistic(seed: int, num_steps: int = 300) -> Ready:
-    """Logistic regression with a log penalty for every weight; training converges."""
-    title = "logistic regression, a penalty for every weight"
-    return _of_known_form(jaxhpo.testing.logistic(seed), title, num_steps)
+def ridge(seed: int, num_steps: int = 200) -> CompareProblem:
+    """Ridge regression with a log penalty per weight; training converges."""
+    return _regression(jaxhpo.testing.ridge(seed), "ridge regression, a penalty for every weight", num_steps)
 
 
-def mlp(seed: int, num_steps: int = 100) -> Ready:
-    """A network 64-16-10 on scikit-learn's digits: a log penalty for every layer, and the log learning rate."""
+def logistic(seed: int, num_steps: int = 300) -> CompareProblem:
+    """Logistic regression with a log penalty per weight; training converges."""
+    return _regression(jaxhpo.testing.logistic(seed), "logistic regression, a penalty for every weight", num_steps)
+
+
+def mlp(seed: int, num_steps: int = 100) -> CompareProblem:
+    """A network 64-16-10 on scikit-learn's digits, with a log penalty per layer and the log learning rate."""
     parts = jaxhpo.data.digits(seed, train=200, validation=300)
-    dtype = jnp.result_type(float)  # float64 where that is switched on
+    dtype = jnp.result_type(float)  # float64 under x64
     train, validation = ((jnp.asarray(part.inputs, dtype), jnp.asarray(part.targets)) for part in parts[:2])
     model = jaxhpo.models.MLP((16, 10))
     params = model.init(jax.random.key(seed), jnp.zeros((1, 64)))["params"]
     params = jax.tree.map(lambda x: x.astype(dtype), params)
     rows = jnp.asarray(np.random.default_rng(seed).integers(0, 200, (num_steps, 50)))
 
-    def loss(params, inputs, targets):
-        logits: Any = model.apply({"params": params}, inputs)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
-
     def train_loss(params, hparams, batch):
-        penalties = [
-            jnp.exp(log_penalty) * jnp.sum(params[layer]["kernel"] ** 2)
-            for layer, log_penalty in hparams["log_penalty"].items()
-        ]
-        return loss(params, *batch) + 0.5 * sum(penalties)
-
-    def rate(hparams, step):
-        del step
-        return jnp.exp(hparams["log_rate"])
+        penalties = [jnp.exp(p) * jnp.sum(params[layer]["kernel"] ** 2) for layer, p in hparams["log_penalty"].items()]
+        return cross_entropy(model, params, *batch) + 0.5 * sum(penalties)
 
     hparams = {"log_penalty": {layer: jnp.log(0.01) for layer in params}, "log_rate": jnp.log(0.1)}
-    solver = jaxhpo.momentum_sgd(train_loss, rate, 0.9)
+    solver = jaxhpo.momentum_sgd(train_loss, lambda hparams, step: jnp.exp(hparams["log_rate"]), 0.9)
     batches = jax.tree.map(lambda array: array[rows], train)
     title = "a network 64-16-10 on handwritten digits, a penalty for every layer and the learning rate"
-    return _ready(title, solver, params, lambda p: loss(p, *validation), hparams, num_steps, 0.1, batches)
+    val_loss = functools.partial(cross_entropy, model, images=validation[0], labels=validation[1])
+    return _problem(title, solver, params, val_loss, hparams, num_steps, 0.1, batches)
 
 
-def hard(seed: int, num_steps: int = 20) -> Ready:
-    r"""A factorisation broken off at a saddle: the Hessian is indefinite and training has not converged.
+def hard(seed: int, num_steps: int = 20) -> CompareProblem:
+    r"""A matrix factorisation stopped at a saddle: the Hessian is indefinite and training has not converged.
 
     .. math:: L = \tfrac12\|UV^\top - M\|^2 + \tfrac12\sum_j e^{h_j} (\|U_j\|^2 + \|V_j\|^2)
 
-    from U, V ≈ 0, where the Hessian is that of :math:`-\langle UV^\top, M\rangle`: as many negative as positive
-    curvatures.
+    It starts from U, V ≈ 0, where the Hessian is that of :math:`-\langle UV^\top, M\rangle`, with as many negative as
+    positive curvatures.
     """
     rng = np.random.default_rng(seed)
     size, rank = 6, 3
@@ -114,22 +103,23 @@ def hard(seed: int, num_steps: int = 20) -> Ready:
     target, held_out = (jnp.asarray(truth + 0.3 * rng.normal(size=(size, size))) for _ in range(2))
     params = {name: jnp.asarray(0.1 * rng.normal(size=(size, rank))) for name in ("U", "V")}
 
+    def half_squared_error(params, target):
+        return 0.5 * jnp.sum((params["U"] @ params["V"].T - target) ** 2)
+
     def train_loss(params, hparams, batch):
         del batch
         sizes = jnp.sum(params["U"] ** 2 + params["V"] ** 2, axis=0)
-        return 0.5 * jnp.sum((params["U"] @ params["V"].T - target) ** 2) + 0.5 * jnp.sum(jnp.exp(hparams) * sizes)
-
-    def val_loss(params):
-        return 0.5 * jnp.sum((params["U"] @ params["V"].T - held_out) ** 2)
+        return half_squared_error(params, target) + 0.5 * jnp.sum(jnp.exp(hparams) * sizes)
 
     solver = jaxhpo.from_optax(train_loss, optax.sgd(0.05))
-    title = "a matrix factorisation broken off near a saddle, a penalty for every factor"
-    return _ready(title, solver, params, val_loss, jnp.linspace(-2.0, -1.0, rank), num_steps, 0.05)
+    title = "a matrix factorisation stopped near a saddle, a penalty for every factor"
+    val_loss = functools.partial(half_squared_error, target=held_out)
+    return _problem(title, solver, params, val_loss, jnp.linspace(-2.0, -1.0, rank), num_steps, 0.05)
 
 
 PROBLEMS = {"ridge": ridge, "logistic": logistic, "mlp": mlp, "hard": hard}
 
-METHODS: dict[str, Callable[[Ready], Any]] = {
+METHODS: dict[str, Callable[[CompareProblem], Any]] = {
     "unroll": lambda problem: jaxhpo.Unroll(),
     "unroll-plain": lambda problem: jaxhpo.Unroll(checkpoint=None),
     "truncated": lambda problem: jaxhpo.Unroll(truncate=max(1, problem.num_steps // 10)),

@@ -1,4 +1,4 @@
-"""Handwritten digits that come with scikit-learn: no download."""
+"""Handwritten digits from scikit-learn, without a download."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def digits(seed: int = 0, *, train: int = 200, validation: int = 300, test: int 
 
     Raises:
       ImportError: without scikit-learn.
-      JaxhpoError: if a size is no positive integer, or the parts together need more than 1797 images.
+      JaxhpoError: a size that is not a positive integer, or parts that together need more than 1797 images.
 
     Example:
       >>> from jaxhpo.data import digits
@@ -33,8 +33,8 @@ def digits(seed: int = 0, *, train: int = 200, validation: int = 300, test: int 
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise ImportError(
-            "`jaxhpo.data.digits` reads the images that come with scikit-learn, which cannot be imported "
-            f"({error}). Install it: pip install 'jaxhpo[demo]'"
+            f"`jaxhpo.data.digits` needs scikit-learn, which cannot be imported ({error}). Install it: pip install "
+            "'jaxhpo[demo]'"
         ) from error
     pixels, labels = map(np.asarray, load_digits(return_X_y=True))
     everything = Examples((pixels / 16).astype(np.float32), labels.astype(np.int32))

@@ -1,4 +1,4 @@
-"""Upstream files: from a local mirror, else downloaded once, and verified."""
+"""Upstream files: read from a local mirror or downloaded once, and verified."""
 
 from __future__ import annotations
 
@@ -12,40 +12,41 @@ MIRROR = "JAXHPO_DATA_DIR"  # an environment variable
 
 
 def fetch(folder: str, file: str, url: str, sha256: str) -> pathlib.Path:
-    """The path of an upstream file: `<JAXHPO_DATA_DIR>/<folder>/<file>` where that exists, else one in pooch's cache.
+    """Return the path of an upstream file: `<JAXHPO_DATA_DIR>/<folder>/<file>` if that exists, else in pooch's cache.
 
     Args:
       folder: of the data set.
       file: its name, upstream and in the mirror.
       url: the public address of the file.
-      sha256: of the file, in hexadecimal; what is downloaded, or lies in the mirror, must have it.
+      sha256: the expected checksum, in hexadecimal, of a file in the mirror or a download.
 
     Returns:
       The path of a readable file.
 
     Raises:
       ImportError: the file must be downloaded, and pooch is not installed.
-      JaxhpoError: it cannot be downloaded, or is not the file that it should be.
+      JaxhpoError: the download failed, or the checksum differs.
     """
     mirror = os.environ.get(MIRROR)
     local = pathlib.Path(mirror, folder, file) if mirror else None
     if local and local.is_file():
         _verify(local, sha256)
         return local
-    by_hand = f"put the file into a folder `{folder}` and let {MIRROR} name the folder above it"
-    looked = f" ({MIRROR} is set, but {local} does not exist)" if local else ""
+    manually = f"put the file into a folder `{folder}` and set {MIRROR} to the folder above it"
+    missing = f" ({MIRROR} is set, but {local} does not exist)" if local else ""
     try:
         import pooch
     except ImportError as error:
         raise ImportError(
-            f"`{file}` must be downloaded{looked}, but pooch cannot be imported ({error}). Install it: pip install "
-            f"'jaxhpo[data]'; or {by_hand}."
+            f"`{file}` must be downloaded{missing}, but pooch cannot be imported ({error}). Install it: pip install "
+            f"'jaxhpo[data]'; or {manually}."
         ) from error
     try:
         cache = pooch.os_cache("jaxhpo") / folder
         return pathlib.Path(pooch.retrieve(url, f"sha256:{sha256}", fname=file, path=cache))
-    except (OSError, ValueError) as error:  # no network, and the wrong sha256
-        raise JaxhpoError(f"`{file}` could not be had from {url}{looked}: {error}. Try again, or {by_hand}.") from error
+    except (OSError, ValueError) as error:  # no network, or another sha256
+        message = f"`{file}` could not be downloaded from {url}{missing}: {error}. Retry, or {manually}."
+        raise JaxhpoError(message) from error
 
 
 def _verify(path, sha256):
@@ -53,6 +54,6 @@ def _verify(path, sha256):
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != sha256:
         raise JaxhpoError(
-            f"{path} is not the file that is published, but damaged or another: its sha256 is {found}, not {sha256}. "
-            "Remove it, so that it is downloaded, or put the right one there."
+            f"{path} is damaged or not the published file: its sha256 is {found}, not {sha256}. Remove it to download "
+            "it again, or replace it."
         )

@@ -1,4 +1,4 @@
-"""Knowledge graphs: triples of head, relation and tail, as integers."""
+"""Knowledge graphs as integer triples of head, relation and tail."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class KnowledgeGraph(NamedTuple):
     """Triples (subject, relation, object) in three parts. `entities[i]` is the name of entity i.
 
     Attributes:
-      train: int32 (n, 3), what is trained on.
-      validation: likewise, what hyperparameters are chosen by.
-      test: likewise, what is looked at once, at the end.
-      entities: names, in the order in which the three files hold them: those that train lacks come last.
+      train: int32 (n, 3), for training.
+      validation: int32 (n, 3), for choosing hyperparameters.
+      test: int32 (n, 3), for one final evaluation.
+      entities: names, in the order of their first occurrence in the three files: those missing in train come last.
       relations: likewise.
     """
 
@@ -51,16 +51,16 @@ class KnowledgeGraph(NamedTuple):
 
     @property
     def known(self) -> np.ndarray:
-        """Triples of train and validation: what a masked validation loss leaves out."""
+        """Triples of train and validation, which a masked validation loss leaves out."""
         return np.concatenate([self.train, self.validation])
 
     @property
     def triples(self) -> np.ndarray:
-        """Triples of all parts: what filtered ranks leave out."""
+        """Triples of all parts, which filtered ranks leave out."""
         return np.concatenate([self.known, self.test])
 
     def halves(self, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """Two disjoint random halves of the validation triples: to tune by, and to report (one more, if odd)."""
+        """Two disjoint random halves of the validation triples, to tune by and to report (one more, if odd)."""
         check_count("seed", seed, 0)
         order = np.random.default_rng(seed).permutation(len(self.validation))
         middle = len(order) // 2
@@ -68,17 +68,18 @@ class KnowledgeGraph(NamedTuple):
 
 
 def knowledge_graph(source: str | os.PathLike) -> KnowledgeGraph:
-    """A knowledge graph by its name, or from a folder of `train.txt`, `valid.txt` and `test.txt`.
+    """Read a knowledge graph by its name, or from a folder of `train.txt`, `valid.txt` and `test.txt`.
 
-    A line is a triple: head, relation and tail, separated by tabs, in UTF-8; lines may end in CRLF. A named graph is
-    read from `<JAXHPO_DATA_DIR>/kg/<archive>` where that environment variable is set and the file exists; else
+    Each line is a triple: head, relation and tail, separated by tabs, in UTF-8; lines may end in CRLF. A named graph is
+    read from `<JAXHPO_DATA_DIR>/kg/<archive>` if that environment variable is set and the file exists. Otherwise it is
     downloaded once (at most 4 MB), into pooch's cache. Its sha256 is verified either way.
 
-    Warned of are, with their number and the first line: names that begin or end with a blank, which are others than
-    those without; triples of the validation or test part that `train.txt` holds too.
+    It keeps the following triples, and warns with their number and the first line:
 
-    Triples of an entity or a relation that `train.txt` lacks are kept, and counted in a warning. Such an embedding is
-    never trained towards an answer: it is ranked with the others, by what scores it has.
+    - names that begin or end with a blank, which differ from those without;
+    - triples of the validation or test part that `train.txt` also contains;
+    - triples with an entity or a relation that `train.txt` lacks. Such an embedding is never trained towards an answer,
+      and is ranked with the others by the scores it has.
 
     Args:
       source: `"nations"` (14 entities, 55 relations, 1592 + 199 + 201 triples), `"umls"` (135, 46, 5216 + 652 + 661),
@@ -90,7 +91,8 @@ def knowledge_graph(source: str | os.PathLike) -> KnowledgeGraph:
 
     Raises:
       ImportError: a file must be downloaded, and pooch is not installed.
-      JaxhpoError: no such name or folder, a missing or damaged file, a malformed line (with file and line), no triples.
+      JaxhpoError: an unknown name or folder, a missing or damaged file, a malformed line (with file and line), a part
+        without triples.
 
     Example:
       >>> from jaxhpo.data import knowledge_graph
@@ -102,20 +104,15 @@ def knowledge_graph(source: str | os.PathLike) -> KnowledgeGraph:
       Kok, Domingos. Statistical Predicate Invention. 2007.
       Dettmers, Minervini, Stenetorp, Riedel. Convolutional 2D Knowledge Graph Embeddings. 2018. arXiv:1707.01476
     """
-    parts = _from_archive(source) if isinstance(source, str) and source in ARCHIVES else _from_folder(source)
-    triples = [_parse(*part) for part in parts]
-    entities = dict.fromkeys(name for part in triples for s, _, o in part for name in (s, o))
-    relations = dict.fromkeys(p for part in triples for _, p, _ in part)
-    entity, relation = ({name: i for i, name in enumerate(names)} for names in (entities, relations))
+    files = _from_archive(source) if isinstance(source, str) and source in ARCHIVES else _from_folder(source)
+    parts = {path: _parse(path, content) for path, content in files}
+    triples = [triple for part in parts.values() for triple in part]
+    entities = {name: i for i, name in enumerate(dict.fromkeys(name for s, _, o in triples for name in (s, o)))}
+    relations = {name: i for i, name in enumerate(dict.fromkeys(p for _, p, _ in triples))}
     train, validation, test = (
-        np.array([(entity[s], relation[p], entity[o]) for s, p, o in part], np.int32) for part in triples
+        np.array([(entities[s], relations[p], entities[o]) for s, p, o in part], np.int32) for part in parts.values()
     )
-    for (path, _), named in zip(parts, triples, strict=True):
-        _warn_of_blanks(path, named)
-    trained = set(map(tuple, triples[0]))
-    for (path, _), part, named in zip(parts[1:], (validation, test), triples[1:], strict=True):
-        _warn_of_unseen(path, part, train, list(entities), list(relations))
-        _warn_of_shared(path, named, trained)
+    _warn_of_suspicious(parts)
     return KnowledgeGraph(train, validation, test, tuple(entities), tuple(relations))
 
 
@@ -129,39 +126,33 @@ def _from_archive(name) -> list[tuple[str, bytes]]:
             contents = [(f, archive.extractfile(members[f])) for f in FILES if f in members]
             parts = [(f"{path}:{f}", stream.read()) for f, stream in contents if stream]
     except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
-        raise JaxhpoError(f"{path} is no gzipped tar archive, or incomplete ({error}): download it again.") from error
+        raise JaxhpoError(f"{path} is not a complete gzipped tar archive ({error}): download it again.") from error
     if len(parts) < len(FILES):
         raise JaxhpoError(f"{path} holds {sorted(members)}, but {', '.join(FILES)} are needed: take it from {ADDRESS}.")
     return parts
 
 
 def _from_folder(source) -> list[tuple[str, bytes]]:
+    """Name and content of each of the three files."""
     try:
         folder = pathlib.Path(source)
     except TypeError:
         raise JaxhpoError(f"`source` got {source!r}, which is neither of {list(ARCHIVES)} nor a path.") from None
-    if not str(source) or not _is_folder(folder):
+    if not str(source) or not os.path.isdir(folder):
         raise JaxhpoError(
-            f"`source` got {reprlib.repr(str(source))}, which is no folder and none of the known graphs: write one of "
+            f"`source` got {reprlib.repr(str(source))}, which is neither a folder nor a known graph: write one of "
             f"{list(ARCHIVES)}, or the path of a folder that holds {', '.join(FILES)}."
         )
     missing = [f for f in FILES if not (folder / f).is_file()]
     if missing:
         raise JaxhpoError(
-            f"The folder {folder} lacks {', '.join(missing)}, and all of {', '.join(FILES)} are needed: a triple a "
-            "line, head, relation and tail separated by tabs."
+            f"The folder {folder} lacks {', '.join(missing)}: add {', '.join(FILES)}, one triple per line, with head, "
+            "relation and tail separated by tabs."
         )
     return [(str(folder / f), (folder / f).read_bytes()) for f in FILES]
 
 
-def _is_folder(path) -> bool:
-    try:
-        return path.is_dir()
-    except OSError:  # a name that is too long for a file
-        return False
-
-
-def _parse(path, content) -> list[list[str]]:
+def _parse(path, content) -> list[tuple[str, ...]]:
     """The triples of names in a file."""
     try:
         lines = content.decode("utf-8-sig").split("\n")
@@ -169,50 +160,50 @@ def _parse(path, content) -> list[list[str]]:
         line = content.count(b"\n", 0, error.start) + 1
         raise JaxhpoError(f"{path}:{line} is not UTF-8 ({error}): save the file in that encoding.") from error
     # Not `splitlines`, which also splits at characters that a name may hold.
-    triples = [line.removesuffix("\r").split("\t") for line in (lines[:-1] if lines[-1] == "" else lines)]
-    bad = [i for i, fields in enumerate(triples) if len(fields) != 3 or not all(map(str.strip, fields))]
+    triples = [tuple(line.removesuffix("\r").split("\t")) for line in (lines[:-1] if lines[-1] == "" else lines)]
+    bad = [i for i, names in enumerate(triples) if len(names) != 3 or not all(map(str.strip, names))]
     if bad:
         more = f" (so are {len(bad) - 1} more lines)" if bad[1:] else ""
         raise JaxhpoError(
             f"{path}:{bad[0] + 1} is malformed{more}: {reprlib.repr(lines[bad[0]])} is not three names, head, relation "
-            "and tail, separated by tabs. Mend or remove the line."
+            "and tail, separated by tabs. Correct or remove the line."
         )
     if not triples:
-        raise JaxhpoError(f"{path} is empty, but each part needs triples: move some of the other parts' lines there.")
+        raise JaxhpoError(f"{path} is empty, but each part needs triples: move some lines of the other parts there.")
     return triples
 
 
-def _warn_of_unseen(path, part, train, entities, relations):
-    seen = [np.isin(part[:, [0, 2]], train[:, [0, 2]]), np.isin(part[:, 1:2], train[:, 1])]
-    unseen = ~np.concatenate(seen, axis=1)
-    rows = np.flatnonzero(unseen.any(1))
-    if rows.size:
-        s, p, o = part[rows[0]]
-        column = int(np.argmax(unseen[rows[0]]))
-        what, name = [("entity", entities[s]), ("entity", entities[o]), ("relation", relations[p])][column]
-        warnings.warn(
-            f"{path}: {rows.size} of {len(part)} triples hold an entity or a relation that train.txt lacks, the "
-            f"first at line {rows[0] + 1} ({what} {reprlib.repr(name)}). They are kept, and ranked with embeddings "
-            "that were never trained to be an answer.",
-            stacklevel=3,
-        )
+def _warn_of_suspicious(parts) -> None:
+    """Warn of blanks around names, of names that train lacks, and of triples that train contains too."""
+    first, *others = parts
+    trained = set(parts[first])
+    trained_names = {name for triple in trained for name in _names(triple)}
+
+    def blanks(triple):
+        return [reprlib.repr(name) for name in triple if name != name.strip()]
+
+    def untrained(triple):
+        return [f"{kind} {reprlib.repr(name)}" for kind, name in _names(triple) if (kind, name) not in trained_names]
+
+    def shared(triple):
+        return [reprlib.repr(triple)] if triple in trained else []
+
+    for paths, find, problem, consequence in (
+        (parts, blanks, "hold names that begin or end with a blank", "'a ' and 'a' are different names"),
+        (others, untrained, "hold an entity or a relation that train.txt lacks", "its embedding is ranked untrained"),
+        (others, shared, "are in train.txt too", "what is measured on them says nothing about new facts"),
+    ):
+        for path in paths:
+            found = [(line, culprits[0]) for line, triple in enumerate(parts[path], 1) if (culprits := find(triple))]
+            if found:
+                line, culprit = found[0]
+                warnings.warn(
+                    f"{path}: {len(found)} of {len(parts[path])} triples {problem}, the first at line {line} "
+                    f"({culprit}). They are kept, but {consequence}.",
+                    stacklevel=3,
+                )
 
 
-def _warn_of_blanks(path, triples):
-    lines = [i for i, names in enumerate(triples) if any(name != name.strip() for name in names)]
-    if lines:
-        warnings.warn(
-            f"{path}: {len(lines)} lines hold names that begin or end with a blank, the first is line {lines[0] + 1} "
-            f"({reprlib.repr(triples[lines[0]])}). They are kept so: 'a ' is another name than 'a'.",
-            stacklevel=3,
-        )
-
-
-def _warn_of_shared(path, triples, trained):
-    lines = [i for i, triple in enumerate(triples) if tuple(triple) in trained]
-    if lines:
-        warnings.warn(
-            f"{path}: {len(lines)} of {len(triples)} triples are in train.txt too, the first is line {lines[0] + 1}. "
-            "They are kept, and what is measured on them says nothing of new facts.",
-            stacklevel=3,
-        )
+def _names(triple):
+    s, p, o = triple
+    return ("entity", s), ("entity", o), ("relation", p)

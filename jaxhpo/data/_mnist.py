@@ -1,4 +1,4 @@
-"""MNIST, read from its own archives."""
+"""MNIST, read from its archives in idx format."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ import zlib
 import numpy as np
 
 from jaxhpo._core.errors import JaxhpoError
-from jaxhpo._core.validate import check_count
 from jaxhpo.data._download import fetch
-from jaxhpo.data._split import Examples, Split
+from jaxhpo.data._split import Examples, Split, check_sizes, take
 
 ADDRESS = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 SHA256 = {
@@ -24,11 +23,11 @@ SHA256 = {
 
 
 def mnist(seed: int = 0, *, train: int = 10_000, validation: int = 10_000, test: int | None = None) -> Split:
-    """Handwritten digits, 28×28 pixels: 60 000 to train and validate on, and 10 000 others to test on.
+    """Handwritten digits, 28×28 pixels: 60 000 images for training and validation, and 10 000 others for testing.
 
-    Reads `<JAXHPO_DATA_DIR>/mnist/<file>` where that environment variable is set and the file exists; else downloads
-    the four archives (11 MB) once, into pooch's cache. Their sha256 is verified either way. The parts `train` and
-    `validation` are drawn from the archives' training images, `test` from their test images.
+    Reads `<JAXHPO_DATA_DIR>/mnist/<file>` if that environment variable is set and the file exists. Otherwise it
+    downloads the four archives (11 MB) once, into pooch's cache. Their sha256 is verified either way. The parts `train`
+    and `validation` are drawn from the archives' training images, `test` from their test images.
 
     Args:
       seed: integer ≥ 0; the same seed gives the same split on every machine.
@@ -41,7 +40,7 @@ def mnist(seed: int = 0, *, train: int = 10_000, validation: int = 10_000, test:
 
     Raises:
       ImportError: a file must be downloaded, and pooch is not installed.
-      JaxhpoError: a size is no positive integer, or too large; a file cannot be had, or is no such archive.
+      JaxhpoError: a size that is not a positive integer, or too large; a failed download; a damaged archive.
 
     Example:
       >>> from jaxhpo.data import mnist
@@ -52,20 +51,16 @@ def mnist(seed: int = 0, *, train: int = 10_000, validation: int = 10_000, test:
     References:
       LeCun, Bottou, Bengio, Haffner. Gradient-Based Learning Applied to Document Recognition. 1998.
     """
-    check_count("seed", seed, 0)
-    check_count("train", train)
-    check_count("validation", validation)
-    if test is not None:
-        check_count("test", test)
+    check_sizes(seed, train, validation, test)
     rng = np.random.default_rng(seed)
     for_training, for_testing = _archive("train"), _archive("t10k")
-    train_part, validation_part = _deal(rng, for_training, "train + validation", train, validation)
-    (test_part,) = _deal(rng, for_testing, "test", len(for_testing.targets) if test is None else test)
+    train_part, validation_part = _draw(rng, for_training, "train + validation", train, validation)
+    (test_part,) = _draw(rng, for_testing, "test", test or len(for_testing.targets))
     return Split(train_part, validation_part, test_part)
 
 
 def _archive(name: str) -> Examples:
-    """The images, as bytes, and the labels of one of the two parts upstream."""
+    """Images, as bytes, and labels of one of the two parts upstream."""
     arrays = []
     for kind, dimensions in (("images-idx3", 3), ("labels-idx1", 1)):
         file = f"{name}-{kind}-ubyte.gz"
@@ -79,8 +74,8 @@ def _archive(name: str) -> Examples:
     return Examples(images.reshape(len(images), -1), labels)
 
 
-def _deal(rng, examples, what, *sizes) -> list[Examples]:
-    """Disjoint parts of the examples, shuffled."""
+def _draw(rng, examples, what, *sizes) -> list[Examples]:
+    """Random disjoint parts of the given sizes, as float32 in [0, 1] with int32 labels."""
     total = len(examples.targets)
     if sum(sizes) > total:
         raise JaxhpoError(
@@ -88,38 +83,37 @@ def _deal(rng, examples, what, *sizes) -> list[Examples]:
             f"write sizes whose sum is at most {total}."
         )
     picks = np.split(rng.permutation(total)[: sum(sizes)], np.cumsum(sizes)[:-1])
-    return [
-        Examples((examples.inputs[pick] / np.float32(255)).astype(np.float32), examples.targets[pick].astype(np.int32))
-        for pick in picks
-    ]
+    parts = [take(examples, pick) for pick in picks]
+    return [Examples((x / np.float32(255)).astype(np.float32), y.astype(np.int32)) for x, y in parts]
 
 
 def read_idx(path: pathlib.Path, dimensions: int) -> np.ndarray:
-    """The array of bytes in a gzipped idx file: 0, 0, type 8, dimensions; each length, 4 bytes, big-endian; the bytes.
+    """Read the array of bytes in a gzipped idx file.
+
+    The format is: the bytes 0, 0, 8 (the type) and the number of dimensions; the length of each dimension, in 4 bytes,
+    big-endian; the entries.
 
     Args:
       path: of the file.
-      dimensions: that the array should have.
+      dimensions: number of dimensions that the array must have.
 
     Returns:
       uint8, with that many dimensions.
 
     Raises:
-      JaxhpoError: the file is something else, or incomplete.
+      JaxhpoError: the file has another format, or is incomplete.
     """
     try:
         content = gzip.decompress(path.read_bytes())
     except (OSError, EOFError, zlib.error) as error:
-        raise JaxhpoError(f"{path} is no gzip archive, or incomplete ({error}): download it again.") from error
+        raise JaxhpoError(f"{path} is not a complete gzip archive ({error}): download it again.") from error
     head = 4 + 4 * dimensions
     if len(content) < head or content[:4] != bytes([0, 0, 8, dimensions]):
         raise JaxhpoError(
-            f"{path} begins with {list(content[:4])}, not with [0, 0, 8, {dimensions}], so it is no idx file of bytes "
-            f"in {dimensions} dimensions: the archives at {ADDRESS} are."
+            f"{path} begins with {list(content[:4])}, not with [0, 0, 8, {dimensions}], so it is not an idx file of "
+            f"bytes in {dimensions} dimensions: take it from {ADDRESS}."
         )
     shape = tuple(int(n) for n in np.frombuffer(content, ">u4", dimensions, offset=4))
     if len(content) - head != math.prod(shape):
-        raise JaxhpoError(
-            f"{path} holds {len(content) - head} bytes, but says that it holds {shape}: download it again."
-        )
+        raise JaxhpoError(f"{path} holds {len(content) - head} bytes, but its header says {shape}: download it again.")
     return np.frombuffer(content, np.uint8, offset=head).reshape(shape)

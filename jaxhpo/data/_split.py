@@ -14,7 +14,7 @@ class Examples(NamedTuple):
     """Inputs with their targets; unpacks as `inputs, targets`.
 
     Attributes:
-      inputs: array with leading axis "example".
+      inputs: array with one example per entry of the leading axis.
       targets: array with the same leading axis.
     """
 
@@ -23,12 +23,12 @@ class Examples(NamedTuple):
 
 
 class Split(NamedTuple):
-    """Three parts of one data set that share no example.
+    """Three disjoint parts of one data set.
 
     Attributes:
-      train: what the inner problem trains on.
-      validation: what the outer problem, the choice of hyperparameters, looks at.
-      test: what is looked at once, at the end.
+      train: for the inner problem, the training of parameters.
+      validation: for the outer problem, the choice of hyperparameters.
+      test: for one final evaluation.
     """
 
     train: Examples
@@ -37,7 +37,7 @@ class Split(NamedTuple):
 
 
 def split(examples: Examples, seed: int = 0, *, train: int, validation: int, test: int | None = None) -> Split:
-    """Deals shuffled examples into three disjoint parts.
+    """Shuffle examples and deal them into three disjoint parts.
 
     Args:
       examples: the whole data set.
@@ -50,7 +50,7 @@ def split(examples: Examples, seed: int = 0, *, train: int, validation: int, tes
       A `Split`.
 
     Raises:
-      JaxhpoError: if a size is no positive integer, or the parts together need more examples than there are.
+      JaxhpoError: a size that is not a positive integer, or parts that together need more examples than there are.
 
     Example:
       >>> import numpy as np
@@ -59,22 +59,26 @@ def split(examples: Examples, seed: int = 0, *, train: int, validation: int, tes
       >>> [len(part.targets) for part in parts]
       [5, 3, 2]
     """
-    check_count("seed", seed, 0)
-    check_count("train", train)
-    check_count("validation", validation)
+    check_sizes(seed, train, validation, test)
     size = len(examples.targets)
     rest = size - train - validation
-    if test is None:
-        test = rest
-    else:
-        check_count("test", test)
-    if test < 1 or test > rest:
-        asked = "the rest" if test == rest else test
+    if rest < (test or 1):
         raise JaxhpoError(
-            f"`train={train}, validation={validation}, test={asked}` do not fit into {size} examples: the three parts "
+            f"`train={train}, validation={validation}, test={test}` do not fit into {size} examples: the three parts "
             f"are disjoint and none may be empty. Write sizes whose sum is at most {size}, leaving 1 or more for test."
         )
-    order = np.random.default_rng(seed).permutation(size)
-    bounds = (0, train, train + validation, train + validation + test)
-    picks = [order[start:stop] for start, stop in zip(bounds[:-1], bounds[1:], strict=True)]
-    return Split(*(Examples(examples.inputs[pick], examples.targets[pick]) for pick in picks))
+    order = np.random.default_rng(seed).permutation(size)[: None if test is None else train + validation + test]
+    return Split(*(take(examples, pick) for pick in np.split(order, [train, train + validation])))
+
+
+def take(examples: Examples, pick: np.ndarray) -> Examples:
+    """Return the examples with these indices."""
+    return Examples(examples.inputs[pick], examples.targets[pick])
+
+
+def check_sizes(seed: int, train: int, validation: int, test: int | None) -> None:
+    """Raise unless the seed is an integer ≥ 0 and the sizes are positive integers; `test` may be None."""
+    check_count("seed", seed, 0)
+    for name, size in {"train": train, "validation": validation, "test": test}.items():
+        if size is not None or name != "test":
+            check_count(name, size)

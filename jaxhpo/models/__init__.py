@@ -1,4 +1,4 @@
-"""Small flax models for examples and benchmarks, and link prediction. flax is imported only here."""
+"""Small flax models for examples and benchmarks, and link prediction. No other subpackage imports flax."""
 
 from jaxhpo.models import link_prediction as link_prediction
 from jaxhpo.models._mlp import MLP as MLP

@@ -9,10 +9,10 @@ import jax
 
 
 class MLP(nn.Module):
-    """Dense layers with an activation between them; none after the last.
+    """Dense layers with an activation between them; no activation follows the last layer.
 
     Args:
-      features: width of each layer, the output's last, such as `(64, 10)`.
+      features: width of each layer, ending with that of the output, such as `(64, 10)`.
       activation: elementwise function between layers.
 
     Example:

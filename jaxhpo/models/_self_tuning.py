@@ -1,4 +1,4 @@
-"""Self-tuning layers in flax linen: their weights respond to the hyperparameters that they were trained at."""
+"""Self-tuning layers in flax linen: their weights are an affine function of the hyperparameters."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ class SelfTuningDense(nn.Module):
 
     .. math:: y = Wx + b + (Uh) \circ (W_h x) + (U_b h) \circ b_h
 
-    so that W(h) = W + diag(Uh) W_h: about twice the parameters of a dense layer, however many hyperparameters, where a
-    full affine response has m + 1 times as many. At first U = U_b = 0, and it is a dense layer. To be trained by
-    `jaxhpo.Hypernetwork(..., network=jaxhpo.self_response)`. It learns best from hyperparameters that are centred and
-    of order one, such as the change of a logarithm since the start.
+    The weights are W(h) = W + diag(Uh) W_h. The layer has about twice the parameters of a dense layer, whatever the
+    number m of hyperparameters; a full affine response has m + 1 times as many. At first U = U_b = 0, and it is a dense
+    layer. Train it with `jaxhpo.Hypernetwork(..., network=jaxhpo.self_response)`. It learns best from hyperparameters
+    that are centred and of order one, such as the change of a logarithm since the start.
+
+    Call it with the inputs x, of shape (..., n), and h, of shape (m,), or (batch, m) for different hyperparameters in
+    each example. It returns y, of shape (..., features).
 
     Args:
-      features: entries of y.
-      use_bias: whether there are b, U_b and b_h.
-
-    Call it with the inputs x, of shape (..., n), and h, of shape (m,), or (batch, m) for other hyperparameters at every
-    example; it returns y, of shape (..., features).
+      features: number of entries of y.
+      use_bias: include b, U_b and b_h.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -51,17 +51,17 @@ class SelfTuningDense(nn.Module):
 class SelfTuningConv(nn.Module):
     r"""A convolution whose filters are an affine function of the hyperparameters, gated channel by channel.
 
-    The layer of `SelfTuningDense` with convolutions for W and W_h: output channel c is
+    It is `SelfTuningDense` with convolutions in place of W and W_h. Output channel c is
     :math:`(W_c + (Uh)_c W_{h,c}) * x + b_c + (U_b h)_c b_{h,c}`.
 
+    Call it with the inputs, of shape (batch, ..., channels), and h, of shape (m,), or (batch, m) for different
+    hyperparameters in each example.
+
     Args:
-      features: output channels.
+      features: number of output channels.
       kernel_size: of the filters, such as `(3, 3)`.
       strides: of the convolution.
-      use_bias: whether there are b, U_b and b_h.
-
-    Call it with the inputs, of shape (batch, ..., channels), and h, of shape (m,), or (batch, m) for other
-    hyperparameters at every example.
+      use_bias: include b, U_b and b_h.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -89,7 +89,7 @@ class SelfTuningConv(nn.Module):
 
 
 class _Gate(nn.Module):
-    """plain + (Uh) ∘ response + (U_b h) ∘ b_h, for the parts of a layer that are already computed."""
+    """The affine response of a layer, from plain = Wx + b and response = W_h x."""
 
     use_bias: bool
 
@@ -97,28 +97,32 @@ class _Gate(nn.Module):
     def __call__(self, plain, response, hparams):
         features = plain.shape[-1]
 
-        def rows(name):
-            gate = nn.Dense(features, use_bias=False, kernel_init=nn.initializers.zeros, name=name)(hparams)
-            between = (1,) * (plain.ndim - gate.ndim)  # the axis of examples comes first, that of features last
-            return gate.reshape(*gate.shape[:-1], *between, features)
+        def aligned(x):  # (features,) or (batch, features): insert axes of length 1 before the last, up to plain.ndim
+            return x.reshape(*x.shape[:-1], *(1,) * (plain.ndim - x.ndim), features)
 
+        def rows(name):
+            gate = nn.Dense(features, use_bias=False, kernel_init=nn.initializers.zeros, name=name)
+            return aligned(gate(hparams))
+
+        # W(h) x + b(h), with W(h) = W + diag(Uh) W_h and b(h) = b + (U_b h) ∘ b_h, needs no W(h), as
+        #     diag(Uh) W_h x = (Uh) ∘ (W_h x):
         output = plain + rows("rows") * response
         if not self.use_bias:
             return output
-        # Ones: if U_b and b_h were both zero, neither would ever have a gradient.
+        # b_h starts at one: if U_b and b_h were both zero, so would be the gradients of both, forever.
         bias = self.param("bias", nn.initializers.ones, (features,))
-        return output + rows("bias_rows") * bias.reshape((1,) * (plain.ndim - 1) + (features,))
+        return output + rows("bias_rows") * aligned(bias)
 
 
 class SelfTuningMLP(nn.Module):
-    """Self-tuning dense layers with an activation between them; none after the last.
+    """Self-tuning dense layers with an activation between them; no activation follows the last layer.
+
+    Call it with the inputs and the hyperparameters h, as `SelfTuningDense`. An optional third argument, a function
+    `between(i, hidden) -> hidden`, is applied to the output of the i-th activation, to drop hidden units or add noise.
 
     Args:
-      features: width of each layer, the output's last, such as `(64, 10)`.
+      features: width of each layer, ending with that of the output, such as `(64, 10)`.
       activation: elementwise function between layers.
-
-    Call it with the inputs, the hyperparameters h, as for `SelfTuningDense`, and, where hidden units are to be dropped
-    or made noisy, with a function `between(i, hidden) -> hidden`, applied to the output of the i-th activation.
 
     Example:
       >>> import jax, jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""`jaxhpo demo` runs in-process, and what it writes is complete and agrees with itself."""
+"""`jaxhpo demo`, run in this process: its report, its text, its picture, and its command line."""
 
 import builtins
 import dataclasses
@@ -20,8 +20,8 @@ METHODS = ["untuned", "grid", "random", "hypergradient", "penalties-only", "sche
 FIGURES = ["test_accuracy", "test_loss", "refit_test_loss", "refit_test_accuracy"]
 
 
-def test_the_demo_runs_and_what_it_writes_agrees_with_itself(tmp_path, capsys):
-    out = tmp_path / "new" / "folder"  # one run, one test: workers would each repeat a fixture
+def test_report_of_the_demo_is_complete_and_consistent(tmp_path, capsys):
+    out = tmp_path / "new" / "folder"  # one test, as several workers would each repeat a fixture
     assert main(["demo", "--quick", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     report = json.loads((out / "report.json").read_text())
@@ -45,7 +45,7 @@ def check_names(report):
     assert {"settings", "seeds", "versions", "cost", "paired_differences", "conclusions", "seconds"} <= set(report)
     assert {"jax", "jaxhpo", "numpy", "python"} <= set(report["versions"])
     assert report["versions"]["jaxhpo"] == jaxhpo.__version__
-    assert report["num_hyperparameters"] == 64 * 64 + 64 * 10 + 8  # a penalty a weight, and 8 knots
+    assert report["num_hyperparameters"] == 64 * 64 + 64 * 10 + 8  # one penalty per weight, and 8 knots
 
 
 def check_means_and_standard_errors(report):
@@ -54,7 +54,7 @@ def check_means_and_standard_errors(report):
         for figure in FIGURES:
             values = np.array(row["per_seed"][figure])
             assert values.shape == (QUICK["seeds"],)
-            assert row[f"{figure}_mean"] == pytest.approx(values.mean(), abs=2e-6)  # six decimals are written
+            assert row[f"{figure}_mean"] == pytest.approx(values.mean(), abs=2e-6)  # the report has six decimals
             assert row[f"{figure}_sem"] == pytest.approx(values.std(ddof=1) / math.sqrt(len(values)), abs=2e-6)
 
 
@@ -70,7 +70,7 @@ def check_paired_differences(report):
 def check_equal_inner_steps(report):
     steps = {row["name"]: row["inner_steps"] for row in report["methods"]}
     cost = report["cost"]["hypergradient_in_trainings"]
-    assert 2 < cost < 6  # forward, redone once or twice, and one Hessian product a step: about four
+    assert 2 < cost < 6  # per step: forward, recomputed once or twice, and one Hessian product: about four
     assert steps["untuned"] == QUICK["num_steps"]
     assert steps["hypergradient"] == round(QUICK["outer_steps"] * cost * QUICK["num_steps"])
     assert steps["penalties-only"] == steps["schedule-only"] == steps["hypergradient"]
@@ -107,26 +107,26 @@ def settings(**changes):
     return dataclasses.replace(demo.Settings(seeds=2, num_steps=12, batch_size=16), **changes)
 
 
-def test_the_three_parts_of_each_seed_share_no_image():
-    problems, test = demo_experiment.make_problems(settings())
+def test_parts_of_each_seed_are_disjoint():
+    tasks, test = demo_experiment.make_tasks(settings())
     for seed in range(2):
-        parts = [np.asarray(part.inputs[seed]) for part in (problems.train, problems.validation, test)]
+        parts = [np.asarray(part.inputs[seed]) for part in (tasks.train, tasks.validation, test)]
         assert len(np.unique(np.concatenate(parts), axis=0)) == 1797 == sum(map(len, parts))
 
 
-def test_every_image_is_seen_equally_often():
+def test_minibatches_visit_every_image_equally_often():
     order = demo_experiment._minibatches(np.random.default_rng(0), 32, settings(num_steps=8))
     assert order.shape == (8, 16)
     assert (np.bincount(order.ravel()) == 4).all()  # 8 × 16 / 32
 
 
-def test_the_schedule_passes_through_its_knots():
+def test_schedule_interpolates_between_its_knots():
     log_rate = jnp.log(jnp.array([0.1, 0.4, 0.2]))
     rates = jax.vmap(lambda step: demo_experiment.learning_rate(log_rate, step, 9))(jnp.arange(9))
     np.testing.assert_allclose(rates[jnp.array([0, 2, 4, 8])], [0.1, 0.2, 0.4, 0.2], rtol=1e-6)  # step 2: √(.1 × .4)
 
 
-def test_the_grid_covers_its_range_and_no_search_gets_fewer_trials():
+def test_searches_cover_their_range_with_enough_trials():
     for trials in (1, 2, 7, 82):
         grid = np.exp(demo_experiment.grid_points(trials, 2, 0))
         assert len(demo_experiment.random_points(trials, 2, 0)) == trials <= len(grid)
@@ -135,12 +135,12 @@ def test_the_grid_covers_its_range_and_no_search_gets_fewer_trials():
     np.testing.assert_allclose([grid.min((0, 1)), grid.max((0, 1))], corners, rtol=1e-5)
 
 
-def test_a_diverged_training_is_never_chosen():
+def test_diverged_training_is_never_the_best():
     values = np.array([[np.nan, 0.3], [0.5, np.inf], [0.4, 0.2]])
-    assert demo_experiment.best(values).tolist() == [2, 2]
+    assert demo_experiment.best_steps(values).tolist() == [2, 2]
 
 
-def test_arithmetic_is_counted_through_loops():
+def test_count_arithmetic_counts_through_loops():
     def repeated(matrix):
         return jax.lax.scan(lambda x, _: (jnp.dot(matrix, x), None), matrix, None, length=5)[0]
 
@@ -164,7 +164,7 @@ def test_verdicts(column, mean, sem, expected):
     assert demo_report.verdict(column, mean, sem) == expected
 
 
-def test_where_another_method_wins_the_text_says_so():
+def test_conclusions_name_a_better_method():
     ours = {"name": "hypergradient", "validation_loss": 0.1, "test_loss_mean": 0.2}
     difference = {"against": "random", "seeds": 6}
     for column in demo_report.COLUMNS:
@@ -175,7 +175,7 @@ def test_where_another_method_wins_the_text_says_so():
     assert text[0] == expected
 
 
-def test_a_mean_that_one_seed_carries_is_pointed_out():
+def test_outliers_are_pointed_out():
     def row(name, values):
         return {"name": name, "per_seed": {"refit_test_loss": values}}
 
@@ -192,7 +192,7 @@ def test_a_mean_that_one_seed_carries_is_pointed_out():
     [
         ([], ["COMMAND"]),
         (["trial"], ["demo"]),
-        (["demo", "--seeds", "0"], ["--seeds", "got 0", "2 or more"]),
+        (["demo", "--seeds", "0"], ["--seeds", "got '0'", "2 or more"]),
         (["demo", "--seeds", "1"], ["--seeds", "standard errors", "2 or more"]),
         (["demo", "--seeds", "six"], ["--seeds", "'six'", "integer"]),
         (["demo", "--outer-steps", "0"], ["--outer-steps", "1 or more"]),
@@ -200,7 +200,7 @@ def test_a_mean_that_one_seed_carries_is_pointed_out():
         (["demo", "--steps", "3"], ["--steps"]),
     ],
 )
-def test_mistakes_on_the_command_line_are_named(arguments, words, capsys):
+def test_invalid_arguments_are_named(arguments, words, capsys):
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code == 2
@@ -229,14 +229,14 @@ def test_options_reach_the_demo(monkeypatch, tmp_path):
     assert seen[1] == (demo.Settings(outer_steps=7), tmp_path)
 
 
-def test_a_file_is_no_folder(tmp_path, capsys):
+def test_out_must_not_be_a_file(tmp_path, capsys):
     file = tmp_path / "file"
     file.touch()
     assert main(["demo", "--out", str(file)]) == 1
     assert "name a folder" in capsys.readouterr().err
 
 
-def test_interruption_has_its_own_exit_code(monkeypatch, tmp_path, capsys):
+def test_interrupt_exits_with_code_130(monkeypatch, tmp_path, capsys):
     def interrupted(settings, out):
         raise KeyboardInterrupt
 
@@ -245,7 +245,7 @@ def test_interruption_has_its_own_exit_code(monkeypatch, tmp_path, capsys):
     assert "interrupted" in capsys.readouterr().err
 
 
-def test_a_missing_extra_is_named(monkeypatch, tmp_path, capsys):
+def test_missing_extra_is_named(monkeypatch, tmp_path, capsys):
     def missing():
         raise ImportError("... pip install 'jaxhpo[demo]'")
 
@@ -254,7 +254,7 @@ def test_a_missing_extra_is_named(monkeypatch, tmp_path, capsys):
     assert "pip install 'jaxhpo[demo]'" in capsys.readouterr().err
 
 
-def test_without_matplotlib_the_message_says_what_to_install(monkeypatch):
+def test_missing_matplotlib_says_what_to_install(monkeypatch):
     original = builtins.__import__
 
     def refuse(name, *rest, **more):

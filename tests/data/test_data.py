@@ -1,4 +1,4 @@
-"""Splits are disjoint, seeded and checked; the digits are scikit-learn's."""
+"""Splits are disjoint, seeded and checked; digits and MNIST have the documented contents."""
 
 import builtins
 import gzip
@@ -25,13 +25,13 @@ def test_digits_have_the_documented_shapes_and_ranges():
 
 
 def test_parts_are_disjoint():
-    # No two of the 1797 images are equal, so that images can stand for indices.
+    # No two of the 1797 images are equal, so an image identifies its index.
     parts = digits(3, train=100, validation=100, test=500)
     assert [len(part.targets) for part in parts] == [100, 100, 500]
     assert len(set.union(*map(rows, parts))) == sum(len(rows(part)) for part in parts) == 700
 
 
-def test_the_seed_decides_the_split():
+def test_seed_determines_the_split():
     first, again, other = digits(1), digits(1), digits(2)
     np.testing.assert_array_equal(first.test.inputs, again.test.inputs)
     assert rows(first.train) != rows(other.train)
@@ -56,7 +56,7 @@ def test_inputs_stay_with_their_targets():
         ({"train": 200, "validation": 300, "test": 1298}, ["test=1298", "1797"]),
     ],
 )
-def test_mistakes_are_named(arguments, names):
+def test_invalid_sizes_are_named(arguments, names):
     with pytest.raises(jaxhpo.JaxhpoError) as error:
         digits(**arguments)
     assert all(name in str(error.value) for name in names)
@@ -75,18 +75,18 @@ def test_without_scikit_learn_the_message_says_what_to_install(monkeypatch):
         digits()
 
 
-# --- MNIST: archives of the same layout, made here; the real ones where a mirror or the network has them ---
+# --- MNIST, from synthetic archives of the same layout; from the published ones if they are available ---
 
 
 def write_idx(path, array):
-    """0, 0, 8 (bytes), dimensions; each length, big-endian; the bytes."""
+    """Write the bytes 0, 0, 8 (the type), the number of dimensions; each length, big-endian; the entries."""
     head = bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape)
     path.write_bytes(gzip.compress(head + array.astype(np.uint8).tobytes()))
 
 
 @pytest.fixture
 def mirror(tmp_path, monkeypatch):
-    """Forty training and ten test images of 2 × 3 pixels; the first pixel is its number, the label that mod 10."""
+    """Forty training and ten test images of 2 × 3 pixels; the first pixel is the number, the label that mod 10."""
     folder = tmp_path / "mnist"
     folder.mkdir()
     for name, numbers in (("train", np.arange(40)), ("t10k", np.arange(100, 110))):
@@ -95,7 +95,7 @@ def mirror(tmp_path, monkeypatch):
         write_idx(folder / f"{name}-images-idx3-ubyte.gz", images)
         write_idx(folder / f"{name}-labels-idx1-ubyte.gz", numbers % 10)
     monkeypatch.setenv("JAXHPO_DATA_DIR", str(tmp_path))
-    monkeypatch.setattr(_download, "_verify", lambda path, sha256: None)  # these are not the published ones
+    monkeypatch.setattr(_download, "_verify", lambda path, sha256: None)  # these files are not the published ones
     return folder
 
 
@@ -103,7 +103,7 @@ def numbers_of(part):
     return np.round(part.inputs[:, 0] * 255).astype(int)
 
 
-def test_mnist_archives_are_read(mirror):
+def test_reads_mnist_archives(mirror):
     parts = mnist(3, train=20, validation=15, test=4)
     assert [part.inputs.shape for part in parts] == [(20, 6), (15, 6), (4, 6)]
     for part in parts:
@@ -115,7 +115,7 @@ def test_mnist_archives_are_read(mirror):
     assert numbers_of(parts.test).min() >= 100
 
 
-def test_the_seed_decides_the_mnist_split(mirror):
+def test_seed_determines_the_mnist_split(mirror):
     first, again, other = (mnist(seed, train=20, validation=15) for seed in (0, 0, 1))
     np.testing.assert_array_equal(first.train.inputs, again.train.inputs)
     assert set(numbers_of(first.train)) != set(numbers_of(other.train))
@@ -125,18 +125,18 @@ def test_the_seed_decides_the_mnist_split(mirror):
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        (lambda f: f.write_bytes(b"<html>"), "no gzip archive"),
-        (lambda f: f.write_bytes(f.read_bytes()[:-20]), "no gzip archive, or incomplete.*download it again"),
+        (lambda f: f.write_bytes(b"<html>"), "is not a complete gzip archive"),
+        (lambda f: f.write_bytes(f.read_bytes()[:-20]), "is not a complete gzip archive.*download it again"),
         (lambda f: write_idx(f, np.zeros((40, 6))), r"begins with \[0, 0, 8, 2\], not with \[0, 0, 8, 3\]"),
         (
             lambda f: f.write_bytes(gzip.compress(gzip.decompress(f.read_bytes())[:-1])),
-            r"says that it holds \(40, 2, 3",
+            r"its header says \(40, 2, 3",
         ),
         (lambda f: write_idx(f, np.zeros((39, 2, 3))), "39 images but 40 labels"),
     ],
-    ids=["not gzip", "cut", "another array", "too short", "not together"],
+    ids=["not gzip", "truncated", "other dimensions", "too short", "other labels"],
 )
-def test_a_damaged_mnist_archive_is_named(mirror, damage, says):
+def test_damaged_mnist_archive_is_named(mirror, damage, says):
     damage(mirror / "train-images-idx3-ubyte.gz")
     with pytest.raises(jaxhpo.JaxhpoError, match=f"train.*{says}"):
         mnist(train=20, validation=10)
@@ -151,12 +151,12 @@ def test_a_damaged_mnist_archive_is_named(mirror, damage, says):
         ({"train": 20, "validation": 10, "seed": -1}, "`seed`.*at least 0"),
     ],
 )
-def test_mistakes_with_mnist_are_named(mirror, arguments, says):
+def test_invalid_mnist_sizes_are_named(mirror, arguments, says):
     with pytest.raises(jaxhpo.JaxhpoError, match=says):
         mnist(**arguments)
 
 
-def test_what_no_mirror_has_is_downloaded_and_verified(mirror, monkeypatch, tmp_path):
+def test_files_missing_in_the_mirror_are_downloaded_and_verified(mirror, monkeypatch, tmp_path):
     pooch = pytest.importorskip("pooch")
     monkeypatch.setenv("JAXHPO_DATA_DIR", str(tmp_path / "elsewhere"))
     asked = []
@@ -175,7 +175,7 @@ def test_what_no_mirror_has_is_downloaded_and_verified(mirror, monkeypatch, tmp_
 
     monkeypatch.setattr(pooch, "retrieve", offline)
     with pytest.raises(
-        jaxhpo.JaxhpoError, match="could not be had from https://.*elsewhere.*no route.*JAXHPO_DATA_DIR"
+        jaxhpo.JaxhpoError, match="could not be downloaded from https://.*elsewhere.*no route.*JAXHPO_DATA_DIR"
     ):
         mnist(train=20, validation=10)
 
@@ -188,7 +188,7 @@ def test_without_pooch_the_message_says_what_to_install(monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_real_mnist():
+def test_published_mnist():
     try:
         parts = mnist(0, train=50_000, validation=10_000)
     except (ImportError, jaxhpo.JaxhpoError) as error:

@@ -1,45 +1,15 @@
-"""Knowledge graphs are read from archives and folders; what is wrong with a file is named with its line."""
-
-import io
-import tarfile
+"""Reading knowledge graphs from archives and folders; errors name the file and the line."""
 
 import numpy as np
 import pytest
+from knowledge_graphs import TEST, TRAIN, VALID, write_archive, write_folder
+from knowledge_graphs import mirror as mirror
 
 import jaxhpo
-from jaxhpo.data import _download, knowledge_graph
-
-TRAIN = "b\tlikes\ta\na\tlikes\tb\nb\tis\tb\n"
-VALID = "a\tis\tb\n"
-TEST = "a\tis\ta\nb\tlikes\tb\n"
+from jaxhpo.data import knowledge_graph
 
 
-def write_folder(folder, train=TRAIN, valid=VALID, test=TEST):
-    for name, text in (("train", train), ("valid", valid), ("test", test)):
-        if text is not None:
-            (folder / f"{name}.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
-    return folder
-
-
-@pytest.fixture
-def mirror(tmp_path, monkeypatch):
-    """A folder of archives that are not the published ones."""
-    monkeypatch.setenv("JAXHPO_DATA_DIR", str(tmp_path))
-    monkeypatch.setattr(_download, "_verify", lambda path, sha256: None)
-    return tmp_path
-
-
-def write_archive(path, train=TRAIN, valid=VALID, test=TEST, inside=""):
-    path.parent.mkdir(exist_ok=True)
-    with tarfile.open(path, "w:gz") as archive:
-        for name, text in (("train", train), ("valid", valid), ("test", test)):
-            if text is not None:
-                member = tarfile.TarInfo(f"{inside}{name}.txt")
-                member.size = len(text)
-                archive.addfile(member, io.BytesIO(text.encode()))
-
-
-def test_a_folder_is_read(tmp_path):
+def test_reads_a_folder(tmp_path):
     graph = knowledge_graph(write_folder(tmp_path))
     assert graph.entities == ("b", "a") and graph.relations == ("likes", "is") and graph.sizes == (2, 2)
     assert graph.train.tolist() == [[0, 0, 1], [1, 0, 0], [0, 1, 0]]
@@ -50,7 +20,7 @@ def test_a_folder_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("inside", ["", "nations/"])
-def test_an_archive_is_read_from_the_mirror(mirror, inside):
+def test_reads_an_archive_in_the_mirror(mirror, inside):
     write_archive(mirror / "kg" / "nations.tar.gz", inside=inside)
     (mirror / "folder").mkdir()
     ours, folders = knowledge_graph("nations"), knowledge_graph(write_folder(mirror / "folder"))
@@ -66,7 +36,7 @@ def test_an_archive_is_read_from_the_mirror(mirror, inside):
     ],
     ids=["CRLF", "no last line end", "byte order mark"],
 )
-def test_line_ends_make_no_difference(tmp_path, change):
+def test_line_ends_and_byte_order_mark_are_ignored(tmp_path, change):
     plain = knowledge_graph(write_folder(tmp_path))
     other = knowledge_graph(write_folder(tmp_path, *map(change, (TRAIN, VALID, TEST))))
     assert all(np.array_equal(a, b) for a, b in zip(plain, other, strict=True))
@@ -90,51 +60,54 @@ def test_names_may_hold_spaces_and_unusual_line_separators(tmp_path):
     ],
     ids=["spaces", "fields", "blank", "no relation", "empty", "encoding", "missing"],
 )
-def test_what_is_wrong_with_a_folder_is_named(tmp_path, files, says):
+def test_invalid_folder_is_named(tmp_path, files, says):
     with pytest.raises(jaxhpo.JaxhpoError, match=says):
         knowledge_graph(write_folder(tmp_path, **files))
 
 
 @pytest.mark.parametrize("source", ["nation", 3, ["nations"], "nation" * 1000, ""])
-def test_an_unknown_graph_is_named(source):
-    with pytest.raises(jaxhpo.JaxhpoError, match="'nation.*fb15k-237|3.*neither|got '', which is no folder"):
+def test_unknown_graph_is_named(source):
+    with pytest.raises(jaxhpo.JaxhpoError, match="'nation.*fb15k-237|3.*neither|got '', which is neither a folder"):
         knowledge_graph(source)
 
 
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        (lambda path: path.write_bytes(b"<html>"), "nations.tar.gz is no gzipped tar archive"),
-        (lambda path: path.write_bytes(path.read_bytes()[:-30]), "no gzipped tar archive, or incomplete"),
+        (lambda path: path.write_bytes(b"<html>"), "nations.tar.gz is not a complete gzipped tar archive"),
+        (
+            lambda path: path.write_bytes(path.read_bytes()[:-30]),
+            "nations.tar.gz is not a complete gzipped tar archive",
+        ),
         (lambda path: write_archive(path, test=None), r"holds \['train.txt', 'valid.txt'\]"),
         (lambda path: write_archive(path, train="a b\n"), r"nations\.tar\.gz:train\.txt:1 is malformed"),
     ],
-    ids=["no archive", "cut", "a file less", "a bad line"],
+    ids=["no archive", "truncated", "missing file", "malformed line"],
 )
-def test_a_damaged_archive_is_named(mirror, damage, says):
+def test_damaged_archive_is_named(mirror, damage, says):
     write_archive(mirror / "kg" / "nations.tar.gz")
     damage(mirror / "kg" / "nations.tar.gz")
     with pytest.raises(jaxhpo.JaxhpoError, match=says):
         knowledge_graph("nations")
 
 
-def test_an_archive_that_is_not_the_published_one_is_refused(tmp_path, monkeypatch):
-    """Of one with a bit flipped some readers notice nothing, and give another graph."""
+def test_archive_with_another_checksum_is_refused(tmp_path, monkeypatch):
+    """Some readers do not notice a flipped bit, and would return another graph."""
     monkeypatch.setenv("JAXHPO_DATA_DIR", str(tmp_path))
     write_archive(tmp_path / "kg" / "nations.tar.gz")
-    with pytest.raises(jaxhpo.JaxhpoError, match=r"nations\.tar\.gz is not the file that is published.*not feb3e3e"):
+    with pytest.raises(jaxhpo.JaxhpoError, match=r"nations\.tar\.gz is damaged or not the published file.*not feb3e3e"):
         knowledge_graph("nations")
 
 
-def test_names_with_blanks_and_triples_in_two_parts_are_told(tmp_path):
-    with pytest.warns(UserWarning, match=r"train\.txt: 1 lines hold names.*line 2 \(\['b', 'likes', 'a '\]\)"):
+def test_warns_of_names_with_blanks_and_of_triples_in_two_parts(tmp_path):
+    with pytest.warns(UserWarning, match=r"train\.txt: 1 of 3 triples hold names.*line 2 \('a '\)"):
         graph = knowledge_graph(write_folder(tmp_path, train="b\tlikes\ta\nb\tlikes\ta \nb\tis\tb\n"))
     assert graph.entities == ("b", "a", "a ")
-    with pytest.warns(UserWarning, match=r"test\.txt: 3 of 3 triples are in train\.txt too, the first is line 1"):
+    with pytest.warns(UserWarning, match=r"test\.txt: 3 of 3 triples are in train\.txt too, the first at line 1"):
         knowledge_graph(write_folder(tmp_path, test=TRAIN))
 
 
-def test_a_long_line_is_not_quoted_whole(tmp_path):
+def test_long_line_is_abbreviated_in_the_message(tmp_path):
     with pytest.raises(jaxhpo.JaxhpoError, match=r"test\.txt:1 is malformed") as error:
         knowledge_graph(write_folder(tmp_path, test="a" * 10**6 + "\n"))
     assert len(str(error.value)) < 500
@@ -148,11 +121,11 @@ def test_a_long_line_is_not_quoted_whole(tmp_path):
         ("a\thates\tb\n", r"1 of 1 triples.*line 1 \(relation 'hates'\)"),
     ],
 )
-def test_what_train_lacks_is_kept_and_counted(tmp_path, valid, says):
+def test_names_missing_in_train_are_kept_and_counted(tmp_path, valid, says):
     with pytest.warns(UserWarning, match=says):
         graph = knowledge_graph(write_folder(tmp_path, valid=valid))
     assert len(graph.validation) == valid.count("\n")
-    assert graph.entities[:2] == ("b", "a") and graph.relations[:2] == ("likes", "is")  # those of train come first
+    assert graph.entities[:2] == ("b", "a") and graph.relations[:2] == ("likes", "is")  # names in train come first
 
 
 def test_halves_are_disjoint_and_seeded(tmp_path):
@@ -166,8 +139,8 @@ def test_halves_are_disjoint_and_seeded(tmp_path):
     assert tuned.tolist() != graph.halves(2)[0].tolist()
 
 
-# Entities, relations, and triples of the three parts, as their publishers count them; with those that hold an entity
-# that train lacks, in validation and test, counted by a line of awk over the upstream files.
+# Entities, relations and triples of the three parts, as counted by their publishers; then the triples of validation and
+# test with an entity that train lacks, counted with awk in the upstream files.
 REAL = {
     "nations": (14, 55, 1592, 199, 201, 0, 0),
     "umls": (135, 46, 5216, 652, 661, 0, 0),
@@ -180,7 +153,7 @@ REAL = {
 @pytest.mark.parametrize(
     "name", ["nations", "umls", "kinships", *(pytest.param(n, marks=pytest.mark.slow) for n in ("wn18rr", "fb15k-237"))]
 )
-def test_the_real_graphs(name, recwarn):
+def test_published_graphs(name, recwarn):
     *sizes, unseen_in_validation, unseen_in_test = REAL[name]
     try:
         graph = knowledge_graph(name)

@@ -1,7 +1,7 @@
 """Link prediction in knowledge graphs: models, losses, penalties with a weight per embedding, filtered ranks.
 
-Everything is a pure function of `params`, a dict of tables with one row per entity or relation. A penalty's weight for
-every embedding of the Nations graph, tuned by its hypergradient:
+All are pure functions of `params`, a dict of tables with one row per entity or relation. To tune one penalty weight per
+embedding of the Nations graph by the hypergradient:
 
     from jaxhpo.data import knowledge_graph
     from jaxhpo.models import link_prediction
@@ -16,7 +16,7 @@ every embedding of the Nations graph, tuned by its hypergradient:
         fit = link_prediction.cross_entropy(model, params, train)
         return fit + link_prediction.penalty(model, params, weights, train)
 
-    # A start of Adagrad at 1e-10 keeps its derivatives finite where a gradient is zero.
+    # Adagrad's sum of squares starts at 1e-10, as the derivative of its root at zero is infinite.
     solver = jaxhpo.from_optax(train_loss, optax.adagrad(0.1, initial_accumulator_value=1e-10, eps=0.0))
 
     def outer_loss(weights):
@@ -26,7 +26,7 @@ every embedding of the Nations graph, tuned by its hypergradient:
     weights = {name: jnp.full(n, 0.006) for name, n in zip(("entities", "relations"), graph.sizes)}
     result = jaxhpo.tune(outer_loss, weights, optax.adam(0.05), num_steps=60, transforms=jaxhpo.positive)
 
-`link_prediction.ranks(model, params, graph.test, graph.triples).metrics()` is how good a model is.
+`link_prediction.ranks(model, params, graph.test, graph.triples).metrics()` measures the quality of a model.
 """
 
 from jaxhpo.models.link_prediction._loss import Grouped as Grouped

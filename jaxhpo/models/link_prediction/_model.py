@@ -11,20 +11,20 @@ import jax.numpy as jnp
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.tree import upcast
 from jaxhpo._core.validate import check_count, check_key, check_positive
-from jaxhpo.models.link_prediction._triples import check_side
+from jaxhpo.models.link_prediction._triples import check_side, check_sizes
 
-NOWHERE = 2**30  # beyond the rows of every table
+OUT_OF_RANGE = 2**30  # an index beyond the rows of every table
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """What the four models share: `DistMult`, `ComplEx`, `CP` and `TransE` say how three embeddings make a score.
+    """Base class of `DistMult`, `ComplEx`, `CP` and `TransE`, which define the score of three embeddings.
 
     Attributes:
-      rank: components of an embedding; complex ones in `ComplEx`, whose rows are as long again.
-      reciprocal: each relation p has an inverse with an embedding of its own, row p + number of relations; subjects of
-        (?, p, o) are then scored as objects of (o, inverse of p, ?).
-      scale: standard deviation of the embeddings at the start.
+      rank: components of an embedding. Those of `ComplEx` are complex, and its rows twice as long.
+      reciprocal: give each relation p an inverse with an embedding of its own, in row p + number of relations. The
+        subjects of (?, p, o) are then scored as the objects of (o, inverse of p, ?).
+      scale: standard deviation of the initial embeddings.
     """
 
     rank: int = 100
@@ -38,9 +38,8 @@ class Model:
             raise JaxhpoError(f"`reciprocal` got {self.reciprocal!r}: write True or False.")
 
     def init(self, key: jax.Array, num_entities: int, num_relations: int, dtype=float) -> dict[str, jax.Array]:
-        """Normal embeddings: a dict of tables, one row per entity or relation, pure in the key."""
-        check_count("num_entities", num_entities)
-        check_count("num_relations", num_relations)
+        """Draw normal embeddings: a dict of tables, one row per entity or relation."""
+        check_sizes(num_entities, num_relations)
         if dtype is not float and not jnp.issubdtype(dtype, jnp.floating):
             raise JaxhpoError(f"`dtype` got {dtype!r}, but embeddings are real: write jnp.float32.")
         rows = self._rows(num_entities, num_relations * (1 + self.reciprocal))
@@ -51,81 +50,80 @@ class Model:
         }
 
     def tables(self, params: dict) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Embeddings of subjects, relations and objects; entities have one for both roles, but in `CP`."""
-        return params["entities"], params["relations"], params["entities"]
+        """Embeddings of subjects, relations and objects; except in `CP`, subjects and objects share one table."""
+        return params["entities"], params["relations"], params.get("objects", params["entities"])
 
     def sizes(self, params: dict) -> tuple[int, int]:
-        """Numbers of entities and of relations (inverses not counted).
+        """Numbers of entities and of relations; inverse relations are not counted.
 
         Raises:
           JaxhpoError: params of another model.
         """
-        names = self._rows(1, 1)
-        if not isinstance(params, dict) or params.keys() != names.keys():
-            given = sorted(params) if isinstance(params, dict) else type(params).__name__
-            raise JaxhpoError(f"`params` got {given}, but {self} has the tables {list(names)}: take `model.init`'s.")
+        if not isinstance(params, dict):
+            raise JaxhpoError(f"`params` got {type(params).__name__}: give the dict of tables from `init`.")
         shapes = {name: jnp.shape(table) for name, table in params.items()}
-        if any(len(shape) != 2 or shape[1] != self._width() for shape in shapes.values()):
+        num_entities, num_rows = ((shapes.get(name) or (1,))[0] for name in ("entities", "relations"))
+        num_relations = num_rows // (1 + self.reciprocal)
+        rows = self._rows(num_entities, num_relations * (1 + self.reciprocal))
+        expected = {name: (n, self._width()) for name, n in rows.items()}
+        if shapes != expected:
+            inverses = ", with two rows per relation" if self.reciprocal else ""
             raise JaxhpoError(
-                f"`params` has the shapes {shapes}, but the rows of {self} are {self._width()} long: take "
-                "`model.init`'s, of the model that they were made by."
+                f"`params` has the tables {shapes}, but {self} has {expected}{inverses}: take them from its `init`."
             )
-        rows = {name: shape[0] for name, shape in shapes.items()}
-        if rows["relations"] % (1 + self.reciprocal) or rows.get("objects", rows["entities"]) != rows["entities"]:
-            raise JaxhpoError(
-                f"`params` has tables of {rows} rows, but {self} has as many objects as entities, and where it is "
-                "reciprocal two rows a relation: take `model.init`'s."
-            )
-        return rows["entities"], rows["relations"] // (1 + self.reciprocal)
+        return num_entities, num_relations
 
     def scores(self, params: dict, triples: jax.Array, side: str) -> jax.Array:
-        """Scores of all that could stand at one side of each triple, "s", "p" or "o": (n, entities or relations).
+        """Scores of all candidates for one side, "s", "p" or "o", of each triple: (n, entities or relations).
 
-        NaN where the triple holds a number that the tables do not have.
+        They are NaN where the triple holds an index that the tables do not have.
         """
         check_side(side)
         subjects, relations, objects = self.tables(params)
-        _, num_relations = sizes = self.sizes(params)
+        sizes = self.sizes(params)
         s, p, o = in_range(triples, sizes).T
-        if side == "o":
-            return self._match(self._query(_rows_of(subjects, s), _rows_of(relations, p), None), objects)
         if side == "p":
             query = self._query(_rows_of(subjects, s), None, _rows_of(objects, o))
-            return self._match(query, relations[:num_relations])
-        if self.reciprocal:
-            query = self._query(_rows_of(subjects, o), _rows_of(relations, p + num_relations), None)
-            return self._match(query, objects)
-        return self._match(self._query(None, _rows_of(relations, p), _rows_of(objects, o)), subjects)
+            return self._match(query, relations[: sizes[1]])
+        if side == "s" and not self.reciprocal:
+            return self._match(self._query(None, _rows_of(relations, p), _rows_of(objects, o)), subjects)
+        if side == "s":  # (?, p, o) is (o, inverse of p, ?)
+            s, p = o, p + sizes[1]
+        return self._match(self._query(_rows_of(subjects, s), _rows_of(relations, p), None), objects)
 
     def norms(self, table: jax.Array, power: int) -> jax.Array:
-        """Sums of the components' moduli to the power 2 or 3, of each row: (rows,), float32 or wider."""
+        r"""For each row :math:`\sum_i |x_i|^q` with power q = 2 or 3: (rows,), float32 or wider."""
         if power not in (2, 3):
-            raise JaxhpoError(f"`power` got {power!r}, but it is 2 (F2) or 3 (N3): write one of them.")
+            raise JaxhpoError(f"`power` got {power!r}: write 2 (F2) or 3 (N3).")
         return self._powers(upcast(table), power)
 
     def _powers(self, table, power):
         return jnp.sum(table**2 if power == 2 else jnp.abs(table) ** 3, axis=1)
 
     def _rows(self, num_entities, num_relations):
+        """The number of rows of each table."""
         return {"entities": num_entities, "relations": num_relations}
 
     def _width(self):
+        """The length of a row."""
         return self.rank
 
     def _query(self, s, p, o):
-        """What `_match` compares with the embedding that is None."""
-        s, p, o = (1.0 if x is None else x for x in (s, p, o))
-        return s * p * o
+        """The vector q with score(s, p, o) = match(q, x), where x is the embedding that is None."""
+        # Σᵢ sᵢ pᵢ oᵢ is linear in each embedding: q is the product of the other two.
+        first, second = (x for x in (s, p, o) if x is not None)
+        return first * second
 
     def _match(self, query, table):
+        """Scores of every query (n, width) with every row of the table: (n, rows)."""
         return query @ table.T
 
 
 class DistMult(Model):
     r"""The score :math:`\sum_i s_i p_i o_i`.
 
-    **Cost and bias**: scores of one side are one matrix product. (s, p, o) and (o, p, s) have the same score, but with
-    `reciprocal`.
+    **Cost and bias**: the scores of one side are one matrix product. Unless `reciprocal`, (s, p, o) and (o, p, s) have
+    the same score.
 
     Args:
       rank, reciprocal, scale: see `Model`.
@@ -146,7 +144,7 @@ class DistMult(Model):
 class ComplEx(Model):
     r"""The score :math:`\mathrm{Re} \sum_i s_i p_i \bar o_i` of complex embeddings.
 
-    A row holds the real parts, then the imaginary parts. Cost as of `DistMult` at twice the rank.
+    A row holds the real parts, then the imaginary parts. The cost is that of `DistMult` at twice the rank.
 
     Args:
       rank, reciprocal, scale: see `Model`.
@@ -157,12 +155,14 @@ class ComplEx(Model):
     """
 
     def _powers(self, table, power):
+        # |z|² = Re² + Im² is a sum over the whole row.
         if power == 2:
             return jnp.sum(table**2, axis=1)
+        # |z|³ = (|z|²)^(3/2). Its first two derivatives at 0 are 0, but those of the square root are infinite. Below
+        # the bound, where they would overflow and |z|³ < 1e-33, the value is set to 0. The inner `where` keeps the
+        # infinite derivative out of the branch that is not taken, as 0 · ∞ = NaN.
         re, im = jnp.split(table, 2, axis=1)
         square = re**2 + im**2
-        # |z|³ has two derivatives at 0, both zero, but those of the root are infinite. It is left out where they would
-        # overflow; there |z|³ is below 1e-33.
         small = square < jnp.finfo(square.dtype).tiny ** 0.6
         safe = jnp.where(small, 1, square)
         return jnp.sum(jnp.where(small, 0, safe * jnp.sqrt(safe)), axis=1)
@@ -171,16 +171,20 @@ class ComplEx(Model):
         return 2 * self.rank
 
     def _query(self, s, p, o):
-        # Re(q conj(t)) is the rows' dot product: q = sp for the object, conj(p) o for the subject, conj(s) o for p.
+        # The dot product of the rows of q and x is Re Σᵢ qᵢ x̄ᵢ = Re Σᵢ q̄ᵢ xᵢ. Hence
+        #     for x = o:  Re Σ (s p) ō         q = s p
+        #     for x = s:  Re Σ (p ō) s         q = conj(p ō) = p̄ o
+        #     for x = p:  Re Σ (s ō) p         q = conj(s ō) = s̄ o
         if o is None:
-            return _product(s, p)
-        return _product(_conjugate(p if s is None else s), o)
+            return _complex_product(s, p)
+        return _complex_product(_conjugate(p if s is None else s), o)
 
 
 class CP(Model):
     r"""The score :math:`\sum_i s_i p_i o'_i`, where an entity has one embedding as subject and another, o', as object.
 
-    Cost as of `DistMult`. With `reciprocal`, else the two embeddings of an entity hardly know of each other.
+    The cost is that of `DistMult`. Use it with `reciprocal`: otherwise little ties the two embeddings of an entity to
+    each other.
 
     Args:
       rank, reciprocal, scale: see `Model`.
@@ -189,18 +193,14 @@ class CP(Model):
       Lacroix, Usunier, Obozinski. Canonical Tensor Decomposition for Knowledge Base Completion. 2018. arXiv:1806.07297
     """
 
-    def tables(self, params: dict) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Embeddings of subjects, relations and objects."""
-        return params["entities"], params["relations"], params["objects"]
-
     def _rows(self, num_entities, num_relations):
         return super()._rows(num_entities, num_relations) | {"objects": num_entities}
 
 
 class TransE(Model):
-    r"""The score :math:`-\|s + p - o\|_2`, with :math:`10^{-6}` added to the square, so that it is smooth.
+    r"""The score :math:`-\|s + p - o\|_2`, with :math:`10^{-6}` added to the square, which makes it smooth.
 
-    **Cost and bias**: distances are summed up component by component, and differentiated by matrix products. (By one
+    **Cost and bias**: distances are summed component by component, and differentiated by matrix products. (With one
     product, as :math:`\|q\|^2 - 2 q \cdot o + \|o\|^2`, small distances would be rounding noise.)
 
     Args:
@@ -211,6 +211,7 @@ class TransE(Model):
     """
 
     def _query(self, s, p, o):
+        # s + p − o = 0 solved for the embedding that is None; the norm does not depend on the sign.
         if o is None:
             return s + p
         return o - (p if s is None else s)
@@ -220,10 +221,10 @@ class TransE(Model):
 
 
 def in_range(triples, sizes: tuple[int, int]) -> jax.Array:
-    """int32 triples, with `NOWHERE` for what is out of range: traced ones cannot be refused."""
-    triples = jnp.asarray(triples).astype(jnp.int32)  # of eight bits, inverse relations may have no number
+    """int32 triples with `OUT_OF_RANGE` for every invalid index, as traced values cannot be refused."""
+    triples = jnp.asarray(triples).astype(jnp.int32)  # in int8, the index of an inverse relation could overflow
     bounds = jnp.array([[sizes[0], sizes[1], sizes[0]]], jnp.int32)
-    return jnp.where((triples >= 0) & (triples < bounds), triples, NOWHERE)
+    return jnp.where((triples >= 0) & (triples < bounds), triples, OUT_OF_RANGE)
 
 
 def _rows_of(table, index):
@@ -232,8 +233,10 @@ def _rows_of(table, index):
 
 @jax.custom_jvp
 def _squared_distances(a, b):
-    """Of each row of a from each row of b: (rows of a, rows of b)."""
+    """‖aᵢ − bⱼ‖² for all rows aᵢ and bⱼ: (rows of a, rows of b)."""
 
+    # Σₖ (aᵢₖ − bⱼₖ)², one component k per step: the differences are exact where a and b are close, and no array of
+    # (rows of a, rows of b, components) is made.
     def add(total, component):
         of_a, of_b = component
         return total + (of_a[:, None] - of_b[None]) ** 2, None
@@ -243,14 +246,16 @@ def _squared_distances(a, b):
 
 @_squared_distances.defjvp
 def _squared_distances_jvp(primals, tangents):
-    r"""The derivative 2 (a − b)·(da − db), multiplied out: its rounding is that of a − b, and not of its square."""
     (a, b), (da, db) = primals, tangents
     product = functools.partial(jnp.matmul, precision="highest")
+    # d‖aᵢ − bⱼ‖² = 2 (aᵢ − bⱼ)·(daᵢ − dbⱼ) = 2 (aᵢ·daᵢ + bⱼ·dbⱼ − aᵢ·dbⱼ − daᵢ·bⱼ). Unlike the distance, it can be
+    # multiplied out: the rounding error is of order ε‖a‖, as in aᵢ − bⱼ itself, not of order ε‖a‖².
     own = jnp.sum(a * da, axis=1)[:, None] + jnp.sum(b * db, axis=1)[None]
     return _squared_distances(a, b), 2 * (own - product(a, db.T) - product(da, b.T))
 
 
-def _product(a, b):
+def _complex_product(a, b):
+    # (a + ic)(b + id) = (ab − cd) + i (ad + cb)
     (a, c), (b, d) = jnp.split(a, 2, axis=1), jnp.split(b, 2, axis=1)
     return jnp.concatenate([a * b - c * d, a * d + c * b], axis=1)
 

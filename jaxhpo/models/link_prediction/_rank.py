@@ -1,4 +1,4 @@
-"""How good a model is: where the true answers rank among those that are not known to be true."""
+"""Filtered ranks of the true answers, and their usual summaries."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from jaxhpo._core.errors import JaxhpoError
 from jaxhpo.models.link_prediction._model import Model
 from jaxhpo.models.link_prediction._triples import SIDES, Known, concrete_triples
 
-MOST = 2**24  # scores at a time
+MAX_SCORES = 2**24  # scores computed at a time: 64 MB in float32
 
 
 class Metrics(NamedTuple):
     """Means over the ranks of subjects and objects.
 
     Attributes:
-      mrr: of 1/rank, the mean reciprocal rank.
-      hits1: the share of ranks ≤ 1.
-      hits3: the share of ranks ≤ 3.
-      hits10: the share of ranks ≤ 10.
+      mrr: mean reciprocal rank.
+      hits1: share of ranks ≤ 1.
+      hits3: share of ranks ≤ 3.
+      hits10: share of ranks ≤ 10.
     """
 
     mrr: float
@@ -37,8 +37,8 @@ class Ranks(NamedTuple):
     """Ranks of the true answers, from 1; column 0 for subjects, column 1 for objects.
 
     Attributes:
-      optimistic: integers (n, 2), where answers of the same score come after the true one.
-      pessimistic: likewise, where they come before it.
+      optimistic: integers (n, 2), with answers of equal score ranked after the true one.
+      pessimistic: integers (n, 2), with answers of equal score ranked before the true one.
     """
 
     optimistic: np.ndarray
@@ -46,7 +46,7 @@ class Ranks(NamedTuple):
 
     @property
     def mean(self) -> np.ndarray:
-        """The mean rank over all orders of answers with the same score."""
+        """The mean rank over all orders of answers with equal score."""
         return (self.optimistic + self.pessimistic) / 2
 
     def metrics(self, ties: str = "mean") -> Metrics:
@@ -58,22 +58,27 @@ class Ranks(NamedTuple):
 
 
 def ranks(model: Model, params: dict, triples: np.ndarray, known: np.ndarray) -> Ranks:
-    """Filtered ranks: of each triple's subject and object among all entities, less other answers known to be true.
+    r"""Rank each triple's subject and object among all entities, without the other answers known to be true.
 
-    **Cost and bias**: n × entities scores a side, in chunks of 64 MB in float32. An answer whose score is NaN counts as
-    a better one, and a true answer with a NaN ranks last, so that a model that has diverged does not look good.
+    With f the score, t the true answer and C the entities that are left, t among them,
+
+    .. math:: \text{optimistic} = 1 + \#\{c \in C: f_c > f_t\}, \qquad
+              \text{pessimistic} = \#\{c \in C: f_c \ge f_t\}
+
+    **Cost and bias**: n × entities scores per side, in chunks of 64 MB in float32. An answer whose score is NaN counts
+    as better, and a true answer whose score is NaN ranks last, so a diverged model does not look good.
 
     Args:
       model: such as `DistMult(rank=200)`.
-      params: of `model.init`, concrete.
+      params: from `model.init`, concrete.
       triples: integers (n, 3), such as the test part.
-      known: integers (m, 3), true triples, by custom those of all three parts; without any, m = 0, ranks are raw.
+      known: integers (m, 3), true triples, by custom those of all three parts. With m = 0, ranks are raw.
 
     Returns:
       A `Ranks`.
 
     Raises:
-      JaxhpoError: what is not triples, or out of range; params of another model, or traced.
+      JaxhpoError: arrays that are not triples, an index out of range, params of another model, traced params.
 
     Example:
       >>> from jaxhpo.models import link_prediction
@@ -88,24 +93,24 @@ def ranks(model: Model, params: dict, triples: np.ndarray, known: np.ndarray) ->
         raise JaxhpoError("`params` is traced, but ranks are counted in NumPy: call `ranks` outside `jit` and `grad`.")
     triples = concrete_triples(triples, sizes, "triples")
     known = concrete_triples(known, sizes, "known", least=0)
-    chunk = max(1, min(len(triples), MOST // sizes[0]))
-    padded = np.concatenate([triples, np.repeat(triples[-1:], -len(triples) % chunk, axis=0)])
+    chunk = max(1, min(len(triples), MAX_SCORES // sizes[0]))
+    padded = np.concatenate([triples, np.repeat(triples[-1:], -len(triples) % chunk, axis=0)])  # chunks of one shape
     columns = []
     for side in "so":
-        index = Known(known, sizes, side)
+        others = Known(known, sizes, side)
         parts = padded.reshape(-1, chunk, 3)
-        found = [np.asarray(_count(model, params, part, index.mask(part), side)) for part in parts]
-        columns.append(1 + np.concatenate(found)[: len(triples)])
-    better, worst = np.moveaxis(np.stack(columns, axis=1), 2, 0)
-    return Ranks(better, worst)
+        above = [np.asarray(_count_above(model, params, part, others.mask(part), side)) for part in parts]
+        columns.append(1 + np.concatenate(above)[: len(triples)])
+    return Ranks(*np.stack(columns, axis=2).swapaxes(0, 1))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "side"))
-def _count(model, params, triples, mask, side):
-    """Entities that score higher than the answer, and at least as high: (n, 2)."""
+def _count_above(model, params, triples, mask, side):
+    """The candidates that score higher than the answer, and at least as high: (n, 2)."""
     scores = model.scores(params, triples, side)
     answers = triples[:, SIDES.index(side), None]
     truth = jnp.take_along_axis(scores, answers, axis=1)
     others = ~mask & (jnp.arange(scores.shape[1])[None] != answers)
-    above = ~(scores <= truth), ~(scores < truth)  # true where either is NaN
+    # > and ≥ are written as negations: comparisons with NaN are false, so a NaN on either side counts as above.
+    above = ~(scores <= truth), ~(scores < truth)
     return jnp.stack([jnp.sum(others & higher, axis=1) for higher in above], axis=1)
