@@ -5,7 +5,7 @@ from jaxhpo._adjoint.finite_difference import FiniteDifference as FiniteDifferen
 from jaxhpo._adjoint.forward import Forward as Forward
 from jaxhpo._adjoint.forward_gradient import ForwardGradient as ForwardGradient
 from jaxhpo._adjoint.implicit import Implicit as Implicit
-from jaxhpo._adjoint.implicit_function import implicit as implicit
+from jaxhpo._adjoint.implicit import implicit as implicit
 from jaxhpo._adjoint.reversible import Reversible as Reversible
 from jaxhpo._adjoint.sama import SAMA as SAMA
 from jaxhpo._adjoint.smoothing import Smoothing as Smoothing

@@ -21,12 +21,10 @@ from jax.custom_derivatives import SymbolicZero
 
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.stop_gradient import warn_zero
-from jaxhpo._core.trace import closure_convert, differentiable_inputs, equations, trust
-from jaxhpo._core.tree import cast_like, is_inexact, names, partition, scaled, upcast, zeros_like
+from jaxhpo._core.trace import differentiable_inputs, equations, trust
+from jaxhpo._core.tree import cast_like, is_inexact, partition, scaled, upcast, zeros_like
 from jaxhpo._core.types import LinearInfo, LinearSolver, PyTree
-from jaxhpo._core.validate import check_arrays, check_callable, check_finite, check_params, check_residual, describe
-from jaxhpo._inner.problem import Adjoint
-from jaxhpo._linear.cg import CG
+from jaxhpo._core.validate import check_residual, describe
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -164,85 +162,3 @@ def _checked(out: Any, rhs: PyTree) -> tuple[PyTree, LinearInfo | None]:
             f"`return x, info`, where info is a `LinearInfo` or None."
         )
     return check_residual(out[0], rhs, "linear_solver", "b"), out[1]
-
-
-def implicit(condition: Callable, params: PyTree, args: Any, linear_solver: LinearSolver | None = None) -> PyTree:
-    r"""Attaches an implicit derivative to a solution found by any solver.
-
-    Returns `params` unchanged, but with
-    :math:`d\theta/da = -(\partial_\theta g)^{-1} \partial_a g` where g is the condition: closed forms, scikit-learn,
-    SciPy or L-BFGS become differentiable with respect to `args` and to everything that `condition` closes over.
-    First and higher derivatives, forward and reverse.
-
-    **Cost and bias**: one linear solve a derivative, plus one mixed product; memory of one linearisation of the
-    condition. Exact where the condition is zero and the linear solve converged.
-
-    Args:
-      condition: `(params, args) -> pytree like params`, zero at `params`; for a minimum, the gradient of the objective.
-      params: the solution, a pytree of floating-point arrays. No derivative flows into how it was found.
-      args: any pytree that the condition depends on; integer, boolean and key leaves are allowed.
-      linear_solver: solves with the condition's Jacobian in `params`; `CG()` when None, which needs that Jacobian to be
-        symmetric positive definite, as a Hessian at a minimum is. Otherwise take `Direct()`, or `Neumann`.
-
-    Returns:
-      `params`, differentiable.
-
-    Raises:
-      JaxhpoError: `params` has no floating-point leaf or an integer one, or the condition's result does not match it.
-
-    Example:
-      >>> X, y = jnp.array([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]]), jnp.array([1.0, 2.0, 3.0])
-      >>> def condition(w, log_penalty):
-      ...     return X.T @ (X @ w - y) + jnp.exp(log_penalty) * w
-      >>> def ridge(log_penalty):
-      ...     w = jnp.linalg.solve(X.T @ X + jnp.exp(log_penalty) * jnp.eye(2), X.T @ y)
-      ...     return jaxhpo.implicit(condition, w, log_penalty)
-      >>> print(jax.grad(lambda h: jnp.sum(ridge(h)))(0.0).round(3))
-      -0.412
-
-    References:
-      Blondel et al. Efficient and Modular Implicit Differentiation. 2022. arXiv:2105.15183
-    """
-    solver = CG() if linear_solver is None else check_linear_solver(linear_solver)
-    check_callable("condition", condition, "condition(params, args)", 2)
-    params = check_params(params, "params")
-    check_finite(check_arrays(args, "args"), "args", allow_infinite=True)
-    args = jax.tree.map(jnp.asarray, args)
-    pure, consts = closure_convert(lambda p, a: check_residual(condition(p, a), p), upcast(params), upcast(args))
-    leaves, structure = jax.tree.flatten(args)
-
-    def residual(params, leaves):
-        args = upcast(jax.tree.unflatten(structure, leaves[len(consts) :]))
-        return pure(leaves[: len(consts)], params, args)
-
-    remedy = (
-        "does not enter the condition, so the derivative of the solution with respect to it is exactly zero. "
-        "Put it into the condition, or do not differentiate with respect to it."
-    )
-    closed_over = [f"a {describe(c)} that the condition closes over" for c in consts]
-    root = Root(residual, solver, None, (*closed_over, *names(args, "args")), remedy)
-    return attach(root, jax.lax.stop_gradient(params), [*consts, *leaves], None)
-
-
-def check_linear_solver(linear_solver: Any) -> Any:
-    """Raises unless this is a linear solver, set up and ready to be called."""
-    if isinstance(linear_solver, type):
-        name = linear_solver.__name__
-        raise JaxhpoError(f"`linear_solver` got the class {name}, not an instance: write `{name}(...)`.")
-    if not callable(linear_solver) and isinstance(linear_solver, Adjoint):
-        raise JaxhpoError(
-            f"`linear_solver` got {linear_solver!r}, which is a derivative rule and solves no linear system: pass it "
-            f"to `solve` as `adjoint={linear_solver!r}`, or write a linear solver such as `CG()`."
-        )
-    if not callable(linear_solver):
-        raise JaxhpoError(
-            f"`linear_solver` got {linear_solver!r}, but it is called as `linear_solver(matvec, b)`: write "
-            f"`CG()`, `Neumann(num_terms, step_size)`, `Identity(scale)` or `Direct()`."
-        )
-    check_callable("linear_solver", linear_solver, "linear_solver(matvec, b, x0=None)", 2)
-    return linear_solver
-
-
-def declared(linear_solver: Any) -> Any:
-    """The object on which to read `needs_key` and `needs_symmetry`: the protocol's defaults for a plain function."""
-    return linear_solver if isinstance(linear_solver, LinearSolver) else LinearSolver

@@ -13,10 +13,10 @@ from jax.custom_derivatives import SymbolicZero
 from jax.flatten_util import ravel_pytree
 
 from jaxhpo._core.mesh import cast_varying, varying_axes
-from jaxhpo._core.tree import is_inexact, partition
+from jaxhpo._core.tree import is_inexact, map_in_chunks, partition
 from jaxhpo._core.types import InnerState
 from jaxhpo._inner.inputs import refuse_tol
-from jaxhpo._inner.loop import map_in_chunks, run
+from jaxhpo._inner.loop import run
 from jaxhpo._inner.problem import Problem
 
 

@@ -19,7 +19,7 @@ from jaxhpo._core.record import UnrolledSolve, report_schedule
 from jaxhpo._core.stop_gradient import stop_gradient_with_warning
 from jaxhpo._core.tree import is_inexact, names, partition
 from jaxhpo._core.types import InnerState, Schedule
-from jaxhpo._core.validate import check_count, check_positive
+from jaxhpo._core.validate import check_count, check_settings
 from jaxhpo._inner.gradient import mixed_value_and_grad
 from jaxhpo._inner.inputs import refuse_tol
 from jaxhpo._inner.loop import scan_steps
@@ -93,21 +93,17 @@ class Unroll:
                 )
         elif self.checkpoint is not None:
             check_count("Unroll(checkpoint=...)", self.checkpoint)
-        if self.truncate is not None:
-            check_count("Unroll(truncate=...)", self.truncate)
+        check_settings(self, truncate="count or None", memory_limit="positive or None", hvp_fraction="positive or None")
         if self.memory_limit is not None:
-            check_positive("Unroll(memory_limit=...)", self.memory_limit)
             if self.checkpoint != "auto":
                 raise JaxhpoError(
                     f"`Unroll(memory_limit={self.memory_limit!r})` chooses the cheapest schedule that fits, but "
                     f"`checkpoint={self.checkpoint!r}` has chosen one already: pass only one of them."
                 )
-        if self.hvp_fraction is not None:
-            check_positive("Unroll(hvp_fraction=...)", self.hvp_fraction)
-            if self.hvp_fraction > 1:
-                raise JaxhpoError(
-                    f"`Unroll(hvp_fraction={self.hvp_fraction!r})` is a part of each minibatch: write a number up to 1."
-                )
+        if self.hvp_fraction is not None and self.hvp_fraction > 1:
+            raise JaxhpoError(
+                f"`Unroll(hvp_fraction={self.hvp_fraction!r})` is a part of each minibatch: write a number up to 1."
+            )
 
     def run(self, problem: Problem) -> tuple[InnerState, jax.Array]:
         """Runs the inner loop; the result is differentiable through the last `truncate` steps."""

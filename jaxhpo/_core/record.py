@@ -101,18 +101,18 @@ class SolveLog:
 
 
 class StepLog:
-    """What was not finite in inner steps, as `(inner problem, inner step, name)`, with its place in order of arrival.
+    """Values of inner steps that are not finite: `(inner problem, inner step, name)` -> position in order of arrival.
 
     Attributes:
       num_problems: inner problems that were traced.
-      before: leaves of what a step was given.
+      before: leaves of a step's inputs.
       forward: leaves of its result, or the train loss.
-      backward: cotangents of what a step was given.
+      backward: cotangents of its inputs.
       arriving: cotangents of its result.
-      faults: what derivative rules know to be wrong.
-      first: what a run's first step was given, by inner problem: state, inputs, batch.
-      broken: state and batch of the first step that broke, likewise.
-      advance: the step, likewise.
+      faults: explanations of derivative rules that gave NaN on purpose.
+      first: state, inputs and batch of a run's first step, by inner problem.
+      broken: state and batch of the first step whose result is not finite, by inner problem.
+      advance: the step, by inner problem.
     """
 
     def __init__(self):
@@ -129,7 +129,7 @@ class StepLog:
 
 
 class Recording(NamedTuple):
-    """What is recorded while a program is traced; None where nobody asked.
+    """The collections to which traced solves report; None for what is not wanted.
 
     Attributes:
       linear_solves: the `LinearSolve`s that are run.

@@ -9,12 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxhpo._core.transforms import to_natural, to_unconstrained
-from jaxhpo._core.tree import add_scaled
+from jaxhpo._core.tree import add_scaled, map_in_chunks
 from jaxhpo._core.types import Hypergradient, HypergradientInfo, InnerState, PyTree, StatefulMethod
 from jaxhpo._core.validate import check_settings, require_key
 from jaxhpo._estimator.pair import check_pair_state, inner_start
 from jaxhpo._estimator.perturbation import in_natural_units, mean_of_normals, normal
-from jaxhpo._inner.loop import map_in_chunks
 from jaxhpo._solve import solve
 
 

@@ -48,21 +48,6 @@ def scan_steps(
     return state
 
 
-def map_in_chunks(fn: Callable, xs: PyTree, size: int | None) -> PyTree:
-    """`vmap(fn)(xs)`, `size` rows at a time; None takes all at once. `lax.map` refuses empty leaves."""
-    num_rows = jax.tree.leaves(xs)[0].shape[0]
-    if size is None or size >= num_rows:
-        return jax.vmap(fn)(xs)
-    num_chunks, rest = divmod(num_rows, size)
-    head = jax.tree.map(lambda x: x[: num_chunks * size].reshape(num_chunks, size, *x.shape[1:]), xs)
-    out = jax.lax.map(jax.vmap(fn), head)
-    out = jax.tree.map(lambda x: x.reshape(num_chunks * size, *x.shape[2:]), out)
-    if not rest:
-        return out
-    last = jax.vmap(fn)(jax.tree.map(lambda x: x[num_chunks * size :], xs))
-    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), out, last)
-
-
 def run(problem: Problem) -> tuple[InnerState, jax.Array]:
     """Runs to `num_steps` or to `tol`, by plain JAX; returns the final state and the number of steps taken."""
 
