@@ -41,6 +41,10 @@ class Sizes(NamedTuple):
     residuals: Callable[[], float]
     peak: Callable[[Schedule], int] = lambda schedule: 0
 
+    def measured(self) -> tuple[int, int, int, float]:
+        """Returns the bytes of state, gradient, activations and residuals."""
+        return self.state, self.gradient, self.activations(), self.residuals()
+
 
 def sizes_of(problem: Problem, peak: Callable[[Schedule], int]) -> Sizes:
     """Returns the sizes of a problem's step."""

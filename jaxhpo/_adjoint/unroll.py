@@ -130,11 +130,7 @@ class Unroll:
         sizes = sizes_of(problem, lambda schedule: self._peak(problem, own(schedule)))
         steps = min(problem.num_steps, self.truncate or problem.num_steps)
         schedule = own(choose(self.checkpoint, steps, sizes, self.memory_limit))
-        report_schedule(
-            lambda: UnrolledSolve(
-                self, problem.num_steps, schedule, sizes.state, sizes.gradient, sizes.activations(), sizes.residuals()
-            )
-        )
+        report_schedule(lambda: UnrolledSolve(self, problem.num_steps, schedule, *sizes.measured()))
         return schedule
 
     def _with_gradient(self, problem, schedule) -> Problem:

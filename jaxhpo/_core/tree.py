@@ -104,7 +104,7 @@ class Flags:
 
 
 def map_in_chunks(fn: Callable, xs: PyTree, size: int | None) -> PyTree:
-    """`vmap(fn)(xs)`, `size` rows at a time; None takes all at once. (`lax.map` refuses empty leaves.)"""
+    """`vmap(fn)(xs)`, `size` rows at a time; None takes all at once. `lax.map` refuses empty leaves."""
     num_rows = jax.tree.leaves(xs)[0].shape[0]
     if size is None or size >= num_rows:
         return jax.vmap(fn)(xs)
