@@ -18,14 +18,16 @@ from jaxhpo._core.transforms import box, positive, simplex, to_natural, to_uncon
 ARRAYS = box(np.arange(5.0) - 2, jnp.arange(5.0) + 1)
 TRANSFORMS = [positive, unit_interval, box(0.0, 0.9), box(-2.0, 0.0), box(-10, 1e4), box(64.0, 80.0), simplex, ARRAYS]
 each_transform = pytest.mark.parametrize("transform", TRANSFORMS, ids=[*map(str, TRANSFORMS[:-1]), "box of arrays"])
-ROWS = hnp.arrays(np.float64, (5,), elements=st.floats(-1e4, 1e4))  # one shape: each transform is compiled once a type
+ROWS = hnp.arrays(
+    np.float64, (5,), elements=st.floats(-1e4, 1e4)
+)  # one shape: each transform is compiled once per dtype
 
 
 @pytest.mark.parametrize(
     "dtype", [jnp.float64, *(pytest.param(low, marks=pytest.mark.slow) for low in (jnp.float32, jnp.bfloat16))]
 )
 @each_transform
-def test_values_stay_finite_and_inside_and_round_trips_agree(transform, dtype):
+def test_values_are_finite_and_inside_and_round_trips_agree(transform, dtype):
     @jax.jit
     def compiled(u):
         h, pullback = jax.vjp(transform.forward, u)
@@ -81,7 +83,7 @@ def test_jit_and_vmap_equal_eager(transform):
         np.testing.assert_allclose(jax.jit(jax.vmap(apply))(x), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_weak_types_and_what_is_not_checked():  # a weak type would make the second outer step a second compilation
+def test_weak_types_and_traced_values():  # a weak type would compile the second outer step anew
     assert not any(apply(0.5).weak_type for t in TRANSFORMS[:6] for apply in (positive.inverse, t.forward))
     assert np.isnan(jax.jit(positive.inverse)(jnp.float32(-1.0)))  # traced
     assert all(np.isnan(t.forward(jnp.full(5, jnp.nan))).all() for t in TRANSFORMS)
@@ -115,7 +117,7 @@ def test_inverse_refuses_values_outside_the_domain():
             transform.inverse(value)
 
 
-def test_only_floating_point_arrays():
+def test_inputs_other_than_floating_point_arrays_are_refused():
     for x in (1, True, "1.0", 1j, {}, None, jnp.arange(3), jax.random.key(0)):
         for apply in (apply for t in (positive, box(0.0, 1.0), simplex) for apply in (t.forward, t.inverse)):
             with pytest.raises(JaxhpoError, match=rf"\.{apply.__name__}` got .*floating-point"):
