@@ -129,11 +129,13 @@ class box(_Transform):  # noqa: N801  (called, and printed, like a function)
     def _forward(self, u):
         low, high, least, greatest = self._bounds(u)
         u = jnp.clip(u, _exponents(u.dtype)[0], -_exponents(u.dtype)[0])
-        # Not low + (high - low) σ(u): this form is accurate at both ends, even where a bound is 0.
+        # With σ(−u) = 1 − σ(u): a + (b − a) σ(u) = a σ(−u) + b σ(u). The right-hand side is accurate at both ends, even
+        # where a bound is 0, as both sigmoids have a small relative error however small they are.
         return jnp.clip(low * jax.nn.sigmoid(-u) + high * jax.nn.sigmoid(u), least, greatest)
 
     def _inverse(self, h):
         low, high, _, _ = self._bounds(h)
+        # (h − a) / (b − h) = σ(u) / σ(−u) = e^u
         return jnp.log(h - low) - jnp.log(high - h)
 
     def _check_domain(self, h):
