@@ -1,7 +1,7 @@
-"""What a tired user writes, and what the library answers: its own exception, which names the culprit and the remedy.
+"""Error messages for users' mistakes: each raises the library's own exception, which names the culprit and the remedy.
 
-Every row is one mistake. It is made eagerly, and (rows with `jit`) once more while `jax.jit` traces, before anything
-of it is compiled. The rows under `jit` are those that shapes, types, trees, settings or constants give away.
+Every row is one mistake. It is made eagerly and, where `jit` is set, again while `jax.jit` traces, before anything is
+compiled. Rows with `jit` are the mistakes that shapes, dtypes, trees, settings or constants reveal.
 """
 
 import datetime
@@ -88,14 +88,14 @@ SOLVER = from_optax(loss, SGD)
 def train(
     h, loss=loss, tx=SGD, params=PARAMS, batches=None, num_steps=3, has_state=False, model_state=None, **settings
 ):
-    """The whole of a correct program, of which a row spoils one part."""
+    """A whole correct program; each row makes one part of it wrong."""
     solver = from_optax(loss, tx, has_state=has_state)
     state = solver.init(params, h, *(() if model_state is None else (model_state,)))
     return solve(solver, state, h, batches, num_steps=num_steps, **settings).params
 
 
 def returning(value):
-    """A loss (or a condition, a step, an outer loss) that returns this."""
+    """A loss (or a condition, a step, an outer loss) that returns `value`."""
     return lambda *args: value
 
 
@@ -123,7 +123,7 @@ def total(params):
 
 
 class Loader:
-    """Like a data loader: one can iterate over it and take its length."""
+    """A data loader: an iterable with a length."""
 
     def __len__(self):
         return 4
@@ -133,14 +133,14 @@ class Loader:
 
 
 class TrainState(NamedTuple):
-    """Like that of another library."""
+    """The state of another library."""
 
     params: Any
     opt_state: Any
 
 
 class Optimiser:
-    """Like that of another library."""
+    """The optimiser of another library."""
 
     def __init__(self, parameters, lr=0.1):
         pass
@@ -811,7 +811,7 @@ MISTAKES = [
     ),
     Mistake("adjoint-string", lambda h: train(h, adjoint="unroll"), "`adjoint` got 'unroll'", r"write `Unroll\(\)`"),
     Mistake(
-        "adjoint-second-door",
+        "adjoint-stateful-method",
         lambda h: train(h, adjoint=jaxhpo.HOAG()),
         r"`adjoint` got HOAG\(.*keeps state",
         r"write `hypergradient\(HOAG\(",
@@ -1369,10 +1369,10 @@ def test_mistake(mistake):
 
 @pytest.mark.parametrize("mistake", [m for m in MISTAKES if m.jit], ids=lambda m: m.id)
 def test_mistake_while_tracing(mistake):
-    """Inside a jitted function, hyperparameters traced: seen before anything is compiled."""
+    """Inside a jitted function, with traced hyperparameters: raised before anything is compiled."""
 
     def call(h):
-        mistake.call(h)  # what it returns, if anything, need not be an array
+        mistake.call(h)  # its result, if any, need not be an array
 
     expect(mistake, jax.jit(call).trace, HPARAMS)
 
@@ -1387,7 +1387,7 @@ def test_mistakes_are_distinct(record_property):
 @pytest.mark.parametrize(
     "error", [KeyError("targt"), ZeroDivisionError("division"), TypeError("their own"), JaxhpoError("x")]
 )
-def test_exceptions_of_the_users_functions_pass_unchanged(error):
+def test_exceptions_of_user_functions_propagate_unchanged(error):
     def broken(*args):
         raise error
 
@@ -1425,7 +1425,7 @@ def test_exceptions_of_the_users_functions_pass_unchanged(error):
     ],
 )
 def test_near_misses_are_accepted(call):
-    """What looks like a mistake above and is none."""
+    """Correct calls that resemble a mistake of the table."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         jax.eval_shape(call)

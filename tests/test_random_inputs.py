@@ -1,4 +1,4 @@
-"""Inputs drawn at random: what a public function takes, it does right, and what it refuses, it refuses in words."""
+"""Random inputs: a public function either gives the right result or raises the library's own error."""
 
 import contextlib
 import dataclasses
@@ -25,14 +25,14 @@ KINDS = ("float32", "float64", "bfloat16", "float16")
 
 
 class Pair(NamedTuple):
-    """A node of a tree with names of its own."""
+    """A named tuple as a node of a pytree."""
 
     first: Any
     second: Any
 
 
 def check_all(number, cases, check, capsys, least=1.0):
-    """Has `check` look at so many cases, and says how many there were; at least this part of them must be taken."""
+    """Runs `check` on `number` cases and prints their count; it must accept at least the fraction `least` of them."""
     drawn = taken = 0
 
     @hypothesis.settings(
@@ -53,13 +53,13 @@ def check_all(number, cases, check, capsys, least=1.0):
     begun = time.perf_counter()
     run()
     with capsys.disabled():
-        print(f"\n{check.__name__}: {drawn} examples, {taken} taken, in {time.perf_counter() - begun:.0f} s")
+        print(f"\n{check.__name__}: {drawn} examples, {taken} accepted, in {time.perf_counter() - begun:.0f} s")
     assert drawn >= number and taken >= least * drawn
 
 
 @contextlib.contextmanager
 def expected_warnings():
-    """Of these inputs: of what is zero by chance, and of a run that ends early."""
+    """Ignores warnings that random inputs cause: of derivatives that happen to be zero, and of runs that end early."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", jaxhpo.ZeroHypergradientWarning)
         warnings.filterwarnings("ignore", "Outer step", RuntimeWarning)
@@ -67,7 +67,7 @@ def expected_warnings():
 
 
 def outcome(call):
-    """What the call returns, or the library's own error, which names something; any other exception escapes."""
+    """Returns the result of the call, or the library's own error, which must name something in backquotes."""
     with expected_warnings():
         try:
             return call()
@@ -77,7 +77,7 @@ def outcome(call):
 
 
 def trees(leaves, most=4):
-    """Dicts, lists, tuples, named tuples and empty nodes, nested, of leaves."""
+    """Nested dicts, lists, tuples, named tuples and empty nodes."""
     empty = st.sampled_from([{}, (), [], None])
 
     def nodes(inner):
@@ -96,7 +96,7 @@ def has_entries(tree):
 
 # --- hypergradients in closed form ---------------------------------------------------------------------------------
 
-RATE = 1 / 8  # of the inner steps, as all values here a number that every type holds
+RATE = 1 / 8  # of the inner steps; like all values here exact in every dtype
 SHRINK = 1 - 2 * RATE
 MOVE = 1 / 4  # of the outer step
 BOUND = 0.5  # of the clipped hypergradient
@@ -105,7 +105,7 @@ SOLVER = jaxhpo.from_optax(
     optax.sgd(RATE),
 )
 TRANSFORMS = (None, None, positive, unit_interval, box(-3.0, 4.0), simplex)
-# What the rule takes for da_T/dh, which is the same number for every entry.
+# da_T/dh by each rule, which is the same number for every entry.
 RULES = {
     Unroll(): lambda T: 1 - SHRINK**T,
     Unroll(checkpoint=None): lambda T: 1 - SHRINK**T,
@@ -121,7 +121,7 @@ REMEDIES = {"none": Remedies(), "clip": Remedies(clip=BOUND), "clip_norm": Remed
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """A hyperparameter, where it starts, and the inner problem of it: all values are eighths."""
+    """A hyperparameter, its start, and its inner problem: all values are multiples of 1/8."""
 
     kind: str
     transform: Any
@@ -132,7 +132,7 @@ class Leaf:
 
     @property
     def eps(self):
-        """Half the distance from one to the next number."""
+        """Half the distance from 1 to the next larger number."""
         return float(jnp.finfo(self.kind).eps) / 2
 
     @property
@@ -178,7 +178,7 @@ QUADRATICS = st.builds(
 
 
 def unconstrained(leaf):
-    """u, dh/du as a function of a vector, and what |dh/du| is at most nearby, from the formulas of the docstrings."""
+    """u, the product of dh/du with a vector, and a bound of |dh/du| nearby, from the formulas of the docstrings."""
     h = leaf.start
     if leaf.transform is None:
         return h, lambda g: g, 1.0
@@ -203,7 +203,7 @@ def natural(leaf, u):
 
 
 def check_quadratic(case):
-    """Hypergradient and first step against NumPy."""
+    """Compares the hypergradient and the first outer step with NumPy."""
     specs = jax.tree.leaves(case.tree)
     array = lambda part: jax.tree.map(lambda leaf: jnp.asarray(getattr(leaf, part), leaf.kind), case.tree)  # noqa: E731
     begin, goal = array("begin"), array("goal")
@@ -238,7 +238,7 @@ def check_quadratic(case):
 
 
 def closed_form(leaf, case):
-    """The hypergradient in the units of the search, and what rounding may add to it."""
+    """The hypergradient in unconstrained units, and a bound of its rounding error."""
     u, pullback, slope = unconstrained(leaf)
     rho = SHRINK**case.inner
     end = (1 - rho) * leaf.start + rho * leaf.begin
@@ -253,14 +253,14 @@ def closed_form(leaf, case):
 
 
 def spread(leaf):
-    """How large the numbers are from which a transform makes h."""
+    """Magnitude of the numbers from which a transform computes h."""
     if isinstance(leaf.transform, type(box(0.0, 1.0))):
         return abs(leaf.transform.low) + abs(leaf.transform.high)
     return np.abs(leaf.start) if leaf.transform is not simplex else 1.0
 
 
 def check_move(leaf, case, g, e, length, off, got):
-    """h after the step."""
+    """Checks h after the outer step."""
     u, _, slope = unconstrained(leaf)
     if case.remedies == "clip":
         g = np.clip(g, -BOUND, BOUND)
@@ -321,7 +321,7 @@ RUNS = st.builds(
 
 
 def check_run(case):
-    """Stopped after a few steps, by their number or by a callback, and gone on with: equal to the bit."""
+    """A run that is stopped after a few steps, by `num_steps` or a callback, and resumed is bit-identical."""
     start = jax.tree.map(lambda leaf: jnp.asarray(leaf.start, leaf.kind), case.tree)
     goal = jax.tree.map(lambda leaf: jnp.asarray(leaf.goal, leaf.kind), case.tree)
     size = len(jax.tree.leaves(start))
@@ -368,11 +368,11 @@ def check_run(case):
     return True
 
 
-def test_what_is_resumed_is_the_undisturbed_run(capsys):
+def test_resumed_run_is_bit_identical(capsys):
     check_all(12, RUNS, check_run, capsys)
 
 
-# --- anything at all -----------------------------------------------------------------------------------------------
+# --- arbitrary arguments -------------------------------------------------------------------------------------------
 
 FOREIGN = (
     3,
@@ -413,12 +413,12 @@ foreign = st.sampled_from(FOREIGN)
 
 
 def often(usual, *others):
-    """The one twice in three times. (`one_of` takes what is listed twice for one.)"""
+    """Draws from `usual` with probability 2/3. (`one_of` merges equal strategies, so repetition adds no weight.)"""
     return st.integers(0, 2).flatmap(lambda i: usual if i < 2 else st.one_of(*others))
 
 
 def mostly(good):
-    """One of these, or, now and then, anything."""
+    """Draws one of `good`, or, with probability 1/3, an arbitrary object."""
     return often(st.sampled_from(good), foreign)
 
 
@@ -436,7 +436,7 @@ any_hparams = often(good_hparams, trees(any_leaf, 3), trees(any_leaf | foreign, 
 
 
 def total(h):
-    """Takes any tree of arrays of real numbers."""
+    """A loss of any tree of real arrays."""
     return sum(jnp.sum((x - 0.5) ** 2).astype(jnp.float32) for x in jax.tree.leaves(h))
 
 
@@ -524,7 +524,7 @@ CALLS = st.tuples(
 
 
 def check_call(case):
-    """`tune` with at most three settings that are not its defaults, any of which may be wrong."""
+    """Calls `tune` with at most three settings that are not its defaults, any of which may be wrong."""
     outer_loss, hparams, settings = case
     settings = {"optimizer": optax.sgd(0.1), "num_steps": 2, **settings}
     with tempfile.TemporaryDirectory() as folder:
@@ -541,7 +541,7 @@ def check_call(case):
     return isinstance(result, jaxhpo.TuneResult)
 
 
-def test_tune_takes_or_refuses(capsys):
+def test_tune_succeeds_or_raises_its_own_error(capsys):
     check_all(350, CALLS, check_call, capsys, 0.2)
 
 
@@ -594,7 +594,7 @@ SOLVES = st.tuples(
 
 
 def check_solve(case):
-    """`solve`, evaluated and differentiated."""
+    """Evaluates and differentiates `solve`."""
     params, hparams, settings = case
     settings = {"solver": EASY, "state": "made", "num_steps": 2, **settings}
     solver, state = settings.pop("solver"), settings.pop("state")
@@ -605,7 +605,7 @@ def check_solve(case):
 
     of_start = params if isinstance(state, str) else getattr(state, "params", None)
     if solver is SOLVER and jax.tree.structure(of_start) != jax.tree.structure(hparams):
-        return False  # its loss itself would raise
+        return False  # the loss itself would raise
     solution = outcome(lambda: run(hparams))
     if isinstance(solution, jaxhpo.Solution):
         assert jax.tree.structure(solution.params) == jax.tree.structure(of_start)
@@ -616,7 +616,7 @@ def check_solve(case):
     return isinstance(solution, jaxhpo.Solution)
 
 
-def test_solve_takes_or_refuses(capsys):
+def test_solve_succeeds_or_raises_its_own_error(capsys):
     check_all(160, SOLVES, check_solve, capsys, 0.1)
 
 
@@ -635,7 +635,7 @@ CHECKS = st.tuples(
 
 
 def check_check(case):
-    """`check_hypergradient`; of a quadratic, differences are right but for rounding."""
+    """Calls `check_hypergradient`; differences of a quadratic are exact up to rounding."""
     outer_loss, hparams, settings = case
     result = outcome(lambda: jaxhpo.check_hypergradient(outer_loss, hparams, **settings))
     if isinstance(result, jaxhpo.HypergradientCheck):
@@ -643,7 +643,7 @@ def check_check(case):
     return isinstance(result, jaxhpo.HypergradientCheck)
 
 
-def test_check_takes_or_refuses(capsys):
+def test_check_succeeds_or_raises_its_own_error(capsys):
     check_all(110, CHECKS, check_check, capsys, 0.1)
 
 
@@ -656,7 +656,7 @@ TRANSFORMED = st.tuples(
 
 
 def check_transform(case):
-    """What `forward` returns is inside, and `inverse` takes it back."""
+    """The result of `forward` is inside the domain, and `inverse` accepts it."""
     transform, x, scale = case
     if isinstance(transform, tuple):
         transform = outcome(lambda: box(*case[0]))
@@ -672,5 +672,5 @@ def check_transform(case):
     return isinstance(h, jax.Array)
 
 
-def test_transforms_take_or_refuse(capsys):
+def test_transforms_succeed_or_raise_their_own_error(capsys):
     check_all(400, TRANSFORMED, check_transform, capsys, 0.1)

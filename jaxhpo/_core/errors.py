@@ -2,7 +2,7 @@
 
 
 class JaxhpoError(ValueError):
-    """What was given cannot work; the message says what, why, and what to write instead."""
+    """An argument cannot work; the message says what was given, why it cannot work, and what to write instead."""
 
 
 class ZeroHypergradientError(JaxhpoError):
@@ -10,20 +10,20 @@ class ZeroHypergradientError(JaxhpoError):
 
 
 class NonFiniteError(JaxhpoError):
-    """A loss, a parameter or a hypergradient is NaN or infinite; the message says where that began."""
+    """A loss, a parameter or a hypergradient is NaN or infinite; the message names the first place where it is."""
 
 
 class ZeroHypergradientWarning(UserWarning):
     """A derivative rule treats an input as a constant although it is being differentiated.
 
-    Issued while tracing, when a derivative with respect to that input is really taken. The input may still enter the
-    outer loss elsewhere, so `solve` only warns; `tune` and `check_hypergradient` see the whole outer loss and raise
+    Issued while tracing, when a derivative with respect to that input is taken. The input may still enter the outer
+    loss elsewhere, so `solve` only warns; `tune` and `check_hypergradient` see the whole outer loss and raise
     `ZeroHypergradientError`.
 
     Args:
       message: the text, which names the input, the rule, and a rule that sees the input.
       leaf: the path of the input, such as `hparams['log_lr']`.
-      partial: only some entries or some steps are cut off, not the whole leaf.
+      partial: whether only some entries or steps of the input are treated as constants, not the whole leaf.
     """
 
     def __init__(self, message: str, leaf: str = "", partial: bool = False):

@@ -107,7 +107,7 @@ def _reached(jaxpr, marked: list[bool]) -> list[bool]:
 
 
 def _reached_by(eqn, marked: list[bool]) -> list[bool]:
-    """The same for an equation: exact where it runs one jaxpr on its operands, else true of all its results."""
+    """`_reached` for an equation: exact where it runs one jaxpr on its operands, else True for all its results."""
     bodies = [getattr(value, "jaxpr", value) for value in subprograms(list(eqn.params.values()))]
     if len(bodies) != 1 or (len(bodies[0].invars), len(bodies[0].outvars)) != (len(marked), len(eqn.outvars)):
         return [True] * len(eqn.outvars)

@@ -1,9 +1,10 @@
 r"""Hyperparameters in natural units, searched without constraints.
 
-A transform is any object with `forward` (unconstrained to natural) and `inverse` (natural to unconstrained). Those here
-keep to one rule: for every finite input, what `forward` returns is finite, strictly inside the domain, and accepted by
-`inverse`. To rule out overflow, underflow and rounding onto the boundary, the unconstrained value is clipped, at whole
-numbers, which every floating-point type holds exactly; beyond the clip the value stays and its derivative is zero.
+A transform is any object with `forward` (unconstrained to natural) and `inverse` (natural to unconstrained). The
+transforms of this file guarantee that for every finite input the result of `forward` is finite, strictly inside the
+domain, and accepted by `inverse`. To exclude overflow, underflow and rounding onto the boundary, `forward` clips the
+unconstrained value, at integers, which every floating-point dtype represents exactly; beyond the clip the result is
+constant and its derivative is zero.
 """
 
 from __future__ import annotations
@@ -25,18 +26,18 @@ from jaxhpo._core.validate import describe, is_array
 
 
 class _Transform:
-    """The shared checks. A subclass gives `_forward`, `_inverse`, and `_check_domain` for concrete values."""
+    """Checks that all transforms share. A subclass has `_forward`, `_inverse` and `_check_domain`."""
 
     _forward: Callable[[jax.Array], jax.Array]
     _inverse: Callable[[jax.Array], jax.Array]
     _check_domain: Callable[[np.ndarray], None]
 
     def forward(self, unconstrained) -> jax.Array:
-        """The natural values of an unconstrained floating-point array, in its shape and type."""
+        """Returns the natural values of an unconstrained floating-point array, in its shape and dtype."""
         return self._forward(self._floating(unconstrained, "forward"))
 
     def inverse(self, natural) -> jax.Array:
-        """The unconstrained values of a natural array; concrete ones outside the domain raise `JaxhpoError`."""
+        """Returns the unconstrained values of a natural array; raises for concrete values outside the domain."""
         array = self._floating(natural, "inverse")
         if not isinstance(natural, Tracer) and getattr(natural, "is_fully_addressable", True):
             with np.errstate(all="ignore"):
@@ -49,7 +50,7 @@ class _Transform:
                 f"`{self}.{direction}` got {describe(x)}, but it takes one floating-point number or array. "
                 "Write `1.0` for `1`, convert with `.astype(float)`, or map over a tree with `jax.tree.map`."
             )
-        return jnp.asarray(x, jnp.result_type(x))  # not weakly typed: the next outer step must see the same type
+        return jnp.asarray(x, jnp.result_type(x))  # not weakly typed: the next outer step must see the same dtype
 
     def _check(self, ok, values, needs, remedy, got="got"):
         if not np.all(ok):
@@ -57,7 +58,7 @@ class _Transform:
 
 
 def _exponents(dtype):
-    """Whole numbers between which exp(u) is a normal number of the dtype: (-87, 88) for float32."""
+    """The integers between which exp(u) is a normal number of the dtype: (-87, 88) for float32."""
     info = jnp.finfo(dtype)
     return math.ceil(math.log(float(info.tiny))), math.floor(math.log(float(info.max)))
 
@@ -67,7 +68,7 @@ class _Positive(_Transform):
     r"""Positive hyperparameters, searched in their logarithm.
 
     `forward` is :math:`h = e^u` and `inverse` is :math:`u = \log h`, so that dF/du = h dF/dh: a step in u is a relative
-    step in h, which suits penalties and learning rates. u is clipped to what the type holds (float32: -87 to 88).
+    step in h, which suits penalties and learning rates. u is clipped to the range of the dtype (float32: -87 to 88).
 
     Example:
       >>> jaxhpo.positive.inverse(jnp.float32(1.0))
@@ -92,16 +93,16 @@ class _Positive(_Transform):
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class box(_Transform):  # noqa: N801  (reads, and prints, as the function that the user calls)
+class box(_Transform):  # noqa: N801  (called, and printed, like a function)
     r"""Hyperparameters strictly between two bounds.
 
     `forward` is :math:`h = a + (b - a)\,\sigma(u)` with the logistic sigmoid, and `inverse` is
     :math:`u = \log(h - a) - \log(b - h)`, so that dF/du = (h - a)(b - h) / (b - a) dF/dh. u = 0 is the middle.
-    Where the result would round onto a bound, it is the nearest number inside, and the derivative is zero.
+    Where the result would round onto a bound, it is the nearest number inside instead, and the derivative is zero.
 
     Args:
       low: lower bound a, a number, or a concrete array of the hyperparameter's shape.
-      high: upper bound b, greater than `low` everywhere; the same forms.
+      high: upper bound b, greater than `low` everywhere, in the same forms.
 
     Example:
       >>> jaxhpo.box(0.0, 0.9).forward(jnp.float32(0.0))
@@ -116,23 +117,25 @@ class box(_Transform):  # noqa: N801  (reads, and prints, as the function that t
             real = all(is_array(bound) and np.isrealobj(bound) for bound in (self.low, self.high))
             low, high = np.asarray(self.low), np.asarray(self.high)
             ok = real and np.all(np.isfinite(low) & np.isfinite(high) & (low < high))
-        except (TypeError, ValueError):  # no numbers, traced, or of two shapes
+        except (TypeError, ValueError):  # not numbers, traced, or of two shapes
             ok = False
         if not ok:
             raise JaxhpoError(
-                f"`{self}` holds no value: its bounds must be finite numbers, or concrete arrays of one shape, and low "
-                "must be below high. Write the smaller bound first, as in `box(0.0, 0.9)`; with a lower bound alone, "
-                "write `low + h` in the loss, with h under `positive`."
+                f"`{self}` is not valid: bounds are finite numbers, or concrete arrays of one shape, with low below "
+                "high. Write the smaller bound first, as in `box(0.0, 0.9)`; for a lower bound alone, write `low + h` "
+                "in the loss, with h under `positive`."
             )
 
     def _forward(self, u):
         low, high, least, greatest = self._bounds(u)
         u = jnp.clip(u, _exponents(u.dtype)[0], -_exponents(u.dtype)[0])
-        # Not low + (high - low) σ(u): this form is accurate at both ends, even where a bound is 0.
+        # With σ(−u) = 1 − σ(u): a + (b − a) σ(u) = a σ(−u) + b σ(u). The right-hand side is accurate at both ends, even
+        # where a bound is 0, as both sigmoids have a small relative error however small they are.
         return jnp.clip(low * jax.nn.sigmoid(-u) + high * jax.nn.sigmoid(u), least, greatest)
 
     def _inverse(self, h):
         low, high, _, _ = self._bounds(h)
+        # (h − a) / (b − h) = σ(u) / σ(−u) = e^u
         return jnp.log(h - low) - jnp.log(high - h)
 
     def _check_domain(self, h):
@@ -141,17 +144,19 @@ class box(_Transform):  # noqa: N801  (reads, and prints, as the function that t
         self._check((h >= least) & (h <= greatest), h, needs, "Start inside, or widen the box: `box(low, high)`")
 
     def _bounds(self, x):
-        """The bounds in the type of `x`, and the outermost numbers strictly between them, as NumPy arrays."""
+        """The bounds in the dtype of `x`, and the outermost numbers strictly between them, as NumPy arrays."""
         with np.errstate(over="ignore", invalid="ignore"):
             low, high = (np.asarray(bound).astype(x.dtype) for bound in (self.low, self.high))
             finite = np.isfinite(high - low)
-        tiny = np.asarray(jnp.finfo(x.dtype).tiny, x.dtype)  # next to zero come subnormals, which devices may flush
+        # Next to zero, the nearest number inside is the least normal one: devices may flush subnormals to zero.
+        tiny = np.asarray(jnp.finfo(x.dtype).tiny, x.dtype)
         least = np.where(low == 0, tiny, np.nextafter(low, high))
         greatest = np.where(high == 0, -tiny, np.nextafter(high, low))
         if finite.shape not in ((), x.shape) or not np.all(finite & (least < greatest)):
             raise JaxhpoError(
-                f"`{self}` does not fit a hyperparameter of type {x.dtype}{list(x.shape)}: it must have the shape of "
-                "the bounds, and hold them, their difference and two numbers between. Change them, or use a wider type."
+                f"`{self}` does not fit a hyperparameter of type {x.dtype}{list(x.shape)}: it needs the shape of the "
+                "bounds, and a dtype that holds them, their difference and two numbers between. Change the bounds, or "
+                "use a wider dtype."
             )
         return low, high, least, greatest
 
@@ -188,7 +193,8 @@ class _Simplex(_Transform):
     """
 
     def _forward(self, u):
-        floor = _exponents(u.dtype)[0] + math.ceil(math.log(u.shape[-1]))  # so that h_i >= e^floor / n is normal
+        # h_i ≥ e^(floor) / n with floor = log(tiny) + log(n), so every share is a normal number.
+        floor = _exponents(u.dtype)[0] + math.ceil(math.log(u.shape[-1]))
         return jax.nn.softmax(jnp.maximum(u - jnp.max(u, axis=-1, keepdims=True), floor), axis=-1)
 
     def _inverse(self, h):
@@ -198,8 +204,8 @@ class _Simplex(_Transform):
         x = super()._floating(x, direction)
         if x.ndim == 0 or x.shape[-1] == 0:
             raise JaxhpoError(
-                f"`{self}.{direction}` got an array of shape {x.shape}, but a row of shares lies along the last axis. "
-                "Give the shape (..., number of shares); for a single share use `unit_interval`."
+                f"`{self}.{direction}` got shape {x.shape}, but a row of shares lies along the last axis: give the "
+                "shape (..., number of shares); for a single share use `unit_interval`."
             )
         return x
 
@@ -217,12 +223,12 @@ positive, unit_interval, simplex = _Positive(), _UnitInterval(0.0, 1.0), _Simple
 
 
 def to_natural(transforms: PyTree, unconstrained: PyTree) -> PyTree:
-    """Applies a prefix tree of transforms: the `forward` of each to every leaf below it. None is the identity."""
+    """Applies the `forward` of every transform of a prefix tree to the leaves below it. None is the identity."""
     return _apply("forward", transforms, unconstrained, "")
 
 
 def to_unconstrained(transforms: PyTree, hparams: PyTree) -> PyTree:
-    """The opposite of `to_natural`: applies the `inverse` of each transform."""
+    """Inverse of `to_natural`: applies the `inverse` of every transform."""
     return _apply("inverse", transforms, hparams, "")
 
 
@@ -252,5 +258,5 @@ def _apply_one(function, leaf, path):
 
 
 def _children(tree):
-    """The children of a pytree node, one level down, by their key in print: `['l2']`, `.lr`, `[0]`; "" for a leaf."""
+    """The children of a pytree node, one level down, by their printed key: `['l2']`, `.lr`, `[0]`; "" for a leaf."""
     return {keystr(key): child for key, child in tree_leaves_with_path(tree, is_leaf=lambda x: x is not tree)}

@@ -1,4 +1,4 @@
-"""The few types that every part of the library shares."""
+"""Types that all parts of the library share: states, solvers, reports, and the protocols of user extensions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PyTree = Any
 
 
 class InnerState(NamedTuple):
-    """What the inner optimisation carries from step to step.
+    """State of the inner optimisation, carried from step to step.
 
     Attributes:
       params: the inner parameters θ, a pytree of floating-point arrays.
@@ -26,13 +26,13 @@ class InnerState(NamedTuple):
 
 
 class Info(NamedTuple):
-    """How the inner solve ended. Not differentiated; free under `jit` when unused.
+    """Report of an inner solve. Not differentiated; costs nothing under `jit` when unused.
 
     Attributes:
       optimality: Euclidean norm of the condition (for `from_optax` the gradient of the train loss) at the solution,
-        on `condition_batch`, else on the last batch. Implicit rules are exact as it goes to zero. If it stays large
-        while the parameters no longer move, the optimiser has another fixed point than the train loss (decoupled
-        weight decay, clipping, projection): put the decay into the loss, or use `fixed_point(step)`.
+        on `condition_batch`, else on the last batch. The error of implicit rules goes to zero with it. If it stays
+        large while the parameters no longer change, the fixed point of the optimiser is not a minimum of the train loss
+        (decoupled weight decay, clipping, projection): put the decay into the loss, or use `fixed_point(step)`.
       num_steps: inner steps taken (int32).
       finite: whether every parameter and the condition are finite (bool).
     """
@@ -49,7 +49,7 @@ class Solution(NamedTuple):
       params: the trained parameters, differentiable by the chosen rule.
       opt_state: the optimiser's final state.
       model_state: the final model state.
-      info: how the solve ended.
+      info: the report of the solve.
     """
 
     params: PyTree
@@ -59,7 +59,7 @@ class Solution(NamedTuple):
 
     @property
     def state(self) -> InnerState:
-        """The `InnerState` from which a next solve can be warm-started."""
+        """The `InnerState` for a warm start of the next solve."""
         return InnerState(self.params, self.opt_state, self.model_state)
 
 
@@ -70,13 +70,14 @@ class Solver(NamedTuple):
       init: `(params, hparams, model_state=None) -> InnerState`.
       step: `(InnerState, hparams, batch) -> InnerState`, the map Φ of the papers.
       condition: `(params, hparams, batch, model_state) -> pytree like params`, zero at the solution.
-      name: how it was made, for messages.
+      name: the function that made it, for messages.
       symmetric: whether the condition's Jacobian in `params` is symmetric, as a gradient's is.
       loss: `(params, hparams, batch, model_state) -> (scalar, model_state)`, the train loss; None where there is none.
       apply: `(InnerState, hparams, batch, (value, model_state), grad) -> InnerState`, the step that takes `grad` for
-        the gradient of the train loss, whose results come with it; None where a step is no function of a gradient.
+        the gradient of the train loss, where `(value, model_state)` are the results of the loss; None where a step is
+        not a function of a gradient.
       rates: `(params, hparams, count) -> (learning rates, momenta)`, two trees like `params` of arrays that broadcast
-        to its leaves; None but for `momentum_sgd`.
+        to its leaves; only for `momentum_sgd`, else None.
     """
 
     init: Callable[..., InnerState]
@@ -90,12 +91,12 @@ class Solver(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """What of the inner steps is kept for the backward pass.
+    """Checkpoints of the inner steps for the backward pass.
 
     Attributes:
-      segment: steps between states that are kept; None keeps whatever plain autodiff keeps.
-      gradients: whether the inner gradient is kept of every step whose state is, so that it need not be redone.
-      slots: the number of states that are kept by binomial checkpointing, in place of segments.
+      segment: steps between checkpointed states; None keeps what plain autodiff keeps.
+      gradients: whether the inner gradient of every step with a checkpoint is kept too, instead of recomputed.
+      slots: number of states that binomial checkpointing keeps, in place of segments.
     """
 
     segment: int | None = None
@@ -104,30 +105,63 @@ class Schedule(NamedTuple):
 
     @property
     def mixed(self) -> bool:
-        """Whether steps are differentiated in mixed mode.
+        """True where steps are differentiated in mixed mode.
 
-        A kept gradient is worth its memory only if its derivative needs nothing else of the forward pass; and where
-        memory is tightest, so that states are redone several times over, the activations of two passes are too much.
+        A kept gradient is worth its memory only if its derivative needs nothing else of the forward pass. Binomial
+        checkpointing is for the least memory, where the activations of two passes are too much.
         """
         return self.gradients or self.slots is not None
 
 
 @runtime_checkable
 class StatefulMethod(Protocol):
-    """A hypergradient method that carries state between outer steps: the `method` of `hypergradient`.
+    """A hypergradient method that carries state between outer steps: the `method` argument of `hypergradient`.
 
-    What has a `run` too is taken for a derivative rule.
+    Any object with a method `pair` is one, unless it also has `run`: then it is a derivative rule (`Adjoint`).
+    `hypergradient` calls `pair` once, checks the hyperparameters and the key at every call of `update`, and passes all
+    five arguments by position.
+
+    Example:
+      >>> class OneStep:  # Unroll() through `num_steps` inner steps, then continue from where they end
+      ...     def pair(self, solver, outer_loss, num_steps, warm_start):
+      ...         def update(hparams, state, batches, outer_batch, key):
+      ...             def loss(hparams):
+      ...                 solution = jaxhpo.solve(solver, state, hparams, batches, num_steps=num_steps, key=key)
+      ...                 value, metrics = outer_loss(solution, hparams, outer_batch)
+      ...                 return value, (metrics, solution)
+      ...             (value, (metrics, solution)), grad = jax.value_and_grad(loss, has_aux=True)(hparams)
+      ...             info = jaxhpo.HypergradientInfo(value, metrics, solution.info)
+      ...             return grad, solution.state if warm_start else state, info
+      ...         return jaxhpo.Hypergradient(solver.init, update)
+      >>> solver = jaxhpo.from_optax(lambda p, h, batch: (p - h) ** 2, optax.sgd(0.25))
+      >>> pair = jaxhpo.hypergradient(OneStep(), solver, lambda solution, h, batch: solution.params**2, num_steps=1)
+      >>> h = jnp.array(1.0)
+      >>> hypergrad, state, info = pair.update(h, pair.init(0.0, h))
+      >>> print(hypergrad, state.params)  # p₁ = h/2, so d(p₁²)/dh = h/2
+      0.5 0.5
     """
 
     def pair(
         self, solver: Solver, outer_loss: Callable[..., tuple], num_steps: int | None, warm_start: bool
     ) -> Hypergradient:
-        """Returns the pair for `outer_loss(solution, hparams, outer_batch) -> (value, metrics)`."""
+        """Returns the two functions for one problem.
+
+        Args:
+          solver: the inner problem.
+          outer_loss: `(solution, hparams, outer_batch) -> (value, metrics)`, where `metrics` may be None.
+          num_steps: inner steps per update; None where the batches determine it.
+          warm_start: whether an update continues from the parameters of the last one.
+
+        Returns:
+          A `Hypergradient(init, update)` with `update(hparams, state, batches, outer_batch, key)`, which returns
+          `(hypergradient, state, HypergradientInfo)`. The hypergradient has the tree of `hparams`; the state is a
+          pytree that keeps its structure, shapes and dtypes from update to update.
+        """
         ...
 
 
 class Hypergradient(NamedTuple):
-    """A hypergradient method that carries state between outer steps: two pure functions, as in optax.
+    """A stateful method applied to a problem: two pure functions, as in optax.
 
     Attributes:
       init: `(params, hparams, model_state=None) -> state`.
@@ -139,11 +173,11 @@ class Hypergradient(NamedTuple):
 
 
 class HypergradientInfo(NamedTuple):
-    """What an update of a `Hypergradient` reports.
+    """Report of an update of a `Hypergradient`.
 
     Attributes:
-      value: the outer loss, before the hyperparameters move.
-      metrics: what the outer loss returned beside it, or None.
+      value: the outer loss at the given hyperparameters.
+      metrics: the metrics that the outer loss returned with its value, or None.
       solution: the inner solve's `Info`.
       linear: the `LinearInfo` of the backward linear solve; None for methods without one.
       tolerance: the relative tolerance of the inner run and the linear solve; None for methods without one.
@@ -157,15 +191,15 @@ class HypergradientInfo(NamedTuple):
 
 
 class LinearStatus(enum.IntEnum):
-    """How a linear solve ended.
+    """Status of a linear solve.
 
     Attributes:
       CONVERGED: the measured residual is within the tolerance.
-      MAX_ITERATIONS: all iterations, terms or directions were used: the answer is that of K iterations, which is legal.
-      INDEFINITE: a direction of negative curvature was met, where the method needs a positive definite matrix.
+      MAX_ITERATIONS: all iterations, terms or directions were used; the answer of K iterations may be what is wanted.
+      INDEFINITE: the method needs a positive definite matrix and found a direction of negative curvature.
       NOT_FINITE: products, right-hand side or answer are not finite; the answer is NaN, never zero.
-      STALLED: the residual no longer falls, above the tolerance: rounding, a breakdown, a singular matrix, or a series
-        that does not converge. The answer is the best iterate met.
+      STALLED: the residual is above the tolerance and no longer falls: rounding, a breakdown, a singular matrix, or a
+        series that does not converge. The answer is the best iterate.
     """
 
     CONVERGED = 0
@@ -176,11 +210,11 @@ class LinearStatus(enum.IntEnum):
 
 
 class LinearInfo(NamedTuple):
-    """Diagnostics of a linear solve A x = b.
+    """Report of a linear solve A x = b.
 
     Attributes:
       residual: ‖b − A x‖ / ‖b‖ (0 where b = 0), measured at the answer.
-      num_iterations: products with A, less those that only measure a residual.
+      num_iterations: products with A, without those that only measure a residual.
       status: a `LinearStatus` value, int32.
     """
 
@@ -191,32 +225,78 @@ class LinearInfo(NamedTuple):
 
 @runtime_checkable
 class LinearSolver(Protocol):
-    """Solves A x = b for pytrees b, with A given by its products.
+    """Solver of a linear system A x = b, where A is given by its products.
 
-    Any function `(matvec, b, x0=None) -> (x, LinearInfo)` will do. A class that inherits from this one can also declare
-    what it needs.
+    Any function `(matvec, b, x0=None) -> (x, LinearInfo)` is one. A class that inherits from `LinearSolver` can also
+    declare its needs. `Implicit` calls it once for every derivative, while tracing, with A the Jacobian of the
+    condition in the parameters (for `from_optax` the Hessian of the train loss) and b a pytree like the parameters, in
+    float32 or float64. Reverse mode transposes the solver, so x must be linear in b as far as JAX can see: dense
+    algebra, a scan of fixed length, or `jax.lax.custom_linear_solve` around an iteration that ends by a tolerance.
 
     Attributes:
-      needs_key: it is called with `key=`, the key given to `solve`.
-      needs_symmetry: it suits symmetric matrices only, and `Implicit` refuses it for a condition of another kind.
+      needs_key: whether the solver is called with `key=`, the key given to `solve`.
+      needs_symmetry: whether A must be symmetric; then `Implicit` refuses conditions whose Jacobian is not.
+
+    Example:
+      >>> class Dense(jaxhpo.LinearSolver):  # for parameters that are one vector
+      ...     needs_symmetry = False
+      ...     def __call__(self, matvec, b, x0=None):
+      ...         matrix = jax.vmap(matvec, out_axes=1)(jnp.eye(b.size, dtype=b.dtype))
+      ...         x = jnp.linalg.solve(matrix, b)
+      ...         residual = jnp.linalg.norm(b - matrix @ x) / jnp.linalg.norm(b)
+      ...         status = jnp.asarray(jaxhpo.LinearStatus.CONVERGED, jnp.int32)
+      ...         return x, jaxhpo.LinearInfo(residual, jnp.asarray(b.size, jnp.int32), status)
+      >>> solver = jaxhpo.from_optax(lambda p, h, batch: jnp.sum(jnp.array([1.0, 2.0]) * (p - h) ** 2), optax.sgd(0.2))
+      >>> def outer_loss(h):
+      ...     rule = jaxhpo.Implicit(Dense())
+      ...     return jnp.sum(jaxhpo.solve(solver, solver.init(jnp.zeros(2), h), h, num_steps=50, adjoint=rule).params)
+      >>> print(jax.grad(outer_loss)(jnp.ones(2)).round(6))  # the solution is h
+      [1. 1.]
     """
 
     needs_key: ClassVar[bool] = False
     needs_symmetry: ClassVar[bool] = False
 
     def __call__(self, matvec: Callable[[PyTree], PyTree], b: PyTree, x0: PyTree = None) -> tuple[PyTree, LinearInfo]:
-        """Solves the system."""
+        """Solves the system.
+
+        Args:
+          matvec: v ↦ A v, for pytrees like `b`. Linear and traceable.
+          b: the right-hand side.
+          x0: a start for iterative solvers, or None; a solver may ignore it.
+
+        Returns:
+          x, in the structure, shapes and dtypes of `b`, and a report, which may be None.
+        """
         ...
 
 
 @runtime_checkable
 class Transform(Protocol):
-    """Maps between a hyperparameter's natural values and the unconstrained ones of the search; both differentiable."""
+    """Map between the natural values of a hyperparameter and the unconstrained values of the search.
+
+    Any object with these two methods is one. They are called with one leaf at a time, an array of any shape: `inverse`
+    on the start of a search, and `forward` on every outer step, while it is traced and differentiated. Both must be
+    differentiable and keep shape and dtype.
+
+    Example:
+      >>> class Softplus:
+      ...     def forward(self, unconstrained):
+      ...         return jax.nn.softplus(unconstrained)
+      ...     def inverse(self, natural):
+      ...         return natural + jnp.log(-jnp.expm1(-natural))
+      >>> result = jaxhpo.tune(
+      ...     lambda h: (h["l2"] - 0.5) ** 2, {"l2": 2.0}, optax.sgd(1.0), num_steps=20,
+      ...     transforms={"l2": Softplus()}, progress=False,
+      ... )
+      >>> print(result.hparams["l2"].round(2))
+      0.5
+    """
 
     def forward(self, unconstrained: jax.Array) -> jax.Array:
-        """Returns the natural values, in the shape and type of the unconstrained ones."""
+        """Returns the natural values, in the shape and dtype of the unconstrained ones."""
         ...
 
     def inverse(self, natural: jax.Array) -> jax.Array:
-        """Returns the unconstrained values."""
+        """Returns the unconstrained values, in the shape and dtype of the natural ones."""
         ...

@@ -77,6 +77,7 @@ def from_optax(loss: Callable, tx: Any, *, has_state: bool = False) -> Solver:
         extras = _accepted(
             update, value=value, grad=grad, value_fn=lambda p: evaluate(p, hparams, batch, state.model_state)[0]
         )
+        # u, s ← tx.update(∇L(θ), s, θ), then θ ← θ + u
         updates, opt_state = update(grad, state.opt_state, state.params, **extras)
         return InnerState(optax.apply_updates(state.params, updates), opt_state, model_state)
 
@@ -147,7 +148,9 @@ def momentum_sgd(loss: Callable, learning_rate: Any, momentum: Any, *, has_state
 
     def apply(state, hparams, batch, out, grad):
         alpha, m = rates(state.params, hparams, state.opt_state.count)
+        # v ← m_t v − (1 − m_t) g
         velocity = jax.tree.map(lambda m, v, g: m * v - (1 - m) * g, m, state.opt_state.velocity, grad)
+        # θ ← θ + α_t v, with the new v
         params = jax.tree.map(lambda p, a, v: p + a * v, state.params, alpha, velocity)
         return InnerState(params, MomentumState(velocity, state.opt_state.count + 1), out[1])
 
@@ -201,7 +204,7 @@ def fixed_point(step: Callable, condition: Callable | None = None) -> Solver:
     def residual(params, hparams, batch, model_state):
         if condition is not None:
             return condition(params, hparams, batch)
-        return add_scaled(params, -1.0, mapped(params, hparams, batch))
+        return add_scaled(params, -1.0, mapped(params, hparams, batch))  # θ − Φ(θ, h, b)
 
     return Solver(init, advance, residual, "fixed_point", symmetric=condition is not None)
 

@@ -18,14 +18,16 @@ from jaxhpo._core.transforms import box, positive, simplex, to_natural, to_uncon
 ARRAYS = box(np.arange(5.0) - 2, jnp.arange(5.0) + 1)
 TRANSFORMS = [positive, unit_interval, box(0.0, 0.9), box(-2.0, 0.0), box(-10, 1e4), box(64.0, 80.0), simplex, ARRAYS]
 each_transform = pytest.mark.parametrize("transform", TRANSFORMS, ids=[*map(str, TRANSFORMS[:-1]), "box of arrays"])
-ROWS = hnp.arrays(np.float64, (5,), elements=st.floats(-1e4, 1e4))  # one shape: each transform is compiled once a type
+ROWS = hnp.arrays(
+    np.float64, (5,), elements=st.floats(-1e4, 1e4)
+)  # one shape: each transform is compiled once per dtype
 
 
 @pytest.mark.parametrize(
     "dtype", [jnp.float64, *(pytest.param(low, marks=pytest.mark.slow) for low in (jnp.float32, jnp.bfloat16))]
 )
 @each_transform
-def test_values_stay_finite_and_inside_and_round_trips_agree(transform, dtype):
+def test_values_are_finite_and_inside_and_round_trips_agree(transform, dtype):
     @jax.jit
     def compiled(u):
         h, pullback = jax.vjp(transform.forward, u)
@@ -81,7 +83,7 @@ def test_jit_and_vmap_equal_eager(transform):
         np.testing.assert_allclose(jax.jit(jax.vmap(apply))(x), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_weak_types_and_what_is_not_checked():  # a weak type would make the second outer step a second compilation
+def test_weak_types_and_traced_values():  # a weak type would compile the second outer step anew
     assert not any(apply(0.5).weak_type for t in TRANSFORMS[:6] for apply in (positive.inverse, t.forward))
     assert np.isnan(jax.jit(positive.inverse)(jnp.float32(-1.0)))  # traced
     assert all(np.isnan(t.forward(jnp.full(5, jnp.nan))).all() for t in TRANSFORMS)
@@ -115,7 +117,7 @@ def test_inverse_refuses_values_outside_the_domain():
             transform.inverse(value)
 
 
-def test_only_floating_point_arrays():
+def test_inputs_other_than_floating_point_arrays_are_refused():
     for x in (1, True, "1.0", 1j, {}, None, jnp.arange(3), jax.random.key(0)):
         for apply in (apply for t in (positive, box(0.0, 1.0), simplex) for apply in (t.forward, t.inverse)):
             with pytest.raises(JaxhpoError, match=rf"\.{apply.__name__}` got .*floating-point"):
@@ -128,7 +130,7 @@ BAD += [(np.nan, 1.0), ("0", 1.0), (0.0, None), (0.0, [1.0, 2.0]), (0.0, 1j), (n
 
 def test_box_refuses_bad_bounds():
     for low, high in BAD:
-        with pytest.raises(JaxhpoError, match=r"^`box\(.*\)` holds no value.*`box\(0.0, 0.9\)`"):
+        with pytest.raises(JaxhpoError, match=r"^`box\(.*\)` is not valid.*`box\(0.0, 0.9\)`"):
             box(low, high)
     with pytest.raises(JaxhpoError, match="concrete"):
         jax.eval_shape(lambda traced: box(0.0, traced).forward(0.0), 1.0)
@@ -138,10 +140,10 @@ def test_arrays_that_do_not_fit_are_refused_while_tracing():
     for transform, value, message in [
         (ARRAYS, jnp.float32(0.5), r"float32\[\].*shape"),
         (ARRAYS, jnp.zeros((2, 5), jnp.float32), r"float32\[2, 5\].*shape"),
-        (box(1.0, 1.001), jnp.bfloat16(1.0), "bfloat16.*wider type"),
-        (box(0.0, 1e300), jnp.float32(1.0), "float32.*wider type"),
-        (box(-3e38, 3e38), jnp.float32(1.0), "float32.*wider type"),
-        (box(3e5, 5e5), jnp.float16(1.0), "float16.*wider type"),
+        (box(1.0, 1.001), jnp.bfloat16(1.0), "bfloat16.*wider dtype"),
+        (box(0.0, 1e300), jnp.float32(1.0), "float32.*wider dtype"),
+        (box(-3e38, 3e38), jnp.float32(1.0), "float32.*wider dtype"),
+        (box(3e5, 5e5), jnp.float16(1.0), "float16.*wider dtype"),
         (simplex, jnp.float32(1.0), r"shape \(\).*last axis.*`unit_interval`"),
         (simplex, jnp.zeros((2, 0), jnp.float32), r"shape \(2, 0\).*last axis"),
     ]:

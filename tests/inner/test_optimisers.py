@@ -21,7 +21,7 @@ from helpers import grad, relative_error
 import jaxhpo
 from jaxhpo import Unroll
 
-# The figure asked of every optimiser. Differences of step 2e-4 err less, even where an update turns within 1e-2.
+# The tolerance for every optimiser. Differences of step 2e-4 are more accurate, even where an update turns within 1e-2.
 TOLERANCE, DIFFERENCE_STEP = 1e-6, 2e-4
 NUM_STEPS = 8
 
@@ -49,7 +49,7 @@ def outer_loss(tx):
 
 
 def differences(fn, h):
-    """What central differences of fourth order give for each hyperparameter, a number."""
+    """Derivatives in each scalar hyperparameter, by central differences of fourth order."""
 
     def along(name):
         value = lambda steps: fn(h | {name: h[name] + steps * DIFFERENCE_STEP})  # noqa: E731
@@ -68,7 +68,7 @@ def error_of(outer, h) -> float:
 # --- every optax transformation ---------------------------------------------------------------------------------------
 
 RATES = ("learning_rate", "max_learning_rate")
-# Other starting points than optax's, which would move parameters by 1e-6 in eight steps, and what optax insists upon.
+# Starting points (those of optax would move parameters by 1e-6 in eight steps), and arguments that optax requires.
 SETTINGS = {
     "optax.contrib.dadapt_adamw": {"estim_lr0": 0.1},
     "optax.contrib.prodigy": {"estim_lr0": 0.1},
@@ -97,7 +97,7 @@ def public_functions():
 
 
 def makers() -> dict[str, Callable]:
-    """All functions that need a learning rate or nothing and return a transformation, as functions of the rate."""
+    """All functions that need at most a learning rate and return a transformation, as functions of the rate."""
     out = {}
     for name, fn, signature in public_functions():
         needed = [p.name for p in signature.parameters.values() if p.default is p.empty]
@@ -130,7 +130,7 @@ def before(*transformations):
 
 
 def with_obj_fn(tx):
-    """What sophia calls `obj_fn` is the `value_fn` that `from_optax` passes."""
+    """Passes the `value_fn` of `from_optax` as `obj_fn`, its name in sophia."""
 
     def update(updates, state, params, *, value_fn, **_):
         return tx.update(updates, state, params, obj_fn=value_fn)
@@ -220,7 +220,7 @@ NOT_OPTIMISERS = {
 
 
 class Raises(NamedTuple):
-    """Cannot be differentiated, or not be called by `from_optax`: an exception, whose text says so."""
+    """Cannot be differentiated, or called by `from_optax`: raises an exception that says so."""
 
     reason: str
     match: str
@@ -234,7 +234,7 @@ class NotFinite(NamedTuple):
 
 
 class Zero(NamedTuple):
-    """The hypergradient of the penalty is exactly zero. That of the rate is right, where it is not zero too."""
+    """The hypergradient of the penalty is exactly zero. That of the rate is right, or zero too."""
 
     reason: str
 
@@ -246,15 +246,15 @@ class Coarse(NamedTuple):
     tolerance: float
 
 
-SIGN = Zero("the update is a sign of the gradient: a small change of the loss almost nowhere changes it")
+SIGN = Zero("the update is the sign of the gradient, whose derivative is zero almost everywhere")
 ZOOM = Raises("its line search is a loop of data-dependent length", "Reverse-mode differentiation does not work for")
 RECTIFIED = NotFinite("the rectification of the first steps is the root of a negative number, masked afterwards")
 FLOAT32_SVD = Coarse("computes its projection in float32", 1e-2)
-PER_EXAMPLE = Raises("takes one gradient an example", "expects `grads` to have a batch dimension")
-OBJ_FN = Raises("is told the loss as `obj_fn`; `from_optax` passes `value_fn`", "obj_fn must be provided")
+PER_EXAMPLE = Raises("takes one gradient per example", "expects `grads` to have a batch dimension")
+OBJ_FN = Raises("needs the loss as `obj_fn`; `from_optax` passes `value_fn`", "obj_fn must be provided")
 
 EXCEPTIONS = {
-    "optax.MultiSteps": Coarse("accumulates gradients in float32 unless told otherwise", 1e-4),
+    "optax.MultiSteps": Coarse("accumulates gradients in float32 by default", 1e-4),
     "optax.contrib.differentially_private_aggregate": PER_EXAMPLE,
     "optax.contrib.dpsgd": PER_EXAMPLE,
     "optax.contrib.galore": FLOAT32_SVD,
@@ -273,7 +273,7 @@ EXCEPTIONS = {
     "optax.scale_by_rprop": SIGN,
     "optax.scale_by_sign": SIGN,
     "optax.scale_by_zoom_linesearch": ZOOM,
-    "optax.set_to_zero": Zero("does not move"),
+    "optax.set_to_zero": Zero("does not change the parameters"),
     "optax.sign_sgd": SIGN,
     "optax.signum": SIGN,
 }
@@ -290,7 +290,7 @@ QUICK = {
 
 
 def optimisers(names):
-    """One test an optimiser: of each kind one in the quick suite, the others slow."""
+    """One test per optimiser: one of each kind in the quick suite, the others slow."""
     return pytest.mark.parametrize(
         "name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in sorted(names)]
     )
@@ -298,10 +298,10 @@ def optimisers(names):
 
 @optimisers(OPTIMISERS)
 def test_optimiser(name):
-    """The hypergradient of a penalty in the loss and of the learning rate; or the exception as it is known.
+    """The hypergradient of a penalty in the loss and of the learning rate is right, or fails in the known way.
 
-    And of the optimisers that need a learning rate at most: where an input is always zero, with weights that are, the
-    hypergradient is finite, with `eps_root` where there is one. One program serves for all, differences included.
+    For optimisers that need at most a learning rate, the hypergradient is also finite where an input and its weights
+    are always zero, with `eps_root` where the optimiser has it. One compiled program computes all, with differences.
     """
     with jax.numpy_rank_promotion("allow"), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -341,7 +341,7 @@ def check_optimiser(name, known):
 
 
 def test_no_transformation_is_missing():
-    """Whatever optax says returns a transformation is in the table; a new alias gets there by itself."""
+    """Every function annotated to return a transformation is in the table; a new alias is added automatically."""
     annotated = {
         name
         for name, _, signature in public_functions()
@@ -354,7 +354,7 @@ def test_no_transformation_is_missing():
     assert set(EXCEPTIONS) | QUICK <= set(OPTIMISERS)
 
 
-# No `eps_root` to give, and the square root of the second moment of an entry whose gradient is always zero.
+# These take the square root of the second moment of an entry whose gradient is always zero, and have no `eps_root`.
 NAN_AT_ZERO_GRADIENT = {
     "optax.contrib.adopt",
     "optax.contrib.dadapt_adamw",
@@ -421,7 +421,7 @@ def test_settings_are_hyperparameters(name):
 
 
 def test_warmup_cosine_decay_schedule():
-    """It asks in Python whether its peak is zero, so no peak can be tuned under `jit`: `schedule` says it by hand."""
+    """It branches in Python on its peak, so the peak cannot be tuned under `jit`; `schedule` above can be."""
     with pytest.raises(jax.errors.TracerBoolConversionError):
         jax.jit(lambda peak: optax.warmup_cosine_decay_schedule(0.0, peak, 3, NUM_STEPS)(4))(0.1)
 
@@ -439,13 +439,13 @@ PER_LAYER = {"first": STEPS, "second": 0.5 * STEPS}
     [
         pytest.param(STEPS, DECAYS, marks=pytest.mark.slow),
         pytest.param(PER_LAYER, {"first": DECAYS, "second": DECAYS[::-1]}, marks=pytest.mark.slow),
-        # a prefix of another depth in each: a rate a leaf in the first layer, one for all of the second
+        # a prefix of another depth in each layer: one rate per leaf in the first, one for all of the second
         ({"first": {"bias": 2 * STEPS, "kernel": STEPS}, "second": STEPS}, DECAYS),
     ],
-    ids=["one schedule", "one a layer", "mixed prefix"],
+    ids=["one schedule", "one per layer", "mixed prefix"],
 )
 def test_momentum_sgd(rates, momenta):
-    """Schedules of rate and momentum, for all parameters, for layers, and for some leaves."""
+    """Schedules of rate and momentum for all parameters, per layer, and per leaf."""
 
     def loss(params, h, batch):
         hidden = jnp.tanh(inputs @ params["first"]["kernel"] + params["first"]["bias"][None])
@@ -493,8 +493,8 @@ def test_two_forms_of_momentum_linear_loss():
     Inside, the rate of step t scales one gradient, which later velocities keep:
     :math:`\partial p_T / \partial\alpha_t = -(1-m) g \sum_{s=t}^{T-1} m^{s-t} = -(1 - m^{T-t}) g`.
 
-    At a constant rate α both end at :math:`\alpha \sum_t v_t`; the two lists are each other's reverse, so their sums,
-    the derivative with respect to the constant rate, are one.
+    At a constant rate α both end at :math:`\alpha \sum_t v_t`; each list of derivatives is the reverse of the other, so
+    their sums, the derivatives with respect to the constant rate, are equal.
     """
     m, g, T = 0.7, 3.0, 6
     rates, t = jnp.full(T, 0.1), np.arange(T)
@@ -507,7 +507,7 @@ def test_two_forms_of_momentum_linear_loss():
 
 @pytest.mark.slow
 def test_two_forms_of_momentum():
-    """The same with curvature: equal ends, equal derivatives in a constant rate, different ones in each step's rate."""
+    """With curvature too, ends and derivatives in a constant rate are equal, derivatives in a step's rate differ."""
     rates = jnp.full(10, 0.2)
     ends, hypergrads = [], []
     for form in (rate_outside, rate_inside):

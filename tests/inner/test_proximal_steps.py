@@ -27,7 +27,7 @@ STEPS = 4000  # the contraction 1 − μ/L on the support, to the power of this,
 
 
 class Problem(NamedTuple):
-    """An update, where to differentiate it, and what that gives.
+    """An update, the hyperparameters, and its solution and Jacobian in closed form.
 
     `solution(w)` is the solution in closed form on the support, bounds or face where w lies, and `jacobian(w)` its
     derivative with respect to the hyperparameters, shape (DIM, m).
@@ -48,7 +48,7 @@ def descent(w, linear=XY):
 
 
 def embed(rows, block):
-    """The rows of a DIM-row matrix, zeros elsewhere."""
+    """A matrix of DIM rows with the block in the given rows, zeros elsewhere."""
     out = np.zeros((DIM, *np.shape(block)[1:]))
     out[rows] = block
     return out
@@ -207,7 +207,7 @@ def gradient(problem, rule):
     ],
 )
 def test_hypergradient(name, rule):
-    """dF/dh = (dw/dh)ᵀ(w − target), by the closed form on the active set; zero, exactly, for what is inactive."""
+    """dF/dh = (dw/dh)ᵀ(w − target), by the closed form on the active set; exactly zero off it."""
     problem = PROBLEMS[name]
     w = solution(name)
     assert relative_error(w, problem.solution(w)) <= 1e-12
@@ -216,21 +216,21 @@ def test_hypergradient(name, rule):
     jacobian = problem.jacobian(w)
     got = gradient(problem, RULES[rule])
     assert relative_error(got, jacobian.T @ (w - TARGET)) <= 1e-10
-    if rule != "unroll":  # on the way the active set was another
+    if rule != "unroll":  # earlier steps had another active set
         assert np.array_equal(got == 0, ~jacobian.any(axis=0))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_central_differences(name):
-    """Along the active set: the steps that the differences take, below 2e-3, do not change it."""
+    """The steps of the differences, below 2e-3, do not change the active set."""
     check = jaxhpo.check_hypergradient(outer_loss(PROBLEMS[name]), PROBLEMS[name].hparams)
     assert check.relative_error <= 1e-8
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["lasso", "weighted lasso", "elastic net"])
-def test_solution_is_that_of_scikit_learn(name):
+def test_solution_equals_scikit_learn(name):
     """Its objective: ‖y − Xw‖²/2n + α ρ ‖w‖₁ + ½ α (1 − ρ) ‖w‖²; one penalty per feature by scaling the columns."""
     linear_model = pytest.importorskip("sklearn.linear_model")
     problem, exact = PROBLEMS[name], {"fit_intercept": False, "tol": 1e-14, "max_iter": 10**6}
@@ -247,8 +247,8 @@ def test_solution_is_that_of_scikit_learn(name):
 
 
 @pytest.mark.slow
-def test_penalties_of_inactive_features_are_zero_by_chance():
-    """A leaf of such penalties is warned about as a matter of this point, not refused as one that nothing sees."""
+def test_penalties_of_inactive_features_warn_and_are_not_refused():
+    """The hypergradient of such a leaf is zero at this point only: it warns, where an unused leaf would raise."""
     problem = PROBLEMS["weighted lasso"]
     h = {"active": jnp.asarray(problem.hparams[:5]), "inactive": jnp.asarray(problem.hparams[5:])}
 
