@@ -15,7 +15,7 @@ from jaxhpo._core.mesh import cast_varying, varying_axes
 from jaxhpo._core.record import report_fault
 from jaxhpo._core.tree import all_finite, is_inexact, names, norm, partition, upcast
 from jaxhpo._core.types import InnerState, PyTree
-from jaxhpo._core.validate import check_count, check_positive
+from jaxhpo._core.validate import check_settings
 from jaxhpo._inner.inputs import refuse_tol
 from jaxhpo._inner.loop import run
 from jaxhpo._inner.problem import Problem
@@ -75,9 +75,7 @@ class DrMAD:
     max_growth: float = 100.0
 
     def __post_init__(self):
-        if self.num_points is not None:
-            check_count("DrMAD(num_points=...)", self.num_points)
-        check_positive("DrMAD(max_growth=...)", self.max_growth)
+        check_settings(self, num_points="count or None", max_growth="positive")
 
     def run(self, problem: Problem) -> tuple[InnerState, jax.Array]:
         """Runs the inner loop; the backward pass follows the line between its first and last state."""
@@ -176,17 +174,16 @@ def _line(problem: Problem) -> tuple[Callable, list]:
     pure, consts = problem.closure_convert(rates, jnp.zeros((), jnp.int32))
 
     def line(at, final):
-        first = at.state
         x = jax.tree.map(lambda x: x[0], at.xs)
-        total, share = _travel(lambda t: pure(at.consts, first, at.inputs[0], x, t), length)
+        total, share = _travel(lambda t: pure(at.consts, at.state, at.inputs[0], x, t), length)
+        first, last = at.state.params, final.params
         # θ_T − θ_0 = Σ_t α_t v, with v the velocity on the whole line.
-        velocity = jax.tree.map(
-            lambda a, b, s: ((b - a) / _or_one(s)).astype(a.dtype), first.params, final.params, total
-        )
+        velocity = jax.tree.map(lambda a, b, s: ((b - a) / _or_one(s)).astype(a.dtype), first, last, total)
 
         def state_at(t):
-            state = between(first, final, t)
-            params = jax.tree.map(lambda a, b, s: _mix(a, b, s[t]), first.params, final.params, share)
+            state = between(at.state, final, t)
+            # θ̃_t = (1 − β_t) θ_0 + β_t θ_T
+            params = jax.tree.map(lambda a, b, s: _mix(a, b, s[t]), first, last, share)
             return state._replace(params=params, opt_state=state.opt_state._replace(velocity=velocity))
 
         return state_at

@@ -8,7 +8,7 @@ import jax
 
 from jaxhpo._adjoint.last_step import run_last_step
 from jaxhpo._core.types import InnerState
-from jaxhpo._core.validate import check_positive
+from jaxhpo._core.validate import check_settings
 from jaxhpo._inner.problem import Problem
 
 
@@ -58,8 +58,7 @@ class FiniteDifference:
     epsilon: float = 0.01
 
     def __post_init__(self):
-        check_positive("FiniteDifference(step_size=...)", self.step_size)
-        check_positive("FiniteDifference(epsilon=...)", self.epsilon)
+        check_settings(self, step_size="positive", epsilon="positive")
 
     def run(self, problem: Problem) -> tuple[InnerState, jax.Array]:
         """Runs the inner loop; the derivative of its last step is a difference of two gradients."""

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxhpo._adjoint.pushforward import push, run_with_tangent, weighted_sum
 from jaxhpo._core.types import InnerState
-from jaxhpo._core.validate import check_count
+from jaxhpo._core.validate import check_settings
 from jaxhpo._inner.problem import Problem
 
 
@@ -47,14 +47,12 @@ class Forward:
     chunk_size: int | None = None
 
     def __post_init__(self):
-        if self.chunk_size is not None:
-            check_count("Forward(chunk_size=...)", self.chunk_size)
+        check_settings(self, chunk_size="count or None")
 
     def run(self, problem: Problem) -> tuple[InnerState, jax.Array]:
         """Runs the inner loop and carries the derivative of its state forward."""
 
-        def tangent(fn, z, dz, key):
-            del key
+        def tangent(fn, z, dz, _key):
             # θ̇_T = Σ_k ż_k Z_k, with the columns Z_k = Θ'(z) e_k of the Jacobian.
             return weighted_sum(dz, push(fn, z, jnp.eye(z.size, dtype=z.dtype), self.chunk_size))
 

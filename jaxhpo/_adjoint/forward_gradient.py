@@ -8,7 +8,7 @@ import jax
 
 from jaxhpo._adjoint.pushforward import push, run_with_tangent, weighted_sum
 from jaxhpo._core.types import InnerState
-from jaxhpo._core.validate import check_count
+from jaxhpo._core.validate import check_settings
 from jaxhpo._inner.problem import Problem
 
 
@@ -41,7 +41,7 @@ class ForwardGradient:
     num_directions: int
 
     def __post_init__(self):
-        check_count("ForwardGradient(num_directions=...)", self.num_directions)
+        check_settings(self, num_directions="count")
 
     def run(self, problem: Problem) -> tuple[InnerState, jax.Array]:
         """Runs the inner loop and estimates its derivative from random directions."""

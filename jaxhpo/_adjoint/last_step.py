@@ -163,22 +163,13 @@ def _divided(p, size):
 
 def _check(problem, rule, loss, in_loss, sees_optimiser, at, perturbed):
     """Warns of perturbed leaves that the last step does not see; refuses 16-bit ones, which are not cast."""
-    alone = f"{rule!r} differentiates the last inner step alone"
-    warn_perturbed(
-        names(at.state, "state"),
-        perturbed.state,
-        f"is an initial value, and {alone}, so its hypergradient through this solve is exactly zero. `Unroll()` sees "
-        "it.",
-    )
+    alone = f"and {rule!r} differentiates the last inner step alone"
+    initial = f"is an initial value, {alone}: its hypergradient through this solve is exactly zero. `Unroll()` sees it."
+    warn_perturbed(names(at.state, "state"), perturbed.state, initial)
     data_names = names(at.xs, "batches")
     if problem.num_steps > 1:
-        warn_perturbed(
-            data_names,
-            perturbed.xs,
-            f"is being differentiated, and {alone}: all batches but the last have a hypergradient of exactly zero. "
-            "`Unroll()` sees them.",
-            partial=True,
-        )
+        data = f"is being differentiated, {alone}: all batches but the last get exactly zero. `Unroll()` sees them."
+        warn_perturbed(data_names, perturbed.xs, data, partial=True)
     data_names += closed_over_names(at.consts[0])
     data, marks = jax.tree.leaves((at.xs, at.consts[0])), jax.tree.leaves((perturbed.xs, perturbed.consts[0]))
     for name, x, m in zip(data_names, data, marks, strict=True):
@@ -196,24 +187,22 @@ def _check_inputs(problem, rule, seen, in_loss, sees_optimiser, at, perturbed):
     in_step = [*jax.tree.leaves(seen.inputs[0]), *(i is not None and seen.consts[0][i] for i in in_loss)]
     unseen = [m and not s for m, s in zip(jax.tree.leaves(perturbed.inputs), in_step, strict=True)]
     if not sees_optimiser:
-        warn_perturbed(
-            every,
-            unseen,
+        message = (
             f"does not enter the train loss together with the parameters, so under {rule!r} its hypergradient through "
             "this solve is exactly zero. If it is a setting of the optimiser (a learning rate, a momentum), `Unroll()` "
-            "sees it; if nothing uses it, remove it; if it enters the outer loss directly, that part is still right.",
+            "sees it; if nothing uses it, remove it; if it enters the outer loss directly, that part is still right."
         )
+        warn_perturbed(every, unseen, message)
     elif problem.num_steps > 1:
         # An entry of a schedule may be used in an early step alone; a single number is used in every step.
         used, leaves = used_in_steps(problem, at, perturbed), jax.tree.leaves(at.inputs)
-        warn_perturbed(
-            every,
-            [a and b and x.ndim > 0 for a, b, x in zip(unseen, used, leaves, strict=True)],
+        schedules = [a and b and x.ndim > 0 for a, b, x in zip(unseen, used, leaves, strict=True)]
+        message = (
             f"acts through the optimiser alone, and {rule!r} differentiates the last of {problem.num_steps} inner "
             "steps: its effect in the other steps is not in its hypergradient (an entry of a schedule that is used "
-            "only there gets exactly zero). `Unroll()` sees all steps.",
-            partial=True,
+            "only there gets exactly zero). `Unroll()` sees all steps."
         )
+        warn_perturbed(every, schedules, message, partial=True)
 
 
 def _seen(loss, at, perturbed) -> Inputs:

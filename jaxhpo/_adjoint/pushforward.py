@@ -47,8 +47,7 @@ def run_with_tangent(
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _with_tangent(final, tangent, inputs, key):
-    del key
+def _with_tangent(final, tangent, inputs, _key):
     return final(inputs)
 
 

@@ -22,7 +22,7 @@ from jaxhpo._core.record import report_fault
 from jaxhpo._core.trace import closure_convert
 from jaxhpo._core.tree import all_finite, cast_like, names, partition
 from jaxhpo._core.types import InnerState, PyTree
-from jaxhpo._core.validate import check_positive
+from jaxhpo._core.validate import check_settings
 from jaxhpo._inner.gradient import mixed_value_and_grad
 from jaxhpo._inner.inputs import refuse_tol
 from jaxhpo._inner.problem import Problem
@@ -87,8 +87,7 @@ class Reversible:
     buffer_bits: float | None = None
 
     def __post_init__(self):
-        if self.buffer_bits is not None:
-            check_positive("Reversible(buffer_bits=...)", self.buffer_bits)
+        check_settings(self, buffer_bits="positive or None")
 
     def run(self, problem: Problem) -> tuple[InnerState, jax.Array]:
         """Runs the inner loop in fixed point; the backward pass runs it in reverse."""
@@ -159,12 +158,12 @@ class Layout(NamedTuple):
         flat = jnp.concatenate(jax.tree.leaves(full))
         return jnp.pad(flat, (0, self.rows * self.lanes - flat.size), constant_values=pad).reshape(self.rows, -1)
 
-    def unpack(self, array: jax.Array) -> PyTree:
-        """Inverse of `pack`, in the parameters' dtypes."""
+    def unpack(self, array: jax.Array, cast: bool = True) -> PyTree:
+        """Inverse of `pack`, in the parameters' dtypes unless `cast` is False."""
         leaves, structure = jax.tree.flatten(self.params)
         ends = np.cumsum([leaf.size for leaf in leaves])
         parts = [part.reshape(leaf.shape) for part, leaf in zip(jnp.split(array.ravel(), ends), leaves, strict=False)]
-        return jax.tree.unflatten(structure, cast_like(parts, leaves))
+        return jax.tree.unflatten(structure, cast_like(parts, leaves) if cast else parts)
 
 
 class Plan(NamedTuple):
@@ -280,9 +279,11 @@ class ExactState(NamedTuple):
 
 def run_exact(plan: Plan, inputs: Inputs) -> ExactState:
     """Runs all steps in fixed point."""
-    return jax.lax.scan(
-        lambda now, tx: (_step(plan, now, inputs, *tx), None), exact_start(plan, inputs.state), plan.steps(inputs)
-    )[0]
+
+    def body(now, tx):
+        return _step(plan, now, inputs, *tx), None
+
+    return jax.lax.scan(body, exact_start(plan, inputs.state), plan.steps(inputs))[0]
 
 
 def run_reversed(
@@ -412,7 +413,10 @@ def _kick(plan, m, grad):
 
 def _move(plan, high, alpha):
     """The change of the weights, α v."""
-    return plan.layout.pack(alpha) * plan.format.decode(high)
+    # Leaf by leaf: a product of packed arrays would be fused with the sum that gives v, and might then be rounded
+    # otherwise than when the step is undone.
+    velocity = plan.layout.unpack(plan.format.decode(high), cast=False)
+    return plan.layout.pack(jax.tree.map(jnp.multiply, alpha, velocity))
 
 
 def _isolated(fn, t, *args):
@@ -465,9 +469,8 @@ def _floats(plan, now, state):
 
 
 def _solution(plan, start, end) -> InnerState:
-    params, velocity = jax.tree.map(
-        lambda x: jnp.where(end.broken < plan.num_steps, jnp.nan, x), _floats(plan, end, start)
-    )
+    broke = end.broken < plan.num_steps
+    params, velocity = jax.tree.map(lambda x: jnp.where(broke, jnp.nan, x), _floats(plan, end, start))
     opt_state = start.opt_state._replace(velocity=velocity, count=start.opt_state.count + plan.num_steps)
     return InnerState(params, opt_state, start.model_state)
 

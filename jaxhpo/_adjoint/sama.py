@@ -8,7 +8,7 @@ import jax
 
 from jaxhpo._adjoint.last_step import run_last_step
 from jaxhpo._core.types import InnerState
-from jaxhpo._core.validate import check_positive
+from jaxhpo._core.validate import check_settings
 from jaxhpo._inner.problem import Problem
 
 
@@ -60,7 +60,7 @@ class SAMA:
     epsilon: float = 0.01
 
     def __post_init__(self):
-        check_positive("SAMA(epsilon=...)", self.epsilon)
+        check_settings(self, epsilon="positive")
 
     def run(self, problem: Problem) -> tuple[InnerState, jax.Array]:
         """Runs the inner loop; its last step's derivative goes through the optimiser to a difference of gradients."""

@@ -8,7 +8,7 @@ import jax
 
 from jaxhpo._adjoint.pushforward import run_with_tangent, weighted_sum
 from jaxhpo._core.types import InnerState
-from jaxhpo._core.validate import check_count, check_positive
+from jaxhpo._core.validate import check_settings
 from jaxhpo._inner.problem import Problem
 
 
@@ -46,8 +46,7 @@ class Smoothing:
     sigma: float
 
     def __post_init__(self):
-        check_count("Smoothing(num_pairs=...)", self.num_pairs)
-        check_positive("Smoothing(sigma=...)", self.sigma)
+        check_settings(self, num_pairs="count", sigma="positive")
 
     def run(self, problem: Problem) -> tuple[InnerState, jax.Array]:
         """Runs the inner loop and estimates its derivative from runs at perturbed inputs."""
