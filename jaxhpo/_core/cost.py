@@ -145,22 +145,19 @@ def _count(program, known, unknown_length, elementwise) -> float:
         name = equation.primitive.name
         if name == "convert_element_type" and value is not None:
             known[equation.outvars[0]] = value
-        if name == "scan":
-            # length · body
-            total += equation.params["length"] * sum(inner)
-        elif name == "while":
-            if unknown_length is None:
-                raise JaxhpoError(
-                    "`function` holds a `while` loop, whose length is not known while tracing: write a scan, or pass "
-                    "`unknown_length`."
-                )
-            total += unknown_length * sum(inner)
-        elif name == "cond":
+        if name == "cond":
             # In a scan over a known table of branches k_1 … k_T: (1/T) Σ_t count(branch k_t); else the largest branch.
             taken = np.asarray(() if value is None else value, int)
             total += float(np.mean([inner[k] for k in taken])) if taken.ndim and taken.size else max(inner)
         elif inner:
-            total += sum(inner)
+            # length · body for a loop; a call runs its program once.
+            times = {"scan": equation.params.get("length"), "while": unknown_length}.get(name, 1)
+            if times is None:
+                raise JaxhpoError(
+                    "`function` holds a `while` loop, whose length is not known while tracing: write a scan, or pass "
+                    "`unknown_length`."
+                )
+            total += times * sum(inner)
         elif name == "dot_general":
             # out_ij = Σ_k a_ik b_kj: one product and one sum for every k and every entry of the result.
             (contracted, _), _ = equation.params["dimension_numbers"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 
@@ -24,12 +25,10 @@ class Progress:
     def __enter__(self) -> Progress:
         """Draws the bar, in a terminal or a notebook where tqdm is installed."""
         if self.enabled and (sys.stderr.isatty() or _in_notebook()):
-            try:
+            with contextlib.suppress(ImportError):
                 from tqdm.auto import tqdm
 
                 self.bar = tqdm(total=self.total, initial=self.done, desc=self.label)
-            except ImportError:
-                pass
         return self
 
     def update(self, text: str = "") -> None:
