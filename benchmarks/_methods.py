@@ -1,4 +1,4 @@
-"""The table of methods: what each can tune, its cost, when it is exact, when it fails."""
+"""Registry of the methods, for README's table and the benchmark of costs."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ class Method(NamedTuple):
     """One row of the table of methods.
 
     Attributes:
-      call: as a user writes it; for a stateful method with the setting that matters.
-      names: the public names that the row is about.
-      tunes: what it can tune.
-      cost: how the time grows, in trainings.
-      memory: how the memory grows beyond a plain training's.
-      exact: when it gives the exact hypergradient.
-      fails: when not to take it.
+      call: as a user writes it; for a stateful method with its distinguishing arguments.
+      names: the row's public names.
+      tunes: the hyperparameters that it can tune.
+      cost: growth of the time, in trainings.
+      memory: growth of the memory beyond a plain training's.
+      exact: conditions under which the hypergradient is exact.
+      fails: conditions under which to avoid it.
       paper: Markdown links.
       door: the argument it is passed as: `adjoint=`, or `hypergradient(method, ...)`.
     """
@@ -360,7 +360,7 @@ HEADER = (
 
 
 def markdown(measured: Mapping[str, Mapping[str, Any]]) -> str:
-    """The table of README.
+    """Return README's table as Markdown.
 
     Args:
       measured: for each method's `call`, `{"time", "seconds_ratio", "memory"}` as `benchmarks/methods.py` writes.

@@ -2,13 +2,13 @@
 
 The MLP of `unroll.py` (784-256-256-10, gelu, minibatches of 128; penalties of all weights, rates of all steps and
 weights of all examples are tuned), trained by SGD with momentum; `Reversible` runs the same training by `momentum_sgd`.
-Beside the library's schedules stand `jax.grad` through a scan of the step written by hand, the same with
+The library's schedules are compared with `jax.grad` through a hand-written scan of the step, the same with
 `jax.checkpoint` around the step, and, for few steps, through a Python loop.
 
 Measured for each T: seconds to trace and lower, and to compile, with JAX's caches cleared before; by the processor's
-clock, which other work on the machine disturbs less (several threads compile: it counts them all), and by the wall's.
-The programs take turns, every other turn in reverse. Besides, without noise: the equations of the traced program, and
-the lines of the lowered and of the compiled one. What DIR already holds of other programs is kept.
+clock, which other work on the machine disturbs less (it counts all compiling threads), and by the wall clock. The
+programs are interleaved, every other turn in reverse. Without noise: the number of equations of the traced program, and
+of lines of the lowered and the compiled one. Results of other programs in DIR are kept.
 
     python benchmarks/compile_time.py [--steps 10 100 1000 10000] [--repeats 3] [--only NAME ...] [--out DIR]
 """
@@ -44,14 +44,14 @@ MODEL = unroll.mlp()
 
 
 def hypergradient(name: str, num_steps: int) -> tuple[Callable, tuple]:
-    """A new function each time, so that nothing is cached, and its arguments."""
+    """Return a new function, so that nothing is cached, and its arguments."""
     rules, optimiser = (RULES, "sgd") if name != REVERSIBLE else ({REVERSIBLE: jaxhpo.Reversible()}, "momentum")
     case = unroll.make_case(MODEL, optimiser, num_steps, "all", rules)
     return jax.value_and_grad(case.losses[name]), case.args
 
 
 def measure(name: str, num_steps: int) -> dict[str, Any]:
-    """(processor's, wall's) seconds of each part, and the program's size."""
+    """Return the (processor, wall) seconds of each part, and the program's size."""
     function, args = hypergradient(name, num_steps)
     jax.clear_caches()
     clocks = [now()]
@@ -76,7 +76,7 @@ def now() -> tuple[float, float]:
 
 
 def equations(jaxpr) -> int:
-    """Of a traced program and all that it calls, each once for each call, however often that loops."""
+    """Count the equations of a traced program and of all that it calls, once per call, however often that loops."""
     total = len(jaxpr.eqns)
     for equation in jaxpr.eqns:
         for value in equation.params.values():
@@ -87,7 +87,7 @@ def equations(jaxpr) -> int:
 
 
 def summary(name: str, num_steps: int, runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """[least, median, most] of the runs' seconds: of both parts together by either clock, and of each part."""
+    """Return [minimum, median, maximum] seconds of the runs: of both parts by either clock, and of each part."""
     row = {"name": name, "num_steps": num_steps, "runs": len(runs), **runs[0]["sizes"]}
     for i, clock in enumerate(("processor", "wall")):
         parts = {part: [run["seconds"][part][i] for run in runs] for part in PARTS}
@@ -97,7 +97,7 @@ def summary(name: str, num_steps: int, runs: list[dict[str, Any]]) -> dict[str, 
 
 
 def verdicts(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Of each program: its longest median over its shortest, and its largest ratio to plain JAX at the same T."""
+    """Return for each program its longest median over its shortest, and its largest ratio to plain JAX at equal T."""
     medians = {(row["name"], row["num_steps"]): row["processor"]["total"][1] for row in rows}
     found = {}
     for name in dict.fromkeys(row["name"] for row in rows if row["name"] != LOOP):

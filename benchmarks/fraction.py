@@ -1,6 +1,6 @@
-"""When does it pay to take Hessian products on a part of each minibatch?
+"""Cost and variance of Hessian products on a part of each minibatch.
 
-`Unroll(hvp_fraction=f)` is unbiased; what it costs is variance. On handwritten digits, a network 64-64-10 under SGD
+`Unroll(hvp_fraction=f)` is unbiased, at the cost of variance. On handwritten digits, a network 64-64-10 under SGD
 with momentum, T steps of minibatches of b: the cosine with the exact hypergradient, a mean over draws, and the variance
 of a draw relative to the squared norm of the exact one, for the log decays of all weights and the log rates of all
 steps. Arithmetic is counted, in units of the plain training.
@@ -40,7 +40,7 @@ def train_loss(params, h, batch):
 
 
 def make_problem(num_steps: int, batch: int):
-    """`outer_loss(h, key, adjoint)` and the hyperparameters."""
+    """Return `outer_loss(h, key, adjoint)` and the hyperparameters."""
     parts = jaxhpo.data.digits(seed=0, train=1000, validation=400)
     (x, y), (x_val, y_val) = parts.train, parts.validation
     keys = jax.random.split(jax.random.key(0), 3)

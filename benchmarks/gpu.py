@@ -1,18 +1,18 @@
-"""On an accelerator: what does the hypergradient of a transformer of 110 million bfloat16 parameters take?
+"""Cost of the hypergradient of a transformer of 110 million bfloat16 parameters on an accelerator.
 
 The causal language model of `unroll.py`, larger: 12 layers, width 768, 12 heads, vocabulary 16 384, 8 sequences of 512;
 weights, activations and optimiser state in bfloat16, losses in float32. Penalties of all weights, rates of all steps
-and weights of all examples are tuned. `--size small` (0.14 million parameters) is for a CPU, and shows that the script
-runs, not what an accelerator does.
+and weights of all examples are tuned. `--size small` (0.14 million parameters) is for a CPU, to check that the
+script runs; it does not measure an accelerator.
 
 For each schedule: matrix products of the traced program, in units of T plain steps; the median of interleaved ratios of
-its time to the plain training's, with the quartiles, and that over the count; what the compiled program allocates;
-and the device's own peak. That one never falls while a process lives, so programs that take the least come first, and
-the peak is marked where an earlier program set it. What runs out of memory is a row that says so.
+its time to the plain training's, with the quartiles, and that over the count; the compiled program's allocation; and
+the device's peak. The peak never falls within a process, so the programs with the least memory come first, and the peak
+is marked where an earlier program set it. A program that runs out of memory has a row that says so.
 
-Last, momentum that is run backwards (`Reversible`, MLP 784-256-256-10, float32): how many of the integers are not
-recovered, whether the hypergradient is finite (it is NaN where the reversal did not end where the run began), and its
-distance from the one of the float run. XLA_FLAGS=--xla_gpu_deterministic_ops=true asks a GPU for sums in a fixed order.
+Last, reversed momentum (`Reversible`, MLP 784-256-256-10, float32): how many of the integers are not
+recovered, whether the hypergradient is finite (it is NaN if the reversal does not end at the start of the run), and its
+distance from that of the float run. XLA_FLAGS=--xla_gpu_deterministic_ops=true asks a GPU for sums in a fixed order.
 
     python benchmarks/gpu.py [--size small|large] [--optimisers adam] [--steps 4 32] [--repeats 5] [--out DIR]
 
@@ -83,7 +83,7 @@ def measure(case: unroll.Case, name: str, unit: dict[str, Any], repeats: int) ->
 
 
 def attempt(*args) -> dict[str, Any]:
-    """`measure`, or that the memory did not suffice."""
+    """Return `measure`'s row, or one that says that memory ran out."""
     try:
         return measure(*args)
     except jax.errors.JaxRuntimeError as error:
@@ -123,7 +123,7 @@ def told(row: dict[str, Any]) -> str:
 
 
 def reversal(num_steps: int) -> dict[str, Any]:
-    """Integers that a run there and back does not recover, and the hypergradient beside that of the float run."""
+    """Count the integers that a forward and reversed run does not recover; compare with the float hypergradient."""
     model = unroll.mlp()
     rules = {"reversible": jaxhpo.Reversible(), "unrolled": jaxhpo.Unroll(checkpoint="sqrt")}
     case = unroll.make_case(model, "momentum", num_steps, "all", rules)
@@ -150,7 +150,7 @@ def relative_error(got: np.ndarray, want: np.ndarray) -> float:
 
 
 def mismatches(model: unroll.Model, num_steps: int, params, batches) -> tuple[jax.Array, jax.Array]:
-    """How many integers of weights and velocity differ after all steps and their undoing; is the buffer empty?"""
+    """Count the integers of weights and velocity that differ after reversing all steps; check the buffer is empty."""
 
     def loss(params, h, batch):
         return model.losses(params, *batch).mean()

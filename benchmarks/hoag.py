@@ -3,9 +3,9 @@
 Two data sets that come with scikit-learn, cut into thirds (train, validation, test), standardised by the training
 part; one log penalty h for all weights but the bias, starting at h = 0. HOAG makes 30 updates with `hoag_step`. The
 grid has 20 points on h in [-10, 4], each trained to HOAG's last tolerance (quadratic schedule), from zero (cold), or in
-falling h from the last point's solution (warm). Both train with the same optimiser. The optimum to compare with is that
-of a 200-point grid trained by Newton's method to rounding, and what a method returns is judged by the exact validation
-loss there. Nothing is chosen on the test part.
+falling h from the last point's solution (warm). Both train with the same optimiser. The reference optimum is that
+of a 200-point grid trained by Newton's method to rounding, and a method's result is judged by its exact validation
+loss. Nothing is chosen on the test part.
 
 Counted in gradients of the train loss: an inner step is two (one to step, one to test for the end), a Hessian product
 and the mixed product are three each, the validation loss or its gradient is one. For this linear model a Hessian
@@ -90,7 +90,7 @@ def make_solver(optimiser: str, train) -> jaxhpo.Solver:
 
 
 class Trace(NamedTuple):
-    """One row an update of HOAG, or a point of the grid."""
+    """One row per update of HOAG, or per point of the grid."""
 
     hparams: Any
     value: Any  # as the method sees it
@@ -102,7 +102,7 @@ class Trace(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=("optimiser", "schedule"))
 def run_hoag(tasks: Task, optimiser: str, schedule: str) -> Trace:
-    """One split after the other."""
+    """Run HOAG on each split in sequence."""
     return jax.lax.map(lambda task: _run_hoag(task, optimiser, schedule), tasks)
 
 
@@ -129,7 +129,7 @@ def _run_hoag(task, optimiser, schedule):
 
 @functools.partial(jax.jit, static_argnames=("optimiser", "warm"))
 def run_grid(tasks: Task, optimiser: str, tolerance, warm: bool) -> Trace:
-    """One split after the other, 20 trainings each, from the largest penalty to the smallest."""
+    """Run 20 trainings on each split in sequence, from the largest penalty to the smallest."""
     return jax.lax.map(lambda task: _run_grid(task, optimiser, tolerance, warm), tasks)
 
 
@@ -160,7 +160,7 @@ def _run_grid(task, optimiser, tolerance, warm):
 
 
 class Exact:
-    """The validation (and test) loss of the exact solution, for one split."""
+    """Validation and test loss of the exact solution, for one split."""
 
     def __init__(self, train, validation, test):
         self.train, self.parts = train, {"validation": validation, "test": test}
@@ -189,11 +189,11 @@ class Exact:
         return float(np.mean(np.logaddexp(0, -targets * (inputs @ w))))
 
     def on_grid(self) -> float:
-        """The lowest of the 200 points."""
+        """Return the lowest of the 200 points."""
         return min(map(self, self.grid))
 
     def lowest(self) -> float:
-        """The minimum between the neighbours of the best point."""
+        """Return the minimum between the neighbours of the best point."""
         best = self.grid[int(np.argmin([self(h) for h in self.grid]))]
         return min(map(self, np.linspace(best - 0.07, best + 0.07, 101)))
 
@@ -202,7 +202,7 @@ class Exact:
 
 
 def compare(name: str, optimiser: str, seeds: int, schedules: tuple[str, ...] = SCHEDULES) -> dict[str, Any]:
-    """Everything that is measured on one data set with one optimiser; lists have one entry a split."""
+    """Measure one data set with one optimiser; lists have one entry per split."""
     task = make_task(name, seeds)
     exact = [Exact(*jax.tree.map(lambda x, i=i: x[i], tuple(task))) for i in range(seeds)]
     on_grid = np.array([e.on_grid() for e in exact])
@@ -275,7 +275,7 @@ def table(reports) -> str:
 
 
 def draw(reports, path) -> None:
-    """Median and quartiles over the splits of what each method has after how many gradients."""
+    """Draw median and quartiles over the splits of each method's best loss against the number of gradients."""
     figure, axes = plot.figure(2, 2, width=12, height=9)
     colors = {"quadratic": "C0", "cubic": "C1", "exponential": "C2", "exact": "C3", "cold": "0.6", "warm": "0.2"}
     for axis, report in zip(axes.flat, reports, strict=True):

@@ -1,22 +1,22 @@
-"""What does an implicit hypergradient cost, and how exact is it, by each linear solver, here and in peers?
+"""Cost and error of an implicit hypergradient, for each linear solver, in this library and in peers.
 
 Three inner problems in float32: ridge regression (1000 examples of 100 features, a log penalty per weight) and logistic
 regression (1000 of 200, the same), both at their solution; and an MLP 784-256-256-10 (gelu, 128 random examples, a log
 penalty per weight and a log weight per example) after 300 steps of Adam under half of its penalty. The other half makes
-the Hessian positive definite there, and ill-conditioned enough for conjugate gradients to be far from done.
+the Hessian positive definite there, and ill-conditioned enough that conjugate gradients are far from converged.
 
 Every solver gets 20 iterations, and tolerances that it does not reach: relative ones of 1e-9 (lineax's CG: rtol 1e-9,
 atol 1e-12). The step of Neumann's series and the damping of Nyström's sketch are tuned, for the least error on
 another seed's problem.
 
 Error: of the hypergradient, against a dense solve in float64 (the MLP's 269 322 weights allow none: against conjugate
-gradients in float64 to 1e-12). Iterations: turns of the longest loop, counted as it runs (Nyström's products are one
+gradients in float64 to 1e-12). Iterations: those of the longest loop, counted as it runs (Nyström's products are one
 batch). Arithmetic: matrix products that the program executes, in gradients of the train loss; one of them is the outer
 loss's own. Memory: what the compiled program allocates, in copies of the parameters. Time: wall-clock on one core and
 one thread, in gradients timed before and after, the median of interleaved turns with the quartiles. `CG / it`: the time
 of `CG` over that of a row, turn by turn, by the wall clock and by the processor's, which other work on the machine
 disturbs less. Last, ten outer losses of the MLP, all at once and one of them; there `CG` is the first row. A peer that
-is not installed, or that fails, is a row that says so. What the file in DIR already holds of other problems is kept.
+is not installed, or that fails, has a row that says so. Rows of other problems in the file in DIR are kept.
 
     python benchmarks/implicit.py [--problems ridge logistic mlp] [--quick] [--repeats 11] [--out DIR]
 """
@@ -129,7 +129,7 @@ def mlp(sizes: tuple[int, ...], seed: int) -> Problem:
 
 @functools.partial(jax.jit, static_argnums=0)
 def trained(loss: Callable, params, *args):
-    """By 300 steps of Adam."""
+    """The MLP after 300 steps of Adam."""
     optimizer = optax.adam(1e-3)
 
     def step(carry, _):
@@ -142,7 +142,7 @@ def trained(loss: Callable, params, *args):
 
 @functools.partial(jax.jit, static_argnums=0)
 def largest_eigenvalue(loss: Callable, params, *args) -> jax.Array:
-    """Of the Hessian, by 50 power iterations."""
+    """Estimate the Hessian's largest eigenvalue by 50 power iterations."""
 
     def multiply(v):
         return jax.jvp(lambda params: jax.grad(loss)(params, *args), (params,), (v,))[1]
@@ -229,7 +229,7 @@ TUNED: dict[str, tuple[Callable, list[float]]] = {
 
 
 def tuned(problem: Problem) -> dict[str, float]:
-    """The setting of each such method that has the least error on this problem."""
+    """Return, for each method with a setting, the one with the least error on this problem."""
     want = reference(problem)
 
     def error(make, setting):
@@ -239,7 +239,7 @@ def tuned(problem: Problem) -> dict[str, float]:
 
 
 def reference(problem: Problem) -> Any:
-    """The hypergradient in float64."""
+    """Return the hypergradient in float64."""
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda x: np.asarray(x, float) if x.dtype == jnp.float32 else x, arguments(problem))
         found, residual = jax.jit(functools.partial(_reference, problem))(*wide)
@@ -248,7 +248,7 @@ def reference(problem: Problem) -> Any:
 
 
 def _reference(problem, h, params, data, val_data):
-    """And the relative residual of its linear system."""
+    """Return the hypergradient in float64 and the relative residual of its linear system."""
     flat, unravel = ravel_pytree(params)
     v = ravel_pytree(jax.grad(functools.partial(val_loss, problem))(params, val_data))[0]
 
@@ -265,7 +265,7 @@ def _reference(problem, h, params, data, val_data):
 
 
 def distance(got, want) -> float:
-    """‖got − want‖ / ‖want‖, in float64."""
+    """Return ‖got − want‖ / ‖want‖, in float64."""
     got, want = (np.concatenate([np.ravel(x).astype(float) for x in jax.tree.leaves(t)]) for t in (got, want))
     return float(np.linalg.norm(got - want) / np.linalg.norm(want))
 
@@ -274,7 +274,7 @@ def distance(got, want) -> float:
 
 
 class Run(NamedTuple):
-    """Results, operations of matrix products, and turns of the longest loop."""
+    """Results, operations of matrix products, and iterations of the longest loop."""
 
     results: list
     operations: float
@@ -282,13 +282,13 @@ class Run(NamedTuple):
 
 
 def executed(function: Callable, *args) -> Run:
-    """What `function(*args)` executes: its open-ended loops are run step by step."""
+    """Run `function(*args)`, stepping through its open-ended loops, and count what it executes."""
     closed = jax.make_jaxpr(function)(*args)
     return _run(_needed(closed, [True] * len(closed.jaxpr.outvars)), jax.tree.leaves(args))
 
 
 def _needed(closed, used):
-    """Less what no used result depends on."""
+    """Remove the equations that no used result depends on."""
     return core.ClosedJaxpr(dce_jaxpr(closed.jaxpr, used, instantiate=True)[0], closed.consts)
 
 
@@ -348,7 +348,7 @@ def _run_loop(settings, args) -> Run:
 
 
 def _where(on, new, old):
-    """Of a batch of loops, those that have ended keep their values."""
+    """Keep the values of those loops of a batch that have ended."""
     return jnp.where(on.reshape(on.shape + (1,) * (new.ndim - on.ndim)), new, old)
 
 
@@ -387,7 +387,7 @@ def _longest_of(eqn) -> int:
 
 
 def arguments(problem: Problem) -> tuple:
-    """What every function here takes."""
+    """Return the arguments that every function here takes."""
     return problem.hparams, problem.params, problem.data, problem.val_data
 
 
@@ -395,7 +395,7 @@ def arguments(problem: Problem) -> tuple:
 
 
 def timed(programs: dict[str, Any], unit: Callable, args, repeats: int) -> dict[str, dict[str, list[float]]]:
-    """Quartiles of the time in units, the unit being called before and after, and of the first program's time over it.
+    """Return quartiles of the time in units, called before and after, and of the first program's time over it.
 
     Programs take turns, every other time in the opposite order.
     """
@@ -429,7 +429,7 @@ def timed(programs: dict[str, Any], unit: Callable, args, repeats: int) -> dict[
 
 
 def measured(functions: dict[str, Callable], problem: Problem, repeats: int) -> dict[str, dict[str, Any]]:
-    """Arithmetic, iterations, memory and time of each."""
+    """Measure arithmetic, iterations, memory and time of each program."""
     args = arguments(problem)
 
     def gradient(h, params, data, val_data):
@@ -467,7 +467,7 @@ def compare_solvers(name: str, problem: Problem, settings: dict[str, float], rep
 
 
 def compare_batching(problem: Problem, repeats: int) -> list[dict[str, Any]]:
-    """The losses of the first validation examples: all as one vector-valued outer function, and the first alone."""
+    """Time the losses of the first validation examples, all as one vector-valued function, and the first alone."""
 
     def outer(h, params, data, val_data):
         rule = functools.partial(condition, problem)
@@ -483,7 +483,7 @@ def compare_batching(problem: Problem, repeats: int) -> list[dict[str, Any]]:
 
 
 def draw(rows, path) -> None:
-    """A panel for each quantity, a line for each method, a colour for each problem."""
+    """Draw a panel per quantity, a line per method, a colour per problem."""
     names = {"error": "relative error", "arithmetic": "arithmetic, gradients", "time": "time, gradients",
              "memory": "memory, copies of θ"}  # fmt: skip
     figure, axes = plot.figure(1, len(names), width=15, height=4.6)

@@ -2,22 +2,22 @@
 
 A model of a knowledge graph is trained by a few steps of Adagrad (.1) from small random embeddings; its penalty's
 weights are chosen by the validation loss, in which other answers known to be true are masked. Each seed has other
-initial embeddings and its own halves of the validation part: one is tuned by, the other reported (`--whole-validation`
-tunes by all). Methods:
+initial embeddings and its own halves of the validation part: one to tune by, one to report (`--whole-validation` tunes
+by all). Methods:
 
     grid        one weight for all, on a logarithmic grid from 1e-5 to 1e-1
     random      all weights drawn log-uniformly from there
     unroll      Adam (from .05 to .005) on the logarithms, by reverse mode through the last half of the training
-    implicit    likewise, as if the training had converged (20 iterations of damped CG), which it has not
+    implicit    likewise, by the implicit theorem, although the training has not converged (20 iterations of damped CG)
     evolution   likewise, from pairs of trainings at perturbed weights
-    online      likewise, but one training goes on from outer step to outer step (a single loop), with new minibatches:
-                what is left to graphs of more than 10 000 entities, and their default
+    online      likewise, but one training continues from outer step to outer step (a single loop), with new
+                minibatches; the only method for graphs of more than 10 000 entities, and their default
     fixed       the same training, with all weights at their start
 
 All take the same number of inner steps (evolution, with five trainings an outer step, as many as fill its last one); a
-hypergradient's way back is not counted (the table has seconds, without compilation, over all pieces of a search that
-was resumed). What is kept of a search is the point of lowest loss on the tuned half, but of the last two the model that
-they end with. All but the first two start at `--start`. "all" is the first five.
+hypergradient's backward pass is not counted (the table has seconds, without compilation, over all pieces of a resumed
+search). A search keeps its point of lowest loss on the tuned half; the last two methods keep the final model. All but
+the first two start at `--start`. "all" is the first five.
 
     python benchmarks/link_prediction.py --dataset nations --model distmult --regulariser f2 --batch-size 0 \\
         --inner-steps 20 --method all --hyperparameters scalar embedding --seeds 10
@@ -63,7 +63,7 @@ ADAGRAD = optax.adagrad(0.1, initial_accumulator_value=1e-10, eps=0.0)  # from z
 
 
 class Part(NamedTuple):
-    """Triples to be judged by, and for each side other answers known to be true, a bit each. Leading axis: seeds."""
+    """Triples to evaluate, and for each side a bit mask of the other true answers. Leading axis: seeds."""
 
     triples: Any
     masks: dict
@@ -74,7 +74,7 @@ def unpack(bits, count):
 
 
 class Task:
-    """A data set with a model, and everything that is done to it for all seeds, one after the other."""
+    """A data set with a model, and the operations on it, for all seeds in sequence."""
 
     def __init__(self, args: argparse.Namespace, graph):
         self.graph, self.seeds, self.num_steps = graph, args.seeds, args.inner_steps
@@ -91,7 +91,7 @@ class Task:
         self.tuned, self.reported, self.ranked = (jax.tree.map(lambda *x: jnp.stack(x), *part) for part in parts)
 
     def _parts(self, seed, whole):
-        """What is tuned by; what is reported, of which nothing is known while tuning; and the same for its ranks."""
+        """Return the part to tune by, the part to report, which tuning never sees, and its ranks' part."""
         validation, train = self.graph.validation, self.graph.train
         tuned, reported = (validation, validation) if whole else self.graph.halves(seed)
         known = (tuned, np.concatenate([train, tuned])), (reported, self.graph.known), (reported, self.graph.triples)
@@ -112,11 +112,11 @@ class Task:
         )
 
     def judge(self, params, part: Part):
-        """The masked loss; of a large graph in pieces, each of which is computed again on the way back."""
+        """Return the masked loss; for a large graph in pieces, each recomputed in the backward pass."""
         return jnp.mean(self._in_pieces(lambda *piece: lp.cross_entropy(self.model, params, *piece), part))
 
     def reciprocal_rank(self, params, part: Part):
-        """The mean over subjects and objects, with ties as if lost; other answers that are masked do not count."""
+        """Return the mean over subjects and objects, ties ranked before the answer; masked answers do not count."""
 
         def one(triples, sides, masks):
             found = []
@@ -129,7 +129,7 @@ class Task:
         return jnp.mean(self._in_pieces(one, part))
 
     def _in_pieces(self, function, part):
-        """`function(triples, "so", masks)` of all triples; of each by itself where its scores of all are too many."""
+        """Map `function(triples, "so", masks)` over all triples, in pieces where their scores need too much memory."""
         entities = self.graph.sizes[0]
 
         def unpacked(part):
@@ -142,12 +142,12 @@ class Task:
         return jax.lax.map(one, part, batch_size=size)
 
     def losses(self, params, seed):
-        """Tuned and reported loss of a trained model."""
+        """Return the tuned and reported loss of a trained model."""
         tuned, reported, _ = self.parts(seed)
         return self.judge(params, tuned), self.judge(params, reported)
 
     def parts(self, seed):
-        """What is tuned by, reported, and ranked."""
+        """Return the parts to tune by, to report, and to rank."""
         return [jax.tree.map(lambda x: x[seed], part) for part in (self.tuned, self.reported, self.ranked)]
 
     def start(self, seed):
@@ -159,12 +159,12 @@ class Task:
         return jaxhpo.solve(self.solver, state, weights, batches, num_steps=self.num_steps, adjoint=adjoint).params
 
     def over_seeds(self, function, *trees):
-        """`function(seed, *trees of that seed)` for one seed after the other: faster here than all at once."""
+        """Map `function(seed, *trees of that seed)` over the seeds in sequence, which is faster here than `vmap`."""
         return jax.lax.map(lambda x: function(*x), (jnp.arange(self.seeds), *trees))
 
     @functools.cached_property
     def evaluate(self):
-        """`weights, a leading axis of seeds -> (tuned and reported losses, params)`."""
+        """Map weights, with a leading axis of seeds, to tuned and reported losses, and params."""
 
         def one(seed, weights):
             params = self.train(weights, seed, jaxhpo.Unroll())
@@ -173,7 +173,7 @@ class Task:
         return jax.jit(lambda weights: self.over_seeds(one, weights))
 
     def by_adjoint(self, adjoint):
-        """`(seed, weights, key) -> ((tuned, reported), hypergradient)`."""
+        """Map `(seed, weights, key)` to `((tuned, reported), hypergradient)`."""
 
         def loss(weights, seed):
             tuned, reported = self.losses(self.train(weights, seed, adjoint), seed)
@@ -196,7 +196,7 @@ class Task:
         return (info.value, info.metrics), grad
 
     def by_going_on(self, seed, weights, state, key, tuned=True):
-        """A further piece of training, and its hypergradient: `(info, state after it, hypergradient)`."""
+        """Train one piece further, and return `(info, state after it, hypergradient)`."""
         batches = lp.minibatches(key, self.graph.train, self.batch_size or len(self.graph.train), self.num_steps)
         part, reported, ranked = self.parts(seed)
 
@@ -213,7 +213,7 @@ class Task:
         return jnp.stack([value, self.judge(after.params, reported), rank]), after, grad
 
     def weights(self, kind: str) -> Any:
-        """Penalty weights of 1, for each seed."""
+        """Return penalty weights of 1, for each seed."""
         entities, relations = self.graph.sizes
         ones = lambda *shape: jnp.ones((self.seeds, *shape))  # noqa: E731
         if kind == "scalar":
@@ -228,7 +228,7 @@ class Task:
 
 
 class Found(NamedTuple):
-    """What a search of all seeds found."""
+    """Results of a search, for all seeds."""
 
     losses: np.ndarray  # (tuned or reported, outer steps, seeds)
     weights: Any  # those of lowest tuned loss, a leading axis of seeds
@@ -239,12 +239,12 @@ class Found(NamedTuple):
 
 
 def comparable(losses):
-    """A loss that is NaN ranks behind all others: NumPy would take it for the least."""
+    """Replace NaN losses by infinity, as NumPy's argmin would select NaN."""
     return np.where(np.isnan(losses), np.inf, losses)
 
 
 def sample(task: Task, method: str, kind: str, trials: int) -> Found:
-    """Grid or random search: each seed has the same points."""
+    """Grid or random search; each seed has the same points."""
     ones, rng, tried, losses, begun = task.weights(kind), np.random.default_rng(0), [], [], 0.0
     points = rng.permutation(np.geomspace(LOW, HIGH, trials))  # so that it can be judged before its end
 
@@ -266,7 +266,7 @@ def sample(task: Task, method: str, kind: str, trials: int) -> Found:
 
 
 def descend(task: Task, method: str, kind: str, steps: int, run_dir) -> Found:
-    """Adam on the logarithms; the carry is the least tuned loss of each seed, and its weights."""
+    """Adam on the logarithms; the carry is each seed's lowest tuned loss and its weights."""
     one = {
         "unroll": task.by_adjoint(jaxhpo.Unroll(truncate=task.truncate)),
         "implicit": task.by_adjoint(jaxhpo.Implicit(jaxhpo.CG(maxiter=20, damping=0.1))),
@@ -354,7 +354,7 @@ def go_on(task: Task, method: str, kind: str, steps: int, run_dir) -> Found:
 
 
 def report(task: Task, method: str, kind: str, found: Found) -> list[dict[str, Any]]:
-    """A row a seed: the model trained with the weights that were kept, or that went on to the end."""
+    """Return a row per seed, for the model trained with the weights kept, or the one trained to the end."""
     if found.params is None:
         (tuned, reported), trained = jax.block_until_ready(task.evaluate(found.weights))
     else:
@@ -372,7 +372,7 @@ def report(task: Task, method: str, kind: str, found: Found) -> list[dict[str, A
 
 
 def interval(x) -> tuple[float, float]:
-    """Mean, and half of the 95 % interval by Student's t."""
+    """Return the mean, and half the width of the 95 % interval by Student's t."""
     x = np.asarray(x)
     if len(x) < 2:
         return float(x.mean()), float("nan")
@@ -383,7 +383,7 @@ COLUMNS = ("tune_loss", "report_loss", "valid_mrr", "test_mrr", "hits1", "hits3"
 
 
 def differences(rows: dict[str, list]) -> list[dict[str, Any]]:
-    """Paired differences between each two searches: mean, half interval; none of a single seed."""
+    """Return paired differences between each two searches, as mean and half interval; none for a single seed."""
     pairs = []
     if len(next(iter(rows.values()))) < 2:
         return pairs
@@ -395,7 +395,7 @@ def differences(rows: dict[str, list]) -> list[dict[str, Any]]:
 
 
 def heads_of(whole: bool) -> dict[str, str]:
-    """What is printed above a column: nothing is held back of a validation part that all was tuned by."""
+    """Return the columns' headings; with --whole-validation no part is held back."""
     return {c: c.replace("report", "valid") if whole else c for c in COLUMNS}
 
 
@@ -430,7 +430,7 @@ def draw(task: Task, rows, searches: dict[str, Found], path) -> None:
 
 
 def best_so_far(found: Found) -> np.ndarray:
-    """The reported loss of the point that has the least tuned loss so far, (outer steps, seeds)."""
+    """Return the reported loss at the point of lowest tuned loss so far, (outer steps, seeds)."""
     tuned, steps = comparable(found.losses[0]), np.arange(len(found.losses[0]))[:, None]
     lowest = np.minimum.accumulate(tuned, axis=0)
     place = np.maximum.accumulate(np.where(tuned <= lowest, steps, 0), axis=0)
@@ -438,7 +438,7 @@ def best_so_far(found: Found) -> np.ndarray:
 
 
 def draw_losses(axis, task: Task, searches: dict[str, Found]) -> None:
-    """A line a search, its standard error now and then, at other places than those of the other lines."""
+    """Draw a line per search, with standard errors at steps that differ from line to line."""
     seen = []
     for i, (name, found) in enumerate(searches.items()):
         shown = best_so_far(found) if found.params is None else found.losses[1]
@@ -471,7 +471,7 @@ def draw_losses(axis, task: Task, searches: dict[str, Found]) -> None:
 
 
 def draw_weights(axis, task: Task, name: str, searches: dict[str, Found]) -> None:
-    """A point for each entity and relation, at the geometric mean over the seeds, and a power law through them."""
+    """Draw a point per entity and relation, the geometric mean over seeds, and a fitted power law."""
     weights, train = searches[name].weights, task.graph.train
     weights = weights if isinstance(weights, dict) else {"entities": weights, "relations": weights}
     counts = {
@@ -571,7 +571,7 @@ def parse(arguments=None) -> argparse.Namespace:
 
 
 def with_defaults(args: argparse.Namespace, graph) -> argparse.Namespace:
-    """What was left open, as suits the size of the graph; and whether all of it can be done."""
+    """Fill in the options left open, by the size of the graph; refuse invalid ones."""
     large = graph.sizes[0] > LARGE
     defaults = {
         "method": ["online" if large else "unroll"],
@@ -615,13 +615,13 @@ def check(args: argparse.Namespace, graph) -> None:
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """What the numbers of a search depend on, besides the search."""
+    """Return the settings that the numbers of a search depend on, besides the search."""
     others = ("method", "hyperparameters", "resume", "out", "overwrite")
     return {name: value for name, value in vars(args).items() if name not in others}
 
 
 def run_name(args: argparse.Namespace, graph, method: str, kind: str) -> str:
-    """A folder's name that other settings, and other triples, do not share; where they were read from is no matter."""
+    """Return a folder name that is unique to the settings and the triples, wherever these were read from."""
     settings = {name: value for name, value in settings_of(args).items() if name != "dataset"}
     parts = [part.tolist() for part in (graph.train, graph.validation, graph.test)]
     text = json.dumps([settings, parts, graph.entities, graph.relations], sort_keys=True)
@@ -629,7 +629,7 @@ def run_name(args: argparse.Namespace, graph, method: str, kind: str) -> str:
 
 
 def open_out(args: argparse.Namespace) -> None:
-    """Makes the folder, unless a report of other settings is in it."""
+    """Make the folder, unless it holds a report of other settings."""
     path = args.out / "report.json"
     try:
         args.out.mkdir(parents=True, exist_ok=True)

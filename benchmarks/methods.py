@@ -1,4 +1,4 @@
-"""What does each hypergradient method cost, in time and in memory, on one and the same problem?
+"""Cost of each hypergradient method, in time and memory, on one problem.
 
 An MLP 784-256-256-10 (gelu, minibatches of 128, T = 20 steps of SGD with momentum), one penalty per array of parameters
 (m = 6). Time is counted on the traced program in units of one plain training, loops that end at a tolerance at their
@@ -92,7 +92,7 @@ def val_loss(problem, params):
 
 
 def training(problem):
-    """One plain training, the unit of time."""
+    """Run one plain training, the unit of time."""
 
     def run(hparams, params, batches):
         return jaxhpo.solve(problem.solver, problem.solver.init(params, hparams), hparams, batches).params
@@ -101,7 +101,7 @@ def training(problem):
 
 
 def program(call: str, problem: Problem):
-    """The function of hyperparameters, initial parameters and batches that a method's row measures."""
+    """Return the function of hyperparameters, initial parameters and batches that a method's row measures."""
     key = jax.random.key(2)
     if not call.startswith("hypergradient("):
         adjoint = eval(call, problem.names)
@@ -128,7 +128,7 @@ def program(call: str, problem: Problem):
 
 
 def measure(function, problem, unit=None, iterations=ITERATIONS) -> dict[str, float]:
-    """Counted operations, allocated bytes, and the median ratio of seconds to those of the unit, called in turn."""
+    """Return counted operations, allocated bytes, and the median of interleaved time ratios to the unit."""
     args = (problem.hparams, problem.params, problem.batches)  # all that is data: constants would be folded
     compiled = jax.jit(function).lower(*args).compile()
     measured = {

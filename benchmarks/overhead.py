@@ -1,9 +1,9 @@
-"""What does `tune` cost beside a bare jitted loop, a checkpoint of a megabyte, and a thousand outer steps in memory?
+"""Cost of `tune`: time against a bare jitted loop, a checkpoint of a megabyte, memory of a thousand outer steps.
 
 The step is a chain of matrix products that takes about 20 ms; the bare loop is the same jitted value, gradient and
 optax update, with the value brought to the host, as a user writes it. Its steps are taken one by one in a callback of
-`tune`, so that both meet the same machine; what `tune` takes from callback to callback is held against the bare step in
-between. A ratio is that of the medians of a turn, its quartiles are over turns; the same with a `run_dir`, at its
+`tune`, so both see the same load of the machine; the time of `tune` from callback to callback is compared with the bare
+step in between. A ratio is that of the medians of a turn, with quartiles over turns; the same with a `run_dir`, at its
 default settings. Memory is the process's resident set after 100 and after 1000 outer steps of a small problem. A
 checkpoint holds a carry of 1 MB and is synced.
 
@@ -34,13 +34,13 @@ MATRIX = jax.random.normal(jax.random.key(0), (SIZE, SIZE)) / SIZE**0.5
 
 
 def outer_loss(h, products):
-    """As many products as make a step long enough."""
+    """A chain of matrix products, long enough for a realistic step."""
     body = lambda x, _: (jnp.tanh(MATRIX @ x), None)  # noqa: E731
     return jnp.sum(jax.lax.scan(body, h * MATRIX, None, products)[0] ** 2)
 
 
 def bare_step(products: int):
-    """A function that takes a step of a loop by hand, and returns its seconds."""
+    """Return a function that takes a step of a hand-written loop, and returns its seconds."""
 
     @jax.jit
     def step(h, state):
@@ -62,7 +62,7 @@ def bare_step(products: int):
 
 
 def turn(products: int, steps: int, **settings) -> tuple[float, float]:
-    """Median seconds of bare steps, and of those of `tune` between which they were taken."""
+    """Return median seconds of bare steps, and of the steps of `tune` interleaved with them."""
     bare, by_hand, spans = bare_step(products), [], []
 
     def callback(_):
@@ -78,7 +78,7 @@ def turn(products: int, steps: int, **settings) -> tuple[float, float]:
 
 
 def checkpoints(times: int) -> list[float]:
-    """Seconds of saving a state of a megabyte."""
+    """Return seconds to save a state of a megabyte."""
     tree = {"carry": np.random.default_rng(0).normal(size=125_000)}
     found = []
     with tempfile.TemporaryDirectory() as folder, RunDir(folder) as run_dir:
@@ -96,7 +96,7 @@ def resident_bytes() -> int:
 
 
 def memory() -> dict[str, int]:
-    """Of the process, after 100 and 1000 outer steps."""
+    """Return the process's memory after 100 and 1000 outer steps."""
     solver = jaxhpo.from_optax(lambda p, h, b: jnp.sum((p - 1.0) ** 2) + h * jnp.sum(p**2), optax.sgd(0.1))
 
     def loss(h):

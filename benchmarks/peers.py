@@ -1,21 +1,21 @@
-"""How do jaxhpo's hypergradients compare with those of betty, TorchOpt, higher and jaxopt, in error and in time?
+"""Error and time of jaxhpo's hypergradients, compared with betty, TorchOpt, higher and jaxopt.
 
 Three inner problems with one log penalty per weight, trained by 100 steps of full-batch gradient descent: ridge and
 logistic regression (2000 examples, 500 weights, from zeros) and an MLP 64-64-10 (tanh, 512 examples), whose penalties
-are on the way from where it starts, which keeps its Hessian positive definite. Two kinds of hypergradient: through the
-100 steps, and implicit with 20 iterations of conjugate gradients after them; where a library has tolerances they are
-set so low that all 20 are run. jaxhpo's own CG stops where rounding ends its progress, so a row of jaxhpo with JAX's
-CG stands beside it, which runs all 20; the rows called default run to their own tolerance.
+apply to the change since its start, which keeps its Hessian positive definite. Two kinds of hypergradient: through the
+100 steps, and implicit with 20 iterations of conjugate gradients after them; tolerances are set so low that all 20 are
+run. jaxhpo's own CG stops where rounding ends its progress, so a further row has jaxhpo with JAX's CG, which runs all
+20; the rows called default run to their own tolerance.
 
 Data, starting points and hyperparameters are drawn once by NumPy, in numbers that float32 holds. The references are
 float64, in NumPy: products with the Hessian by complex steps through gradients written by hand, the exact minimiser
 (ridge in closed form, logistic by Newton's method) and a dense solve for the implicit kind; for the MLP the
 implicit formula at the point that the steps reach. Errors are relative, ‖g − g*‖/‖g*‖.
 
-Times: one worker per float type and number of threads (one thread: pinned to one core), in which all rows take turns
-within one process. Compilation is apart. What 20 iterations leave is the same for all of them: how far a row is from
-torch's by hand is told too. A ratio is the median over the turns, its unit torch's loop with
-`create_graph=True`. A row that cannot run says why.
+Times: one worker per float type and number of threads (one thread: pinned to one core), which interleaves all rows in
+one process. Compilation is reported separately. The error that 20 iterations leave is the same for all rows, so their
+distance from the hand-written torch row is reported too. A ratio is the median over the turns, its unit torch's loop
+with `create_graph=True`. A row that cannot run says why.
 
     python benchmarks/peers.py [--repeats 7] [--quick] [--out DIR]
 """
@@ -100,7 +100,7 @@ def make_problem(name: str, quick: bool) -> Problem:
 
 
 def predict(params, inputs, tanh):
-    """Outputs, in whatever library the arrays are of."""
+    """Return the outputs, in the library of the arrays."""
     if len(params) == 1:
         return inputs @ params[0]
     weights, bias, last, last_bias = params
@@ -108,12 +108,12 @@ def predict(params, inputs, tanh):
 
 
 def from_start(problem: Problem, params, start) -> list:
-    """What is penalised: weights, for the MLP their way from the start (at zero its Hessian would be indefinite)."""
+    """Return the penalised quantity: the weights, or for the MLP their change (at zero its Hessian is indefinite)."""
     return [p - s for p, s in zip(params, start, strict=True)] if problem.name == "mlp" else params
 
 
 def mean_gradient(name: str, params: list, inputs, targets) -> list:
-    """The gradient of the mean loss, without penalty; analytic, so that complex steps go through it."""
+    """Return the mean loss's gradient, without penalty; it is analytic, for complex steps."""
     if name == "ridge":
         return [inputs.T @ (inputs @ params[0] - targets) / len(targets)]
     if name == "logistic":
@@ -181,7 +181,7 @@ def references(problem: Problem) -> dict[str, np.ndarray]:
 
 
 def jax_losses(problem: Problem):
-    """`(params, hparams, train) -> scalar` and `(params, validation) -> scalar`."""
+    """Return `(params, hparams, train) -> scalar` and `(params, validation) -> scalar`."""
     losses = {
         "ridge": lambda out, y: 0.5 * (out - y) ** 2,
         "logistic": lambda out, y: jax.nn.softplus(-y * out),
@@ -200,7 +200,7 @@ def jax_losses(problem: Problem):
 
 
 def compiled(problem: Problem, train: Callable) -> Callable:
-    """The hypergradient of the validation loss after `train(hparams, params, batch)`, compiled."""
+    """Return the compiled hypergradient of the validation loss after `train(hparams, params, batch)`."""
     _, val_loss = jax_losses(problem)
 
     def outer(hparams, params, batch, validation):
@@ -429,7 +429,7 @@ def higher_unrolled(problem: Problem) -> Callable:
 
 
 def betty_row(kind: str, problem: Problem) -> Callable:
-    """betty gives no hypergradient but to its outer optimiser: it is caught before that one's next step."""
+    """Return betty's hypergradient, caught before its outer optimiser uses it, as betty does not return one."""
     t = in_torch(problem)
     configs, problems = (importlib.import_module(f"betty.{part}") for part in ("configs", "problems"))
     betty_engine = importlib.import_module("betty.engine")
@@ -515,7 +515,7 @@ def reason(error: Exception) -> str:
 
 
 def iterations_run(problem: Problem) -> int:
-    """How many iterations jaxhpo's CG takes before it stops."""
+    """Return the iterations that jaxhpo's CG takes before it stops."""
     train_loss, val_loss = jax_losses(problem)
 
     def count(hparams, params, batch, validation):
@@ -529,7 +529,7 @@ def iterations_run(problem: Problem) -> int:
 
 
 def measure(problem: Problem, repeats: int, wanted: dict[str, np.ndarray]) -> list[dict[str, Any]]:
-    """Every row of one problem; after a first call each, they take turns."""
+    """Measure every row of one problem, interleaved, after a first call of each."""
     measured, calls, grads_of = [], [], {}
     for row in ROWS:
         found = {"problem": problem.name, "kind": row.kind, "library": row.library, "method": row.method}
@@ -568,7 +568,7 @@ def measure(problem: Problem, repeats: int, wanted: dict[str, np.ndarray]) -> li
 
 
 def worker(folder: pathlib.Path, dtype: str, threads: int, repeats: int, quick: bool) -> None:
-    """All problems in this process, into a file of the folder."""
+    """Measure all problems in this process, and write a file into the folder."""
     if threads == 1 and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     jax.config.update("jax_enable_x64", dtype == "float64")
@@ -594,7 +594,7 @@ def worker(folder: pathlib.Path, dtype: str, threads: int, repeats: int, quick: 
 
 
 def measured_apart(dtype: str, threads: int, repeats: int, quick: bool, folder: pathlib.Path) -> dict[str, Any]:
-    """What a worker measures with so many threads."""
+    """Return the measurements of a worker with this number of threads."""
     single = {
         "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1",
         "OMP_NUM_THREADS": "1",
@@ -612,7 +612,7 @@ def quartiles(values) -> list[float]:
 
 
 def ratios(above: dict, below: dict) -> list[float]:
-    """Quartiles of the ratio of two rows' seconds, turn by turn."""
+    """Return quartiles of the interleaved ratios of two rows' seconds."""
     return quartiles([a / b for a, b in zip(above["seconds"], below["seconds"], strict=True)])
 
 
@@ -621,7 +621,7 @@ def case(row) -> tuple:
 
 
 def gates(rows) -> list[dict[str, Any]]:
-    """How each row of jaxhpo stands on one thread, for ridge and logistic, to what was asked."""
+    """Compare each row of jaxhpo with its target, on one thread, for ridge and logistic regression."""
     judged = []
     for ours in rows:
         if ours["library"] != "jaxhpo" or ours["threads"] != 1 or ours["problem"] == "mlp" or "failed" in ours:
@@ -649,7 +649,7 @@ def gates(rows) -> list[dict[str, Any]]:
 
 
 def summarised(rows) -> list[dict[str, Any]]:
-    """Rows with quartiles in place of all seconds, of which ratios to the unit are taken first."""
+    """Replace the seconds of each row by quartiles, after taking their ratios to the unit."""
     out = []
     units = {case(r): r for r in rows if r["kind"] == "unrolled" and f"{r['library']}, {r['method']}" == UNIT}
     for row in rows:
@@ -689,7 +689,7 @@ def table(rows, judged) -> str:
 
 
 def draw(rows, path) -> None:
-    """A panel for each kind and problem: times on one thread and on all, errors beside them."""
+    """Draw a panel per kind and problem: times on one thread and on all, with the errors."""
     problems = list(dict.fromkeys(row["problem"] for row in rows))
     figure, axes = plot.figure(len(KINDS), len(problems), width=17, height=8.5)
     most = max(row["threads"] for row in rows)

@@ -6,10 +6,10 @@ loss and its gradient. Four inner problems: ridge regression with 50 weights and
 examples a step, 100 steps), an MLP 64-32-10 on scikit-learn's digits (minibatches of 128, 100 steps), and an MLP
 784-256-256-10 (minibatches of 128 of random numbers, 10 steps).
 
-Time: calls of the program for N members and of that for a single one, in turn; median and quartiles of the ratios, by
-the processor's clock, which other work on the machine disturbs less, and by the wall's. Memory: what the compiled
-program allocates, beside what `memory_plan` predicts for such a population. Counted arithmetic grows by N exactly, so
-whatever is below N is saved by the machine: fewer, larger operations. What DIR already holds of other tasks is kept.
+Time: interleaved calls of the program for N members and of that for one; median and quartiles of the ratios, by the
+processor's clock, which other work on the machine disturbs less, and by the wall clock. Memory: the compiled program's
+allocation, and the prediction of `memory_plan`. Counted arithmetic grows by N exactly, so a ratio below N is a gain of
+the machine from fewer, larger operations. Results of other tasks in DIR are kept.
 
     python benchmarks/populations.py [--tasks NAME ...] [--members 1 2 4 8 16] [--repeats 5] [--out DIR]
 """
@@ -102,7 +102,7 @@ cross_entropy = optax.softmax_cross_entropy_with_integer_labels
 
 
 def make_outer_loss(task: Task) -> Callable:
-    """`(member, data) -> validation loss`."""
+    """Return `(member, data) -> validation loss`."""
 
     def losses(params, inputs, targets):
         *hidden, (last, bias) = params
@@ -129,7 +129,7 @@ def make_outer_loss(task: Task) -> Callable:
 
 
 def make_members(task: Task, num: int) -> dict[str, Any]:
-    """Hyperparameters around a centre, and initial weights drawn anew, stacked."""
+    """Return hyperparameters around a centre, and newly drawn initial weights, stacked."""
 
     def member(key):
         first, second, *others = jax.random.split(key, 1 + len(task.sizes))
@@ -142,7 +142,7 @@ def make_members(task: Task, num: int) -> dict[str, Any]:
 
 
 def compiled(function: Callable, *args: Any) -> Callable[[], Any]:
-    """The program with its arguments, and its temporary memory as the attribute `bytes`."""
+    """Return the program with its arguments, and its temporary memory as the attribute `bytes`."""
     program = jax.jit(function).lower(*args).compile()
 
     def call():
@@ -153,7 +153,7 @@ def compiled(function: Callable, *args: Any) -> Callable[[], Any]:
 
 
 def spell(program: Callable[[], Any], calls: int) -> tuple[float, float]:
-    """Seconds of a call by the processor's clock and by the wall's."""
+    """Return seconds of a call by the processor's clock and by the wall clock."""
     processor, wall = time.process_time(), time.perf_counter()
     for _ in range(calls):
         program()
@@ -166,7 +166,7 @@ def calls_of(program: Callable[[], Any]) -> int:
 
 
 def measure(task: Task, members: list[int], repeats: int) -> list[dict[str, Any]]:
-    """A row for each size of the population."""
+    """Return a row per size of the population."""
     hypergradient, data = jax.value_and_grad(make_outer_loss(task)), (task.train, task.val)
     populations = {num: make_members(task, num) for num in members}
     one = compiled(hypergradient, jax.tree.map(lambda x: x[0], populations[members[0]]), data)
@@ -180,7 +180,7 @@ def measure(task: Task, members: list[int], repeats: int) -> list[dict[str, Any]
 
 
 def compare(program: Callable[[], Any], one: Callable[[], Any], repeats: int) -> dict[str, Any]:
-    """Quartiles of the ratios of two programs' time by either clock, called in turn."""
+    """Return quartiles of the interleaved time ratios of two programs, by either clock."""
     calls = calls_of(program), calls_of(one)
     turns = [(spell(program, calls[0]), spell(one, calls[1])) for _ in range(repeats)]
     clocks = {name: [many[i] / few[i] for many, few in turns] for i, name in enumerate(("processor", "wall"))}

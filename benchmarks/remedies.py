@@ -1,4 +1,4 @@
-"""Which hypergradient searches diverge or stall without the remedies of `tune`, and improve with them?
+"""Hypergradient searches that diverge or stall without the remedies of `tune`, and improve with them.
 
 Nations, DistMult of rank 200, F2 with one weight for all embeddings, Adagrad (.1), the masked validation loss. Ten
 seeds are ten initial embeddings (and orders of the minibatches), the same for each remedy. They are trained one after
@@ -12,8 +12,8 @@ The first of these searches also with trainings of 5, 10, 15 and 30 steps, for t
 Minibatches of 100, 60 steps, from .008: with one hypergradient a step, the mean of four, and one at four times the
 steps.
 
-A search has improved where its last validation loss is below its first by more than .01, diverged where it is above by
-more than that or not finite, stalled between. (With minibatches: means of three outer steps.)
+A search has improved if its last validation loss is below its first by more than .01, diverged if it is above by more
+than that or not finite, and stalled otherwise. (With minibatches: means of three outer steps.)
 
     python benchmarks/remedies.py [--out DIR] [--seeds N]
 """
@@ -89,7 +89,7 @@ class Nations:
         return link_prediction.cross_entropy(self.model, params, self.graph.validation, masks=self.masks)
 
     def gradient(self, num_steps: int):
-        """The `gradient` of `tune` for {search: [a weight a seed]}: each leaf has its own validation loss, the info."""
+        """The `gradient` of `tune` for {search: [a weight per seed]}; the info holds each leaf's validation loss."""
         seeds = len(self.starts["entities"])
 
         def one(weight, seed, key):
@@ -109,7 +109,7 @@ class Nations:
 
 
 def search(problem: Nations, inner_steps: int, searches: dict, remedies: Remedies, num_steps: int) -> dict[str, Any]:
-    """For each search losses and weights, (outer steps, seeds); what the remedies did in all of them; seconds."""
+    """Return each search's losses and weights, (outer steps, seeds), the remedies' counts over all, and seconds."""
     seeds, begun = len(problem.starts["entities"]), time.perf_counter()
     result = jaxhpo.tune(
         None,
@@ -132,7 +132,7 @@ def search(problem: Nations, inner_steps: int, searches: dict, remedies: Remedie
 
 
 def judge(losses: np.ndarray, mean_of: int = 1) -> dict[str, Any]:
-    """What became of each seed's search, from its losses (outer steps, seeds)."""
+    """Classify each seed's search by its losses (outer steps, seeds)."""
     first, last = losses[:mean_of].mean(0), losses[-mean_of:].mean(0)
     return {
         "lower": int(np.sum(last < first)),
@@ -146,7 +146,7 @@ def judge(losses: np.ndarray, mean_of: int = 1) -> dict[str, Any]:
 
 
 def draw(runs: dict[tuple[str, str], np.ndarray], path) -> None:
-    """A panel a search: a thin line a seed, a thick one for their median."""
+    """Draw a panel per search: a thin line per seed, a thick one for their median."""
     figure, axes = plot.figure(2, 2, width=12, height=8.5)
     names = ("Adam .2 from .015", "SGD .1 from .015", *COLLAPSED, *SMALL)
     for axis, name in zip(axes.flat, names, strict=True):

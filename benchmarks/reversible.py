@@ -1,8 +1,8 @@
-"""Is momentum that is run backwards exact, and what does it store?
+"""Exactness and storage of reversed momentum.
 
 MNIST, a tanh network 784-50-50-50-10, batches of 200, a learning rate and a momentum for each of the 8 arrays of
 weights and each step (Maclaurin, Duvenaud and Adams, 2015). Measured: the bits stored for a weight and step and the
-memory allocated for them; whether the start is recovered bit for bit; the error of the hypergradient against plain
+memory allocated for them; bit-for-bit recovery of the start; the error of the hypergradient against plain
 reverse mode with the same n/d in float64; the compiled program's memory; its time; and, as a control, the reversal in
 plain floats.
 
@@ -72,7 +72,7 @@ def train_loss(layers, h, batch):
 
 
 def start_of(h):
-    """The initial weights: e^scale times fixed normal numbers."""
+    """Return initial weights: e^scale times fixed normal numbers."""
     rng, dtype = np.random.default_rng(1), h["log_scale"].dtype
     layers = [(rng.normal(size=(a, b)), rng.normal(size=b)) for a, b in zip(SIZES[:-1], SIZES[1:], strict=True)]
     scales = jax.tree.structure(layers).unflatten(list(jnp.exp(h["log_scale"])))
@@ -123,7 +123,7 @@ def trained_plain(h, data):
 
 
 def rule(momentum):
-    """The momenta are hyperparameters, so the buffer's size is given: what they need, and 1/1000 more."""
+    """Return the rule with the buffer that the momenta, which are hyperparameters, need, and 1/1000 more."""
     return jaxhpo.Reversible(buffer_bits=round(-1.001 * float(np.log2(momentum)), 6))
 
 
@@ -136,7 +136,7 @@ def relative_error(got, want) -> float:
 
 
 def recovery(data, momentum) -> dict[str, Any]:
-    """There and back: the bits, and whether every integer is what it was."""
+    """Run forward and backward; return the bits, and whether every integer is recovered."""
 
     @jax.jit
     def run(h, data):
@@ -168,7 +168,7 @@ def recovery(data, momentum) -> dict[str, Any]:
 
 
 def errors(data, momentum) -> dict[str, float]:
-    """Of the hypergradient (1612 numbers), against plain reverse mode in float64 with the same n/d."""
+    """Return the errors of the hypergradient (1612 numbers), against plain reverse mode in float64 with equal n/d."""
     plain = jax.jit(jax.grad(trained_plain))
     exact = jax.jit(jax.grad(lambda h, d: trained(h, d, rule(momentum))))
     h = hparams(momentum, STEPS, jnp.float64)
@@ -183,7 +183,7 @@ def errors(data, momentum) -> dict[str, float]:
 
 
 def cost(data, momentum, num_steps, timed) -> dict[str, dict[str, float]]:
-    """Temporary memory in copies of the weights, counted operations and seconds in plain trainings. float32, no x64."""
+    """Return temporary memory in copies of the weights, operations and seconds in plain trainings. float32, no x64."""
     with jax.enable_x64(False):
         h = hparams(momentum, num_steps, jnp.float32)
         size = sum(w.nbytes for w in jax.tree.leaves(start_of(h)))

@@ -1,10 +1,10 @@
-"""Could Adam be run backwards exactly, as `Reversible` runs momentum?
+"""Error of an Adam that is reversed exactly, as `Reversible` reverses momentum.
 
 Its moments are products with rational numbers, as momentum's velocity is, so they can be undone in fixed point. But
-the second is a mean of squared gradients: what is added to it may be smaller than the spacing of the numbers.
+the second is a mean of squared gradients: its increments may be smaller than the spacing of the numbers.
 Here Adam (network 64-64-10 on handwritten digits, T = 200, float64) has its weights and moments rounded to multiples of
-2^-F after each step, as fixed point would do it, with the derivative of the unrounded step: how far is the
-hypergradient from the one of the run that is not rounded?
+2^-F after each step, as in fixed point, with the derivative of the unrounded step. The error is the
+hypergradient's distance from that of the run without rounding.
 
     python benchmarks/reversible_adam.py [--out DIR]
 """
@@ -30,7 +30,7 @@ def rounded(x: jax.Array, bits: int | None) -> jax.Array:
 
 
 def make_outer_loss():
-    """`(h, bits, bits of the second moment) -> validation loss`, and the hyperparameters."""
+    """Return `(h, bits, bits of the second moment) -> validation loss`, and the hyperparameters."""
     parts = jaxhpo.data.digits(seed=0, train=1000, validation=400)
     (x, y), (x_val, y_val) = parts.train, parts.validation
     x, y, x_val, y_val = jnp.asarray(x, float), jnp.asarray(y), jnp.asarray(x_val, float), jnp.asarray(y_val)

@@ -1,9 +1,9 @@
-"""Does one self-tuning network do as well as the best of 20 random-search trainings, for the same number of gradients?
+"""One self-tuning network against the best of 20 random-search trainings, for the same number of gradients.
 
 MNIST, 2000 images to train on and 1000 to validate on, an MLP 784-100-10 (relu), four hyperparameters: the dropout rate
 of the inputs and of the hidden units, and a weight decay for each layer. One gradient of a minibatch, of the train or
 of the validation loss, counts as one for both. All settings below were chosen by the validation loss on seeds 100 to
-102, which the benchmark does not report; test images are looked at once, at the end.
+102, which the benchmark does not report; the test images are used once, at the end.
 
     python benchmarks/self_tuning.py [--out DIR] [--seeds N] [--first-seed SEED]
 """
@@ -59,7 +59,7 @@ def draw(examples, key) -> Batch:
 
 
 def dropped(batch, hparams, layer, x):
-    """Inputs of a layer after dropout, whose rates may differ from example to example."""
+    """Apply dropout to a layer's inputs, with rates that may differ between examples."""
     if batch.key is None:
         return x
     rate = hparams["dropout"][..., layer].reshape(-1, 1)
@@ -93,13 +93,13 @@ def val_loss(params, batch):
 
 
 def change(hparams):
-    """What the layers see: the unconstrained hyperparameters less their start, with a last axis of four."""
+    """Return the layers' input: the change of the unconstrained hyperparameters, with a last axis of four."""
     parts = [TRANSFORMS[k].inverse(hparams[k]) - TRANSFORMS[k].inverse(START[k]) for k in START]
     return jnp.concatenate(parts, -1)
 
 
 def respond(params, hparams, batch):
-    """The network's logits."""
+    """Return the network's logits."""
     images = dropped(batch, hparams, 0, batch.images)
     between = lambda _, hidden: dropped(batch, hparams, 1, hidden)  # noqa: E731
     return MODEL.apply({"params": params}, images, change(hparams), between)
@@ -128,7 +128,7 @@ def adam(rate, num_steps):
 
 
 def train(params, hparams, parts, key, num_steps, rate):
-    """One training of the ordinary network: the validation loss at each checkpoint, and the final parameters."""
+    """Train the ordinary network; return the validation loss at each checkpoint, and the final parameters."""
     solver = jaxhpo.from_optax(train_loss, adam(rate, num_steps))
 
     def segment(state, key):
@@ -141,7 +141,7 @@ def train(params, hparams, parts, key, num_steps, rate):
 
 
 def random_search(params, parts, key):
-    """The validation losses of all trainings, (trials, checkpoints), their parameters and hyperparameters."""
+    """Return all trainings' validation losses (trials, checkpoints), parameters and hyperparameters."""
     rates, decays, keys = jax.random.split(key, 3)
     low, high = np.log(DECAYS)
     hparams = {
@@ -154,7 +154,7 @@ def random_search(params, parts, key):
 
 
 def self_tune(params, parts, key):
-    """Validation losses and hyperparameters at the checkpoints, and the final parameters."""
+    """Return validation losses and hyperparameters at the checkpoints, and the final parameters."""
     updates = GRADIENTS // (TRAIN_STEPS + 1)
     solver = jaxhpo.from_optax(response_loss, optax.sgd(0.1))  # its optimiser is not used
     method = jaxhpo.Hypernetwork(
@@ -200,7 +200,7 @@ def self_tune(params, parts, key):
 
 
 def judge(logits_of, examples) -> tuple[float, float]:
-    """Mean cross-entropy, and errors in per cent."""
+    """Return mean cross-entropy, and errors in per cent."""
     logits = logits_of(Batch(*examples))
     return float(cross_entropy(logits, examples.targets)), 100 * float(jnp.mean(logits.argmax(-1) != examples.targets))
 
@@ -218,7 +218,7 @@ def row(logits_of, parts, hparams, **more) -> dict[str, Any]:
 
 
 def compare(seed: int, searches) -> dict[str, Any]:
-    """All three, from the same weights, on the same split."""
+    """Run all three methods from the same weights, on the same split."""
     parts = jax.tree.map(jnp.asarray, jaxhpo.data.mnist(seed, train=2000, validation=1000))
     hidden_from_search = parts._replace(test=None)
     params = MODEL.init(jax.random.key(seed), parts.train.inputs[:1], jnp.zeros(4))["params"]
@@ -255,7 +255,7 @@ NAMES = {
 
 
 def summarise(runs) -> dict[str, Any]:
-    """Means and standard errors over the seeds, and the paired differences to random search."""
+    """Return means and standard errors over the seeds, and the paired differences to random search."""
 
     def stats(x):
         x = np.asarray(x, float)

@@ -1,15 +1,14 @@
-"""What do unrolled hypergradients cost, in arithmetic, memory and time, by each checkpoint schedule?
+"""Cost of unrolled hypergradients in arithmetic, memory and time, for each checkpoint schedule.
 
 Two inner problems: an MLP 784-256-256-10 (gelu, minibatches of 128) and a causal transformer language model (4 layers
 by a scan, width 128, 4 heads, vocabulary 256, 8 sequences of 128, 0.87 million parameters), trained by SGD with
 momentum or Adam. Hyperparameters: a log decay per weight, a log learning rate per step, a log weight per example, alone
-or all together. Beside the library's schedules stand plain JAX, `jax.grad` through a scan of the same step written by
-hand, and the same with `jax.checkpoint` around the step.
+or all together. The library's schedules are compared with plain JAX: `jax.grad` through a hand-written scan of the
+same step, and the same with `jax.checkpoint` around the step.
 
 Arithmetic: matrix products of the traced program, loops multiplied, in units of T plain steps. Memory: what the
 compiled program allocates, in copies of the parameters P. Neither is noisy. Time (`--repeats`): the median of
-interleaved ratios to the plain training in the same run, with the quartiles. What the file in DIR already holds of
-other cases is kept.
+interleaved ratios to the plain training in the same run, with the quartiles. Other cases in the file in DIR are kept.
 
     python benchmarks/unroll.py [--models mlp lm] [--optimisers sgd adam] [--steps 10 50 200 1000]
         [--hyperparameters decay rate example all] [--schedules default checkpoint=1 ...] [--repeats 0] [--out DIR]
@@ -88,7 +87,7 @@ def language_model(
     batch: int = 8,
     dtype: Any = jnp.float32,
 ) -> Model:
-    """Weights and activations are of type `dtype`, the losses float32."""
+    """Weights and activations have type `dtype`, the losses float32."""
     keys = iter(jax.random.split(jax.random.key(0), 8))
 
     def weights(*shape):
@@ -210,7 +209,7 @@ def python_loop(step, carry, xs):
 
 
 def matrix_operations(function, *args) -> float:
-    """Multiplications and additions of matrix products, of what the results depend on."""
+    """Count multiplications and additions in matrix products that the results depend on."""
     return count_arithmetic(function, *args, elementwise=False)
 
 
@@ -239,7 +238,7 @@ def measure(case: Case, name: str, unit: dict[str, Any], repeats: int) -> dict[s
 
 
 def draw(rows, path) -> None:
-    """Memory against arithmetic, a panel for each model and optimiser, a line for each schedule over T."""
+    """Draw memory against arithmetic, a panel per model and optimiser, a line per schedule over T."""
     cases = list(dict.fromkeys((row["model"], row["optimiser"]) for row in rows))
     figure, axes = plot.figure(1, len(cases), width=6 * len(cases), height=5)
     for axis, case in zip(axes.flat, cases, strict=True):

@@ -1,4 +1,4 @@
-"""Every benchmark starts; the one of link prediction runs, small."""
+"""Benchmarks: each has a `--help`; link prediction runs on a small graph; remedies classify searches."""
 
 import importlib
 import json
@@ -40,8 +40,8 @@ print(json.dumps(texts))
 
 
 @pytest.mark.slow
-def test_help():
-    """In one process, as importing the libraries is what takes the time."""
+def test_every_benchmark_prints_its_help():
+    """All in one process, as most of the time goes into importing the libraries."""
     command = [sys.executable, "-c", EVERY_HELP, *map(str, SCRIPTS)]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
@@ -50,7 +50,7 @@ def test_help():
     assert len(texts) == len(SCRIPTS) and all("--out" in text for text in texts.values())
 
 
-def test_each_is_listed():
+def test_every_benchmark_is_listed_in_the_readme():
     assert len(SCRIPTS) >= 10
     listed = (ROOT / "benchmarks" / "README.md").read_text()
     assert not [script.name for script in SCRIPTS if f"| `{script.name}` |" not in listed]
@@ -67,13 +67,13 @@ def graph(tmp_path):
     rng = np.random.default_rng(0)
     folder = tmp_path / "graph"
     folder.mkdir()
-    # Each triple once, and two never, which tests add: (0, 0, 1) and (0, 1, 8).
+    # Each triple occurs once. Tests add two others: (0, 0, 1) and (0, 1, 8).
     every = [(s, p, o) for s in range(1, 9) for p in range(2) for o in range(9) if s != o]
     drawn = iter(rng.permutation(every))
     for name, count in (("train", 60), ("valid", 12), ("test", 7)):
         triples = [next(drawn) for _ in range(count)]
         lines = "".join(f"e{s}\tr{p}\te{o}\n" for s, p, o in triples)
-        if name == "train":  # so that each entity occurs
+        if name == "train":  # every entity occurs
             lines += "".join(f"e{i}\tr0\te{i}\n" for i in range(9))
         (folder / f"{name}.txt").write_text(lines)
     return folder
@@ -115,7 +115,7 @@ def run_main(module, monkeypatch, *arguments):
 def test_link_prediction_refuses_arguments(link_prediction, graph, capsys, more, message):
     with pytest.raises(SystemExit) as stopped:
         arguments(link_prediction, graph, *more)
-    assert stopped.value.code == 2  # as argparse has it
+    assert stopped.value.code == 2  # argparse's code for invalid arguments
     assert message in capsys.readouterr().err
 
 
@@ -132,14 +132,14 @@ def test_link_prediction_refuses_data(link_prediction, graph, capsys, monkeypatc
     assert "lacks train.txt" in message and message.count("\n") == 1
 
 
-def test_link_prediction_keeps_reports_of_other_settings(link_prediction, graph, capsys, tmp_path):
+def test_link_prediction_does_not_overwrite_reports_of_other_settings(link_prediction, graph, capsys, tmp_path):
     out = tmp_path / "out"
     given = arguments(link_prediction, graph, "--out", str(out))
     link_prediction.open_out(given)
     settings = link_prediction.settings_of(given)
     (out / "report.json").write_text(json.dumps({"settings": settings}))
     link_prediction.open_out(given)
-    del settings["start"]  # as it was before there was that option
+    del settings["start"]  # a report from before this option existed
     (out / "report.json").write_text(json.dumps({"settings": settings}))
     link_prediction.open_out(given)
     other = ("--out", str(out), "--start", "0.1", "--rank", "4")
@@ -152,15 +152,15 @@ def test_link_prediction_keeps_reports_of_other_settings(link_prediction, graph,
     assert "cannot be a folder of reports" in capsys.readouterr().err
 
 
-def test_link_prediction_writes_elsewhere_for_other_data(link_prediction, graph):
+def test_link_prediction_default_folder_depends_on_the_data(link_prediction, graph):
     out = lambda *arguments: link_prediction.parse(arguments).out.name  # noqa: E731
     assert out() == "link_prediction" and out("--dataset", "wn18rr") == "link_prediction_wn18rr"
     assert out("--dataset", f"{graph}/") == "link_prediction_graph"
 
 
 @pytest.mark.parametrize("folder", ["link_prediction", "link_prediction_wn18rr"])
-def test_link_prediction_reports_can_be_made_again(link_prediction, folder):
-    """By the commands of the docstring: what these give is what the report in their folder was made with."""
+def test_link_prediction_docstring_has_the_commands_of_its_reports(link_prediction, folder):
+    """The settings of each command in the docstring are those of the report in its folder."""
     commands = link_prediction.__doc__.replace("\\\n", " ").split("python benchmarks/link_prediction.py")[1:]
     (args,) = [a for a in (link_prediction.parse(c.split()) for c in commands) if a.out.name == folder]
     report = json.loads((args.out / "report.json").read_text())
@@ -192,41 +192,43 @@ def test_link_prediction_names_runs_by_settings_and_triples(link_prediction, gra
     assert name(copy) != first
 
 
-def test_link_prediction_nan_never_wins(link_prediction):
-    """Of four points of two seeds the reported losses are told from each other by their values."""
+def test_link_prediction_nan_is_never_the_best(link_prediction):
+    """Four points of two seeds, with distinct reported losses."""
     tuned = np.array([[np.nan, 3.0], [2.0, np.nan], [np.nan, 4.0], [1.0, 1.0]])
     reported = np.array([[np.nan, 13.0], [12.0, np.nan], [22.0, 14.0], [11.0, 11.0]])
     given = iter(np.stack([tuned, reported], axis=1))
     task = types.SimpleNamespace(
         seeds=2, num_steps=5, weights=lambda kind: jnp.ones(2), evaluate=lambda weights: (next(given), None)
     )
-    rows = slice(0, 3)  # the search ends before the point that is best of all
+    rows = slice(0, 3)  # the search ends before the best point
     found = link_prediction.sample(task, "grid", "scalar", 3)
     np.testing.assert_array_equal(found.losses, np.stack([tuned[rows], reported[rows]]))
     points = np.random.default_rng(0).permutation(np.geomspace(link_prediction.LOW, link_prediction.HIGH, 3))
-    np.testing.assert_allclose(found.weights, points[[1, 0]], rtol=1e-6)  # of least loss: 2 and 3
+    np.testing.assert_allclose(
+        found.weights, points[[1, 0]], rtol=1e-6
+    )  # the points of least loss have the losses 2 and 3
     best = link_prediction.best_so_far(found)
     np.testing.assert_array_equal(best, [[np.nan, 13.0], [12.0, 13.0], [12.0, 13.0]])
 
 
-def test_link_prediction_all_and_more(link_prediction, graph):
+def test_link_prediction_method_all_expands_without_duplicates(link_prediction, graph):
     args = arguments(link_prediction, graph, "--method", "all", "fixed", "grid")
     assert args.method == [*link_prediction.RETRAINED, "fixed"]
     assert arguments(link_prediction, graph, "--method", "fixed", "fixed").method == ["fixed"]
 
 
 @pytest.mark.slow
-def test_link_prediction_in_pieces_is_the_whole(link_prediction, graph, monkeypatch):
+def test_link_prediction_in_pieces_equals_the_whole(link_prediction, graph, monkeypatch):
     _, task = small(link_prediction, graph)
     part = task.parts(0)[0]
     whole = jax.value_and_grad(task.judge)(task.start(0), part), task.reciprocal_rank(task.start(0), part)
-    monkeypatch.setattr(link_prediction, "MOST_SCORES", 4 * 9)  # of six triples four, then two
+    monkeypatch.setattr(link_prediction, "MOST_SCORES", 4 * 9)  # six triples: four, then two
     pieces = jax.value_and_grad(task.judge)(task.start(0), part), task.reciprocal_rank(task.start(0), part)
     chex.assert_trees_all_close(whole, pieces, rtol=1e-12)
 
 
 @pytest.mark.slow
-def test_link_prediction_goes_on_from_step_to_step(link_prediction, graph, tmp_path):
+def test_link_prediction_online_training_continues_between_steps(link_prediction, graph, tmp_path):
     _, task = small(link_prediction, graph)
     found = link_prediction.go_on(task, "online", "embedding", 6, tmp_path / "run")
     chex.assert_trees_all_equal(
@@ -235,10 +237,10 @@ def test_link_prediction_goes_on_from_step_to_step(link_prediction, graph, tmp_p
     fixed = link_prediction.go_on(task, "fixed", "scalar", 6, None)
     chex.assert_trees_all_close(fixed.weights, jnp.full(2, link_prediction.START))
     rows = link_prediction.report(task, "online", "embedding", found)
-    for seed, row in enumerate(rows):  # ranked while compiled, and by the library
+    for seed, row in enumerate(rows):  # ranks of the compiled program, and of the library
         params, start = jax.tree.map(lambda x, seed=seed: x[seed], (found.params, task.starts))
         after, before = (link_prediction.lp.cross_entropy(task.model, p, task.graph.train) for p in (params, start))
-        assert after < before  # a training that goes on
+        assert after < before  # the training continues
         ranks = link_prediction.lp.ranks(task.model, params, task.ranked.triples[seed], task.graph.triples)
         assert row["valid_mrr"] == ranks.metrics().mrr
         np.testing.assert_allclose(found.losses[2, -1, seed], ranks.metrics("pessimistic").mrr, rtol=1e-12)
@@ -260,7 +262,7 @@ def test_link_prediction_reports_every_search(link_prediction, graph, tmp_path, 
 
 
 @pytest.mark.slow
-def test_link_prediction_trains_a_large_graph_once(link_prediction, graph, monkeypatch, capsys):
+def test_link_prediction_large_graph_is_trained_online_only(link_prediction, graph, monkeypatch, capsys):
     monkeypatch.setattr(link_prediction, "LARGE", 8)
     args, _ = small(link_prediction, graph)
     assert args.method == ["online"] and args.truncate == 4
@@ -271,8 +273,8 @@ def test_link_prediction_trains_a_large_graph_once(link_prediction, graph, monke
 
 
 @pytest.mark.slow
-def test_link_prediction_resumes_by_its_data(link_prediction, graph, tmp_path, monkeypatch, capsys):
-    """One seed, tuned by all; a second run only reads the first one's, and tells its seconds too."""
+def test_link_prediction_resumes_only_with_the_same_data(link_prediction, graph, tmp_path, monkeypatch, capsys):
+    """One seed, tuned by the whole validation part; a second run reads the first one's results and adds its seconds."""
     out = tmp_path / "out"
     given = ["--dataset", graph, "--rank", "3", "--inner-steps", "4", "--outer-steps", "3", "--seeds", "1", "--resume"]
     given += ["--method", "online", "--whole-validation", "--out", out]
@@ -284,9 +286,9 @@ def test_link_prediction_resumes_by_its_data(link_prediction, graph, tmp_path, m
     run_main(link_prediction, monkeypatch, *given)
     second = json.loads((out / "report.json").read_text())
     assert "step" not in capsys.readouterr().err.replace("steps", "")  # no step was taken
-    assert first["rows"] == second["rows"]  # their seconds, too
+    assert first["rows"] == second["rows"]  # with their seconds
     (folder,) = (out / "runs").iterdir()
-    taken = np.asarray(jaxhpo.history_table(folder)["seconds"])[-1]  # before the second run, which took none
+    taken = np.asarray(jaxhpo.history_table(folder)["seconds"])[-1]  # of the first run; the second took no step
     assert second["seconds"] > taken
     with (graph / "test.txt").open("a") as file:
         file.write("e0\tr0\te1\n")
@@ -301,7 +303,7 @@ def remedies(monkeypatch):
     return importlib.import_module("remedies")
 
 
-def test_remedies_judge_what_is_not_finite(remedies):
+def test_remedies_classify_nonfinite_searches(remedies):
     losses = np.array([[3.0, 3.0, 3.0, 3.0, 3.0, np.nan], [2.0, 3.001, 4.0, np.nan, np.inf, np.nan]])
     found = remedies.judge(losses)
     assert (found["improved"], found["stalled"], found["diverged"], found["lower"]) == (1, 1, 4, 1)
@@ -310,6 +312,6 @@ def test_remedies_judge_what_is_not_finite(remedies):
 @pytest.mark.parametrize("more", [["--seeds", "0"], ["--out", __file__]])
 def test_remedies_refuse_arguments(remedies, monkeypatch, more):
     monkeypatch.setattr(sys, "argv", ["remedies.py", *more])
-    monkeypatch.setattr(remedies, "Nations", None)  # nothing is loaded before that
+    monkeypatch.setattr(remedies, "Nations", None)  # arguments are checked before any data are loaded
     with pytest.raises(SystemExit, match="2"):
         remedies.main()

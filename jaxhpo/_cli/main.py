@@ -196,7 +196,7 @@ def _run_show(parsed: argparse.Namespace) -> int:
 
 
 def _fitting(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """As many columns as fit into the terminal's width, the most informative first."""
+    """Choose the columns that fit into the width of the terminal, the most informative first."""
     first = ["value", "score", "hypergradient_norm", "seconds"]
     if np.array_equal(columns["score"], columns["value"], equal_nan=True):
         first.remove("score")

@@ -105,7 +105,13 @@ def knowledge_graph(source: str | os.PathLike) -> KnowledgeGraph:
       Dettmers, Minervini, Stenetorp, Riedel. Convolutional 2D Knowledge Graph Embeddings. 2018. arXiv:1707.01476
     """
     files = _from_archive(source) if isinstance(source, str) and source in ARCHIVES else _from_folder(source)
-    parts = {path: _parse(path, content) for path, content in files}
+    missing = [name for name in FILES if name not in files]
+    if missing:
+        raise JaxhpoError(
+            f"The graph {source} lacks {', '.join(missing)}: add {', '.join(FILES)}, one triple per line, with head, "
+            "relation and tail separated by tabs."
+        )
+    parts = {path: _parse(path, content) for path, content in (files[name] for name in FILES)}
     triples = [triple for part in parts.values() for triple in part]
     entities = {name: i for i, name in enumerate(dict.fromkeys(name for s, _, o in triples for name in (s, o)))}
     relations = {name: i for i, name in enumerate(dict.fromkeys(p for _, p, _ in triples))}
@@ -116,24 +122,20 @@ def knowledge_graph(source: str | os.PathLike) -> KnowledgeGraph:
     return KnowledgeGraph(train, validation, test, tuple(entities), tuple(relations))
 
 
-def _from_archive(name) -> list[tuple[str, bytes]]:
-    """Name and content of each of the three files."""
+def _from_archive(name) -> dict[str, tuple[str, bytes]]:
+    """Path and content of each file, by its name."""
     file, sha256 = ARCHIVES[name]
     path = fetch("kg", file, ADDRESS + file, sha256)
     try:
         with tarfile.open(path, "r:gz") as archive:
-            members = {pathlib.PurePath(m.name).name: m for m in archive if m.isfile()}
-            contents = [(f, archive.extractfile(members[f])) for f in FILES if f in members]
-            parts = [(f"{path}:{f}", stream.read()) for f, stream in contents if stream]
+            streams = {pathlib.PurePath(m.name).name: archive.extractfile(m) for m in archive if m.isfile()}
+            return {name: (f"{path}:{name}", stream.read()) for name, stream in streams.items() if stream}
     except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
         raise JaxhpoError(f"{path} is not a complete gzipped tar archive ({error}): download it again.") from error
-    if len(parts) < len(FILES):
-        raise JaxhpoError(f"{path} holds {sorted(members)}, but {', '.join(FILES)} are needed: take it from {ADDRESS}.")
-    return parts
 
 
-def _from_folder(source) -> list[tuple[str, bytes]]:
-    """Name and content of each of the three files."""
+def _from_folder(source) -> dict[str, tuple[str, bytes]]:
+    """Path and content of each file, by its name."""
     try:
         folder = pathlib.Path(source)
     except TypeError:
@@ -143,13 +145,8 @@ def _from_folder(source) -> list[tuple[str, bytes]]:
             f"`source` got {reprlib.repr(str(source))}, which is neither a folder nor a known graph: write one of "
             f"{list(ARCHIVES)}, or the path of a folder that holds {', '.join(FILES)}."
         )
-    missing = [f for f in FILES if not (folder / f).is_file()]
-    if missing:
-        raise JaxhpoError(
-            f"The folder {folder} lacks {', '.join(missing)}: add {', '.join(FILES)}, one triple per line, with head, "
-            "relation and tail separated by tabs."
-        )
-    return [(str(folder / f), (folder / f).read_bytes()) for f in FILES]
+    paths = [folder / name for name in FILES if (folder / name).is_file()]
+    return {path.name: (str(path), path.read_bytes()) for path in paths}
 
 
 def _parse(path, content) -> list[tuple[str, ...]]:

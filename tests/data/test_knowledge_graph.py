@@ -79,7 +79,7 @@ def test_unknown_graph_is_named(source):
             lambda path: path.write_bytes(path.read_bytes()[:-30]),
             "nations.tar.gz is not a complete gzipped tar archive",
         ),
-        (lambda path: write_archive(path, test=None), r"holds \['train.txt', 'valid.txt'\]"),
+        (lambda path: write_archive(path, test=None), r"graph nations lacks test\.txt"),
         (lambda path: write_archive(path, train="a b\n"), r"nations\.tar\.gz:train\.txt:1 is malformed"),
     ],
     ids=["no archive", "truncated", "missing file", "malformed line"],

@@ -98,9 +98,7 @@ def minibatches(key: jax.Array, examples: PyTree, batch_size: int, num_steps: in
     arrays = all(isinstance(leaf, (np.ndarray, jax.Array)) and leaf.ndim for leaf in leaves)
     lengths = {len(leaf) for leaf in leaves} if arrays else set()
     if len(lengths) != 1:
-        raise JaxhpoError(
-            f"`examples` got {jax.tree.map(describe, examples)}: give arrays (np.array) with one leading axis."
-        )
+        raise JaxhpoError(f"`examples` got {_described(examples)}: give arrays (np.array) with one leading axis.")
     (total,) = lengths
     per_epoch = total // batch_size
     if not per_epoch:
@@ -188,16 +186,20 @@ def _check_batch(batch, sizes):
 
 
 def _check_masks(masks, sides, num_triples, sizes):
-    if not isinstance(masks, dict) or set(sides) - set(masks):
-        given = sorted(masks) if isinstance(masks, dict) else describe(masks)
-        raise JaxhpoError(f"`masks` got {given}, but `sides={sides!r}`: give a dict with one per side, from `masks`.")
-    for side in sides:
-        mask, shape = masks[side], (num_triples, sizes[side == "p"])
-        if not is_array(mask) or jnp.result_type(mask) != jnp.bool_ or jnp.shape(mask) != shape:
-            raise JaxhpoError(
-                f"`masks[{side!r}]` got {describe(mask)}, but bool{list(shape)} is needed, one row per triple of "
-                "`batch`: make it with `masks` from the same triples."
-            )
+    shapes = {side: (num_triples, sizes[side == "p"]) for side in sides}
+
+    def fits(mask, shape):
+        return is_array(mask) and jnp.result_type(mask) == jnp.bool_ and jnp.shape(mask) == shape
+
+    if not isinstance(masks, dict) or not all(fits(masks.get(side), shape) for side, shape in shapes.items()):
+        raise JaxhpoError(
+            f"`masks` got {_described(masks)}, but a dict of booleans of the shapes {shapes} is needed, one row per "
+            "triple of `batch`: make it with `masks` from the same triples and sides."
+        )
+
+
+def _described(tree):
+    return jax.tree.map(describe, tree, is_leaf=lambda x: x is None)
 
 
 def penalty(model: Model, params: dict, weights: Any, batch: Any, power: int = 2) -> jax.Array:
@@ -262,14 +264,12 @@ def _check_weights(weights, num_entities, num_relations):
     """The weights of entities and of relations; raise unless each is a real number or one per row."""
     sizes = {"entities": num_entities, "relations": num_relations}
     both = weights if isinstance(weights, dict) else dict.fromkeys(sizes, weights)
-    fits = both.keys() == sizes.keys() and all(
-        is_array(both[name]) and not jnp.iscomplexobj(both[name]) and jnp.shape(both[name]) in ((), (n,))
-        for name, n in sizes.items()
-    )
-    if not fits:
+    if both.keys() != sizes.keys() or not all(
+        is_array(weight) and not jnp.iscomplexobj(weight) and jnp.shape(weight) in ((), (sizes[name],))
+        for name, weight in both.items()
+    ):
         raise JaxhpoError(
-            f"`weights` got {jax.tree.map(describe, weights, is_leaf=lambda x: x is None)}, but there are "
-            f"{num_entities} entities and {num_relations} relations: write one number, or "
-            '{"entities": w, "relations": v}, each one number or one per row.'
+            f"`weights` got {_described(weights)}, but there are {num_entities} entities and {num_relations} "
+            'relations: write one number, or {"entities": w, "relations": v}, each one number or one per row.'
         )
     return both["entities"], both["relations"]
