@@ -405,8 +405,9 @@ def test_one_compilation(case):
         with compilations() as found:
             h = h - 0.01 * jax.grad(loss)(h)
         counts.append(len(found))
-    # JAX compiles a loop anew where its body is a new function: the run, the way back, those of a linear solve.
-    assert counts[2] == counts[1] <= 4, counts
+    # JAX compiles a loop anew where its body is a new function: the run, the way back, those of a linear solve
+    # (the normal equations have the most).
+    assert counts[2] == counts[1] <= 6, counts
 
 
 def test_settings_are_values():
