@@ -31,8 +31,8 @@ def check_number(what: str, value, minimum: float, strict: bool) -> None:
     """Raises unless `value` is a finite Python number ≥ `minimum`, or > `minimum` where `strict`."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise JaxhpoError(
-            f"`{what}` got {describe(value)}, but it is a setting, fixed while tracing: write a Python float such as "
-            "0.1."
+            f"`{what}` got {describe(value)}, but it is fixed while tracing and must be a plain number: write a Python "
+            "float such as 0.1."
         )
     if not math.isfinite(value) or value < minimum or (strict and value == minimum):
         bound = f"above {minimum}" if strict else f"at least {minimum}"
