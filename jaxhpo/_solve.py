@@ -1,4 +1,4 @@
-"""`solve`: an inner optimisation whose result is differentiable by a rule of your choice."""
+"""`solve` runs an inner optimisation; a derivative rule determines how its result is differentiated."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ def solve(
     tol: float | None = None,
     condition_batch: PyTree = None,
     key: jax.Array | None = None,
-    adjoint: Adjoint = Unroll(),  # noqa: B008 (frozen)
+    adjoint: Adjoint = Unroll(),  # noqa: B008 (a frozen dataclass)
 ) -> Solution:
     r"""Trains the inner parameters; the result is differentiable with respect to the hyperparameters.
 
     Runs :math:`\theta_{t+1} = \Phi_t(\theta_t, h)` for `num_steps` steps from `state`. `jax.grad` of any function of
-    the result is a hypergradient, computed by the rule `adjoint`; nothing else changes with the rule. `jit`, `vmap`,
-    `grad` of `grad`, `scan`, sharding and nesting work as for any JAX function. (Forward mode needs reverse mode first,
-    `jacfwd(grad(f))`, or `adjoint=Forward()`.)
+    the result is a hypergradient, computed by the rule `adjoint`. `jit`, `vmap`, `grad` of `grad`, `scan`, sharding and
+    nesting work as for any JAX function. For forward mode use `adjoint=Forward()`; forward over reverse mode,
+    `jacfwd(grad(f))`, works with every rule that has second derivatives.
 
-    **Cost and bias**: T gradients forward; backward that of the rule.
+    **Cost and bias**: T inner gradients for the forward run; the backward pass costs what the rule says.
 
     Args:
       solver: the inner problem, from `from_optax`, `momentum_sgd` or `fixed_point`.
@@ -46,14 +46,14 @@ def solve(
         one more gradient per step.
       condition_batch: the batch on which the condition is evaluated, for `tol`, `info` and the implicit derivative; the
         last batch if None.
-      key: for randomised rules.
+      key: a PRNG key, for rules that draw random numbers.
       adjoint: the derivative rule: `Unroll(...)`, `Implicit(...)`.
 
     Returns:
       A `Solution`: `params`, `opt_state`, `model_state`, `info`; `.state` to warm-start from.
 
     Raises:
-      JaxhpoError: an input that cannot work; the message names it and says what to write instead.
+      JaxhpoError: an invalid argument; the message names it and says what to write instead.
 
     Example:
       >>> solver = jaxhpo.from_optax(lambda p, h, batch: jnp.sum((p - h) ** 2), optax.sgd(0.1))
@@ -68,8 +68,10 @@ def solve(
       Meta-Learning. 2018. arXiv:1806.04910
     """
     check_adjoint(adjoint)
-    given = {"num_steps": num_steps, "tol": tol, "condition_batch": condition_batch, "key": key}
-    problem = instrumented(make_problem(solver, state, hparams, batches, **given))
+    problem = make_problem(
+        solver, state, hparams, batches, num_steps=num_steps, tol=tol, condition_batch=condition_batch, key=key
+    )
+    problem = instrumented(problem)
     final, steps = adjoint.run(problem)
     info = info_of(problem, final, steps)
     report_solve(problem, adjoint, info)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
@@ -14,6 +14,7 @@ from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.record import active
 from jaxhpo._core.tree import num_bytes
 from jaxhpo._core.types import Schedule
+from jaxhpo._inner.gradient import train_loss_of
 from jaxhpo._inner.problem import Problem
 
 EVERYTHING = Schedule()  # all that plain autodiff stores
@@ -52,8 +53,7 @@ def sizes_of(problem: Problem, peak: Callable[[Schedule], int]) -> Sizes:
     x = jax.tree.map(lambda x: x[0], problem.xs)
 
     def activations():
-        loss: Any = problem.solver.loss
-        pure, consts = problem.closure_convert(lambda s, h, batch: loss(s.params, h, batch, s.model_state)[0])
+        pure, consts = train_loss_of(problem)
         return bytes_between_passes(lambda p: pure(consts, state._replace(params=p), hparams, x), state.params)
 
     def residuals():

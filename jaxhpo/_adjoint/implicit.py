@@ -18,6 +18,7 @@ from jaxhpo._core.trace import closure_convert, untrusted_rule
 from jaxhpo._core.tree import names, upcast
 from jaxhpo._core.types import InnerState, LinearSolver, PyTree
 from jaxhpo._core.validate import check_arrays, check_callable, check_finite, check_params, check_residual, describe
+from jaxhpo._inner.gradient import train_loss_of
 from jaxhpo._inner.loop import run
 from jaxhpo._inner.problem import Adjoint, Problem
 from jaxhpo._linear.cg import CG
@@ -163,10 +164,9 @@ def trained_state_is_constant(method: Any) -> str:
 
 
 def _warn_of_untrusted_rule(rule, problem):
-    loss = problem.solver.loss
-    if loss is None:
+    if problem.solver.loss is None:
         return
-    pure, consts = problem.closure_convert(lambda state, h, batch: loss(state.params, h, batch, state.model_state)[0])
+    pure, consts = train_loss_of(problem)
     own = untrusted_rule(pure, consts, problem.state, problem.inputs[0], jax.tree.map(lambda x: x[-1], problem.xs))
     if own is not None:
         warnings.warn(

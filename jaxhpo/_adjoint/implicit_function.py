@@ -21,7 +21,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.stop_gradient import warn_zero
-from jaxhpo._core.trace import differentiable_inputs, equations, trust
+from jaxhpo._core.trace import differentiable_inputs, primitives, trust
 from jaxhpo._core.tree import cast_like, is_inexact, partition, scaled, upcast, zeros_like
 from jaxhpo._core.types import LinearInfo, LinearSolver, PyTree
 from jaxhpo._core.validate import check_residual, describe
@@ -29,12 +29,12 @@ from jaxhpo._core.validate import check_residual, describe
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Root:
-    """A root of a condition, and how to solve with its Jacobian.
+    """The equation condition(params, leaves) = 0, and how to solve with its Jacobian. Hashed by identity.
 
     Attributes:
       condition: `(params, leaves) -> pytree like params`, which closes over nothing.
       linear_solver: solves with the condition's Jacobian in `params`.
-      curvature: `(params, leaves, v) -> product of v with a matrix used in place of that Jacobian`, or None.
+      curvature: `(params, leaves, v) -> product of v with an approximation of that Jacobian`, or None.
       names: the name of every leaf, for warnings.
       remedy: the end of the warning about a leaf that does not enter the condition.
     """
@@ -49,7 +49,7 @@ class Root:
 @trust
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def attach(root: Root, params: PyTree, leaves: list, key: jax.Array | None) -> PyTree:
-    """Returns `params` unchanged, with the derivative of the root with respect to `leaves`."""
+    """Returns `params`, the root, with its derivative with respect to `leaves`; that of `params` itself is dropped."""
     return params
 
 
@@ -68,8 +68,8 @@ def _attach_jvp(root, primals, tangents):
     # ∂g/∂a ȧ, and v ↦ H v
     _, rhs, matvec = jax.jvp(linearised, (values,), (dots,), has_aux=True)
     _check_products(matvec, point)
-    # `lax.custom_linear_solve` is transposed only if every entry of its right-hand side depends on the tangents, and a
-    # perturbed leaf may reach some leaves of the condition only.
+    # Transposing `lax.custom_linear_solve` requires every leaf of the right-hand side to depend on the tangents. A
+    # perturbed leaf may reach only some of them, so a zero that depends on all tangents is added.
     zero = sum(jnp.sum(d) * 0 for d in dots)
     rhs = jax.tree.map(lambda r: r + jnp.asarray(zero).astype(r.dtype), rhs)
     solve = root.linear_solver if key is None else functools.partial(root.linear_solver, key=key)
@@ -85,14 +85,16 @@ def pull_back(
 ) -> tuple[list, PyTree, LinearInfo | None]:
     """The transpose of `attach`, written out, so that the linear solve can be warm-started and its report kept.
 
+    Of first order; a linear solver that needs a key comes with it.
+
     Args:
-      root: the root.
-      params: where it is.
-      leaves: what the condition depends on.
+      root: the equation.
+      params: its solution θ.
+      leaves: the other arguments of the condition.
       perturbed: for each leaf, whether its cotangent is wanted.
       cotangent: v, like `params`.
-      x0: where the linear solve starts; None for its default.
-      symmetric: whether H is, so that its transpose needs no transposition.
+      x0: the start of the linear solve; None for its default.
+      symmetric: True if H is, so that it is used as its own transpose.
 
     Returns:
       The cotangents of the perturbed leaves, q, and the linear solver's report.
@@ -117,8 +119,8 @@ def _linearised(root, point, leaves, perturbed) -> tuple[list, Callable]:
         return cast_like(root.condition(params, combine(values)), point)
 
     def linearised(values):
-        # Linearised once, so that the iterations of the linear solver repeat only what depends on v. H and ∂g/∂a share
-        # one evaluation of g.
+        # Linearised once: the iterations of the linear solver repeat only what depends on v. Without `curvature`, H and
+        # ∂g/∂a share one evaluation of g. (`jax.linearize` returns a pytree, so v -> H v can be an aux.)
         if root.curvature is None:
             return jax.linearize(lambda p: condition(p, values), point)
         curvature: Any = root.curvature
@@ -138,8 +140,8 @@ def _transposed(matvec, point):
 
 
 def _check_products(matvec, point):
-    """Raises where JAX left, in place of a product that it cannot take, an equation that fails when it runs."""
-    if any(equation.primitive.name == "custom_lin" for equation in equations(jax.make_jaxpr(matvec)(point).jaxpr)):
+    """Raises if JAX could not linearise the condition: it then leaves an equation that fails when it runs."""
+    if "custom_lin" in primitives(matvec, point):
         raise JaxhpoError(
             "The condition holds a `jax.custom_vjp` function whose forward rule calls the function itself, or that has "
             "no second derivative, so its products with a vector cannot be taken. Let the forward rule compute the "
@@ -150,7 +152,7 @@ def _check_products(matvec, point):
 def _takes_start(linear_solver) -> bool:
     try:
         return "x0" in inspect.signature(linear_solver).parameters
-    except ValueError:  # a builtin without a signature
+    except (TypeError, ValueError):  # a builtin without a signature
         return False
 
 

@@ -41,16 +41,16 @@ class Unroll:
     one step. `memory_plan` predicts both for your problem. Exact for the T-step map. The truncated sum is biased: its
     error at a strongly convex solution is :math:`O((1-\alpha\mu)^K)`.
 
-    If inner gradients are stored (`checkpoint=1`, and others if the activations of a step are larger) and under
+    If inner gradients are stored (`checkpoint=1`, or if they are smaller than the activations of a step), and under
     `"binomial"`, a step is differentiated in mixed mode: the Hessian product and the mixed product in one
-    forward-over-reverse pass, unless the train loss contains a `jax.custom_vjp` of the user's.
+    forward-over-reverse pass, unless the train loss contains a user-defined `jax.custom_vjp`.
 
-    With `hvp_fraction=f` these products are taken on a random part of each minibatch, :math:`\lceil fb \rfloor` of b
-    examples, drawn anew at each step. A step is linear in its products and the parts are independent, so the
+    With `hvp_fraction=f` these products are taken on a random part of each minibatch, round(f b) of b examples, drawn
+    anew at each step. The backward recursion is linear in each product and the parts are independent, so the
     hypergradient stays unbiased for a train loss that is a mean over the examples (plus terms that depend on no
-    example). Any other loss, recognised by comparing two halves of the first minibatch with the whole, gives NaN, and
-    `tune` and `check_hypergradient` say why. The value is exact; example weights get their hypergradient from the steps
-    that drew them.
+    example). For any other loss, recognised by comparing two halves of the first minibatch with the whole, it is NaN,
+    and `tune` and `check_hypergradient` say why. The forward run is exact; the weight of an example gets a
+    hypergradient from the steps whose part contains it.
 
     Args:
       checkpoint: what is stored for the backward pass. `"auto"`: everything that plain autodiff stores, if that is
@@ -59,10 +59,10 @@ class Unroll:
         stores every state. `"sqrt"`: k = √T for T > 16, else 1. `"binomial"`: the fewest states with which no step is
         taken more than three times. None: everything that plain autodiff stores, all activations of all steps. Under
         `vmap` the sizes of one member decide.
-      truncate: K above, or None for all steps.
-      memory_limit: bytes that run and backward pass may take (estimated, of one member under `vmap`): chooses the
-        fastest schedule that fits, with `checkpoint="auto"`.
-      hvp_fraction: f above, in (0, 1]; needs `solve(..., key=key)` and batches whose leaves lead with the examples.
+      truncate: the number K of last steps that are differentiated; None for all.
+      memory_limit: upper bound on the predicted bytes of run and backward pass (of one member under `vmap`): the
+        fastest schedule that fits is taken; with `checkpoint="auto"`.
+      hvp_fraction: the fraction f in (0, 1]; needs `solve(..., key=key)`, and batches with a leading axis of examples.
 
     Raises:
       JaxhpoError: a setting out of its range; nothing fits the limit; no key, or no examples, for `hvp_fraction`.
@@ -85,21 +85,19 @@ class Unroll:
     hvp_fraction: float | None = None
 
     def __post_init__(self):
-        if isinstance(self.checkpoint, str):
-            if self.checkpoint not in ("auto", "sqrt", "binomial"):
+        if self.checkpoint not in ("auto", "sqrt", "binomial", None):
+            if isinstance(self.checkpoint, str):
                 raise JaxhpoError(
                     f"`Unroll(checkpoint=...)` got {self.checkpoint!r}, which is not a schedule: write 'auto', 'sqrt', "
-                    f"'binomial', an integer (steps between saved states), or None (what plain autodiff keeps)."
+                    "'binomial', an integer (steps between stored states), or None (what plain autodiff stores)."
                 )
-        elif self.checkpoint is not None:
             check_count("Unroll(checkpoint=...)", self.checkpoint)
         check_settings(self, truncate="count or None", memory_limit="positive or None", hvp_fraction="positive or None")
-        if self.memory_limit is not None:
-            if self.checkpoint != "auto":
-                raise JaxhpoError(
-                    f"`Unroll(memory_limit={self.memory_limit!r})` chooses the cheapest schedule that fits, but "
-                    f"`checkpoint={self.checkpoint!r}` has chosen one already: pass only one of them."
-                )
+        if self.memory_limit is not None and self.checkpoint != "auto":
+            raise JaxhpoError(
+                f"`Unroll(memory_limit={self.memory_limit!r})` chooses the fastest schedule that fits, but "
+                f"`checkpoint={self.checkpoint!r}` has chosen one already: pass only one of them."
+            )
         if self.hvp_fraction is not None and self.hvp_fraction > 1:
             raise JaxhpoError(
                 f"`Unroll(hvp_fraction={self.hvp_fraction!r})` is a part of each minibatch: write a number up to 1."
@@ -119,22 +117,27 @@ class Unroll:
         return self.hvp_fraction is not None and self.hvp_fraction < 1
 
     def _choose_schedule(self, problem) -> Schedule:
-        """Chooses what the backward pass finds stored, from the sizes of what could be."""
+        """Chooses the checkpoint schedule, from the sizes of states, gradients and activations."""
 
-        def own(schedule):
+        def adjusted(schedule):
             if self._subsamples:
-                # A part of a minibatch gives the derivative of the gradient: the gradient is stored, or recomputed.
+                # Only the Hessian products use a part of the batch: the gradient of the whole batch is stored (under
+                # "binomial", recomputed).
                 schedule = schedule._replace(gradients=schedule.slots is None)
             return schedule._replace(gradients=schedule.gradients and problem.solver.apply is not None)
 
-        sizes = sizes_of(problem, lambda schedule: self._peak(problem, own(schedule)))
-        steps = min(problem.num_steps, self.truncate or problem.num_steps)
-        schedule = own(choose(self.checkpoint, steps, sizes, self.memory_limit))
+        sizes = sizes_of(problem, lambda schedule: self._peak(problem, adjusted(schedule)))
+        steps = problem.num_steps - self._num_constant(problem)
+        schedule = adjusted(choose(self.checkpoint, steps, sizes, self.memory_limit))
         report_schedule(lambda: UnrolledSolve(self, problem.num_steps, schedule, *sizes.measured()))
         return schedule
 
+    def _num_constant(self, problem) -> int:
+        """The number of first steps that are not differentiated."""
+        return max(0, problem.num_steps - (self.truncate or problem.num_steps))
+
     def _with_gradient(self, problem, schedule) -> Problem:
-        """The problem whose steps differentiate the gradient of the train loss in the way that the schedule needs."""
+        """The problem with the train loss's gradient in mixed mode, on parts of minibatches, as the schedule needs."""
         fraction = self.hvp_fraction
         if fraction is not None and self._subsamples:
             check_fraction(self, problem.solver)
@@ -146,7 +149,7 @@ class Unroll:
 
             return problem.with_gradient(subsampled if schedule.mixed else None, keys)
         if schedule.mixed:
-            return problem.with_gradient(lambda *args: mixed_value_and_grad(*args[:-1]))
+            return problem.with_gradient(lambda *args: mixed_value_and_grad(*args[:-1]))  # less the key
         return problem
 
     def _peak(self, problem, schedule) -> int:
@@ -157,8 +160,9 @@ class Unroll:
 
             def run(values):
                 state, (hparams, _) = combine(values)
-                own = self._with_gradient(problem, schedule)
-                return self._run(own._replace(state=state, inputs=(hparams, own.inputs[1])), schedule).params
+                prepared = self._with_gradient(problem, schedule)
+                inputs = (hparams, prepared.inputs[1])
+                return self._run(prepared._replace(state=state, inputs=inputs), schedule).params
 
             params, pullback = jax.vjp(run, values)
             return pullback(params)
@@ -168,7 +172,7 @@ class Unroll:
             return predicted_peak_bytes(pulled, problem.state, problem.inputs)
 
     def _run(self, problem, schedule) -> InnerState:
-        early = max(0, problem.num_steps - (self.truncate or problem.num_steps))
+        early = self._num_constant(problem)
         if early:
             problem = self._after_constant_steps(problem, early)
         if schedule.slots is not None:
@@ -188,7 +192,8 @@ class Unroll:
         head = jax.tree.map(lambda x: x[:early], problem.xs)
         head = stop_gradient_with_warning(
             head,
-            names(head[0], "batches") + ["key"] if self._subsamples else names(head, "batches"),
+            # With parts of minibatches a slice is (batch, key).
+            [*names(head[0], "batches"), "key"] if self._subsamples else names(head, "batches"),
             f"is being differentiated, and {lost}: the hypergradient of the first {early} batches is exactly zero. "
             f"{instead} them.",
             partial=True,
@@ -213,20 +218,17 @@ class Unroll:
 
 
 def _run_binomial(rule, problem, slots) -> InnerState:
+    """Runs the steps with binomial checkpointing, whose backward pass is its own."""
+
     def forward(inputs):
         return run_forward(problem.advance, inputs.state, inputs.inputs, inputs.xs, slots)
 
     def pull(inputs, perturbed, kept, cotangent):
         inexact = jax.tree.map(is_inexact, inputs.state)
-        by_state, by_inputs, by_xs = run_backward(
-            problem.advance,
-            kept,
-            inputs.inputs,
-            inputs.xs,
-            (perturbed.inputs, perturbed.xs),
-            partition(cotangent, inexact)[0],
-        )
-        by_state = partition(partition(inputs.state, inexact)[1](by_state), perturbed.state)[0]
+        _, combine = partition(inputs.state, inexact)
+        wanted, floats = (perturbed.inputs, perturbed.xs), partition(cotangent, inexact)[0]
+        by_floats, by_inputs, by_xs = run_backward(problem.advance, kept, inputs.inputs, inputs.xs, wanted, floats)
+        by_state, _ = partition(combine(by_floats), perturbed.state)
         return [*by_state, *by_inputs, *by_xs]
 
     return run_with_pullback(problem, rule, forward, pull, lambda inputs, perturbed: None, once=False)[0]

@@ -50,6 +50,11 @@ def equations(program: Any) -> Iterator:
             yield from equations(inner)
 
 
+def primitives(fn: Callable, *args) -> set[str]:
+    """The names of all primitives in the jaxpr of `fn(*args)`."""
+    return {equation.primitive.name for equation in equations(jax.make_jaxpr(fn)(*args).jaxpr)}
+
+
 def scan_layout(eqn) -> tuple[int, int]:
     """The numbers of constants and of carried values, which are the first operands of a scan.
 

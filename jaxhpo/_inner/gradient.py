@@ -21,6 +21,12 @@ from jaxhpo._core.types import PyTree
 GRADIENT = "jaxhpo_gradient"  # the name, for checkpoint policies, of a gradient of `mixed_value_and_grad`
 
 
+def train_loss_of(problem: Any) -> tuple[Callable, list]:
+    """`(pure, consts)` with `pure(consts, state, hparams, x)` the train loss on a slice `x` of `problem.xs`."""
+    loss: Any = problem.solver.loss
+    return problem.closure_convert(lambda state, h, batch: loss(state.params, h, batch, state.model_state)[0])
+
+
 def value_and_grad(loss: Callable, params: PyTree, hparams, batch, model_state) -> tuple[tuple, PyTree]:
     """Returns `((value, new model state), gradient)` of `loss(params, hparams, batch, model_state)`.
 

@@ -1,4 +1,4 @@
-"""The loop over inner steps: a scan that stores states by a schedule, and a loop that stops at a tolerance."""
+"""The loop over inner steps: a scan with checkpoints, and a loop that stops at a tolerance."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def scan_steps(
     num_steps: int,
     schedule: Schedule = Schedule(),  # noqa: B008 (immutable)
 ) -> InnerState:
-    """Takes T inner steps, of which reverse mode stores what the schedule says."""
+    """Takes T inner steps; the schedule's segments say which values reverse mode stores."""
 
     def body(state, x):
         return advance(state, x), None
@@ -28,14 +28,14 @@ def scan_steps(
     k = schedule.segment
     if k is None:
         return jax.lax.scan(body, state, xs, num_steps)[0]
-    # XLA cannot merge a recomputed step with the first computation across iterations of a scan, so the barriers of
-    # `prevent_cse` are not needed.
-    stored = jax.checkpoint_policies.save_only_these_names(*[GRADIENT] * schedule.gradients)
+    # Inside a scan XLA cannot merge a step with its recomputation, so the barriers of `prevent_cse` are not needed. The
+    # segment below is also called outside of one.
+    stored = jax.checkpoint_policies.save_only_these_names(*([GRADIENT] if schedule.gradients else []))
     step = jax.checkpoint(body, prevent_cse=False, policy=stored)
     if k == 1:
         return jax.lax.scan(step, state, xs, num_steps)[0]
 
-    @jax.checkpoint  # two levels: one state a segment, and every state of the segment that is being differentiated
+    @jax.checkpoint  # two levels: one state per segment is stored, the states inside are recomputed
     def segment(state, xs):
         return jax.lax.scan(step, state, xs)[0]
 
@@ -49,7 +49,7 @@ def scan_steps(
 
 
 def run(problem: Problem) -> tuple[InnerState, jax.Array]:
-    """Runs to `num_steps` or to `tol`, by plain JAX; returns the final state and the number of steps taken."""
+    """Runs until `num_steps` or `tol` is reached, with no custom derivative; returns final state and steps taken."""
 
     def advance(state, x):
         return problem.advance(state, problem.inputs, x)

@@ -27,10 +27,11 @@ from jaxhpo._inner.inputs import (
 
 
 class Problem(NamedTuple):
-    """One validated inner solve, as a derivative rule receives it: pure functions, and all that they depend on.
+    """One validated inner solve, as a derivative rule receives it: pure functions together with all their arguments.
 
-    No function closes over a value that could be differentiated: what the train loss, the optimiser or a batch function
-    closes over is part of `inputs` and of `residual_inputs`. A rule may replace `state`, `inputs` and `xs`.
+    No function closes over a value that could be differentiated: values that a step closes over (through the train
+    loss, the optimiser or a batch function) are in `inputs[1]`, those of the condition in `residual_inputs[2]`. A rule
+    may run it with other `state`, `inputs` and `xs`; `with_gradient` and `in_residual` come before that.
 
     Attributes:
       advance: `(state, inputs, x) -> state`, one inner step on one slice `x` of `xs`.
@@ -41,15 +42,15 @@ class Problem(NamedTuple):
       residual: `(params, model_state, residual_inputs) -> pytree like params`, the condition, zero at the solution.
       residual_inputs: `(hparams, condition batch, closed-over values)` of `residual`.
       tol: stop when the norm of the residual is below it; None for a fixed number of steps.
-      solver: the `Solver`: its name and symmetry, and its own functions, to be passed to `closure_convert`.
+      solver: the `Solver`. Its functions may close over traced values: pass them through `closure_convert`.
       require_key: `rule -> key`, the key given to `solve`; raises `JaxhpoError` if there is none.
       closure_convert: `(fn, *more) -> (pure, consts)` with `pure(consts, state, hparams, x, *more)` equal to
         `fn(state, hparams, batch, *more)` and nothing closed over; `x` is a slice of `xs`.
       at_condition: `(fn, *more) -> (pure, consts)` with `pure(consts, params, hparams, x, *more)` equal to
         `fn(params, hparams, batch, *more)` at the condition's batch; `x` is `residual_inputs[1]`.
-      with_gradient: `(gradient, keys=None) -> Problem` whose steps take `gradient(loss, params, hparams, batch,
-        model_state, key) -> ((value, model_state), grad)` for the gradient of the train loss, with `keys[t]` at step t;
-        None takes the optimiser's own step. Steps that are not a function of a gradient do not change.
+      with_gradient: `(gradient, keys=None) -> Problem` whose steps compute the gradient of the train loss by
+        `gradient(loss, params, hparams, batch, model_state, key) -> ((value, model_state), grad)`, with `keys[t]` at
+        step t. With None, or if a step is not a function of a gradient, the solver's own step is taken.
     """
 
     advance: Callable[[InnerState, PyTree, PyTree], InnerState]
@@ -79,8 +80,8 @@ class Adjoint(Protocol):
       >>> class LastStep:  # the derivative of the last inner step, as `Unroll(truncate=1)`
       ...     def run(self, problem):
       ...         before, last = (jax.tree.map(lambda x: x[i], problem.xs) for i in (slice(-1), -1))
-      ...         state, constants = jax.lax.stop_gradient((problem.state, problem.inputs))
-      ...         state, _ = jax.lax.scan(lambda s, x: (problem.advance(s, constants, x), None), state, before)
+      ...         state, inputs, before = jax.lax.stop_gradient((problem.state, problem.inputs, before))
+      ...         state, _ = jax.lax.scan(lambda s, x: (problem.advance(s, inputs, x), None), state, before)
       ...         return problem.advance(state, problem.inputs, last), problem.num_steps
       >>> solver = jaxhpo.from_optax(lambda p, h, batch: (p - h) ** 2, optax.sgd(0.5))
       >>> def outer_loss(h):
@@ -90,20 +91,16 @@ class Adjoint(Protocol):
     """
 
     def run(self, problem: Problem) -> tuple[InnerState, Any]:
-        """Runs the inner loop.
+        """Runs the inner loop, to `problem.tol` if that is given; a rule that cannot stop there raises.
 
-        Args:
-          problem: the inner solve.
-
-        Returns:
-          The final state, whose derivative with respect to `problem.inputs`, `problem.state`, `problem.xs` and
-          `problem.residual_inputs` is the rule's, and the number of inner steps taken.
+        Returns the final state, differentiable by this rule with respect to `problem.inputs`, `problem.state`,
+        `problem.xs` and `problem.residual_inputs`, and the number of inner steps taken.
         """
         ...
 
 
 def check_adjoint(adjoint):
-    """Raises unless this is a derivative rule, and not its class."""
+    """Raises unless this is an instance of a derivative rule."""
     if isinstance(adjoint, type):
         name = adjoint.__name__
         hint = f"`{name}()`" if isinstance(adjoint, Adjoint) else f"`Implicit({name}(...))` if it is a linear solver"
@@ -131,12 +128,11 @@ def make_problem(
     if tol is not None:
         check_traceable_number("tol", tol, 0, strict=False)
     slices, take = _slices(batches, num_steps)
-    first = jax.tree.map(lambda x: x[0], slices)
 
-    def steps(gradient=None, keys=None) -> dict[str, Any]:
-        """The fields of the problem that depend on how the inner gradient is taken."""
+    def step_fields(gradient=None, keys=None) -> dict[str, Any]:
+        """The fields of the problem that depend on how the inner gradient is computed."""
         xs, split = (slices, lambda x: (x, None)) if keys is None else ((slices, keys), lambda x: x)
-        one = jax.tree.map(lambda x: x[0], xs)
+        first = jax.tree.map(lambda x: x[0], xs)
 
         def step(state, hparams, x):
             x, step_key = split(x)
@@ -146,38 +142,38 @@ def make_problem(
             out, grad = gradient(solver.loss, state.params, hparams, batch, state.model_state, step_key)
             return solver.apply(state, hparams, batch, out, grad)
 
-        def closure_convert_own(fn, *more):
-            return closure_convert(
-                lambda s, h, x, *more: fn(s, h, take(split(x)[0]), *more), state, hparams, one, *more
-            )
+        def at_step(fn, *more):
+            def pure(s, h, x, *more):
+                return fn(s, h, take(split(x)[0]), *more)
 
-        start, advance, closed_over = _closed_step(step, state, hparams, one)
+            return closure_convert(pure, state, hparams, first, *more)
+
+        start, advance, closed_over = _closed_step(step, state, hparams, first)
         return {
             "advance": advance,
             "inputs": (hparams, closed_over),
             "xs": xs,
             "state": start,
-            "closure_convert": closure_convert_own,
+            "closure_convert": at_step,
         }
 
-    plain = steps()
+    plain = step_fields()
     state = plain["state"]
-    if condition_batch is None:
-        last, batch_of = jax.tree.map(lambda x: x[-1], slices), take
-    else:
-        last, batch_of = check_condition_batch(condition_batch, jax.eval_shape(lambda: take(first))), lambda x: x
+    at, batch_of = jax.tree.map(lambda x: x[-1], slices), take
+    if condition_batch is not None:
+        at, batch_of = check_condition_batch(condition_batch, jax.eval_shape(lambda: take(at))), lambda x: x
 
     def condition(params, model_state, hparams, x):
         return check_residual(solver.condition(params, hparams, batch_of(x), model_state), params)
 
-    pure, consts, types = _traced_high(condition, (state.params, state.model_state, hparams, last))
+    pure, consts, types = _traced_high(condition, (state.params, state.model_state, hparams, at))
 
     def residual(params, model_state, inputs):
         hparams, x, consts = inputs
         return upcast(pure(consts, *cast_like((params, model_state, hparams, x), types)))
 
     def at_condition(fn, *more):
-        args = upcast((state.params, hparams, last))
+        args = upcast((state.params, hparams, at))
         return closure_convert(lambda params, hparams, x, *more: fn(params, hparams, batch_of(x), *more), *args, *more)
 
     def require_key_of(rule):
@@ -188,12 +184,12 @@ def make_problem(
         **plain,
         num_steps=num_steps,
         residual=residual,
-        residual_inputs=(hparams, last, consts),
+        residual_inputs=(hparams, at, consts),
         tol=tol,
         solver=solver,
         require_key=require_key_of,
         at_condition=at_condition,
-        with_gradient=lambda gradient, keys=None: problem._replace(**steps(gradient, keys)),
+        with_gradient=lambda gradient, keys=None: problem._replace(**step_fields(gradient, keys)),
     )
     return problem
 
@@ -208,7 +204,7 @@ def _slices(batches, num_steps) -> tuple[PyTree, Callable]:
 
 
 def _closed_step(step, state, hparams, x):
-    """The initial state with the varying axes that the step preserves, the step, and the values that it closes over."""
+    """The initial state, in the type that the step preserves; the step, pure; and the values that it closed over."""
     axes, grown = varying_axes(state), set()
 
     def typed_step(state, hparams, x):
@@ -218,8 +214,8 @@ def _closed_step(step, state, hparams, x):
         grown.update(varying_axes(after))
         return after
 
-    # Under `shard_map` a step may make the state vary over mesh axes over which the initial state does not. A scan
-    # needs one type throughout, so the initial state is cast until its type is preserved (one axis may bring another).
+    # Under `shard_map` a step may make the state vary over mesh axes over which the initial state does not, but a scan
+    # needs one type throughout. Casting is repeated, because over one axis it can make the result vary over another.
     while True:
         state = cast_varying(state, axes)
         pure, consts = closure_convert(typed_step, state, hparams, x)
@@ -230,22 +226,22 @@ def _closed_step(step, state, hparams, x):
 
 
 def _traced_high(fn, args) -> tuple[Callable, list, PyTree]:
-    """`closure_convert(fn, *args)` in the precision of the linear solves, and the types of the traced arguments.
+    """`closure_convert(fn, *args)` with 16-bit arguments in float32, and the types of the arguments used.
 
-    A bfloat16 model's condition is traced in float32, unless the model insists on its own type, as a convolution of
-    16-bit data does with 16-bit weights: JAX then raises a `TypeError`.
+    If that raises a `TypeError`, as a convolution of float32 weights with closed-over bfloat16 data does, `fn` is
+    traced in its own precision.
     """
-    high = upcast(args)
-    if any(a.dtype != b.dtype for a, b in zip(*map(jax.tree.leaves, (args, high)), strict=True)):
+    types, high = (jax.tree.map(lambda x: x.dtype, tree) for tree in (args, upcast(args)))
+    if types != high:
         try:
-            return *closure_convert(fn, *high), jax.eval_shape(lambda: high)
+            return *closure_convert(fn, *upcast(args)), jax.eval_shape(lambda: upcast(args))
         except TypeError:
-            high = args
-    return *closure_convert(fn, *high), jax.eval_shape(lambda: high)
+            pass
+    return *closure_convert(fn, *args), jax.eval_shape(lambda: args)
 
 
 def info_of(problem: Problem, final: InnerState, steps: Any) -> Info:
-    """The `Info` of a problem's run."""
+    """The norm of the condition at the end of a run, the steps taken, and whether all is finite."""
     params, model_state, inputs = jax.lax.stop_gradient((final.params, final.model_state, problem.residual_inputs))
     optimality = norm(problem.residual(params, model_state, inputs))
     return Info(optimality, steps, all_finite(params) & jnp.isfinite(optimality))

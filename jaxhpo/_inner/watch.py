@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxhpo._core.record import StepLog, active
 from jaxhpo._core.trace import trust
 from jaxhpo._core.tree import all_finite, is_inexact, names
+from jaxhpo._inner.gradient import train_loss_of
 from jaxhpo._inner.problem import Problem
 
 
@@ -91,9 +92,7 @@ def _train_loss(problem) -> Callable:
 
     if problem.solver.loss is None:
         return no_loss
-    pure, consts = problem.closure_convert(
-        lambda s, h, batch: problem.solver.loss(s.params, h, batch, s.model_state)[0]
-    )
+    pure, consts = train_loss_of(problem)
     closed_over = problem.inputs[1]
     where = [next((i for i, c in enumerate(closed_over) if c is const), None) for const in consts]
     if None in where:
