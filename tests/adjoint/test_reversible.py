@@ -286,8 +286,7 @@ def test_equals_plain_reverse_mode():
         assert relative_error(got[name], want[name]) < 1e-8, name
 
 
-# With little optimisation, gradients in float32 are not the same bits on the way back, and the run says so.
-@pytest.mark.codegen
+@pytest.mark.codegen  # with little optimisation, XLA's products of float32 matrices differ from program to program
 def test_int32_is_as_accurate_as_float32():
     """Without x64 the numbers have 28 fractional bits, and the error is that of reverse mode in float32."""
     _, want = small_grads(small_plain)
