@@ -253,6 +253,7 @@ def _caption(row) -> str:
 def run(source: TuneResult | str | os.PathLike, path: str | os.PathLike | None = None) -> Any:
     """How a run of `tune` went: convergence, the hypergradient's health, the paths of the hyperparameters.
 
+    Of a population, it shows the best member.
     A hyperparameter of up to eight entries has a line for each, a larger one its median, quartiles and extremes. Of
     each vector with 9 to 1024 entries (a schedule) the first, the middle and the last step are drawn over the index, of
     each matrix the last step as a heat map; at most six of them.
@@ -272,7 +273,7 @@ def run(source: TuneResult | str | os.PathLike, path: str | os.PathLike | None =
       >>> from jaxhpo import plot
       >>> plot.run("runs/1", "run.png")  # doctest: +SKIP
     """
-    columns = table.history_columns(source)
+    columns, which = table.columns_of_best(source)
     hparams = {name: values for name, values in columns.items() if name.startswith("hparams")}
     large = [name for name, x in hparams.items() if x.ndim > 1 and x[0].size > FEW][:6]
     panels = 3 + len(large)
@@ -285,6 +286,7 @@ def run(source: TuneResult | str | os.PathLike, path: str | os.PathLike | None =
         _last_values(next(free), name, hparams[name])
     for axis in free:
         axis.set_visible(False)
+    canvas.suptitle(which)
     if path is not None:
         save(canvas, path)
     return canvas

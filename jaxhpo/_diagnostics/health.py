@@ -1,4 +1,4 @@
-"""What `tune` and `check_hypergradient` refuse: hypergradients that are exactly zero, or not finite."""
+"""Checks of `tune` and `check_hypergradient`: hypergradients that are exactly zero, or not finite."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ def raise_if_zero(
         if reason and which.any():
             raise ZeroHypergradientError(f"The hypergradient of {who} is exactly zero in some entries: {reason}")
         if zero.any() and seen and not seen()[i]:
-            told = " ".join(f"({w})" for w in messages if isinstance(w, ZeroHypergradientWarning))
+            reported = " ".join(f"({w})" for w in messages if isinstance(w, ZeroHypergradientWarning))
             raise ZeroHypergradientError(
                 f"The hypergradient of {who} is exactly zero in every entry: nothing that the outer loss sees "
-                f"depends on it. Remove it, or use it in the train loss or the optimiser. {told}".rstrip()
+                f"depends on it. Remove it, or use it in the train loss or the optimiser. {reported}".rstrip()
             )
         if zero.any():
             text = "has a hypergradient of exactly zero at this point: start elsewhere if it does not move (a count of "
@@ -80,13 +80,13 @@ def what_is_not_finite(value: jax.Array, hypergrad: PyTree, point: PyTree = None
     """Names the outer loss, or the leaves of the hypergradient, the updated point or the carry, that are not finite."""
     if not bool(jnp.isfinite(value)):
         return f"The outer loss is {float(value)}."
-    found = [_not_finite(hypergrad, "hparams"), _not_finite(carry, "carry"), _not_finite(point, "hparams")]
-    if found[0]:
-        return f"The outer loss is finite, but the hypergradient of `{'`, `'.join(found[0])}` is not."
-    if found[1]:
-        return f"The outer loss is finite, but `{'`, `'.join(found[1])}` is not."
-    if found[2]:
-        return f"The outer loss is finite, but the optimiser's update of `{'`, `'.join(found[2])}` is not."
+    for tree, root, text in (
+        (hypergrad, "hparams", "the hypergradient of "),
+        (carry, "carry", ""),
+        (point, "hparams", "the optimiser's update of "),
+    ):
+        if found := _not_finite(tree, root):
+            return f"The outer loss is finite, but {text}`{'`, `'.join(found)}` is not."
     return "The outer loss is finite, but an inner solve that `info` reports is not."
 
 
