@@ -244,9 +244,9 @@ def _caption(row) -> str:
 def run(source: TuneResult | str | os.PathLike, path: str | os.PathLike | None = None) -> Any:
     """Plots a run of `tune`: its convergence, the hypergradient's norm, the paths of the hyperparameters.
 
-    A hyperparameter of up to eight entries has a line for each, a larger one its median, quartiles and extremes. At
-    most six panels more show a vector with 9 to 1024 entries (a schedule) over its index at the first, the middle and
-    the last step, or a matrix at the last step as a heat map.
+    Of a population, it shows the best member. A hyperparameter of up to eight entries has a line for each, a larger one
+    its median, quartiles and extremes. At most six panels more show a vector with 9 to 1024 entries (a schedule) over
+    its index at the first, the middle and the last step, or a matrix at the last step as a heat map.
 
     Args:
       source: the result of `tune`, or its `run_dir`, also during the run.
@@ -263,7 +263,7 @@ def run(source: TuneResult | str | os.PathLike, path: str | os.PathLike | None =
       >>> from jaxhpo import plot
       >>> plot.run("runs/1", "run.png")  # doctest: +SKIP
     """
-    columns = table.history_columns(source)
+    columns, which = table.columns_of_best(source)
     hparams = {name: values for name, values in columns.items() if name.startswith("hparams")}
     large = [name for name, x in hparams.items() if x.ndim > 1 and x[0].size > FEW][:6]
     lines = 1 + -(-len(large) // 3)
@@ -276,6 +276,7 @@ def run(source: TuneResult | str | os.PathLike, path: str | os.PathLike | None =
         _values(axis, name, hparams[name])
     for axis in others[len(large) :]:
         axis.set_visible(False)
+    canvas.suptitle(which)
     return _saved(canvas, path)
 
 

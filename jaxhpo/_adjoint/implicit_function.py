@@ -113,6 +113,7 @@ def pull_back(
 
 def _linearised(root, point, leaves, perturbed) -> tuple[list, Callable]:
     """The perturbed leaves a, and `a -> (g(θ, a), v -> H v)`; warns of leaves that do not enter the condition."""
+    perturbed_names = [name for name, p in zip(root.names, perturbed, strict=True) if p]
     values, combine = partition(leaves, perturbed)
 
     def condition(params, values):
@@ -126,11 +127,9 @@ def _linearised(root, point, leaves, perturbed) -> tuple[list, Callable]:
         curvature: Any = root.curvature
         return condition(point, values), jax.linearize(lambda v: curvature(point, leaves, v), zeros_like(point))[1]
 
-    if values:
-        perturbed_names = [name for name, p in zip(root.names, perturbed, strict=True) if p]
-        seen = differentiable_inputs(lambda values: condition(point, values), values)
-        for name in [name for name, s in zip(perturbed_names, seen, strict=True) if not s]:
-            warn_zero(name, root.remedy)
+    seen = differentiable_inputs(lambda values: condition(point, values), values) if values else []
+    for name in [name for name, s in zip(perturbed_names, seen, strict=True) if not s]:
+        warn_zero(name, root.remedy)
     return values, linearised
 
 

@@ -179,12 +179,14 @@ def _run_compare(parsed: argparse.Namespace) -> int:
 
 
 def _run_show(parsed: argparse.Namespace) -> int:
-    columns = table.history_columns(parsed.run_dir)
+    columns, which = table.columns_of_best(parsed.run_dir)
     steps, best = len(columns["value"]), int(np.nanargmin(columns["score"]))
     shown = _fitting({name: x for name, x in columns.items() if x.ndim == 1 and not name.startswith("remedies")})
     print(f"{'step':>6}" + "".join(f"  {name:>{_width(name)}}" for name in shown))
     for step in range(max(0, steps - parsed.rows), steps):
         print(f"{step:6}" + "".join(f"  {x[step]:{_width(name)}.6g}" for name, x in shown.items()))
+    if which:
+        print(f"\n{which}")
     print(f"\n{steps} outer steps in {columns['seconds'][-1]:.3g} s; best: {columns['score'][best]:.6g} at step {best}")
     print(table.standing(parsed.run_dir, steps))
     if len(shown) < len(columns):

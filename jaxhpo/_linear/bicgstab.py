@@ -7,11 +7,11 @@ import functools
 
 import jax.numpy as jnp
 
-from jaxhpo._core.tree import norm, vdot
+from jaxhpo._core.tree import norm
 from jaxhpo._core.types import LinearSolver, LinearStatus
 from jaxhpo._core.validate import check_settings
 from jaxhpo._linear.iteration import RUNNING, Best, in_rounds, loop
-from jaxhpo._linear.report import first_of
+from jaxhpo._linear.report import dot, first_of
 from jaxhpo._linear.system import solve_system
 
 _PATIENCE = 100  # iterations without a new best
@@ -62,13 +62,13 @@ def _stabilised(operator, r, most, threshold):
     def iterate(carry):
         x, r, p, best, since, k, _ = carry
         v = operator(p)
-        rho = vdot(shadow, r)
-        alpha = _ratio(rho, vdot(shadow, v))  # makes s = r − α A p orthogonal to r̂
+        rho = dot(shadow, r)
+        alpha = _ratio(rho, dot(shadow, v))  # makes s = r − α A p orthogonal to r̂
         s = r - alpha * v
         t = operator(s)
-        omega = _ratio(vdot(t, s), vdot(t, t))  # minimises ‖s − ω A s‖
+        omega = _ratio(dot(t, s), dot(t, t))  # minimises ‖s − ω A s‖
         x, r = x + alpha * p + omega * s, s - omega * t
-        residual, rho_new = norm(r), vdot(shadow, r)
+        residual, rho_new = norm(r), dot(shadow, r)
         better = best.update(x, residual, jnp.maximum(best.size, norm(v) / norm(p)))  # ‖A‖ ≥ ‖A p‖ / ‖p‖
         since = jnp.where(better.bound < best.bound, 0, since + 1)
         # At its goal or its rounding error, without progress, or at a breakdown, where no next direction exists.

@@ -9,9 +9,18 @@ import jax
 import jax.numpy as jnp
 
 from jaxhpo._core.mesh import cast_varying, varying_axes
-from jaxhpo._core.tree import norm, vdot
+from jaxhpo._core.tree import norm
 from jaxhpo._core.types import LinearInfo, LinearStatus
-from jaxhpo._linear.report import default_tolerance, epsilon, first_of, relative_norm, report, residual_of, still_falls
+from jaxhpo._linear.report import (
+    default_tolerance,
+    dot,
+    epsilon,
+    first_of,
+    relative_norm,
+    report,
+    residual_of,
+    still_falls,
+)
 
 RUNNING = -1  # the status inside a loop
 
@@ -80,7 +89,7 @@ def conjugate_gradients(
     def iterate(carry):
         x, r, rr, p, best, k, _ = carry
         ap = operator(p)
-        curvature, pp, apap = vdot(p, ap), vdot(p, p), vdot(ap, ap)
+        curvature, pp, apap = dot(p, ap), dot(p, p), dot(ap, ap)
         size = jnp.maximum(best.size, jnp.sqrt(apap / pp))  # ‖A‖ ≥ ‖A p‖ / ‖p‖
         # Rounding makes pᵀAp uncertain by about ε ‖A‖ ‖p‖². A matrix without negative eigenvalues has
         # ‖A p‖² ≤ ‖A‖ pᵀAp. So where pᵀAp is within this noise, p is a direction of no curvature if ‖A p‖² is within
@@ -94,7 +103,7 @@ def conjugate_gradients(
         first = (k == 0) & jnp.isfinite(curvature)
         alpha = jnp.where(ok, rr / jnp.where(ok, curvature, 1), jnp.where(first, 1, 0))
         x, r = x + alpha * p, r - alpha * ap
-        rr_new = vdot(r, r)
+        rr_new = dot(r, r)
         residual = jnp.sqrt(rr_new)
         best = best.update(x, residual, size)
         # Below the rounding bound r goes on falling, but b − A x does not. A singular A ends here too, since x grows
@@ -113,7 +122,7 @@ def conjugate_gradients(
 
     zero = jnp.zeros_like(norm(r0))
     best = Best(x, zero + jnp.inf if x0 is None else norm(r0), zero, zero)  # zeros, without a given x0, are no answer
-    x, _, _, _, best, k, status = loop(iterate, (x, r0, vdot(r0, r0), r0, best), r0, threshold, maxiter)
+    x, _, _, _, best, k, status = loop(iterate, (x, r0, dot(r0, r0), r0, best), r0, threshold, maxiter)
     # After `maxiter` iterations, or where A is indefinite, the answer is the last iterate, unless its rounding exceeds
     # the residual of another.
     x = jnp.where((status == LinearStatus.STALLED) | (best.rounding > best.bound), best.x, x)

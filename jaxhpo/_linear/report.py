@@ -23,6 +23,11 @@ def largest(b) -> jax.Array:
     return jnp.where(size > 0, size, 1)
 
 
+def dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    """aᵀ b of two vectors, elementwise: a `dot_general` would count as a product of matrices."""
+    return jnp.sum(a * b)
+
+
 def relative_norm(a, b) -> jax.Array:
     """Return ‖a‖ / ‖b‖, or ‖a‖ where b = 0.
 

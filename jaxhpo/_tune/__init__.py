@@ -1,1 +1,1 @@
-"""The outer loop: the compiled step, the record of a run, and what of it is on disk."""
+"""The outer loop: the step, its compilation for runs and populations, the record of a run, and its directory."""

@@ -48,6 +48,6 @@ def _broadcast(message):
 
 def whole(x: Any) -> np.ndarray:
     """Returns the array in NumPy; gathers it where parts of it lie with other processes."""
-    if getattr(x, "is_fully_addressable", True) or x.is_fully_replicated:
+    if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
         return np.asarray(x)
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))

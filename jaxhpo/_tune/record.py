@@ -201,14 +201,17 @@ class Record:
         leaf = to_numpy if "hparams" in self.extras else summary
         row = {
             "score": np.asarray(score, float),
-            "remedies": {name: np.where(active, whole(x), 0).astype(np.int32) for name, x in counts.items()},
-            "value": _masked(report.value, active),
-            "hypergradient_norm": _masked(report.hypergradient_norm, active),
+            "remedies": {name: np.array(whole(x), np.int32) for name, x in counts.items()},
+            "value": np.array(whole(report.value)),
+            "hypergradient_norm": np.array(whole(report.hypergradient_norm)),
             "seconds": np.asarray(seconds),
             "peak_bytes": np.asarray(peak_bytes(), np.int64),
-            "hparams": jax.tree.map(lambda x: _per_member(leaf, whole(x), self.shape), report.hparams),
+            "hparams": jax.tree.map(lambda x: _per_member(leaf, x, self.shape), report.hparams),
             "info": jax.tree.map(to_numpy, report.info),
         }
+        if not active.all():  # members that have ended have no values and no counts
+            blank = lambda x: np.where(active, x, 0 if x.dtype == np.int32 else np.nan).astype(x.dtype)  # noqa: E731
+            row |= jax.tree.map(blank, {name: row[name] for name in ("value", "hypergradient_norm", "remedies")})
         if "hypergradient" in self.extras:
             row["hypergradient"] = jax.tree.map(to_numpy, report.hypergradient)
         if solves is not None:
@@ -280,14 +283,8 @@ def _number(x):
     return float(x) if x.shape == () else x.copy()
 
 
-def _masked(x, active) -> np.ndarray:
-    """Copies a number per member; NaN where the member has ended."""
-    x = whole(x)
-    return np.where(active, x, np.nan).astype(x.dtype)
-
-
 def _per_member(fn, x, shape) -> np.ndarray:
-    return np.stack([fn(own) for own in x]) if shape else fn(x)
+    return np.stack([fn(own) for own in whole(x)]) if shape else fn(x)
 
 
 def peak_bytes() -> int:

@@ -1,4 +1,4 @@
-"""What keeps a search on its feet where hypergradients explode, vanish or are noise."""
+"""Remedies for hypergradients that explode, vanish or are noisy, and projections."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class Remedies:
     In the order in which they act, on the hypergradient g in the units of the search:
 
     1. `accumulate=A`: g is the mean over A outer losses, each with another key (another order of the minibatches, say),
-       one after the other in constant memory; they start from the same carry, and the last one's goes on. `value` is
+       computed in sequence in constant memory; they start from the same carry, and the last one's is kept. `value` is
        their mean, and each leaf of `info` gets a leading axis of A.
-    2. `clip=c`: each entry is brought into [-c, c].
+    2. `clip=c`: each entry is clipped to [-c, c].
     3. `clip_norm=c`: g is scaled down to a Euclidean norm of c.
     4. `shrink=s`: a hyperparameter under `positive` whose clipped hypergradient has a norm below `shrink_below` is
-       multiplied by s after the step. A penalty so large that the model has collapsed has no hypergradient that would
-       bring it back; this does.
+       multiplied by s after the step. A penalty so large that the model has collapsed has a hypergradient of zero, and
+       would stay there without this.
 
     `history["remedies"]` counts, for each step, the entries that were clipped, whether the norm was, and the leaves
     that were shrunk (and the entries that a projection moved).
@@ -41,12 +41,12 @@ class Remedies:
 
     Args:
       accumulate: A.
-      clip: None does not.
-      clip_norm: None does not.
-      shrink: a factor in (0, 1); None does not.
-      shrink_below: Euclidean norm over a leaf. The default tells an exact collapse. In float32 rounding noise may be
-        left, up to 5e-6 for embeddings of Nations, where 1e-4 brings back ten collapsed searches of ten, the default
-        none; but a norm that an optimum reaches, too, drives the search away from it.
+      clip: c; None does not clip entries.
+      clip_norm: c; None does not clip the norm.
+      shrink: a factor in (0, 1); None does not shrink.
+      shrink_below: Euclidean norm over a leaf. The default detects an exact collapse. In float32 rounding noise may
+        remain, up to 5e-6 for embeddings of Nations, where 1e-4 recovers ten collapsed searches of ten, the default
+        none; but a threshold above the norm at an optimum drives the search away from the optimum.
 
     Raises:
       JaxhpoError: a setting out of its range.
@@ -76,7 +76,7 @@ class Remedies:
             )
 
     def check(self, transforms: PyTree, point: PyTree) -> None:
-        """Raises where there is nothing to shrink."""
+        """Raises where `shrink` has no hyperparameter to act on."""
         if self.shrink is not None and not any(under_positive(transforms, point)):
             raise JaxhpoError(
                 f"{self!r} shrinks hyperparameters under `positive`, and no leaf of `hparams` is: write "
@@ -88,7 +88,7 @@ NO_REMEDIES = Remedies()
 
 
 def clipped(remedies: Remedies, grad: PyTree) -> tuple[PyTree, dict[str, jax.Array]]:
-    """The hypergradient within its bounds, and counts of what that changed."""
+    """Returns the hypergradient within its bounds, and counts of the changes."""
     none = jnp.zeros((), jnp.int32)
     counts = {"clipped_entries": none, "clipped_norms": none}
     if remedies.clip is not None:
@@ -105,14 +105,14 @@ def clipped(remedies: Remedies, grad: PyTree) -> tuple[PyTree, dict[str, jax.Arr
 
 
 def shrunk(remedies: Remedies, transforms: PyTree, grad: PyTree, point: PyTree) -> tuple[PyTree, jax.Array]:
-    """The point with positive leaves of vanishing hypergradient multiplied by a factor, and the number of such."""
+    """Returns the point with positive leaves of vanishing hypergradient multiplied by a factor, and their number."""
     count = jnp.zeros((), jnp.int32)
     if remedies.shrink is None:
         return point, count
     leaves, structure = jax.tree.flatten(point)
     moved = []
     for u, g, is_positive in zip(leaves, jax.tree.leaves(grad), under_positive(transforms, point), strict=True):
-        if is_positive:  # h = exp(u)
+        if is_positive:  # h = exp(u), so that u + log s means s h
             vanished = norm(upcast(g)) < remedies.shrink_below
             u = u + jnp.where(vanished, math.log(remedies.shrink), 0.0).astype(u.dtype)  # noqa: PLW2901
             count += vanished.astype(jnp.int32)
@@ -138,7 +138,7 @@ def _marked(transforms, point, test):
 
 
 def projected(projections: PyTree, point: PyTree) -> tuple[PyTree, jax.Array]:
-    """The point with the projected parts on their sets, and the number of entries that this moved."""
+    """Returns the point with the projected parts on their sets, and the number of entries that this moved."""
     count = jnp.zeros((), jnp.int32)
     if projections is None:
         return point, count

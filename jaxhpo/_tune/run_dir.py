@@ -267,7 +267,7 @@ class RunDir:
         except ValueError as error:
             raise JaxhpoError(
                 f"`run_dir`: rows of the history in {self.folder} differ from those of this call ({error}): use "
-                "another folder, or the `record`, `population`, `remedies.accumulate`, `hparams` and info of that run."
+                "another folder, or the `record`, `population`, `accumulate`, `hparams` and info of that run."
             ) from error
         check_structure(self.folder, saved, leaves)
         arrays = self._restored(self.folder / found["name"], saved, leaves)

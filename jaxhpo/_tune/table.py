@@ -1,7 +1,8 @@
-"""The history of a run as a table: of a result, or of a folder in which one is going on."""
+"""The history of a run as a table, from a result or from a run directory."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
@@ -14,19 +15,20 @@ from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.tree import names
 from jaxhpo._core.validate import describe
 from jaxhpo._tune.run_dir import STATUS, in_use
-from jaxhpo._tune.tune import TuneResult
+from jaxhpo._tune.tune import SHARED, TuneResult
 
 
 def history_table(source: TuneResult | str | os.PathLike) -> Any:
-    """The history of a run, a row an outer step: a pandas `DataFrame` where pandas is installed, else a dict of arrays.
+    """The history of a run, one row per outer step: a pandas `DataFrame`, or a dict of arrays without pandas.
 
     A hyperparameter of several entries has a column for each, `hparams['rate'][0]`; one of more than 1024 has its
-    minimum, quartiles and maximum.
+    minimum, quartiles and maximum. In a population the first index is that of the member, as in `value[3]`; the table
+    of one member is `history_table(result.member(3))`.
 
     **Cost and bias**: reads one file.
 
     Args:
-      source: what `tune` returned, or its `run_dir`, also while the run is going on.
+      source: what `tune` returned, or its `run_dir`, also during the run.
 
     Returns:
       The table.
@@ -57,7 +59,7 @@ def history_table(source: TuneResult | str | os.PathLike) -> Any:
 
 
 def history_columns(source: TuneResult | str | os.PathLike) -> dict[str, np.ndarray]:
-    """The history by the name of its leaves, each with a leading axis of outer steps."""
+    """Returns the history by the name of its leaves, each with a leading axis of outer steps."""
     if isinstance(source, TuneResult):
         fields = source.history.items()
         return {
@@ -67,7 +69,7 @@ def history_columns(source: TuneResult | str | os.PathLike) -> dict[str, np.ndar
         }
     try:
         path = pathlib.Path(source) / "history.jsonl"
-        # A run that is going on may be in the middle of a line.
+        # A run in progress may have written half of the last line.
         lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
     except TypeError as error:
         raise JaxhpoError(f"`source` got {describe(source)}: give the result of `tune`, or its `run_dir`.") from error
@@ -80,33 +82,38 @@ def history_columns(source: TuneResult | str | os.PathLike) -> dict[str, np.ndar
         return {name: _numbers([row[name] for row in rows]) for name in rows[0] if name != "step"}
     except (ValueError, KeyError, TypeError) as error:
         raise JaxhpoError(
-            f"{path} is no history of a run, or damaged ({type(error).__name__}: {error}): the same `tune` goes on "
-            "from the last checkpoint, and mends it."
+            f"{path} is no history of a run, or damaged ({type(error).__name__}: {error}): the same `tune` "
+            "continues from the last checkpoint, and repairs it."
         ) from error
 
 
+def columns_of_best(source: TuneResult | str | os.PathLike) -> tuple[dict[str, np.ndarray], str]:
+    """Returns `history_columns`, of a population those of its best member, and in words which that is."""
+    columns = history_columns(source)
+    score = columns["score"]
+    if score.ndim == 1:
+        return columns, ""
+    best = int(np.where(np.isnan(score), np.inf, score).min(0).argmin())
+    own = {name: x if name.split("[")[0] in SHARED else x[:, best] for name, x in columns.items()}
+    return own, f"member {best}, the best of {score.shape[1]}"
+
+
 def standing(folder: str | os.PathLike, steps: int) -> str:
-    """In words, how the run in a folder stands after so many rows of history, and where the same call goes on."""
-    told, running = _status(pathlib.Path(folder)), in_use(pathlib.Path(folder))
-    if running:
-        return f"going on (process {running}): {steps} of {told.get('num_steps', '?')} steps"
-    checkpoints = [path.name for path in pathlib.Path(folder).glob("state-*")]
-    saved = max((int(name.split("-")[1].split(".")[0]) for name in checkpoints), default=0)
-    status = told.get("status", "unknown")
+    """Describes the status of a run in a folder after so many history rows, and where the same call continues."""
+    folder = pathlib.Path(folder)
+    fields: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError):
+        fields = json.loads((folder / STATUS).read_text())
+    if running := in_use(folder):
+        return f"going on (process {running}): {steps} of {fields.get('num_steps', '?')} steps"
+    status = fields.get("status", "unknown")
+    text = f"{status.replace('_', ' ')}: {fields.get('message', '')}"
     if status == "running":
-        text = "cut off: nothing was left to tell why, so it was killed"
-    else:
-        text = f"{status.replace('_', ' ')}: {told.get('message', '')}"
-    if saved < steps:
-        text += f". The same call goes on after step {saved - 1}, from the last checkpoint" if saved else ""
+        text = "cut off: it left no message, so it was killed"
+    saved = max((int(path.name[6:14]) for path in folder.glob("state-????????*")), default=0)
+    if 0 < saved < steps:
+        text += f". The same call goes on after step {saved - 1}, from the last checkpoint"
     return text
-
-
-def _status(folder) -> dict[str, Any]:
-    try:
-        return json.loads((folder / STATUS).read_text())
-    except (OSError, ValueError):
-        return {}
 
 
 def _numbers(values: list) -> np.ndarray:

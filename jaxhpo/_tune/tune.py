@@ -308,8 +308,8 @@ class _Limits(NamedTuple):
             statuses, counts = np.unique(self.ended(record), return_counts=True)
             status = str(statuses[0]) if len(statuses) == 1 else "mixed"
             if record.compiled.shape:
-                told = ", ".join(f"{n} {s}" for s, n in zip(statuses, counts, strict=True))
-                return status, f"every member has ended: {told}"
+                ends = ", ".join(f"{n} {s}" for s, n in zip(statuses, counts, strict=True))
+                return status, f"every member has ended: {ends}"
             more = ", while the outer loss still fell" if status == "overfitting" else ""
             return status, f"no improvement of more than {self.min_delta} in {self.patience} outer steps{more}"
         if self.max_seconds is not None and rows and on_any(record.seconds >= self.max_seconds):

@@ -13,6 +13,7 @@ import pytest
 
 import jaxhpo
 from jaxhpo import JaxhpoError, Remedies
+from jaxhpo._cli.main import main
 
 SOLVER = jaxhpo.from_optax(lambda p, h, b: jnp.sum((p - h["goal"]) ** 2), lambda h: optax.sgd(h["rate"]))
 TRANSFORMS = {"goal": None, "rate": jaxhpo.box(0.0, 0.4)}
@@ -261,7 +262,7 @@ def test_another_population_is_refused(tmp_path):
         )
 
 
-def test_callbacks_progress_and_table(tmp_path, monkeypatch):
+def test_callbacks_progress_and_table(tmp_path, monkeypatch, capsys):
     seen, out = [], io.StringIO()
     monkeypatch.setattr(sys, "stderr", out)
     result = population(callbacks=[seen.append], progress=True, run_dir=tmp_path)
@@ -273,6 +274,9 @@ def test_callbacks_progress_and_table(tmp_path, monkeypatch):
         np.testing.assert_array_equal(table["value[2]"], result.history["value"][:, 2])
         np.testing.assert_array_equal(table["hparams['goal'][1, 0]"], result.history["hparams"]["goal"][:, 1, 0])
     assert list(jaxhpo.history_table(result.member(2))["value"]) == list(result.history["value"][:, 2])
+    assert main(["show", str(tmp_path)]) == 0 and main(["plot", str(tmp_path)]) == 0
+    shown, best = capsys.readouterr().out, int(result.best_value.argmin())
+    assert f"member {best}, the best of 3" in shown and f"best: {result.best_value[best]:.6g}" in shown
 
 
 def test_large_leaves_are_summed_up_by_member():

@@ -1,4 +1,4 @@
-"""What keeps a search on its feet: each remedy on runs that diverge or stall without it, over ten seeds."""
+"""Each remedy on runs that diverge or stall without it, over ten seeds."""
 
 import importlib
 import pathlib
@@ -28,7 +28,7 @@ def toy_loss(h):
 
 
 def noisy_gradient(noise):
-    """The hypergradient, times `noise(key)`."""
+    """Returns a gradient function: the hypergradient times `noise(key)`."""
 
     def gradient(h, carry, key):
         value, grad = jax.value_and_grad(toy_loss)(h)
@@ -38,7 +38,7 @@ def noisy_gradient(noise):
 
 
 def search(gradient, seed, optimizer, num_steps=100, **settings):
-    """Another seed has other noise."""
+    """Tunes with the noise of a seed."""
     return jaxhpo.tune(
         None,
         jnp.asarray(0.5),
@@ -106,7 +106,7 @@ def test_accumulation_averages_the_noise():
     assert squares[1] < squares[0] / 3  # 16 in expectation; each, a mean of ten squares, errs by half
 
 
-def test_shrinking_brings_a_collapsed_model_back():
+def test_shrinking_recovers_a_collapsed_model():
     """Ridge regression under a penalty of 1e8: weights and hypergradient are all but zero."""
     x, noise = jax.random.normal(jax.random.key(0), (20, 3)), jax.random.normal(jax.random.key(1), (20,))
     y = x @ jnp.array([1.0, -2.0, 0.5]) + 0.1 * noise
@@ -126,7 +126,7 @@ def test_shrinking_brings_a_collapsed_model_back():
 
 
 @slow
-def test_collapsed_embeddings_come_back(monkeypatch):
+def test_shrinking_recovers_collapsed_embeddings(monkeypatch):
     """Nations under a penalty of .05, where every embedding has shrunk to zero: the constant loss of equal scores."""
     monkeypatch.syspath_prepend(pathlib.Path(__file__).parents[2] / "benchmarks")
     benchmark = importlib.import_module("remedies")
@@ -166,8 +166,8 @@ def test_skipping():
     assert 0.1 * 1000 < skipped < 0.3 * 1000  # of 1000 steps, a fifth
 
 
-def test_skipping_ends():
-    """Where no key helps, the run ends after ten steps in a row."""
+def test_skipping_ends_after_ten_failures():
+    """Where every key fails, the run ends after ten consecutive steps."""
 
     def gradient(h, carry, key):
         value, grad = jax.value_and_grad(toy_loss)(h)
@@ -180,7 +180,7 @@ def test_skipping_ends():
 
 @slow
 def test_backtracking():
-    """A first step far too long ends where the inner run diverges; half of it, halved again, does not."""
+    """The first step is so long that the inner run diverges; a quarter of it does not."""
     solver = jaxhpo.from_optax(lambda a, h, b: jnp.sum((a - 1.0) ** 2), lambda h: optax.sgd(h["rate"]))
 
     def loss(h):
@@ -218,7 +218,7 @@ def test_projection():
     assert counts(result)["projected_entries"] > 0
 
 
-def test_monitor_chooses_and_stops():
+def test_monitor_selects_the_best_step_and_stops():
     """The outer loss falls for ever, the held-out loss only up to h = 1."""
 
     def loss(h, carry, key):
@@ -247,7 +247,7 @@ def test_budget_of_inner_steps():
 
 
 def test_skipping_from_the_start_can_be_resumed(tmp_path):
-    """Whatever is skipped, the best hyperparameters are some: those of the start."""
+    """When every step is skipped, the best hyperparameters are those of the start."""
 
     def gradient(h, carry, key):
         value, grad = jax.value_and_grad(toy_loss)(h)
@@ -266,8 +266,8 @@ def test_budget_of_seconds():
 
 
 @slow
-def test_a_broken_carry_and_a_broken_inner_solve_are_seen():
-    """Neither reaches the outer loss."""
+def test_a_carry_or_inner_solve_that_is_not_finite_ends_the_run():
+    """The outer loss stays finite."""
 
     def broken_carry(h, carry, key):
         return toy_loss(h), jnp.where(carry > 1, jnp.nan, carry + 1), None
@@ -284,7 +284,7 @@ def test_a_broken_carry_and_a_broken_inner_solve_are_seen():
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "match"),
     [
         (
             {"remedies": Remedies(accumulate=2)},
@@ -308,12 +308,12 @@ def test_a_broken_carry_and_a_broken_inner_solve_are_seen():
         ({"projections": lambda h: h - 1.0}, "starts outside the set of its projection"),
     ],
 )
-def test_mistakes(settings, told):
-    with pytest.raises(jaxhpo.JaxhpoError, match=told):
+def test_invalid_arguments_are_refused(settings, match):
+    with pytest.raises(jaxhpo.JaxhpoError, match=match):
         jaxhpo.tune(toy_loss, jnp.asarray(0.5), optax.sgd(0.1), num_steps=2, progress=False, **settings)
 
 
 @pytest.mark.parametrize("settings", [{"clip": -1.0}, {"clip_norm": 0.0}, {"shrink": 1.5}, {"accumulate": 0}])
-def test_settings_out_of_range(settings):
+def test_remedies_out_of_range_are_refused(settings):
     with pytest.raises(jaxhpo.JaxhpoError, match=next(iter(settings))):
         Remedies(**settings)

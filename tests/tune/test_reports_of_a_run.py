@@ -1,4 +1,4 @@
-"""What a run leaves to look at: the table, the picture, `jaxhpo show` and `jaxhpo plot`, callbacks that log."""
+"""Reports of a run: the table, the picture, `jaxhpo show` and `jaxhpo plot`, callbacks that log."""
 
 import builtins
 import pathlib
@@ -19,7 +19,7 @@ START = {"scale": jnp.asarray(1.0), "vector": jnp.ones(12), "matrix": jnp.ones((
 
 
 def outer_loss(h, carry, key):
-    """Every seventh step or so is not finite."""
+    """Returns NaN in one step of seven, on average."""
     value = sum(jnp.sum(x**2) for x in jax.tree.leaves(h))
     return jnp.where(jax.random.bernoulli(key, 1 / 7), jnp.nan, value), carry, {"held_out": value + 1.0}
 
@@ -36,7 +36,7 @@ def result(tmp_path_factory):
 
 
 def test_table(result, monkeypatch):
-    """Of a result and of its folder, with pandas and without."""
+    """The table of a result equals that of its folder, with pandas and without."""
     result, folder = result
     frames = [jaxhpo.history_table(source) for source in (result, folder)]
 
@@ -57,7 +57,7 @@ def test_table(result, monkeypatch):
 
 
 def test_large_leaves_are_kept_as_quantiles_and_norm():
-    """Of 2000 numbers 0, 1, …: minimum, quartiles, maximum; the norm is sqrt(n (n + 1) (2n + 1) / 6)."""
+    """For 0, 1, …, 1999: minimum, quartiles, maximum; the norm is sqrt(n (n + 1) (2n + 1) / 6)."""
     n = 1999
     result = jaxhpo.tune(
         lambda h: jnp.sum(h**2),
@@ -74,7 +74,7 @@ def test_large_leaves_are_kept_as_quantiles_and_norm():
 
 @pytest.mark.parametrize("run_dir", [False, True])
 def test_record(tmp_path, run_dir):
-    """One CG solve a step, of a quadratic with the curvatures 2, 4 and 6: three products; on disk as in memory."""
+    """Each step solves once by CG, for a quadratic of curvatures 2, 4 and 6; in memory and on disk."""
     curvature = jnp.array([1.0, 2.0, 3.0])
     solver = jaxhpo.from_optax(lambda p, h, b: jnp.sum(curvature * (p - h) ** 2), optax.sgd(0.1))
 
@@ -98,12 +98,12 @@ def test_record(tmp_path, run_dir):
     assert (np.diff(result.history["peak_bytes"]) >= 0).all() and result.history["peak_bytes"][0] > 1e6
 
 
-def test_record_of_an_unknown_name():
+def test_record_refuses_an_unknown_name():
     with pytest.raises(jaxhpo.JaxhpoError, match=r"`record` got .*weights.*'hypergradient'"):
         run(record=["weights"])
 
 
-def test_table_of_what_is_no_run(tmp_path):
+def test_table_refuses_a_folder_without_a_history(tmp_path):
     with pytest.raises(jaxhpo.JaxhpoError, match="name the `run_dir`"):
         jaxhpo.history_table(tmp_path)
     (tmp_path / "history.jsonl").write_text('{"value": 1')  # in the middle of its first line
@@ -114,7 +114,7 @@ def test_table_of_what_is_no_run(tmp_path):
 
 
 def test_picture(result, tmp_path):
-    """Three panels, and one for the vector and the matrix each; what is larger is in the paths alone."""
+    """Three panels, and one each for the vector and the matrix; larger leaves are drawn in the paths only."""
     figure = plot.run(result[0], tmp_path / "run.png")
     titles = [axis.get_title() for axis in figure.axes if axis.get_visible()]
     assert titles[:3] == ["Convergence", "Norm of the hypergradient", "Hyperparameters"]
@@ -123,7 +123,7 @@ def test_picture(result, tmp_path):
 
 
 def test_show_and_plot(result, capsys):
-    """Of the folder alone, as another process sees it."""
+    """The commands read the folder only."""
     result, folder = result
     assert main(["show", str(folder), "--rows", "3"]) == 0
     out = capsys.readouterr().out
@@ -137,7 +137,7 @@ def test_show_and_plot(result, capsys):
 
 
 class FakeWriter:
-    """What TensorBoard's writer and Weights & Biases have in common."""
+    """Stands for TensorBoard's writer and for Weights & Biases."""
 
     def __init__(self):
         self.rows = []
@@ -149,8 +149,8 @@ class FakeWriter:
         self.rows += [(name, float(value), step) for name, value in values.items()]
 
 
-def test_callbacks_of_the_readme():
-    """TensorBoard's and Weights & Biases', as README has them."""
+def test_logging_callbacks_of_the_readme():
+    """The README's callbacks for TensorBoard and Weights & Biases log every step."""
     readme = (pathlib.Path(__file__).parents[2] / "README.md").read_text()
     (code,) = [block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "to_tensorboard" in block]
     writer = FakeWriter()

@@ -1,4 +1,4 @@
-"""What a run that goes on must keep, and which changes it must refuse: found by trying to break it."""
+"""State that a resumed run keeps, and changes that it refuses."""
 
 import os
 import signal
@@ -31,14 +31,14 @@ def plain(h, carry, key):
     return jnp.sum(h**2), carry, {"sum": h.sum()}
 
 
-def go(folder, num_steps, loss=plain, start=START, optimizer=ADAM, **settings):
+def run(folder, num_steps, loss=plain, start=START, optimizer=ADAM, **settings):
     return jaxhpo.tune(loss, start, optimizer, num_steps=num_steps, run_dir=folder, progress=False, **settings)
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "said"),
+    ("before", "after", "match"),
     [
-        ({}, {"remedies": Remedies(accumulate=3)}, r"the shape \[\] there, \[3\] here.*`remedies.accumulate`"),
+        ({}, {"remedies": Remedies(accumulate=3)}, r"the shape \[\] there, \[3\] here.*`accumulate`"),
         ({"remedies": Remedies(accumulate=3)}, {}, r"the shape \[3\] there, \[\] here"),
         ({}, {"record": "hypergradient"}, "'hypergradient' is in one of them only.*the `record`"),
         ({"record": "hypergradient"}, {}, "'hypergradient' is in one of them only"),
@@ -56,29 +56,29 @@ def go(folder, num_steps, loss=plain, start=START, optimizer=ADAM, **settings):
     ],
     ids=["more keys", "fewer keys", "more columns", "fewer columns", "a monitor", "no monitor", "an optimiser"],
 )
-def test_a_change_that_mixes_two_kinds_is_refused(before, after, said, tmp_path):
-    first = go(tmp_path, 2, noisy, **before)
-    with pytest.raises(JaxhpoError, match=said):
-        go(tmp_path, 4, noisy, **after)
-    again = go(tmp_path, 2, noisy, **before)  # and has spoiled nothing
+def test_resume_refuses_incompatible_changes(before, after, match, tmp_path):
+    first = run(tmp_path, 2, noisy, **before)
+    with pytest.raises(JaxhpoError, match=match):
+        run(tmp_path, 4, noisy, **after)
+    again = run(tmp_path, 2, noisy, **before)  # the refused call has changed nothing
     chex.assert_trees_all_equal(again.history, first.history)
 
 
-def test_a_large_leaf_recorded_whole_and_in_summary_is_refused(tmp_path):
-    go(tmp_path, 2, start=jnp.ones(1500))
+def test_resume_refuses_whole_leaves_after_summaries(tmp_path):
+    run(tmp_path, 2, start=jnp.ones(1500))
     with pytest.raises(JaxhpoError, match=r"the shape \[6\] there, \[1500\] here"):
-        go(tmp_path, 4, start=jnp.ones(1500), record="hparams")
+        run(tmp_path, 4, start=jnp.ones(1500), record="hparams")
 
 
-def test_what_is_accepted_is_told(tmp_path):
+def test_resume_reports_accepted_changes(tmp_path):
     def loss(num_steps):
         solver = jaxhpo.from_optax(lambda p, h, b: jnp.sum((p - h) ** 2), optax.sgd(0.1))
         train = lambda h: jaxhpo.solve(solver, solver.init(jnp.zeros(2), h), h, num_steps=num_steps)  # noqa: E731
         return lambda h, carry, key: (jnp.sum((train(h).params - 1) ** 2), carry, None)
 
     simplex = optax.projections.projection_simplex
-    go(tmp_path, 2, loss(5), jnp.array([0.4, 0.6]), projections=simplex)
-    message = go(tmp_path, 4, loss(7), jnp.array([0.4, 0.6]), on_not_finite="backtrack").message
+    run(tmp_path, 2, loss(5), jnp.array([0.4, 0.6]), projections=simplex)
+    message = run(tmp_path, 4, loss(7), jnp.array([0.4, 0.6]), on_not_finite="backtrack").message
     for said in (
         "projections is None, was <function projection_simplex>",
         "on_not_finite is backtrack, was stop",
@@ -89,8 +89,8 @@ def test_what_is_accepted_is_told(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["weak", "rbg", "unsafe_rbg", "threefry2x32"])
-def test_to_the_bit_with_a_carry_that_files_hold_badly(kind, tmp_path):
-    """A Python number gives a weakly typed array, which promotes otherwise; a key's shape hides its kind."""
+def test_resume_is_bit_identical_for_weak_types_and_keys(kind, tmp_path):
+    """Files store neither weak types, which promote differently, nor the implementation of a key."""
     if kind == "weak":
         carry, start = 0.731, jnp.array([1.1, 2.3], jnp.bfloat16)
 
@@ -104,16 +104,16 @@ def test_to_the_bit_with_a_carry_that_files_hold_badly(kind, tmp_path):
             return jnp.sum(h**2) * jax.random.uniform(now), carry, {"key": now}
 
     settings = {"loss": loss, "start": start, "optimizer": optax.sgd(0.013), "carry": carry}
-    want = go(tmp_path / "whole", 5, **settings)
-    go(tmp_path / "parts", 2, **settings)
-    got = go(tmp_path / "parts", 5, **settings)
+    want = run(tmp_path / "whole", 5, **settings)
+    run(tmp_path / "parts", 2, **settings)
+    got = run(tmp_path / "parts", 5, **settings)
     data = lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x  # noqa: E731
     apart = lambda history: {k: v for k, v in history.items() if k not in ("seconds", "peak_bytes")}  # noqa: E731
     chex.assert_trees_all_equal(apart(got.history), apart(want.history))
     chex.assert_trees_all_equal(jax.tree.map(data, got.carry), jax.tree.map(data, want.carry))
 
 
-def test_callbacks_and_monitors_have_containers_of_their_own(tmp_path):
+def test_callbacks_and_monitors_may_edit_their_containers(tmp_path):
     def callback(step):
         step.hparams["loss"] = step.value
         step.info.clear()
@@ -123,14 +123,14 @@ def test_callbacks_and_monitors_have_containers_of_their_own(tmp_path):
 
     start = {"rate": jnp.asarray(1.0)}
     loss = lambda h, carry, key: (h["rate"] ** 2, carry, {"sum": h["rate"]})  # noqa: E731
-    result = go(tmp_path, 3, loss, start, callbacks=[callback], monitor=monitor)
+    result = run(tmp_path, 3, loss, start, callbacks=[callback], monitor=monitor)
     assert result.best_hparams.keys() == result.history["hparams"].keys() == {"rate"}
     np.testing.assert_array_equal(result.history["info"]["sum"], result.history["score"])
-    assert len(go(tmp_path, 5, loss, start, monitor=monitor).history["value"]) == 5
+    assert len(run(tmp_path, 5, loss, start, monitor=monitor).history["value"]) == 5
 
 
-def test_functions_that_the_user_has_called_before_are_seen():
-    """JAX would take what it had traced before anyone listened."""
+def test_solves_in_functions_traced_before_are_recorded():
+    """JAX would reuse a trace made without the recording."""
     solver = jaxhpo.from_optax(lambda p, h, b: jnp.sum((p - 1) ** 2) + h * jnp.sum(p**2), optax.sgd(0.1))
 
     @jax.jit
@@ -147,15 +147,15 @@ def test_functions_that_the_user_has_called_before_are_seen():
     assert len(jaxhpo.check_hypergradient(lambda h: inner(h), jnp.asarray(0.1)).linear_statuses) == 1
 
 
-def test_spent_seconds_stay_spent(tmp_path):
+def test_resume_keeps_the_spent_seconds(tmp_path):
     settings = {"max_seconds": 1.0, "callbacks": [lambda step: time.sleep(0.6)]}
-    runs = [go(tmp_path, 50, **settings) for _ in range(3)]
-    assert runs[0].status == "budget" and len({len(run.history["value"]) for run in runs}) == 1
+    runs = [run(tmp_path, 50, **settings) for _ in range(3)]
+    assert runs[0].status == "budget" and len({len(r.history["value"]) for r in runs}) == 1
 
 
-def test_the_folder_tells_how_the_run_stands(tmp_path):
+def test_status_in_the_folder(tmp_path):
     seen = []
-    go(tmp_path, 3, callbacks=[lambda step: seen.append(standing(tmp_path, 2))])
+    run(tmp_path, 3, callbacks=[lambda step: seen.append(standing(tmp_path, 2))])
     assert seen[0].startswith(f"going on (process {os.getpid()} on ") and seen[0].endswith(": 2 of 3 steps")
     assert standing(tmp_path, 3) == "finished: 3 outer steps were taken, of 3 asked for"
 
@@ -163,12 +163,12 @@ def test_the_folder_tells_how_the_run_stands(tmp_path):
         raise ValueError("my own mistake")
 
     with pytest.raises(ValueError, match="my own mistake"):
-        go(tmp_path, 5, callbacks=[broken])
+        run(tmp_path, 5, callbacks=[broken])
     assert standing(tmp_path, 4) == "raised: ValueError: my own mistake"
 
 
 @pytest.mark.slow
-def test_a_killed_run_is_told_from_one_that_goes_on(tmp_path):
+def test_status_of_a_killed_run(tmp_path):
     program = f"""if True:
         import os, signal, jax.numpy as jnp, optax, jaxhpo
         kill = lambda step: step.step == 12 and os.kill(os.getpid(), signal.SIGKILL)
@@ -183,7 +183,7 @@ def test_a_killed_run_is_told_from_one_that_goes_on(tmp_path):
 
 
 @pytest.mark.parametrize("value", [complex(1, np.inf), complex(-0.0, -0.0), complex(np.nan, 1)])
-def test_complex_numbers_are_read_back_to_the_bit(value):
+def test_complex_numbers_are_read_back_bit_identical(value):
     row = {"info": np.asarray(value, np.complex64)}
     assert decode(encode(0, row), row)["info"].tobytes() == row["info"].tobytes()
 

@@ -1,4 +1,4 @@
-"""The outer loop: it descends, remembers, stops, and can be interrupted."""
+"""The outer loop: descent, history, stopping, interruption, resumption."""
 
 import io
 import json
@@ -20,7 +20,7 @@ GOAL = 1.5
 
 
 def outer_loss(h):
-    """Least at target = 1.5 when the inner run converges, which a larger rate helps."""
+    """The minimum is at target = 1.5 when the inner run converges, which a larger rate helps."""
     return jnp.sum((jaxhpo.solve(SOLVER, SOLVER.init(jnp.zeros(3), h), h, num_steps=20).params - GOAL) ** 2)
 
 
@@ -28,7 +28,7 @@ def run(loss=outer_loss, num_steps=8, optimizer=None, **kw):
     return jaxhpo.tune(loss, START, optimizer or optax.adam(0.1), num_steps=num_steps, progress=False, **kw)
 
 
-def test_equals_the_loop_written_by_hand():
+def test_tune_equals_a_loop_written_by_hand():
     tx = optax.adam(0.1)
     u = {"target": START["target"], "lr": TRANSFORMS["lr"].inverse(START["lr"])}
     state, values = tx.init(u), []
@@ -93,7 +93,7 @@ def test_carry_key_and_info():
 
 
 def test_gradient_replaces_differentiation():
-    """A `gradient` function in natural units gives the same run: the chain rule of the transforms is applied for it."""
+    """A `gradient` function in natural units gives the same run: `tune` applies the chain rule of the transforms."""
 
     def gradient(h, carry, key):
         value, g = jax.value_and_grad(outer_loss)(h)
@@ -108,8 +108,8 @@ def test_lbfgs_with_line_search():
     assert result.best_value < 1e-8
 
 
-def test_zero_by_chance_is_only_a_warning():
-    """At target = start = 0 the inner gradient is zero, and so is the rate's hypergradient: it is not cut off."""
+def test_a_zero_hypergradient_by_chance_is_a_warning():
+    """At target = start = 0 the inner gradient is zero, and with it the rate's hypergradient."""
     start = {"target": jnp.zeros(3), "lr": jnp.asarray(0.02)}
     with pytest.warns(jaxhpo.ZeroHypergradientWarning, match=r"`hparams\['lr'\]`.*at this point"):
         result = jaxhpo.tune(outer_loss, start, optax.adam(0.1), num_steps=3, progress=False)
@@ -129,7 +129,7 @@ def test_patience():
     assert "5 outer steps" in result.message
 
 
-def test_callbacks_are_told_and_can_stop():
+def test_callbacks_see_every_step_and_can_stop():
     seen = []
 
     def callback(step):
@@ -153,7 +153,7 @@ def test_interrupt_returns_the_partial_result():
     np.testing.assert_array_equal(result.hparams["target"], want.hparams["target"])
 
 
-def test_not_finite_later_on_returns_the_last_good_state():
+def test_a_later_step_that_is_not_finite_returns_the_last_finite_state():
     """The rate grows until the inner run diverges."""
     start = {"target": jnp.ones(3), "lr": jnp.asarray(0.9)}
 
@@ -174,8 +174,8 @@ def test_progress_is_plain_text_off_a_terminal(monkeypatch):
     assert all(line.startswith("step ") for line in lines) and lines[-1].startswith("step 3/3: loss ")
 
 
-def test_run_dir_resumes_to_the_bit(tmp_path):
-    """Interrupted after 3 and after 7 of 12 steps, the run ends as the undisturbed one does."""
+def test_resume_is_bit_identical(tmp_path):
+    """Interrupted after 3 and after 7 of 12 steps, the run ends as an uninterrupted one does."""
 
     def loss(h, carry, key):
         sol = jaxhpo.solve(SOLVER, jax.lax.stop_gradient(carry), h, num_steps=3)
@@ -201,7 +201,7 @@ def test_run_dir_resumes_to_the_bit(tmp_path):
 
 
 def test_run_dir_of_other_settings_is_refused(tmp_path):
-    """The numbers on disk are unconstrained: under another transform they would mean something else."""
+    """The numbers on disk are unconstrained: another transform would change their meaning."""
     run(num_steps=2, run_dir=tmp_path, transforms=TRANSFORMS)
     for changed in ({"transforms": None}, {"transforms": TRANSFORMS, "key": jax.random.key(9)}):
         with pytest.raises(
@@ -215,8 +215,8 @@ def test_run_dir_of_other_settings_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("settings", [{"run_dir": True}, {"max_inner_steps": 10_000}])
-def test_what_traces_beforehand_hides_no_zero(settings, tmp_path):
-    """Rates of the early steps are cut off by the rule, which says so while it is traced."""
+def test_zero_hypergradients_raise_after_an_earlier_trace(settings, tmp_path):
+    """The rule ignores the rates of early steps, and warns of it while it is traced."""
     settings = {name: tmp_path if name == "run_dir" else value for name, value in settings.items()}
     solver = jaxhpo.from_optax(lambda p, h, b: jnp.sum((p - 1.0) ** 2), lambda h: optax.sgd(lambda t: h[t]))
 
@@ -229,7 +229,7 @@ def test_what_traces_beforehand_hides_no_zero(settings, tmp_path):
         jaxhpo.tune(loss, jnp.full(4, 0.1), optax.sgd(0.1), num_steps=3, progress=False, **settings)
 
 
-def test_run_dir_says_which_settings_are_new(tmp_path):
+def test_resume_reports_changed_settings(tmp_path):
     run(num_steps=2, run_dir=tmp_path, optimizer=optax.sgd(0.002, momentum=0.9))
     more = run(num_steps=4, run_dir=tmp_path, optimizer=optax.sgd(0.001, momentum=0.9))
     assert "num_steps is 4, was 2" in more.message
@@ -237,8 +237,8 @@ def test_run_dir_says_which_settings_are_new(tmp_path):
     assert "momentum" not in more.message
 
 
-def test_run_dir_is_readable_meanwhile(tmp_path):
-    """A line of JSON a step, with numbers as they are, and strings for those that JSON lacks."""
+def test_history_file_is_readable_during_the_run(tmp_path):
+    """One line of JSON per step; NaN and infinities are strings."""
 
     def loss(h, carry, key):
         return outer_loss(h), carry, {"odd": jnp.array([jnp.nan, jnp.inf, 1.5]), "half": jnp.ones((), jnp.bfloat16) / 3}
@@ -263,7 +263,7 @@ def test_run_dir_of_short_floats(tmp_path, dtype):
 
 
 def test_run_dir_of_empty_leaves(tmp_path):
-    """As lists, an array of shape (1, 0, 2) is that of shape (1, 0)."""
+    """As nested lists, arrays of the shapes (1, 0, 2) and (1, 0) are equal."""
     start = {"empty": jnp.zeros((1, 0, 2)), "one": jnp.ones(())}
     for steps in (1, 2):
         settings = {"num_steps": steps, "progress": False, "run_dir": tmp_path}
@@ -286,8 +286,8 @@ def test_run_dir_of_another_precision_is_refused(tmp_path):
         jaxhpo.tune(outer_loss, start, optax.adam(0.1), num_steps=3, run_dir=tmp_path, progress=False)
 
 
-def test_run_dir_with_a_transform_of_ones_own(tmp_path):
-    """An object without a repr of its own prints its address, which is another in the process that resumes."""
+def test_resume_with_a_transform_without_a_repr(tmp_path):
+    """The default repr of an object contains its address, which differs in the process that resumes."""
 
     class Doubled:
         def forward(self, u):

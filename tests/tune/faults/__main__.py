@@ -13,7 +13,7 @@ import faults  # noqa: E402
 
 
 def disturbed(times: int, seed: int) -> int:
-    """Every other fault so many times; the number of runs that were not as they should be."""
+    """Injects every fault but kills, `times` times each; returns the number of runs that failed."""
     lost = 0
     with tempfile.TemporaryDirectory() as whole:
         faults.tune(whole)
@@ -32,7 +32,7 @@ def disturbed(times: int, seed: int) -> int:
 
 
 def main() -> int:
-    """The exit code: 0 where nothing was lost."""
+    """Returns the exit code: 0 where no run failed."""
     parser = argparse.ArgumentParser(prog="python -m tests.tune.faults", description=__doc__)
     parser.add_argument("--kills", type=int, default=200, help="kill -9 at random moments (default: %(default)s)")
     parser.add_argument("--times", type=int, default=20, help="of every other fault (default: %(default)s)")

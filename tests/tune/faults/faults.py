@@ -1,4 +1,4 @@
-"""Disturbs a tuning run in each way that a machine knows, lets it go on, and compares the end with the undisturbed one.
+"""Injects faults into a tuning run, resumes it, and compares its end with that of an undisturbed run.
 
 As a script, the run itself: `python faults.py FOLDER [--pause SECONDS]`.
 """
@@ -35,7 +35,7 @@ START = {"goal": jnp.full(3, 0.1), "rate": jnp.asarray(0.02)}
 
 
 def outer_loss(h, carry, key):
-    """Warm-started, and noisy: a run that goes on with another state or another key ends elsewhere."""
+    """Warm-started and noisy: a run that is resumed with a wrong state or key ends elsewhere."""
     state, ballast = carry
     sol = jaxhpo.solve(SOLVER, jax.lax.stop_gradient(state), h, num_steps=3)
     noise = 0.1 * jax.random.normal(key, (3,))
@@ -43,7 +43,7 @@ def outer_loss(h, carry, key):
 
 
 def tune(folder, steps=STEPS, pause=0.0, **settings):
-    """The run, with a checkpoint after every step."""
+    """Runs `tune` with a checkpoint after every step."""
     callbacks = [lambda step: time.sleep(pause), *settings.pop("callbacks", [])]
     return jaxhpo.tune(
         outer_loss,
@@ -61,7 +61,7 @@ def tune(folder, steps=STEPS, pause=0.0, **settings):
 
 
 def end(folder) -> dict:
-    """State, key and history of the newest checkpoint, without times."""
+    """Returns state, key and history of the newest checkpoint, without times."""
     newest = sorted(pathlib.Path(folder).glob("state-*.npz"))[-1]
     with np.load(newest) as file:
         found: dict = {name: file[name].tobytes() for name in file.files if name != "history"}
@@ -72,13 +72,13 @@ def end(folder) -> dict:
 
 
 def unreadable(folder) -> int:
-    """Checkpoints whose bytes are not those that their names promise."""
+    """Counts the checkpoints whose checksum does not match their name."""
     files = pathlib.Path(folder).glob("state-*.npz")
     return sum(hashlib.sha256(file.read_bytes()).hexdigest() not in file.name for file in files)
 
 
 def start(folder, pause) -> subprocess.Popen:
-    """The run in a process of its own."""
+    """Starts the run in a new process."""
     command = [sys.executable, __file__, folder, "--pause", pause]
     environment = {**os.environ, "JAX_ENABLE_X64": str(jax.config.jax_enable_x64)}
     return subprocess.Popen(
@@ -87,7 +87,7 @@ def start(folder, pause) -> subprocess.Popen:
 
 
 def undisturbed(folder) -> float:
-    """Runs to the end; seconds."""
+    """Runs to the end; returns the seconds."""
     begun = time.perf_counter()
     process = start(folder, PAUSE)
     out, _ = process.communicate()
@@ -97,7 +97,7 @@ def undisturbed(folder) -> float:
 
 
 def killed(folder, kills, within, rng, number) -> tuple[int, int]:
-    """Strikes the run at random moments until it has ended, at most so often; (strikes, unreadable files)."""
+    """Sends signals at random moments until the run has ended; returns the numbers of signals and unreadable files."""
     struck = bad = 0
     while struck < kills and not done(folder):
         process = start(folder, PAUSE)
@@ -119,7 +119,7 @@ def killed(folder, kills, within, rng, number) -> tuple[int, int]:
 
 
 def chains(kills, seconds, want, rng, number=signal.SIGKILL, told=print) -> tuple[int, int]:
-    """Strikes so often in all, in as many runs as that takes; (runs that ended otherwise, unreadable files)."""
+    """Sends `kills` signals to consecutive runs; returns the numbers of runs with another end and unreadable files."""
     struck = lost = bad = runs = 0
     while struck < kills:
         with tempfile.TemporaryDirectory() as folder:
@@ -130,15 +130,15 @@ def chains(kills, seconds, want, rng, number=signal.SIGKILL, told=print) -> tupl
 
 
 def done(folder) -> bool:
-    """Whether the newest checkpoint is that of the last step."""
+    """Returns whether there is a checkpoint of the last step."""
     return bool(list(pathlib.Path(folder).glob(f"state-{STEPS:08d}*.npz")))
 
 
-# --- the other faults: each disturbs a run in `folder`, and says what was not as it should be -------------------------
+# --- the other faults: each disturbs a run in `folder`, and asserts what must hold -------------------------
 
 
 def sigterm(folder, rng) -> None:
-    """Saves, restores the handler, returns: the process exits by itself."""
+    """SIGTERM: the run saves, restores the handler and returns."""
     begun, at = [], rng.randrange(1, STEPS)
     before = signal.getsignal(signal.SIGTERM)
 
@@ -153,7 +153,7 @@ def sigterm(folder, rng) -> None:
 
 
 def ctrl_c(folder, rng) -> None:
-    """Wherever it strikes, the partial result is returned; before the first step there is none."""
+    """Ctrl-C at any moment after the first step returns the partial result."""
     at = rng.uniform(0.0, 0.5)
 
     def strike():
@@ -170,7 +170,7 @@ def ctrl_c(folder, rng) -> None:
 
 
 def full_disk(folder, rng) -> None:
-    """No file may grow beyond so many bytes: the run warns, goes on, and ends; what was saved before remains."""
+    """Files cannot grow beyond a limit: the run warns and finishes; earlier checkpoints remain."""
     small = rng.randrange(1, 100_000)  # less than the carry takes, in 32 bits too
     at = rng.randrange(1, STEPS)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -194,7 +194,7 @@ def full_disk(folder, rng) -> None:
 
 
 def read_only(folder, rng) -> None:
-    """Where nothing can be written, a run is refused at once."""
+    """A folder that cannot be written is refused before the first step."""
     tune(folder, steps=rng.randrange(1, STEPS))
     paths = [pathlib.Path(folder), *pathlib.Path(folder).iterdir()]
     modes = [path.stat().st_mode for path in paths]
@@ -216,7 +216,7 @@ def read_only(folder, rng) -> None:
 
 
 def damaged(folder, rng, how) -> None:
-    """The newest checkpoint is not what it was: the one before is taken, and that is said."""
+    """Damages the newest checkpoint: the run resumes from the one before, and says so."""
     tune(folder, steps=rng.randrange(2, STEPS))
     newest = sorted(pathlib.Path(folder).glob("state-*.npz"))[-1]
     data = bytearray(newest.read_bytes())
@@ -231,17 +231,17 @@ def damaged(folder, rng, how) -> None:
 
 
 def truncated(folder, rng) -> None:
-    """Cut off anywhere."""
+    """The newest checkpoint is truncated at a random byte."""
     damaged(folder, rng, "truncated")
 
 
 def garbled(folder, rng) -> None:
-    """A bit is another."""
+    """One bit of the newest checkpoint is flipped."""
     damaged(folder, rng, "garbled")
 
 
 def lost_history(folder, rng) -> None:
-    """The history lost its last line, which the newest checkpoint counts on."""
+    """The history loses its last line, which belongs to the newest checkpoint."""
     tune(folder, steps=rng.randrange(2, STEPS))
     path = pathlib.Path(folder) / "history.jsonl"
     path.write_bytes(path.read_bytes()[: -rng.randrange(1, 50)])
@@ -249,7 +249,7 @@ def lost_history(folder, rng) -> None:
 
 
 def two_processes(folder, rng) -> None:
-    """While one has the folder, another is refused; and when that one is gone, it is not."""
+    """A second run in the same folder is refused while the first one holds it."""
     at = rng.randrange(STEPS)
 
     def strike(step):
@@ -265,11 +265,11 @@ def two_processes(folder, rng) -> None:
 
 
 class Mishap(Exception):
-    """What a callback of the user's raises."""
+    """Raised by a callback."""
 
 
 def callback_raises(folder, rng) -> None:
-    """It is the user's to see, and the step that was taken is saved."""
+    """An exception of a callback reaches the user, and the step is saved."""
     at = rng.randrange(STEPS)
 
     def strike(step):

@@ -41,14 +41,14 @@ SOLVER = jaxhpo.from_optax(lambda p, h, b: jnp.sum((p - h["goal"]) ** 2), lambda
 
 
 def outer_loss(h, carry, key):
-    """Warm-started, and noisy: a run that goes on with another state or another key ends elsewhere."""
+    """Warm-started and noisy: a run that is resumed with a wrong state or key ends elsewhere."""
     sol = jaxhpo.solve(SOLVER, jax.lax.stop_gradient(carry), h, num_steps=3)
     noise = 0.1 * jax.random.normal(key, (SIZE,))
     return jnp.mean((sol.params - 1.5 + noise) ** 2), sol.state, {"params": sol.params}
 
 
 def tune(folder, steps=STEPS, first=0.1, **settings):
-    """The run. Goal and moments are spread from the start, the carry, which begins in each process, by a step."""
+    """Runs `tune`; hyperparameters and moments are sharded from the start, the carry after one step."""
     mesh = jax.make_mesh((jax.device_count(),), ("all",), axis_types=(AxisType.Auto,))
     goal = np.linspace(first, 0.8, SIZE)
     goal = jax.make_array_from_callback(goal.shape, NamedSharding(mesh, PartitionSpec("all")), lambda i: goal[i])
@@ -67,7 +67,7 @@ def tune(folder, steps=STEPS, first=0.1, **settings):
 
 
 def told(result) -> dict:
-    """All that a run ended with, without times; bits of arrays as hexadecimal numbers."""
+    """Returns the end of a run without times; the bits of arrays as hexadecimal numbers."""
     tree = (result.hparams, result.best_hparams, result.carry.params)
     spread = not result.hparams["goal"].is_fully_addressable
     arrays = multihost_utils.process_allgather(tree, tiled=True)
@@ -80,24 +80,24 @@ def told(result) -> dict:
 
 
 def undisturbed(folder):
-    """And without a folder."""
+    """Without interruption, and without a folder."""
     return [tune(None)]
 
 
 def continued(folder):
-    """Stopped, and gone on with."""
+    """Stopped after three steps, and resumed."""
     return [tune(folder, 3), tune(folder)]
 
 
 def first_alone(change):
-    """On process 0, while the other waits."""
+    """Calls `change` on process 0, while the other waits."""
     if jax.process_index() == 0:
         change()
     multihost_utils.sync_global_devices("changed")
 
 
 def damaged(folder):
-    """A byte of the newest checkpoint is another; a file of the newest is missing; the newest has no seal."""
+    """Before three resumptions, the newest checkpoint gets a wrong byte, loses a file, loses its seal."""
     newest = lambda: sorted(pathlib.Path(folder).glob("state-*.orbax"))[-1]  # noqa: E731
 
     def data():
@@ -122,7 +122,7 @@ def damaged(folder):
 
 
 def preempted(folder):
-    """SIGTERM comes to process 1 alone, after its fourth step."""
+    """Process 1 alone receives SIGTERM, after its fourth step."""
 
     def strike(step):
         if step.step == 3 and jax.process_index() == 1:
@@ -132,7 +132,7 @@ def preempted(folder):
 
 
 def timed(folder):
-    """By clocks that disagree: for process 0 alone a save is due, and the time is up, from the second step on."""
+    """Clocks disagree: on process 0 alone a save is due and the time is spent, from the second step on."""
     late = jax.process_index() == 0
 
     def slow(step):
@@ -161,7 +161,7 @@ def full(folder):
 
 
 def refused(folder):
-    """Another start, a folder in use, and one that was begun by one process: all are told, though 0 alone looks."""
+    """Another start, a folder in use, a run of one process: all processes raise, although 0 alone reads the folder."""
     tune(folder, 1)
     told = [refusal(folder, first=0.2)]
     lock = open(os.path.join(folder, "lock"), "rb")  # noqa: SIM115
@@ -181,7 +181,7 @@ def refusal(folder, **settings) -> str:
 
 
 def killed(folder):
-    """Slow enough to be struck between any two steps."""
+    """Slow enough to be killed between any two steps."""
     return [tune(folder, callbacks=[lambda step: time.sleep(0.3)])]
 
 

@@ -1,4 +1,4 @@
-"""Ctrl-C in a notebook: the cell returns what there is, and the next one goes on with it."""
+"""Ctrl-C in a notebook: the cell returns the partial result, and the next one resumes the run."""
 
 import pathlib
 import random
@@ -19,7 +19,7 @@ TIMEOUT = 300  # seconds, of a cell: far above what one takes, so that a kernel 
 
 @pytest.fixture
 def kernel():
-    """A client of a kernel of its own, and the manager that can interrupt it."""
+    """Starts a kernel; yields its manager, which can interrupt it, and a client."""
     manager_of = pytest.importorskip("jupyter_client.manager", reason="a notebook needs jupyter_client")
     pytest.importorskip("ipykernel", reason="a notebook needs ipykernel")
     manager, client = manager_of.start_new_kernel(startup_timeout=TIMEOUT)
@@ -29,12 +29,12 @@ def kernel():
 
 
 def begin(client, code) -> str:
-    """Hands a cell to the kernel; its number."""
+    """Sends a cell to the kernel; returns its number."""
     return client.execute(code, store_history=True)
 
 
 def finish(client, cell) -> str:
-    """Waits for the cell; what it shows as its value. Whatever it raises is raised here."""
+    """Waits for the cell; returns the value that it shows, or raises its exception."""
     shown = ""
     while True:
         message = client.get_iopub_msg(timeout=TIMEOUT)
@@ -50,13 +50,13 @@ def finish(client, cell) -> str:
 
 
 def steps(folder) -> int:
-    """Outer steps that are on disk."""
+    """Counts the outer steps on disk."""
     history = folder / "history.jsonl"
     return history.read_bytes().count(b"\n") if history.exists() else 0
 
 
 def wait_for(condition):
-    """Until it holds."""
+    """Waits until the condition holds."""
     end = time.monotonic() + TIMEOUT
     while not condition():
         assert time.monotonic() < end, "the cell takes no steps"
@@ -64,8 +64,8 @@ def wait_for(condition):
 
 
 @pytest.mark.slow
-def test_the_cell_returns_and_the_next_goes_on(kernel, tmp_path):
-    """Interrupted at random moments, over and over, the run ends as the undisturbed one does, to the bit."""
+def test_resume_after_interrupts_is_bit_identical(kernel, tmp_path):
+    """A run interrupted five times at random moments ends as an undisturbed one."""
     manager, client = kernel
     rng, disturbed, whole = random.Random(0), tmp_path / "disturbed", tmp_path / "whole"
     finish(client, begin(client, SETTING))

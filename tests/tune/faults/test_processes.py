@@ -1,4 +1,4 @@
-"""A run of two processes, whose hyperparameters are spread over both, is kept and gone on with to the bit."""
+"""A run of two processes, whose hyperparameters are sharded over both, is saved and resumed, bit for bit."""
 
 import importlib.util
 import json
@@ -22,7 +22,7 @@ SCENARIOS = ["undisturbed", "continued", "damaged", "preempted", "timed", "full"
 
 
 def start(folder, *scenarios) -> list[subprocess.Popen]:
-    """Two processes that find each other at a free port."""
+    """Starts two processes, which connect at a free port."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -44,7 +44,7 @@ def kill(running) -> None:
 
 
 def finish(running, folder, seconds=600) -> dict[str, list]:
-    """Waits; what each scenario's runs ended with, which is the same for both processes."""
+    """Waits; returns the ends of each scenario's runs, which are the same for both processes."""
     deadline = time.monotonic() + seconds
     # Where one has failed, the other would wait for it.
     while any(p.poll() is None for p in running) and not any(p.poll() for p in running):
@@ -68,7 +68,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ended(folder):
-    """All scenarios but the kill, by two processes that start once."""
+    """Runs all scenarios but the kill in two processes."""
     return finish(start(folder, *SCENARIOS), folder)
 
 
@@ -78,7 +78,7 @@ def checkpoints(folder) -> list[str]:
 
 @ORBAX
 @pytest.mark.slow
-def test_stopped_and_gone_on_with(ended, folder):
+def test_resume_is_bit_identical(ended, folder):
     (whole,), (stopped, more) = ended["undisturbed"], ended["continued"]
     assert whole["spread"] and more["spread"]
     assert "resumed" in more["message"] and "after 3 outer steps; num_steps is 6, was 3" in more["message"]
@@ -89,18 +89,18 @@ def test_stopped_and_gone_on_with(ended, folder):
 
 @ORBAX
 @pytest.mark.slow
-def test_damaged_checkpoints_are_passed_over(ended, folder):
+def test_damaged_checkpoints_are_skipped(ended, folder):
     _, garbled, lost, unsealed = ended["damaged"]
     assert "after 2 outer steps; state-00000003.orbax is damaged (the checksum of " in garbled["message"]
     assert "after 3 outer steps; state-00000004.orbax is damaged ([Errno 2] No such file" in lost["message"]
-    # A checkpoint without a seal was interrupted while it was written: there is nothing to tell.
+    # A checkpoint without a seal was interrupted while it was written; no note mentions it.
     assert "after 4 outer steps" in unsealed["message"] and "is damaged" not in unsealed["message"]
     assert unsealed["end"] == ended["undisturbed"][0]["end"]
 
 
 @ORBAX
 @pytest.mark.slow
-def test_one_process_stops_all(ended):
+def test_a_signal_or_clock_of_one_process_stops_all(ended):
     preempted, more = ended["preempted"]
     assert preempted["status"] == "preempted" and preempted["message"].endswith("stopped after 4 outer steps")
     timed, later = ended["timed"]
@@ -119,7 +119,7 @@ def test_full_disk_of_process_0(ended):
 
 @ORBAX
 @pytest.mark.slow
-def test_refusals_are_told_by_all(ended):
+def test_all_processes_refuse(ended):
     start, use, alone = (told["refusal"] for told in ended["refused"])
     assert "began with another value of ['hparams']['goal']" in start
     assert "is in use by process" in use
@@ -128,7 +128,7 @@ def test_refusals_are_told_by_all(ended):
 
 @ORBAX
 @pytest.mark.slow
-def test_killed(ended, folder):
+def test_resume_after_a_kill_is_bit_identical(ended, folder):
     running = start(folder, "killed")
     deadline = time.monotonic() + 300
     while not checkpoints(folder / "killed")[1:] and time.monotonic() < deadline:
@@ -142,8 +142,8 @@ def test_killed(ended, folder):
 
 @ORBAX
 @pytest.mark.slow
-def test_gone_on_with_by_one_process(ended, folder):
-    """Here, over eight devices instead of four: the state is the one that two processes left."""
+def test_one_process_resumes_a_run_of_two(ended, folder):
+    """One process with eight devices resumes from the state that two processes with four devices saved."""
     steps = processes.STEPS
     result = processes.tune(folder / "continued", steps + 1)
     assert f"after {steps} outer steps" in result.message and len(result.history["value"]) == steps + 1
@@ -153,7 +153,7 @@ def test_gone_on_with_by_one_process(ended, folder):
     assert len(result.hparams["goal"].sharding.device_set) == 8
 
 
-def test_without_orbax(tmp_path, monkeypatch):
+def test_missing_orbax_is_reported(tmp_path, monkeypatch):
     (tmp_path / "state-00000001.orbax").mkdir()  # of several processes
     monkeypatch.setitem(sys.modules, "orbax", None)
     with pytest.raises(ImportError, match=r"pip install 'jaxhpo\[orbax\]'; or omit `run_dir`"):
