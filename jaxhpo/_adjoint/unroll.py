@@ -49,8 +49,7 @@ class Unroll:
     anew at each step. The backward recursion is linear in each product and the parts are independent, so the
     hypergradient stays unbiased for a train loss that is a mean over the examples (plus terms that depend on no
     example). For any other loss, recognised by comparing two halves of the first minibatch with the whole, it is NaN,
-    and `tune` and `check_hypergradient` say why. The forward run is exact; the weight of an example gets a
-    hypergradient from the steps whose part contains it.
+    as `tune` and `check_hypergradient` explain. An example's weight gets its hypergradient from the steps that drew it.
 
     Args:
       checkpoint: what is stored for the backward pass. `"auto"`: everything that plain autodiff stores, if that is
@@ -107,7 +106,7 @@ class Unroll:
         """Runs the inner loop; the result is differentiable through the last `truncate` steps."""
         refuse_tol(problem, self)
         schedule = self._choose_schedule(problem)
-        problem = self._with_gradient(problem, schedule)
+        problem = self._with_gradient(problem, schedule.mixed)
         if self._subsamples:
             problem = nan_unless_mean(problem)
         return self._run(problem, schedule), jnp.asarray(problem.num_steps, jnp.int32)
@@ -136,8 +135,8 @@ class Unroll:
         """The number of first steps that are not differentiated."""
         return max(0, problem.num_steps - (self.truncate or problem.num_steps))
 
-    def _with_gradient(self, problem, schedule) -> Problem:
-        """The problem with the train loss's gradient in mixed mode, on parts of minibatches, as the schedule needs."""
+    def _with_gradient(self, problem, mixed) -> Problem:
+        """The problem with the train loss's gradient in mixed mode, if so, and its products on parts of minibatches."""
         fraction = self.hvp_fraction
         if fraction is not None and self._subsamples:
             check_fraction(self, problem.solver)
@@ -147,8 +146,8 @@ class Unroll:
                 part = functools.partial(subsample, key=key, fraction=fraction)
                 return mixed_value_and_grad(loss, params, hparams, batch, model_state, part)
 
-            return problem.with_gradient(subsampled if schedule.mixed else None, keys)
-        if schedule.mixed:
+            return problem.with_gradient(subsampled if mixed else None, keys)
+        if mixed:
             return problem.with_gradient(lambda *args: mixed_value_and_grad(*args[:-1]))  # less the key
         return problem
 
@@ -160,7 +159,7 @@ class Unroll:
 
             def run(values):
                 state, (hparams, _) = combine(values)
-                prepared = self._with_gradient(problem, schedule)
+                prepared = self._with_gradient(problem, schedule.mixed)
                 inputs = (hparams, prepared.inputs[1])
                 return self._run(prepared._replace(state=state, inputs=inputs), schedule).params
 

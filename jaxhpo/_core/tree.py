@@ -71,6 +71,15 @@ def cast_like(a: PyTree, like: PyTree) -> PyTree:
     return jax.tree.map(cast, a, like)
 
 
+def without_weak_types(a: PyTree) -> PyTree:
+    """Removes JAX's weak types, which arrays made from Python numbers have and files do not keep."""
+
+    def strong(x):
+        return x.astype(x.dtype) if is_inexact(x) or jnp.issubdtype(getattr(x, "dtype", object), jnp.integer) else x
+
+    return jax.tree.map(strong, a)
+
+
 def named_leaves(tree: PyTree, root: str) -> list[tuple[str, Any]]:
     """Every leaf, with its path as a user would write it: `hparams['log_lr']`."""
     return [(root + jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]]

@@ -231,10 +231,10 @@ def _traced_high(fn, args) -> tuple[Callable, list, PyTree]:
     If that raises a `TypeError`, as a convolution of float32 weights with closed-over bfloat16 data does, `fn` is
     traced in its own precision.
     """
-    types, high = (jax.tree.map(lambda x: x.dtype, tree) for tree in (args, upcast(args)))
-    if types != high:
+    high = upcast(args)
+    if jax.tree.map(jnp.result_type, high) != jax.tree.map(jnp.result_type, args):
         try:
-            return *closure_convert(fn, *upcast(args)), jax.eval_shape(lambda: upcast(args))
+            return *closure_convert(fn, *high), jax.eval_shape(lambda: high)
         except TypeError:
             pass
     return *closure_convert(fn, *args), jax.eval_shape(lambda: args)

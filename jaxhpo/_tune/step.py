@@ -11,7 +11,7 @@ import optax
 
 from jaxhpo._core.record import SolveLog, recording
 from jaxhpo._core.transforms import to_natural, to_unconstrained
-from jaxhpo._core.tree import add_scaled, all_finite, is_inexact, norm, upcast
+from jaxhpo._core.tree import add_scaled, all_finite, is_inexact, norm, upcast, without_weak_types
 from jaxhpo._core.types import Info, PyTree
 from jaxhpo._core.validate import check_arrays, check_key, check_params
 from jaxhpo._tune.inputs import check_optimizer, check_policies, make_evaluator
@@ -153,7 +153,7 @@ class Step:
         key = jax.random.key(0) if key is None else check_key(key)
         carry = jax.tree.map(jnp.asarray, check_arrays(carry, "carry"))
         point = self.checked_point(hparams)
-        point, opt_state, carry = _strong((point, self.optimizer.init(point), carry))
+        point, opt_state, carry = without_weak_types((point, self.optimizer.init(point), carry))
         return OuterState(point, opt_state, carry, key, jnp.zeros((), jnp.int32), point)
 
     def checked_point(self, hparams: PyTree) -> PyTree:
@@ -188,7 +188,7 @@ class Step:
         point = optax.apply_updates(state.point, updates)
         point, counts["shrunk_leaves"] = shrunk(self.remedies, self.transforms, safe, point)
         point, counts["projected_entries"] = projected(self.projections, point)
-        after = _strong(OuterState(point, opt_state, carry, None, state.step + 1, None))
+        after = without_weak_types(OuterState(point, opt_state, carry, None, state.step + 1, None))
         grad_norm = norm(upcast(grad))  # squares of float16 overflow
         finite = jnp.isfinite(value) & all_finite((grad, point)) & ~has_nan(carry) & solves_finite(info)
         return after, OuterReport(value, self.hparams(state), grad, grad_norm, finite, counts, info)
@@ -240,15 +240,6 @@ def backtracked(state: OuterState) -> OuterState:
     """Returns the state with the point halfway back to the previous one."""
     point = jax.tree.map(lambda now, before: (now + before) / 2, state.point, state.before)
     return state._replace(point=point)
-
-
-def _strong(tree):
-    """Removes JAX's weak types, which arrays made from Python numbers have and files do not keep."""
-
-    def strong(x):
-        return x.astype(x.dtype) if is_inexact(x) or jnp.issubdtype(getattr(x, "dtype", object), jnp.integer) else x
-
-    return jax.tree.map(strong, tree)
 
 
 def has_nan(tree: PyTree) -> jax.Array:
