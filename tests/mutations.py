@@ -103,7 +103,12 @@ MUTATIONS = [
         "sum((v @ dz).at[1:].multiply(-1) / self.num_directions",
     ),
     Mutation(
-        "Smoothing()", "test_random_rules_and_curvatures", "Smoothing", "True", "(plus - minus)", "(plus + minus)"
+        "Smoothing()",
+        "test_random_rules_and_curvatures",
+        "Smoothing",
+        "True",
+        "(plus - minus) / (2 * self.sigma), *pair",
+        "(plus + minus) / (2 * self.sigma), *pair",
     ),
     *map(implicit, ("CG", "Direct", "Neumann", "Identity", "Nystrom", "GMRES", "BiCGStab", "NormalCG")),
     Mutation(
