@@ -20,7 +20,7 @@ import numpy as np
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.tree import names
 from jaxhpo._core.types import PyTree
-from jaxhpo._tune.history import decode, encode
+from jaxhpo._tune.history import decode, encode, is_key, key_data
 from jaxhpo._tune.processes import from_first
 
 try:
@@ -403,7 +403,7 @@ def check_structure(folder: pathlib.Path, arrays: dict[str, Any], leaves: Leaves
             "that run (a number may replace a number, but not a schedule)."
         )
     for (name, x), array in zip(leaves, arrays.values(), strict=True):
-        data = jax.eval_shape(jax.random.key_data, x) if _is_key(x) else x
+        data = jax.eval_shape(jax.random.key_data, x) if is_key(x) else x
         shape, dtype = np.shape(data), np.dtype(getattr(data, "dtype", array.dtype))
         # Types that NumPy does not know (bfloat16) are raw bytes on disk.
         same = dtype == array.dtype or (array.dtype.kind == "V" and dtype.itemsize == array.dtype.itemsize)
@@ -430,18 +430,9 @@ def _same(array, x) -> bool:
     return bool(jnp.array_equal(array, x)) if is_spread(array) else array.tobytes() == np.asarray(x).tobytes()
 
 
-def _is_key(x) -> bool:
-    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-
-
-def key_data(x: Any) -> Any:
-    """Returns the array, or the data of a key."""
-    return jax.random.key_data(x) if _is_key(x) else x
-
-
 def from_data(array: Any, like: Any) -> Any:
     """Inverts `key_data`."""
-    if _is_key(like):
+    if is_key(like):
         # The type of a key holds its implementation, which a shape does not.
         like = jnp.empty((), like.dtype) if isinstance(like, jax.ShapeDtypeStruct) else like
         return jax.random.wrap_key_data(array, impl=jax.random.key_impl(like))
