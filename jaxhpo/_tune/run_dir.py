@@ -35,22 +35,6 @@ HEADER = ("schema", "rows", "history", "settings")  # entries beside the leaves 
 Leaves = list[tuple[str, Any]]  # each with its name
 
 
-class Resumed(NamedTuple):
-    """Result of `RunDir.resume`.
-
-    Attributes:
-      tree: the state, with arrays and keys for leaves.
-      rows: of the history.
-      settings: those of the call that saved it.
-      notes: damaged checkpoints that were skipped.
-    """
-
-    tree: PyTree
-    rows: list[PyTree]
-    settings: dict[str, Any]
-    notes: list[str]
-
-
 class DamagedError(Exception):
     """A checkpoint that cannot be used."""
 
@@ -249,13 +233,17 @@ class RunDir:
         """Returns the checkpoints, the newest first."""
         return sorted(self.folder.glob(f"state-*.{self.FORM}"), reverse=True)
 
-    def resume(self, like: PyTree, row: PyTree, fixed: str) -> Resumed:
+    def resume(self, like: PyTree, row: PyTree, fixed: str) -> tuple[PyTree, list[PyTree], dict, list[str]]:
         """Reads the newest checkpoint that is not damaged.
 
         Args:
           like: a tree of the state's structure and shapes; arrays on several devices are restored with its shardings.
           row: the same of a row of history.
           fixed: leaves whose names begin with this must hold the same values.
+
+        Returns:
+          The state, with arrays and keys for leaves; the rows of the history; the settings of the call that saved it;
+          notes on damaged checkpoints, which were skipped.
 
         Raises:
           JaxhpoError: all checkpoints are damaged, or they are those of another run.
@@ -282,7 +270,7 @@ class RunDir:
         tree = jax.tree.unflatten(jax.tree.structure(like), [from_data(array, x) for (_, x), array in pairs])
         from_first(self._adopt)
         self._log, self.saved_rows = self._log._replace(rows=len(rows)), len(rows)
-        return Resumed(tree, rows, found["settings"], found["notes"])
+        return tree, rows, found["settings"], found["notes"]
 
     def _find(self) -> dict[str, Any]:
         notes, damaged = [], []

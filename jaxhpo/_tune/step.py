@@ -244,11 +244,8 @@ def backtracked(state: OuterState) -> OuterState:
 
 def _strong(tree):
     """Removes JAX's weak types, which arrays made from Python numbers have and files do not keep."""
-
-    def strong(x):
-        return x.astype(x.dtype) if is_inexact(x) or jnp.issubdtype(getattr(x, "dtype", object), jnp.integer) else x
-
-    return jax.tree.map(strong, tree)
+    is_number = lambda x: is_inexact(x) or jnp.issubdtype(getattr(x, "dtype", object), jnp.integer)  # noqa: E731
+    return jax.tree.map(lambda x: x.astype(x.dtype) if is_number(x) else x, tree)
 
 
 def has_nan(tree: PyTree) -> jax.Array:
