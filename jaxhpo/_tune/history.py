@@ -31,9 +31,19 @@ def summary(leaf: Any) -> np.ndarray:
     return np.array([flat.min(), *quartiles, flat.max(), np.sqrt(np.dot(wide, wide))], wide.dtype)
 
 
+def is_key(x: Any) -> bool:
+    """Returns whether this is an array of typed keys, or its shape."""
+    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def key_data(x: Any) -> Any:
+    """Returns the array, or the data of a key."""
+    return jax.random.key_data(x) if is_key(x) else x
+
+
 def to_numpy(x: Any) -> np.ndarray:
     """Copies an array, or a key's data."""
-    return np.array(whole(jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x))
+    return np.array(whole(key_data(x)))
 
 
 def encode(step: int, row: dict[str, Any]) -> bytes:

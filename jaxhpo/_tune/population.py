@@ -43,9 +43,10 @@ class Compiled:
         key = jax.random.key(0) if key is None else key
         keys = key if jnp.shape(key) == self.shape else jax.random.split(check_key(key), self.size)
         if all(leaf.is_fully_addressable for leaf in jax.tree.leaves(hparams)):
-            for i in range(self.size):  # with concrete values, which the transforms check
+            values = jax.tree.map(np.asarray, hparams)  # transforms check concrete values only
+            for i in range(self.size):
                 try:
-                    self.step.checked_point(member(hparams, i))
+                    self.step.checked_point(member(values, i))
                 except JaxhpoError as error:
                     raise JaxhpoError(f"Member {i}: {error}") from None
         return jax.vmap(self.step.init)(hparams, carry, keys)

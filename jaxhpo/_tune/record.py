@@ -253,18 +253,17 @@ class Record:
         zeros, mask = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), report), self.now.failed
         row = self._row(PendingRow(zeros, mask, mask, mask, self.now.best, 0.0, self.solves))
         like = self.now._replace(state=after, best_hparams=report.hparams)
-        found = self.run_dir.resume(self._tree(like), row, "run['fixed']")
-        loop: Any = {name: np.asarray(found.tree[name]) for name in SAVED if name != "best_hparams"}
-        loop["best_hparams"] = jax.tree.map(jnp.asarray, found.tree["best_hparams"])
-        self.now = LoopState(_placed(found.tree["state"], self.now.state), len(found.rows), **loop)
-        self.rows = found.rows
+        tree, self.rows, before, notes = self.run_dir.resume(self._tree(like), row, "run['fixed']")
+        loop: Any = {name: np.asarray(tree[name]) for name in SAVED if name != "best_hparams"}
+        loop["best_hparams"] = jax.tree.map(jnp.asarray, tree["best_hparams"])
+        self.now = LoopState(_placed(tree["state"], self.now.state), len(self.rows), **loop)
         # Includes the time of callbacks after the last row: a run that had spent its seconds has spent them.
-        self.started -= max(float(self.rows[-1]["seconds"]), found.settings.pop("seconds", 0.0))
+        self.started -= max(float(self.rows[-1]["seconds"]), before.pop("seconds", 0.0))
         self.origin = f"resumed from {os.fspath(self.run_dir.folder)!r} after {len(self.rows)} outer steps"
         here = self._settings()
-        found.settings["inner_steps"] = found.settings["inner_steps"] or here["inner_steps"]  # 0: none was counted
-        self.notes = [*found.notes, *_differences(found.settings, here)]
-        if found.settings["inner_steps"] != here["inner_steps"]:
+        before["inner_steps"] = before["inner_steps"] or here["inner_steps"]  # 0: none was counted
+        self.notes = [*notes, *_differences(before, here)]
+        if before["inner_steps"] != here["inner_steps"]:
             self.notes.append("the best step so far is that of the earlier inner steps")
 
     def _settings(self) -> dict[str, Any]:

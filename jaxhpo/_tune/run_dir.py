@@ -20,7 +20,7 @@ import numpy as np
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.tree import names
 from jaxhpo._core.types import PyTree
-from jaxhpo._tune.history import decode, encode
+from jaxhpo._tune.history import decode, encode, is_key, key_data
 from jaxhpo._tune.processes import from_first
 
 try:
@@ -33,22 +33,6 @@ KEPT = 2  # checkpoints, the newest
 STATUS = "status.json"
 HEADER = ("schema", "rows", "history", "settings")  # entries beside the leaves of the state
 Leaves = list[tuple[str, Any]]  # each with its name
-
-
-class Resumed(NamedTuple):
-    """Result of `RunDir.resume`.
-
-    Attributes:
-      tree: the state, with arrays and keys for leaves.
-      rows: of the history.
-      settings: those of the call that saved it.
-      notes: damaged checkpoints that were skipped.
-    """
-
-    tree: PyTree
-    rows: list[PyTree]
-    settings: dict[str, Any]
-    notes: list[str]
 
 
 class DamagedError(Exception):
@@ -249,13 +233,17 @@ class RunDir:
         """Returns the checkpoints, the newest first."""
         return sorted(self.folder.glob(f"state-*.{self.FORM}"), reverse=True)
 
-    def resume(self, like: PyTree, row: PyTree, fixed: str) -> Resumed:
+    def resume(self, like: PyTree, row: PyTree, fixed: str) -> tuple[PyTree, list[PyTree], dict, list[str]]:
         """Reads the newest checkpoint that is not damaged.
 
         Args:
           like: a tree of the state's structure and shapes; arrays on several devices are restored with its shardings.
           row: the same of a row of history.
           fixed: leaves whose names begin with this must hold the same values.
+
+        Returns:
+          The state, with arrays and keys for leaves; the rows of the history; the settings of the call that saved it;
+          notes on damaged checkpoints, which were skipped.
 
         Raises:
           JaxhpoError: all checkpoints are damaged, or they are those of another run.
@@ -282,7 +270,7 @@ class RunDir:
         tree = jax.tree.unflatten(jax.tree.structure(like), [from_data(array, x) for (_, x), array in pairs])
         from_first(self._adopt)
         self._log, self.saved_rows = self._log._replace(rows=len(rows)), len(rows)
-        return Resumed(tree, rows, found["settings"], found["notes"])
+        return tree, rows, found["settings"], found["notes"]
 
     def _find(self) -> dict[str, Any]:
         notes, damaged = [], []
@@ -403,7 +391,7 @@ def check_structure(folder: pathlib.Path, arrays: dict[str, Any], leaves: Leaves
             "that run (a number may replace a number, but not a schedule)."
         )
     for (name, x), array in zip(leaves, arrays.values(), strict=True):
-        data = jax.eval_shape(jax.random.key_data, x) if _is_key(x) else x
+        data = jax.eval_shape(jax.random.key_data, x) if is_key(x) else x
         shape, dtype = np.shape(data), np.dtype(getattr(data, "dtype", array.dtype))
         # Types that NumPy does not know (bfloat16) are raw bytes on disk.
         same = dtype == array.dtype or (array.dtype.kind == "V" and dtype.itemsize == array.dtype.itemsize)
@@ -430,18 +418,9 @@ def _same(array, x) -> bool:
     return bool(jnp.array_equal(array, x)) if is_spread(array) else array.tobytes() == np.asarray(x).tobytes()
 
 
-def _is_key(x) -> bool:
-    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-
-
-def key_data(x: Any) -> Any:
-    """Returns the array, or the data of a key."""
-    return jax.random.key_data(x) if _is_key(x) else x
-
-
 def from_data(array: Any, like: Any) -> Any:
     """Inverts `key_data`."""
-    if _is_key(like):
+    if is_key(like):
         # The type of a key holds its implementation, which a shape does not.
         like = jnp.empty((), like.dtype) if isinstance(like, jax.ShapeDtypeStruct) else like
         return jax.random.wrap_key_data(array, impl=jax.random.key_impl(like))

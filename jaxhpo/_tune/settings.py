@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+
+from jaxhpo._tune.history import key_data
 
 DEEPEST = 16  # nesting of optax's own optimisers and schedules; a bound, as a function may close over itself
 
@@ -63,7 +64,7 @@ def _text(value) -> str:
         return repr(value)
     if not isinstance(value, (np.ndarray, jax.Array)):
         return type(value).__name__
-    value = jax.random.key_data(value) if jnp.issubdtype(value.dtype, jax.dtypes.prng_key) else value
+    value = key_data(value)
     return str(np.asarray(value)) if value.size <= 8 else f"{value.dtype}{list(value.shape)}"
 
 

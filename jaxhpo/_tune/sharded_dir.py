@@ -12,7 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxhpo._tune.run_dir import DamagedError, Leaves, RunDir, checksum, is_spread, key_data, sync, sync_folder
+from jaxhpo._tune.history import key_data
+from jaxhpo._tune.run_dir import DamagedError, Leaves, RunDir, checksum, is_spread, sync, sync_folder
 
 
 class ShardedDir(RunDir):

@@ -324,13 +324,11 @@ def _check_budget(record, max_inner_steps):
     """Raises where inner steps cannot be counted, or do not suffice for one outer step."""
     record.compiled.shapes(record.now.state)
     steps = record.compiled.step.inner_steps
+    problem = f"is too few, as an outer step takes {steps}"
     if not steps:
-        raise JaxhpoError(
-            f"`max_inner_steps={max_inner_steps}` counts the steps of `solve`, and none was called: write `num_steps` "
-            "or `max_seconds`."
-        )
-    if steps > max_inner_steps:
-        raise JaxhpoError(f"`max_inner_steps={max_inner_steps}` is too few, as an outer step takes {steps}.")
+        problem = "counts the steps of `solve`, and none was called: write `num_steps` or `max_seconds`"
+    if not 0 < steps <= max_inner_steps:
+        raise JaxhpoError(f"`max_inner_steps={max_inner_steps}` {problem}.")
 
 
 def _loop(record, limits, on_not_finite, callbacks, save_every, preempted, bar) -> tuple[str, str]:
