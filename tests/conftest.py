@@ -53,7 +53,7 @@ def pytest_unconfigure(config):
 
 
 def refuse_network(event, args):
-    """Where a mirror is named, no test asks the network for what the mirror lacks."""
+    """Refuses connections to other machines if a mirror is named: tests then use the mirror alone."""
     if event == "socket.getaddrinfo":
         host = args[0]
     elif event == "socket.connect" and isinstance(args[1], tuple):

@@ -1,8 +1,8 @@
-"""Whether the quick suite notices a wrong derivative rule: `python -m tests.mutations`, some five minutes.
+"""Mutations of each derivative rule, and the quick tests that notice them: `python -m tests.mutations`, five minutes.
 
 Each rule is broken in a copy of the package, in two ways: its hypergradient is multiplied by 1.001, and the sign of its
-second term (the mixed product, or of several terms all but the first) is another. Of the quick tests, those that are
-about the rule are run until one fails. Prints a table; the exit code is the number of mutations that none noticed.
+second term (the mixed product, or of several terms all but the first) is flipped. The quick tests of the rule run until
+one fails. Prints a table; the exit code is the number of mutations that no test noticed.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def implicit(solver: str, test: str = "test_rules") -> Mutation:
     return Mutation(f"Implicit({solver})", test, "Implicit", condition, "scaled(-1.0, rhs)", "rhs")
 
 
-IN_MIXED_MODE = ("next(of_moved) if m else None", "-next(of_moved) if m else None")
+IN_MIXED_MODE = ("next(by_z) if p else None", "-next(by_z) if p else None")
 OF_DIFFERENCES = ("jnp.subtract, jax.grad(slope)", "jnp.add, jax.grad(slope)")
 MUTATIONS = [
     Mutation("Unroll()", "test_rules", "Unroll", "self == Unroll()", *IN_MIXED_MODE),
@@ -68,16 +68,16 @@ MUTATIONS = [
         "test_rules",
         "Unroll",
         "self.checkpoint == 'binomial'",
-        "[a + b for a, b in zip(sums, more, strict=True)], d_data",
-        "[a - b for a, b in zip(sums, more, strict=True)], d_data",
+        "[g + more for g, more in zip(sums, by_shared, strict=True)]",
+        "[g - more for g, more in zip(sums, by_shared, strict=True)]",
     ),
     Mutation(
         "Unroll(hvp_fraction)",
-        "test_fraction",
+        "test_hvp_fraction",
         "Unroll",
         "self.hvp_fraction is not None",
-        "losses[1](params, fill(moved))[0]",
-        "-losses[1](params, fill(moved))[0]",
+        "losses[1](params, combine(z))[0]",
+        "-losses[1](params, combine(z))[0]",
     ),
     Mutation("Forward()", "test_rules", "Forward", "True", "sum(dz, push(", "sum(dz.at[1:].multiply(-1), push("),
     Mutation(
@@ -124,34 +124,38 @@ MUTATIONS = [
         "test_random_rules_and_curvatures test_rules",
         "Implicit",
         "self.curvature != 'hessian'",
-        "jax.linearize(lambda v: rule.curvature(point, leaves, v), zeros_like(point))[1]",
-        "jax.linearize(lambda v: rule.curvature(point, leaves, scaled(-1.0, v)), zeros_like(point))[1]",
+        "jax.linearize(lambda v: curvature(point, leaves, v), zeros_like(point))[1]",
+        "jax.linearize(lambda v: curvature(point, leaves, scaled(-1.0, v)), zeros_like(point))[1]",
     ),
 ]
 
 
 def copy(folder: pathlib.Path) -> None:
-    """What the tests need of the repository."""
+    """Copies the part of the repository that the tests need."""
     skip = shutil.ignore_patterns(".*", "__pycache__")
     shutil.copytree(ROOT, folder, ignore=skip, dirs_exist_ok=True)
 
 
 def scale(folder, mutation: Mutation) -> None:
-    """The factor."""
+    """Multiplies the hypergradient by 1.001."""
     with open(folder / "jaxhpo" / "__init__.py", "a") as file:
         file.write(FACTOR.format(rule=mutation.rule, condition=mutation.condition))
 
 
+def places(folder: pathlib.Path, mutation: Mutation) -> list[pathlib.Path]:
+    """The file of each place of the package where the text to be replaced stands."""
+    files = sorted((folder / "jaxhpo").rglob("*.py"))
+    return [path for path in files for _ in range(path.read_text().count(mutation.old))]
+
+
 def flip(folder, mutation: Mutation) -> None:
-    """The sign."""
-    found = [path for path in (folder / "jaxhpo").rglob("*.py") if mutation.old in path.read_text()]
-    if len(found) != 1 or found[0].read_text().count(mutation.old) != 1:
-        raise SystemExit(f"{mutation.name}: `{mutation.old}` is not in one place of the package, but in {found}")
-    found[0].write_text(found[0].read_text().replace(mutation.old, mutation.new))
+    """Flips the sign of the second term."""
+    (file,) = places(folder, mutation)
+    file.write_text(file.read_text().replace(mutation.old, mutation.new))
 
 
 def first_failure(folder, stems: str) -> str | None:
-    """The quick test that fails first, or None where all pass."""
+    """Returns the quick test that fails first, or None if all pass."""
     files = [path for stem in stems.split() for path in sorted((folder / "tests").rglob(f"{stem}.py"))]
     if len(files) != len(stems.split()):
         raise SystemExit(f"not every file of {stems} is there once: {files}")
@@ -165,7 +169,7 @@ def first_failure(folder, stems: str) -> str | None:
 
 
 def main() -> int:
-    """How many went unnoticed."""
+    """Runs the mutations; returns how many went unnoticed."""
     parser = argparse.ArgumentParser(prog="python -m tests.mutations", description=__doc__)
     parser.add_argument("--only", default="", help="mutations whose rule matches this expression")
     parsed = parser.parse_args()

@@ -54,7 +54,7 @@ def watch() -> None:
 
 
 def end() -> None:
-    """What is left of the children is killed before this returns."""
+    """Kills the children that are left before it returns."""
     if _watchman is not None and _watchman.stdin is not None:
         _watchman.stdin.close()
         _watchman.wait()

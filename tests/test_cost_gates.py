@@ -1,4 +1,4 @@
-"""What unrolled hypergradients may cost at most, at the sizes of benchmarks/unroll.py: counted, and as compiled."""
+"""Upper bounds on the cost of unrolled hypergradients at the sizes of benchmarks/unroll.py, counted and as compiled."""
 
 import pathlib
 import sys

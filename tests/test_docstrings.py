@@ -48,7 +48,7 @@ def public_objects(module):
 
 
 def problems(name: str, value) -> list[str]:
-    """What is missing from the documentation of one object."""
+    """Returns what is missing from the documentation of one object."""
     if not (inspect.isclass(value) or inspect.isroutine(value)):  # an instance, such as `positive`
         return [] if _own_doc(type(value)) else [f"{name} has no docstring"]
     doc = _own_doc(value)

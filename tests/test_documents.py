@@ -1,4 +1,4 @@
-"""What README and the notebooks show runs as printed."""
+"""The examples of README and the notebooks run, and print what they show."""
 
 import pathlib
 import re

@@ -1,4 +1,4 @@
-"""What an implicit hypergradient costs: one linearisation, shared by all its products and by all outer losses."""
+"""Cost of an implicit hypergradient: one linearisation, shared by all its products and by all outer losses."""
 
 import jax
 import jax.numpy as jnp

@@ -167,7 +167,7 @@ def test_skipping():
 
 
 def test_skipping_ends_after_ten_failures():
-    """Where every key fails, the run ends after ten consecutive steps."""
+    """If every key fails, the run ends after ten consecutive steps."""
 
     def gradient(h, carry, key):
         value, grad = jax.value_and_grad(toy_loss)(h)
