@@ -49,7 +49,7 @@ def least_slots(num_steps: int, repeats: int) -> int:
     return slots
 
 
-def count_redone(num_steps: int, slots: int) -> int:
+def count_recomputed(num_steps: int, slots: int) -> int:
     """Steps that the backward pass takes again: r T − C(s + r, r − 1), less the T − 1 of the forward pass."""
     repeats = _repeats(num_steps, slots)
     return repeats * num_steps - math.comb(slots + repeats, repeats - 1) - (num_steps - 1) if repeats else 0

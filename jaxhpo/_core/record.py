@@ -52,7 +52,7 @@ class UnrolledSolve(NamedTuple):
       state: of the inner state.
       gradient: of the train loss's gradient; 0 where a step is no function of one.
       activations: what the gradient keeps between its two passes.
-      residuals: what plain autodiff keeps beside the state.
+      residuals: what plain autodiff keeps in addition to the state.
     """
 
     adjoint: Any
