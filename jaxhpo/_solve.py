@@ -9,6 +9,7 @@ import jax
 from jaxhpo._adjoint.unroll import Unroll
 from jaxhpo._core.record import report_solve
 from jaxhpo._core.types import InnerState, PyTree, Solution, Solver
+from jaxhpo._inner.inputs import check_run
 from jaxhpo._inner.problem import Adjoint, check_adjoint, info_of, make_problem
 from jaxhpo._inner.watch import instrumented
 
@@ -42,8 +43,7 @@ def solve(
         (`lambda t: data[jax.random.randint(jax.random.fold_in(key, t), ...)]`), which makes memory independent of T;
         with None the loss gets `batch=None`.
       num_steps: inner steps T; may be omitted when `batches` is a pytree.
-      tol: under `Implicit`, stop when the norm of the condition is below this; `num_steps` is then the maximum. Costs
-        one more gradient per step.
+      tol: under `Implicit`, stop below this norm of the condition (a gradient more a step); `num_steps` is the maximum.
       condition_batch: the batch on which the condition is evaluated, for `tol`, `info` and the implicit derivative; the
         last batch if None.
       key: a PRNG key, for rules that draw random numbers.
@@ -72,7 +72,7 @@ def solve(
         solver, state, hparams, batches, num_steps=num_steps, tol=tol, condition_batch=condition_batch, key=key
     )
     problem = instrumented(problem)
-    final, steps = adjoint.run(problem)
+    final, steps = check_run(adjoint, adjoint.run(problem), problem.state)
     info = info_of(problem, final, steps)
     report_solve(problem, adjoint, info)
     return Solution(*final, info)

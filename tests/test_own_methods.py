@@ -124,6 +124,78 @@ def test_a_randomised_rule_of_a_user_is_called_random():
     assert "random" not in " ".join(comparison.rows[1].notes)
 
 
+STATE = jaxhpo.InnerState
+
+
+@pytest.mark.parametrize(
+    ("returned", "told"),
+    [
+        (lambda state, n: state, "but it returned"),
+        (lambda state, n: (state.params, n), "but it returned"),
+        (lambda state, n: (tuple(state), n), "but it returned"),
+        (lambda state, n: (state, None), "its steps are None"),
+        (lambda state, n: (state, 3.0), "its steps are 3.0"),
+        (lambda state, n: (state._replace(params=state.params[:1]), n), r"`state\.params` is float64\[1\]"),
+        (lambda state, n: (state._replace(params=state.params.astype("float32")), n), "is float32"),
+        (lambda state, n: (STATE(state.params, 1.0), n), "has the tree"),
+    ],
+)
+def test_a_rule_that_returns_something_else_is_refused(returned, told):
+    class Wrong:
+        def run(self, problem):
+            return returned(problem.state, problem.num_steps)
+
+    with pytest.raises(JaxhpoError, match=rf"must return `\(state, steps\)`.*{told}"):
+        make_outer_loss(Wrong())(H)
+
+
+class Keyed(jaxhpo.LinearSolver):
+    """Richardson's iteration, with a key that it does not need."""
+
+    needs_key = True
+
+    def __call__(self, matvec, b, x0=None, *, key):
+        assert jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)
+        return Richardson(1 / P.step_size, 5)(matvec, b, x0)
+
+
+def test_a_linear_solver_with_a_key_gets_one():
+    got = jax.grad(outer_loss(P, Implicit(Keyed()), STEPS, start=P.solution(P.hparams)))(H)
+    assert relative_error(got, OWN["linear solver"][1]) < 1e-9
+
+
+def test_a_linear_solver_that_declares_a_key_must_take_it():
+    class NoKey(jaxhpo.LinearSolver):
+        needs_key = True
+
+        def __call__(self, matvec, b, x0=None):
+            return b, None
+
+    with pytest.raises(JaxhpoError, match=r"and `key=`: write it as `linear_solver\(matvec, b, x0=None, \*, key\)`"):
+        Implicit(NoKey())
+
+
+@pytest.mark.parametrize(
+    ("pair", "told"),
+    [
+        (lambda: None, "returned None"),
+        (
+            lambda: jaxhpo.Hypergradient(lambda p, h, s=None: 0, lambda h, s, b, o, k: (h, s)),
+            "return `.hypergradient, state",
+        ),
+    ],
+)
+def test_a_stateful_method_that_returns_something_else_is_refused(pair, told):
+    class Wrong(jaxhpo.StatefulMethod):
+        def pair(self, solver, outer_loss, num_steps, warm_start):
+            return pair()
+
+    solver = jaxhpo.from_optax(P.train_loss, optax.sgd(P.step_size))
+    with pytest.raises(JaxhpoError, match=told):
+        made = jaxhpo.hypergradient(Wrong(), solver, lambda sol, h, batch: P.val_loss(sol.params), num_steps=3)
+        made.update(H, made.init(H, H))
+
+
 def test_the_page_runs_as_written(capsys):
     page = (pathlib.Path(__file__).parents[1] / "docs" / "write_your_own.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", page, re.S)

@@ -252,7 +252,9 @@ def check_linear_solver(linear_solver: Any) -> Any:
             f"`linear_solver` got {linear_solver!r}, but it is called as `linear_solver(matvec, b)`: write "
             f"`CG()`, `Neumann(num_terms, step_size)`, `Identity(scale)` or `Direct()`."
         )
-    check_callable("linear_solver", linear_solver, "linear_solver(matvec, b, x0=None)", 2)
+    keywords = ("key",) if declared(linear_solver).needs_key else ()
+    signature = f"linear_solver(matvec, b, x0=None{', *, key' * bool(keywords)})"
+    check_callable("linear_solver", linear_solver, signature, 2, keywords=keywords)
     return linear_solver
 
 

@@ -156,16 +156,18 @@ def check_arrays(tree: PyTree, what: str) -> PyTree:
     return tree
 
 
-def check_callable(what: str, fn, signature: str, num_args: int, or_else: str = "") -> None:
+def check_callable(
+    what: str, fn, signature: str, num_args: int, or_else: str = "", keywords: tuple[str, ...] = ()
+) -> None:
     """Raises unless `fn` can be called with `num_args` positional arguments; `or_else` ends the advice."""
     if not callable(fn):
         raise JaxhpoError(f"`{what}` got {describe(fn)}, which cannot be called: give a function `{signature}`.")
     try:
-        inspect.signature(fn).bind(*range(num_args))
+        inspect.signature(fn).bind(*range(num_args), **dict.fromkeys(keywords))
     except TypeError:
         raise JaxhpoError(
             f"`{what}` got a function of signature `{inspect.signature(fn)}`, but it is called with {num_args} "
-            f"positional arguments: write it as `{signature}`{or_else}."
+            f"positional arguments{''.join(f' and `{k}=`' for k in keywords)}: write it as `{signature}`{or_else}."
         ) from None
     except ValueError:
         pass  # a builtin without a signature

@@ -54,8 +54,8 @@ def raise_if_zero(
         if can_be_nonzero and not can_be_nonzero()[i]:
             others = "".join(f" ({w})" for w in reasons.values())
             raise ZeroHypergradientError(
-                f"{begin}: nothing that the outer loss sees depends on it. Remove it, or use it in the train loss or "
-                f"the optimiser.{others}"
+                f"{begin}: nothing that the outer loss sees depends on it, or a rule of your own drops its derivative. "
+                f"Remove it, or use it in the train loss or the optimiser.{others}"
             )
         text = (
             f"{who} has a hypergradient of exactly zero at this point: start elsewhere if it does not move (a count "

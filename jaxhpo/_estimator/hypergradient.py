@@ -105,8 +105,17 @@ def hypergradient(
         make: Any = _of_implicit if isinstance(method, Implicit) else _of_rule
         pair = make(method, solver, checked, num_steps, warm_start)
 
+    if not isinstance(pair, Hypergradient):
+        raise JaxhpoError(f"`pair` of {method!r} returned {describe(pair)}: return a `Hypergradient(init, update)`.")
+
     def update(hparams, state, batches=None, outer_batch=None, key=None):
-        return pair.update(check_params(hparams, "hparams"), state, batches, outer_batch, check_key(key))
+        out = pair.update(check_params(hparams, "hparams"), state, batches, outer_batch, check_key(key))
+        if not (isinstance(out, tuple) and len(out) == 3):
+            raise JaxhpoError(
+                f"`update` of {method!r} returned {describe(out)}: return `(hypergradient, state, info)`, the last a "
+                "`HypergradientInfo`."
+            )
+        return out
 
     return Hypergradient(pair.init, update)
 

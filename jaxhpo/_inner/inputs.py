@@ -10,7 +10,15 @@ from jax.core import Tracer
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.tree import named_leaves
 from jaxhpo._core.types import InnerState, Solution, Solver
-from jaxhpo._core.validate import check_arrays, check_callable, check_count, check_finite, check_params, describe
+from jaxhpo._core.validate import (
+    check_arrays,
+    check_callable,
+    check_count,
+    check_finite,
+    check_params,
+    describe,
+    is_array,
+)
 
 
 def check_solver(solver):
@@ -166,6 +174,27 @@ def check_same_state(before, after):
                 f"The inner step changed `{name}` from {describe(b)} to {describe(a)}, but a loop needs the same shape "
                 f"and kind at every step: reshape it, or `.astype({b.dtype})`, before returning it."
             )
+
+
+def check_run(rule, out, start):
+    """The final state and the number of steps that a rule's `run` returned; raises unless they are that."""
+    needs = f"`run` of {rule!r} must return `(state, steps)`, the final `InnerState` and the number of steps taken"
+    if not (isinstance(out, tuple) and len(out) == 2 and isinstance(out[0], InnerState)):
+        raise JaxhpoError(f"{needs}, but it returned {describe(out)}.")
+    state, steps = out
+    if not is_array(steps) or jnp.shape(steps) != () or not jnp.issubdtype(jnp.result_type(steps), jnp.integer):
+        raise JaxhpoError(f"{needs}, but its steps are {describe(steps)}: write `problem.num_steps`, say.")
+    if jax.tree.structure(state) != jax.tree.structure(start):
+        raise JaxhpoError(
+            f"{needs}, but its state has the tree {jax.tree.structure(state)}, where `problem.state` has "
+            f"{jax.tree.structure(start)}."
+        )
+    for (name, a), b in zip(named_leaves(state, "state"), jax.tree.leaves(start), strict=True):
+        if jnp.shape(a) != b.shape or jnp.result_type(a) != b.dtype:
+            raise JaxhpoError(
+                f"{needs}, but its `{name}` is {describe(a)}, where that of `problem.state` is {describe(b)}."
+            )
+    return state, jnp.asarray(steps, jnp.int32)
 
 
 def refuse_tol(problem, rule):

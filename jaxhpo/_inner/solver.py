@@ -249,8 +249,8 @@ def _checked_loss(loss, has_state):
             if batch is not None or "None" not in str(error):
                 raise
             raise JaxhpoError(
-                f"`loss` raised `{error}` on `batch=None`, since `solve` got `batches=None`: pass `batches=`, or write "
-                "a loss that ignores its third argument."
+                f"`loss` raised `{error}`. It got `batch=None`, since `solve` got `batches=None`: if it uses its third "
+                "argument, pass `batches=`."
             ) from error
         return _checked_output(out, has_state)
 

@@ -307,7 +307,7 @@ def _taken(solves) -> list[LinearSolve]:
 def _summed_up(solves) -> dict[str, np.ndarray]:
     """Returns the largest residual, all iterations, and the number of solves that did not converge."""
     return {
-        "residual": np.asarray(max((s.residual for s in solves), default=0.0)),
+        "residual": np.asarray(max((s.residual for s in solves), default=np.nan)),
         "num_iterations": np.asarray(sum(s.num_iterations for s in solves), np.int32),
         "not_converged": np.asarray(sum(s.status != LinearStatus.CONVERGED for s in solves), np.int32),
     }

@@ -88,6 +88,9 @@ class TuneResult(NamedTuple):
 
         Args:
           index: of the member, from 0.
+
+        Raises:
+          JaxhpoError: the result is not of a population.
         """
         if not self.members:
             raise JaxhpoError("`member` needs the result of a population: write `tune(..., population=N)`.")
@@ -97,8 +100,10 @@ class TuneResult(NamedTuple):
             name: column if name in SHARED else jax.tree.map(lambda x: x[:, index], column)
             for name, column in self.history.items()
         }
-        rows = jax.tree.map(lambda x: x[:num_steps], rows)
-        message = f"member {index} of {len(self.members)}; {self.message}"
+        # A member that ended, and continued on a later call, has rows of NaN between.
+        held = np.isnan(rows["value"]) & np.isnan(rows["score"]) & (rows["remedies"]["skipped_steps"] == 0)
+        rows = jax.tree.map(lambda x: x[~held][:num_steps], rows)
+        message = f"member {index} of {len(self.members)} took {num_steps} outer steps: {status}; {self.message}"
         return TuneResult(hparams, carry, best_hparams, float(best_value), rows, status, message)
 
     def __repr__(self) -> str:
@@ -165,7 +170,7 @@ def tune(
       optimizer: any optax transformation, `optax.lbfgs()` too.
       num_steps: outer steps, in all (with those of earlier calls on the same `run_dir`).
       population: N runs at once: each leaf of `hparams` and `carry` has a leading axis of N. What is the same for all
-        members belongs into `outer_loss`; a setting that differs, or a part of the data, into `carry`. Remedies,
+        members belongs in `outer_loss`; a setting that differs, or a part of the data, into `carry`. Remedies,
         `on_not_finite`, the best step, `patience`, `monitor` (called with the info of each member) and
         `max_inner_steps` apply to each member; a member that has ended is held while others go on, and is never the
         reason for an exception unless it is the last. `num_steps`, `max_seconds`, `callbacks`, `progress` and `run_dir`
@@ -186,7 +191,8 @@ def tune(
       run_dir: a folder that keeps the run: the state in its two newest checkpoints, each checked when it is read, and
         the history as `history.jsonl`, one line per step. The same call with the same folder continues from the last
         checkpoint, with results equal to the bit, or returns at once if the run had finished. More steps or another
-        setting of the optimiser are accepted, and the difference is printed (losses and data are not compared); another
+        setting of the optimiser are accepted, and the difference is printed (losses and data are not compared, and the
+        carry is that of the checkpoint); another
         start, key, transform, population or tree, other columns of history (`record`, `accumulate`), or a `monitor`
         where there was none, are refused, and so is a folder in use. A full disk causes a warning, and does not end the
         run. SIGTERM ends it after the step in progress, with status "preempted"; `sys.exit(result.exit_code)` informs
@@ -382,6 +388,10 @@ def _result(record, limits, status, message) -> TuneResult:
     if record.compiled.shape:
         ended = limits.ended(record)
         members = tuple(Member(str(own) or status, int(n)) for own, n in zip(ended, now.steps, strict=True))
+        early = [own for own in map(str, ended) if own]
+        if 0 < len(early) < len(members):
+            counts = ", ".join(f"{early.count(own)} {own}" for own in sorted(set(early)))
+            message += f"; {len(early)} of {len(members)} members ended before: {counts}"
     best = now.best if members else float(now.best)
     hparams = record.compiled.hparams(now.state)
     return TuneResult(hparams, now.state.carry, now.best_hparams, best, history, status, message, members)

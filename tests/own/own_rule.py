@@ -22,7 +22,7 @@ class LastSteps(Adjoint):
     def run(self, problem: Problem) -> tuple[InnerState, Any]:
         early = problem.num_steps - self.schedule
         head, tail = (jax.tree.map(lambda x: x[part], problem.xs) for part in (slice(early), slice(early, None)))  # noqa: B023
-        state, constants = jax.lax.stop_gradient((problem.state, problem.inputs))
+        state, constants, head = jax.lax.stop_gradient((problem.state, problem.inputs, head))
         state, _ = jax.lax.scan(lambda s, x: (problem.advance(s, constants, x), None), state, head)
         state, _ = jax.lax.scan(lambda s, x: (problem.advance(s, problem.inputs, x), None), state, tail)
         return state, problem.num_steps

@@ -193,6 +193,7 @@ def test_a_member_that_is_not_finite_spoils_no_other(policy, tmp_path):
     for i in range(N):
         check_member(result, i, alone(i, **settings))
     assert (result.members[1].status == "not_finite") == (policy != "backtrack")
+    assert ("1 of 3 members ended before: 1 not_finite" in result.message) == (policy != "backtrack")
     assert np.isfinite(np.asarray(result.hparams)).all()
     counts = {name: x.sum(0).tolist() for name, x in result.history["remedies"].items()}
     if policy == "skip":
@@ -252,6 +253,18 @@ def test_resume_is_bit_identical(tmp_path, at):
     chex.assert_trees_all_equal(untimed(got.history), untimed(want.history))
     for name in ("hparams", "carry", "best_hparams", "best_value"):
         chex.assert_trees_all_equal(getattr(got, name), getattr(want, name))
+
+
+def test_a_member_that_continues_on_a_later_call_has_no_gap(tmp_path):
+    settings = {"monitor": lambda info: info["held_out"], "run_dir": tmp_path / "run", "num_steps": 12}
+    ended = population(patience=2, **settings)
+    lengths = [member.num_steps for member in ended.members]
+    assert len(set(lengths)) > 1
+    result = population(**settings | {"num_steps": max(lengths) + 3})
+    for i, length in enumerate(lengths):
+        rows = result.member(i).history["value"]
+        assert len(rows) == result.members[i].num_steps == length + 3 and np.isfinite(rows).all()
+        np.testing.assert_array_equal(rows[:length], ended.member(i).history["value"])
 
 
 def test_another_population_is_refused(tmp_path):

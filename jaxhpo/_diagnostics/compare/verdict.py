@@ -51,6 +51,8 @@ def _implicit(row, solver, problem) -> list[str]:
         found.append("its series grows instead of converging")
     elif isinstance(solver, (Neumann, Identity)):
         found.append("it approximates the inverse Hessian too roughly")
+    elif row.linear_status is None and problem.end <= CONVERGED * problem.start:
+        found.append("its linear solve, whose report is not seen here, may be too rough")
     if found and problem.end <= CONVERGED * problem.start:
         return found
     # If the linear solve is good, nothing else can be wrong.
