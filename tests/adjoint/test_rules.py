@@ -328,13 +328,15 @@ def test_neumann_error_is_geometric():
 def spied(linear_solver, seen):
     """The linear solver, noting the types of the right-hand side, and of what its matrix takes and gives."""
 
-    def spy(matvec, b, x0=None, **key):
-        product = jax.eval_shape(matvec, b)
-        seen.extend(leaf.dtype for leaf in jax.tree.leaves((b, product)))
-        return linear_solver(matvec, b, x0, **key)
+    class Spy(jaxhpo.LinearSolver):
+        needs_key = linear_solver.needs_key
 
-    spy.needs_key = getattr(linear_solver, "needs_key", False)
-    return spy
+        def __call__(self, matvec, b, x0=None, **key):
+            product = jax.eval_shape(matvec, b)
+            seen.extend(leaf.dtype for leaf in jax.tree.leaves((b, product)))
+            return linear_solver(matvec, b, x0, **key)
+
+    return Spy()
 
 
 def cosine(got, want):
