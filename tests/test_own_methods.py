@@ -164,6 +164,11 @@ def test_a_linear_solver_with_a_key_gets_one():
     assert relative_error(got, OWN["linear solver"][1]) < 1e-9
 
 
+def test_implicit_has_no_key_to_give():
+    with pytest.raises(JaxhpoError, match=r"has no key to give it: pass `functools\.partial\(solver, key=key\)`"):
+        jaxhpo.implicit(lambda w, a: w - a, H, H, Keyed())
+
+
 def test_a_linear_solver_that_declares_a_key_must_take_it():
     class NoKey(jaxhpo.LinearSolver):
         needs_key = True

@@ -92,7 +92,7 @@ class Implicit:
                 "is not symmetric in general: use `Neumann(num_terms, 1.0)` or `Direct()`, or give `fixed_point` a "
                 f"`condition` that is the gradient of an objective."
             )
-        _warn_of_untrusted_rule(self, problem)
+        warn_of_untrusted_rule(self, problem)
 
     def root(self, problem: Problem, state: InnerState, method: Any) -> tuple[Root, list]:
         """The root of the problem's condition that `state` is, and the leaves that the condition depends on."""
@@ -163,11 +163,27 @@ def trained_state_is_constant(method: Any) -> str:
     )
 
 
-def _warn_of_untrusted_rule(rule, problem):
+def is_symmetric(problem: Problem, linear_solver: Any, curvature: Any) -> bool:
+    """True if products with H serve as products with Hᵀ: for a Hessian, and for solvers that take H to be symmetric.
+
+    A `fixed_point` with a condition, and a train loss with an untrusted derivative rule, may have another Jacobian.
+    """
+    if curvature != "hessian" or declared(linear_solver).needs_symmetry:
+        return True
+    return problem.solver.symmetric and problem.solver.loss is not None and untrusted_rule_of(problem) is None
+
+
+def untrusted_rule_of(problem: Problem) -> str | None:
+    """The name and place of a function in the train loss whose derivative rule may be no derivative, or None."""
     if problem.solver.loss is None:
-        return
+        return None
     pure, consts = train_loss_of(problem)
-    own = untrusted_rule(pure, consts, problem.state, problem.inputs[0], jax.tree.map(lambda x: x[-1], problem.xs))
+    return untrusted_rule(pure, consts, problem.state, problem.inputs[0], jax.tree.map(lambda x: x[-1], problem.xs))
+
+
+def warn_of_untrusted_rule(rule: Any, problem: Problem) -> None:
+    """Warns that a rule takes a Hessian to be symmetric that may not be."""
+    own = untrusted_rule_of(problem)
     if own is not None:
         warnings.warn(
             f"The train loss holds {own}, with a derivative rule of its own, and {rule!r} takes the Hessian to be "
@@ -217,6 +233,11 @@ def implicit(condition: Callable, params: PyTree, args: Any, linear_solver: Line
       Blondel et al. Efficient and Modular Implicit Differentiation. 2022. arXiv:2105.15183
     """
     solver = CG() if linear_solver is None else check_linear_solver(linear_solver)
+    if declared(solver).needs_key:
+        raise JaxhpoError(
+            f"`implicit` got {solver!r}, which draws random numbers, and has no key to give it: pass "
+            "`functools.partial(solver, key=key)`."
+        )
     check_callable("condition", condition, "condition(params, args)", 2)
     params = check_params(params, "params")
     check_finite(check_arrays(args, "args"), "args", allow_infinite=True)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
+from jaxhpo._adjoint.implicit import warn_of_untrusted_rule
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.mesh import cast_varying, varying_axes
 from jaxhpo._core.tree import add_scaled, norm, upcast, zeros_like
@@ -124,6 +125,7 @@ class HOAG(StatefulMethod):
             check_pair_state(state, HOAGState, self)
             start = inner_start(solver, state.inner, hparams, warm_start)
             problem = instrumented(make_problem(solver, start, hparams, batches, num_steps=num_steps, key=key))
+            warn_of_untrusted_rule(self, problem)
             scale = _scale(problem, state)
             tolerance = _tolerance(self.tolerance, self.initial_tolerance, self.decay, state.count, scale.dtype)
             ended = run(problem._replace(tol=tolerance * scale))  # until ‖g‖ ≤ ε_k ‖g_0‖

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxhpo._adjoint.implicit import Implicit, trained_state_is_constant
+from jaxhpo._adjoint.implicit import Implicit, is_symmetric, trained_state_is_constant
 from jaxhpo._adjoint.implicit_function import pull_back
 from jaxhpo._core.stop_gradient import warn_zero
 from jaxhpo._core.trace import differentiable_inputs
@@ -69,7 +69,7 @@ def implicit_product(
     root, leaves = Implicit(linear_solver, curvature).root(problem, final, method)
     before, size = len(jax.tree.leaves(final.model_state)), len(jax.tree.leaves(hparams))
     perturbed = [before <= i < before + size for i in range(len(leaves))]
-    symmetric = curvature != "hessian" or problem.solver.symmetric
+    symmetric = is_symmetric(problem, linear_solver, curvature)
     pulled, q, linear = pull_back(root, final.params, leaves, perturbed, by_params, start, symmetric)
     hypergrad = jax.tree.map(jnp.add, direct, jax.tree.unflatten(jax.tree.structure(hparams), pulled))
     return ImplicitProduct(hypergrad, _next_start(q, linear), HypergradientInfo(value, metrics, info, linear))

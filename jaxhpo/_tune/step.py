@@ -87,7 +87,7 @@ def outer_step(
 
     With h = forward(u), an update is
     :math:`u \leftarrow u + \mathrm{optimizer}(\nabla_u F(\mathrm{forward}(u)))`.
-    `jit`, `vmap` and `scan` apply to both functions:
+    `jit`, `vmap` and `scan` apply to both functions; without `jit`, `update` traces the outer loss at every call:
 
     .. code-block:: python
 

@@ -582,3 +582,50 @@ def given(method, state=None, hparams=H, **kw):
 def test_mistakes(mistake, message):
     with pytest.raises(JaxhpoError, match=message):
         mistake()
+
+
+# --- a Jacobian that is not symmetric ---------------------------------------------------------------------------------
+
+SKEW = jnp.array([[1.0, 0.5], [0.2, 2.0]])
+LINEAR_SOLVERS = {"direct": Direct(), "gmres": GMRES(), "normal-cg": NormalCG(), "neumann": Neumann(400, 0.1)}
+
+
+def linear(solution, hparams, batch):
+    return jnp.sum(solution.params * jnp.arange(1.0, 3.0))
+
+
+@pytest.mark.parametrize("name", LINEAR_SOLVERS)
+def test_the_pair_transposes_a_condition_that_is_no_gradient(name):
+    """A p = h, so dF/dh = A⁻ᵀ c."""
+    solver = fixed_point(lambda p, h, b: p - 0.1 * (SKEW @ p - h), condition=lambda p, h, b: SKEW @ p - h)
+    pair = hypergradient(Implicit(LINEAR_SOLVERS[name]), solver, linear, num_steps=400)
+    ((grad, _, _),) = updated(pair, jnp.array([0.4, -0.2]), jnp.array([0.3, 0.7]))
+    assert relative_error(grad, np.linalg.solve(SKEW.T, np.arange(1.0, 3.0))) < 1e-9
+
+
+@jax.custom_vjp
+def reversing(x):
+    return x
+
+
+reversing.defvjp(lambda x: (x, None), lambda _, g: (-g,))
+
+
+def skew_loss(p, h, batch):
+    return jnp.sum((p - h) ** 2) + 0.1 * jnp.sum(jnp.sin(p) * (SKEW @ reversing(p)) * h)
+
+
+def test_the_pair_equals_grad_where_a_gradient_is_reversed():
+    solver, start, h = from_optax(skew_loss, optax.sgd(0.1)), jnp.array([0.3, 0.7]), jnp.array([0.4, -0.2])
+    ((grad, _, _),) = updated(hypergradient(Implicit(Direct()), solver, linear, num_steps=400), h, start)
+
+    def loss(h):
+        return linear(solve(solver, solver.init(start, h), h, num_steps=400, adjoint=Implicit(Direct())), h, None)
+
+    assert relative_error(grad, jax.grad(loss)(h)) < 1e-9
+
+
+def test_hoag_warns_where_a_gradient_is_reversed():
+    pair = hypergradient(HOAG(), from_optax(skew_loss, optax.sgd(0.1)), linear, num_steps=5)
+    with pytest.warns(RuntimeWarning, match="`reversing`.*HOAG.*takes the Hessian to be symmetric"):
+        updated(pair, jnp.array([0.4, -0.2]), jnp.array([0.3, 0.7]))
