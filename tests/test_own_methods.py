@@ -124,28 +124,26 @@ def test_a_randomised_rule_of_a_user_is_called_random():
     assert "random" not in " ".join(comparison.rows[1].notes)
 
 
-STATE = jaxhpo.InnerState
-
-
 @pytest.mark.parametrize(
-    ("returned", "told"),
+    ("returned", "shown"),
     [
-        (lambda state, n: state, "but it returned"),
-        (lambda state, n: (state.params, n), "but it returned"),
-        (lambda state, n: (tuple(state), n), "but it returned"),
-        (lambda state, n: (state, None), "its steps are None"),
-        (lambda state, n: (state, 3.0), "its steps are 3.0"),
-        (lambda state, n: (state._replace(params=state.params[:1]), n), r"`state\.params` is float64\[1\]"),
-        (lambda state, n: (state._replace(params=state.params.astype("float32")), n), "is float32"),
-        (lambda state, n: (STATE(state.params, 1.0), n), "has the tree"),
+        (lambda state, n: state, r"InnerState\(params='float64\[6\]'"),
+        (lambda state, n: (state.params, n), r"\('float64\[6\]', "),
+        (lambda state, n: (tuple(state), n), r"\(\('float64\[6\]', "),
+        (lambda state, n: (state, None), "None"),
+        (lambda state, n: (state, 3.0), r"3\.0 \(float\)"),
+        (lambda state, n: (state, "three"), "'three'"),
+        (lambda state, n: (state._replace(params=state.params[:1]), n), r"params='float64\[1\]'"),
+        (lambda state, n: (state._replace(params=state.params.astype("float32")), n), "params='float32"),
+        (lambda state, n: (state._replace(model_state=1.0), n), "model_state='1.0"),
     ],
 )
-def test_a_rule_that_returns_something_else_is_refused(returned, told):
+def test_a_rule_that_returns_something_else_is_refused(returned, shown):
     class Wrong:
         def run(self, problem):
             return returned(problem.state, problem.num_steps)
 
-    with pytest.raises(JaxhpoError, match=rf"must return `\(state, steps\)`.*{told}"):
+    with pytest.raises(JaxhpoError, match=rf"must return `\(state, steps\)`.* but it returned .*{shown}"):
         make_outer_loss(Wrong())(H)
 
 

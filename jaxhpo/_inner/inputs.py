@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +19,6 @@ from jaxhpo._core.validate import (
     check_finite,
     check_params,
     describe,
-    is_array,
 )
 
 
@@ -176,25 +177,25 @@ def check_same_state(before, after):
             )
 
 
-def check_run(rule, out, start):
+def check_run(rule: Any, out: Any, start: InnerState) -> tuple[InnerState, jax.Array]:
     """The final state and the number of steps that a rule's `run` returned; raises unless they are that."""
-    needs = f"`run` of {rule!r} must return `(state, steps)`, the final `InnerState` and the number of steps taken"
-    if not (isinstance(out, tuple) and len(out) == 2 and isinstance(out[0], InnerState)):
-        raise JaxhpoError(f"{needs}, but it returned {describe(out)}.")
-    state, steps = out
-    if not is_array(steps) or jnp.shape(steps) != () or not jnp.issubdtype(jnp.result_type(steps), jnp.integer):
-        raise JaxhpoError(f"{needs}, but its steps are {describe(steps)}: write `problem.num_steps`, say.")
-    if jax.tree.structure(state) != jax.tree.structure(start):
-        raise JaxhpoError(
-            f"{needs}, but its state has the tree {jax.tree.structure(state)}, where `problem.state` has "
-            f"{jax.tree.structure(start)}."
+    try:
+        given, like = jax.eval_shape(lambda: out), jax.eval_shape(lambda: start)
+        state, steps = given
+        same = jax.tree.structure(state) == jax.tree.structure(like)
+        same = same and all(
+            (a.shape, a.dtype) == (b.shape, b.dtype)
+            for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(like), strict=True)
         )
-    for (name, a), b in zip(named_leaves(state, "state"), jax.tree.leaves(start), strict=True):
-        if jnp.shape(a) != b.shape or jnp.result_type(a) != b.dtype:
-            raise JaxhpoError(
-                f"{needs}, but its `{name}` is {describe(a)}, where that of `problem.state` is {describe(b)}."
-            )
-    return state, jnp.asarray(steps, jnp.int32)
+        same = same and steps.shape == () and jnp.issubdtype(steps.dtype, jnp.integer)
+    except (TypeError, ValueError, AttributeError):  # leaves that are no arrays, or no pair of state and number
+        same = False
+    if not same:
+        raise JaxhpoError(
+            f"`run` of {rule!r} must return `(state, steps)`, the number of steps taken being an integer and the state "
+            f"like {jax.tree.map(describe, start)}, but it returned {jax.tree.map(describe, out)}."
+        )
+    return out[0], jnp.asarray(out[1], jnp.int32)
 
 
 def refuse_tol(problem, rule):
