@@ -176,7 +176,6 @@ def _number(value: float | None, spec: str = "") -> str:
     """A number as `spec` has it, by default with three digits, or two where the exponent needs the room."""
     if not value:
         return "-" if value is None else "0"
-        return "-" if value is None else "0"
     return format(value, spec or (".3g" if value < 1e4 else ".1e"))
 
 
