@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxhpo import Comparison, TuneResult
+from jaxhpo._core.extra import needs_extra
 from jaxhpo._tune import table
 
 FEW = 8  # a hyperparameter with at most as many entries has a line for each
@@ -35,13 +36,8 @@ def figure(rows: int = 1, columns: int = 1, *, width: float = 11.0, height: floa
       >>> axes.shape
       (1, 2)
     """
-    try:
+    with needs_extra("`jaxhpo.plot` draws with matplotlib", "demo"):
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            f"`jaxhpo.plot` draws with matplotlib, which cannot be imported ({error}). "
-            "Install it: pip install 'jaxhpo[demo]'"
-        ) from error
     canvas = Figure(figsize=(width, height), layout="constrained")
     axes = canvas.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:

@@ -42,8 +42,8 @@ class BilevelProblem(NamedTuple):
     unrolled: Callable | None
 
 
-def _of_log_penalties(solution: Callable, hessian: Callable, val_grad: Callable) -> Callable:
-    """The `partial` of a train loss with the penalty ½ Σ_j e^h_j w_j².
+def _regression(loss, gradient, train, validation, params, h, step_size, solution, hessian, unrolled) -> BilevelProblem:
+    """A linear model: its train loss is `loss(w, *train)` and the penalty ½ Σ_j e^h_j w_j².
 
     The condition g(w, h) = 0 holds at w*(h), so dw*/dh = −H⁻¹ ∂g/∂h, and ∂g/∂h = diag(e^h w*): with ∇V at w*,
     dF/dh = (dw*/dh)ᵀ ∇V = −e^h ∘ w* ∘ (H⁻¹ ∇V), as H is symmetric.
@@ -51,9 +51,20 @@ def _of_log_penalties(solution: Callable, hessian: Callable, val_grad: Callable)
 
     def partial(h, inverse=np.linalg.inv):
         w = solution(h)
-        return -np.exp(h) * w * (inverse(hessian(w, h)) @ val_grad(w))
+        return -np.exp(h) * w * (inverse(hessian(w, h)) @ gradient(w, *validation))
 
-    return partial
+    return BilevelProblem(
+        train_loss=lambda w, h, batch: loss(w, *train) + 0.5 * jnp.sum(jnp.exp(h) * w**2),
+        val_loss=lambda w: loss(w, *validation),
+        predict=lambda w, inputs: inputs @ w,
+        params=params,
+        hparams=h,
+        step_size=step_size,
+        solution=solution,
+        hypergradient=partial,
+        partial=partial,
+        unrolled=unrolled,
+    )
 
 
 def ridge(seed: int = 0, num_train: int = 40, num_val: int = 30, dim: int = 6) -> BilevelProblem:
@@ -86,38 +97,29 @@ def ridge(seed: int = 0, num_train: int = 40, num_val: int = 30, dim: int = 6) -
     yv = Xv @ truth + 0.3 * rng.normal(size=num_val) / num_val**0.5
     h, start = np.linspace(-1.5, 0.0, dim), rng.normal(size=dim)
 
-    def hessian(h):
+    def loss(w, X, y):
+        return 0.5 * jnp.sum((X @ w - y) ** 2)
+
+    def gradient(w, X, y):
+        return X.T @ (X @ w - y)
+
+    def hessian(w, h):  # the same at every w
         return X.T @ X + np.diag(np.exp(h))
 
     def solution(h):
-        return np.linalg.solve(hessian(h), X.T @ y)
-
-    def val_grad(w):
-        return Xv.T @ (Xv @ w - yv)
+        return np.linalg.solve(hessian(None, h), X.T @ y)
 
     def unrolled(h, step_size, num_steps, truncate=None):
         # w ← w − α(Aw − Xᵀy) has the Jacobian Z ← (I − αA) Z − α diag(eʰ w), from Z = 0 where the derivative begins.
-        A, w, Z = hessian(h), start, np.zeros((dim, dim))
+        A, w, Z = hessian(None, h), start, np.zeros((dim, dim))
         for t in range(num_steps):
             if truncate is None or t >= num_steps - truncate:
                 Z = (np.eye(dim) - step_size * A) @ Z - step_size * np.diag(np.exp(h) * w)
             w = w - step_size * (A @ w - X.T @ y)
-        return Z.T @ val_grad(w)
+        return Z.T @ gradient(w, Xv, yv)
 
-    partial = _of_log_penalties(solution, lambda w, h: hessian(h), val_grad)
-
-    return BilevelProblem(
-        train_loss=lambda w, h, batch: 0.5 * jnp.sum((X @ w - y) ** 2) + 0.5 * jnp.sum(jnp.exp(h) * w**2),
-        val_loss=lambda w: 0.5 * jnp.sum((Xv @ w - yv) ** 2),
-        predict=lambda w, inputs: inputs @ w,
-        params=start,
-        hparams=h,
-        step_size=1.0 / float(np.linalg.eigvalsh(hessian(h))[-1]),
-        solution=solution,
-        hypergradient=partial,
-        partial=partial,
-        unrolled=unrolled,
-    )
+    step_size = 1.0 / float(np.linalg.eigvalsh(hessian(None, h))[-1])
+    return _regression(loss, gradient, (X, y), (Xv, yv), start, h, step_size, solution, hessian, unrolled)
 
 
 def quadratic(dim: int = 3, seed: int = 0) -> BilevelProblem:
@@ -191,6 +193,9 @@ def logistic(seed: int = 0, num_train: int = 60, num_val: int = 40, dim: int = 5
     yv = np.where(Xv @ truth + rng.logistic(size=num_val) > 0, 1.0, -1.0)
     h = np.linspace(-3.0, -1.5, dim)
 
+    def loss(w, X, y):
+        return jnp.mean(jax.nn.softplus(-y * (X @ w)))
+
     def gradient(w, X, y):  # of the mean of log(1 + e^−z) at z = y x·w, whose derivative is −1 / (1 + e^z)
         return X.T @ (-y / (1 + np.exp(y * (X @ w)))) / len(y)
 
@@ -204,20 +209,5 @@ def logistic(seed: int = 0, num_train: int = 60, num_val: int = 40, dim: int = 5
             w = w - np.linalg.solve(hessian(w, h), gradient(w, X, y) + np.exp(h) * w)
         return w
 
-    partial = _of_log_penalties(solution, hessian, lambda w: gradient(w, Xv, yv))
-
-    def mean_loss(w, X, y):
-        return jnp.mean(jax.nn.softplus(-y * (X @ w)))
-
-    return BilevelProblem(
-        train_loss=lambda w, h, batch: mean_loss(w, X, y) + 0.5 * jnp.sum(jnp.exp(h) * w**2),
-        val_loss=lambda w: mean_loss(w, Xv, yv),
-        predict=lambda w, inputs: inputs @ w,
-        params=np.zeros(dim),
-        hparams=h,
-        step_size=1.0 / float(np.linalg.eigvalsh(X.T @ X / (4 * num_train) + np.diag(np.exp(h)))[-1]),
-        solution=solution,
-        hypergradient=partial,
-        partial=partial,
-        unrolled=None,
-    )
+    step_size = 1.0 / float(np.linalg.eigvalsh(X.T @ X / (4 * num_train) + np.diag(np.exp(h)))[-1])
+    return _regression(loss, gradient, (X, y), (Xv, yv), np.zeros(dim), h, step_size, solution, hessian, None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import sys
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,12 +18,16 @@ import optax
 import jaxhpo
 import jaxhpo.data
 import jaxhpo.models
+from jaxhpo._core.cost import count_arithmetic
 from jaxhpo._core.progress import Progress
-from jaxhpo._core.validate import check_count, check_positive
 
 MODEL = jaxhpo.models.MLP((64, 10))
 PENALTY_RANGE = (1e-5, 1e-1)
 RATE_RANGE = (1e-2, 1.0)
+BASELINES = ("untuned", "grid", "random")
+OURS = "hypergradient"
+# What is tuned by its gradient, in each of the methods that do so.
+TUNED = {OURS: ("log_penalty", "log_rate"), "penalties-only": ("log_penalty",), "schedule-only": ("log_rate",)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,14 +64,6 @@ class Settings:
     momentum: float = 0.9
     knots: int = 8
     outer_rate: float = 0.1
-
-    def __post_init__(self):
-        check_count("seeds", self.seeds, 2)  # one seed has no standard error
-        check_count("seed", self.seed, 0)
-        for name in ("outer_steps", "num_steps", "batch_size", "train", "validation", "knots"):
-            check_count(name, getattr(self, name))
-        for name in ("penalty", "rate", "outer_rate"):
-            check_positive(name, getattr(self, name))
 
 
 class Task(NamedTuple):
@@ -155,6 +152,47 @@ def constant_hparams(params, point, knots: int) -> dict:
 # --- the searches -----------------------------------------------------------------------------------------------------
 
 
+def search(tasks: Task, settings: Settings) -> tuple[dict[str, jaxhpo.TuneResult], dict]:
+    """Each method's result, without a look at the test part, and the cost of a hypergradient in trainings."""
+    untuned = np.log([settings.penalty, settings.rate]).astype(np.float32)
+    start = jax.vmap(functools.partial(constant_hparams, point=untuned, knots=settings.knots))(tasks.params)
+    num_hparams = sum(leaf[0].size for leaf in jax.tree.leaves(start))
+    _say(f"{settings.seeds} seeds, {num_hparams} hyperparameters, {settings.num_steps} inner steps per training")
+    outer_loss = functools.partial(validation_loss, momentum=settings.momentum)
+    first = jax.tree.map(lambda leaf: leaf[0], (start, tasks))
+    ratio = count_arithmetic(jax.value_and_grad(outer_loss), *first) / count_arithmetic(outer_loss, *first)
+    trials = math.ceil(settings.outer_steps * round(ratio, 3))  # as many inner steps as the hypergradient takes
+
+    _say("compiling ...")
+    began = time.perf_counter()
+    evaluate = jax.jit(jax.vmap(outer_loss)).lower(start, tasks).compile()
+    compile_seconds = time.perf_counter() - began
+    points = {
+        "untuned": np.tile(untuned, (1, settings.seeds, 1)),
+        "grid": grid_points(trials, settings.seeds, settings.seed),
+        "random": random_points(trials, settings.seeds, settings.seed),
+    }
+    results = {name: try_points(evaluate, p, tasks, settings.knots, name) for name, p in points.items()}
+    for name, names in TUNED.items():
+        _say(f"{name}: compiling ...")
+        results[name] = descend(start, tasks, settings, names)
+        compile_seconds += time_of(results[name])[1]
+    training, hypergradient = (
+        time_of(results[name])[0] / len(results[name].history["value"]) for name in ("random", OURS)
+    )
+    return results, {
+        "hypergradient_in_trainings": round(ratio, 3),
+        "how": "floating-point operations of the traced programs, one hypergradient over one training",
+        "hypergradient_in_trainings_by_time": round(hypergradient / training, 2),
+        "compile_seconds": round(compile_seconds, 2),
+        "trials": trials,
+    }
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
 def descend(start: dict, tasks: Task, settings: Settings, tuned: tuple[str, ...]) -> jaxhpo.TuneResult:
     """Adam on the hyperparameters named in `tuned`, for all seeds at once; the others stay at `start`."""
     fixed = {name: leaf for name, leaf in start.items() if name not in tuned}
@@ -205,15 +243,13 @@ def random_points(trials: int, seeds: int, seed: int) -> np.ndarray:
 def grid_points(trials: int, seeds: int, seed: int) -> np.ndarray:
     """An even grid of at least `trials` points in logarithms, shuffled differently for every seed."""
     rates = max(1, math.isqrt(trials))
-    penalties = math.ceil(trials / rates)
-    grid = np.stack(np.meshgrid(_even(PENALTY_RANGE, penalties), _even(RATE_RANGE, rates)), axis=-1).reshape(-1, 2)
-    rng = np.random.default_rng([seed, 8])
+    counts = math.ceil(trials / rates), rates
+    axes = [
+        np.linspace(low, high, count) if count > 1 else np.array([(low + high) / 2])
+        for (low, high), count in zip(np.log([PENALTY_RANGE, RATE_RANGE]), counts, strict=True)
+    ]
+    grid, rng = np.stack(np.meshgrid(*axes), axis=-1).reshape(-1, 2), np.random.default_rng([seed, 8])
     return np.stack([rng.permutation(grid) for _ in range(seeds)], axis=1).astype(np.float32)
-
-
-def _even(limits: tuple[float, float], count: int) -> np.ndarray:
-    low, high = np.log(limits)
-    return np.linspace(low, high, count) if count > 1 else np.array([(low + high) / 2])
 
 
 def time_of(result: jaxhpo.TuneResult) -> tuple[float, float]:

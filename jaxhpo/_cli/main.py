@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import pathlib
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -39,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parsed = _parser().parse_args(arguments)
     try:
-        return parsed.command(parsed)
+        parsed.command(parsed)
+        return 0
     except (ImportError, OSError, jaxhpo.JaxhpoError) as error:
         print(f"jaxhpo {parsed.name}: {error}", file=sys.stderr)
         return 1
@@ -55,20 +57,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="jaxhpo", description="Gradient-based hyperparameter optimisation in JAX.")
     parser.add_argument("--version", action="version", version=f"jaxhpo {jaxhpo.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, dest="name")
-    for add in (_add_demo, _add_compare, _add_show, _add_plot):
-        add(commands)
-    return parser
 
+    def add(command: Callable[[argparse.Namespace], None], **more) -> argparse.ArgumentParser:
+        summary, _, description = (command.__doc__ or "").partition("\n\n")  # no docstrings under `python -OO`
+        added = commands.add_parser(command.__name__[1:], help=summary, description=description, **more)
+        added.set_defaults(command=command)
+        return added
 
-def _add_demo(commands) -> None:
-    parser = commands.add_parser(
-        "demo",
-        help="tune about 5000 hyperparameters of a digit classifier by their gradient, and compare (under two minutes)",
-        description="Trains a small network on scikit-learn's handwritten digits (no download). Tunes one penalty per "
-        "weight and a learning-rate schedule by the gradient of the validation loss through training. Compares with "
-        "untuned defaults, a grid and random search of as many training steps. Prints a table and writes report.json "
-        "and demo.png.",
-    )
+    of_demo = add(_demo)
     for name, minimum, text in (
         ("seeds", 2, "repetitions, each with its own split, initial weights and minibatches"),
         ("outer_steps", 1, "hypergradient steps; the other methods get as many training steps"),
@@ -76,52 +72,26 @@ def _add_demo(commands) -> None:
     ):
         reason = ", since standard errors are taken across seeds" if name == "seeds" else ""
         text = f"{text} (default: {getattr(demo.Settings, name)})"
-        _add_count(parser, f"--{name.replace('_', '-')}", text, minimum, argparse.SUPPRESS, reason)
-    _add_out(parser, "jaxhpo-demo")
+        _add_count(of_demo, f"--{name.replace('_', '-')}", text, minimum, argparse.SUPPRESS, reason)
+    _add_out(of_demo, "jaxhpo-demo")
     short = "{seeds} seeds, {outer_steps} outer and {num_steps} inner steps".format(**QUICK)
-    parser.add_argument("--quick", action="store_true", help=f"a few seconds, to check that it runs: {short}")
-    parser.set_defaults(command=_run_demo)
+    of_demo.add_argument("--quick", action="store_true", help=f"a few seconds, to check that it runs: {short}")
 
-
-def _add_compare(commands) -> None:
-    parser = commands.add_parser(
-        "compare",
-        help="measure hypergradient methods on a ready-made problem, and recommend one",
-        description="Measures the error, time and memory of hypergradient methods on a small ready-made problem, and "
-        "recommends one. Prints a table and writes comparison.json and comparison.png. For your own problem, call "
-        "jaxhpo.compare.",
-        epilog="methods: " + ", ".join(problems.METHODS),
-    )
-    parser.add_argument("--problem", required=True, choices=list(problems.PROBLEMS), help="mlp needs scikit-learn")
+    of_compare = add(_compare, epilog="methods: " + ", ".join(problems.METHODS))
+    of_compare.add_argument("--problem", required=True, choices=list(problems.PROBLEMS), help="mlp needs scikit-learn")
     names = f"comma-separated names (default: {','.join(problems.USUAL)})"
-    parser.add_argument("--methods", type=_methods, default=problems.USUAL, metavar="NAMES", help=names)
-    _add_count(parser, "--num-steps", "inner steps (default: the problem's own)")
-    _add_count(parser, "--seed", "seed of the data and initial weights (default: %(default)s)", 0, 0)
-    _add_out(parser, "jaxhpo-compare")
-    parser.set_defaults(command=_run_compare)
+    of_compare.add_argument("--methods", type=_methods, default=problems.USUAL, metavar="NAMES", help=names)
+    _add_count(of_compare, "--num-steps", "inner steps (default: the problem's own)")
+    _add_count(of_compare, "--seed", "seed of the data and initial weights (default: %(default)s)", 0, 0)
+    _add_out(of_compare, "jaxhpo-compare")
 
-
-def _add_show(commands) -> None:
-    parser = commands.add_parser(
-        "show",
-        help="print the state of a run of tune, finished or not",
-        description="Prints the last outer steps of a run, its best one, and the counts of remedies.",
-    )
-    parser.add_argument("run_dir", type=pathlib.Path, metavar="RUN_DIR", help="the run_dir of jaxhpo.tune")
-    _add_count(parser, "--rows", "rows of the table (default: %(default)s)", 1, 10)
-    parser.set_defaults(command=_run_show)
-
-
-def _add_plot(commands) -> None:
-    parser = commands.add_parser(
-        "plot",
-        help="draw the history of a run of tune, finished or not",
-        description="Draws convergence, the norm of the hypergradient, and the paths of the hyperparameters.",
-    )
-    parser.add_argument("run_dir", type=pathlib.Path, metavar="RUN_DIR", help="the run_dir of jaxhpo.tune")
+    of_show, of_plot = add(_show), add(_plot)
+    for of_run in (of_show, of_plot):
+        of_run.add_argument("run_dir", type=pathlib.Path, metavar="RUN_DIR", help="the run_dir of jaxhpo.tune")
+    _add_count(of_show, "--rows", "rows of the table (default: %(default)s)", 1, 10)
     text = "a .png, .pdf or .svg (default: RUN_DIR/run.png)"
-    parser.add_argument("--out", type=pathlib.Path, metavar="FILE", help=text)
-    parser.set_defaults(command=_run_plot)
+    of_plot.add_argument("--out", type=pathlib.Path, metavar="FILE", help=text)
+    return parser
 
 
 def _add_out(parser, folder: str) -> None:
@@ -131,13 +101,10 @@ def _add_out(parser, folder: str) -> None:
 
 def _add_count(parser, flag: str, text: str, minimum: int = 1, default=None, reason: str = "") -> None:
     def convert(given: str) -> int:
-        try:
-            number = int(given)
-        except ValueError:
-            number = None
-        if number is None or number < minimum:
-            raise argparse.ArgumentTypeError(f"got {given!r}: write an integer, {minimum} or more{reason}")
-        return number
+        with contextlib.suppress(ValueError):
+            if int(given) >= minimum:
+                return int(given)
+        raise argparse.ArgumentTypeError(f"got {given!r}: write an integer, {minimum} or more{reason}")
 
     parser.add_argument(flag, type=convert, default=default, metavar="N", help=text)
 
@@ -155,14 +122,24 @@ def _methods(text: str) -> tuple[str, ...]:
 # --- commands ---------------------------------------------------------------------------------------------------------
 
 
-def _run_demo(parsed: argparse.Namespace) -> int:
+def _demo(parsed: argparse.Namespace) -> None:
+    """Tune about 5000 hyperparameters of a digit classifier by their gradient, and compare (under two minutes).
+
+    Trains a small network on scikit-learn's handwritten digits (no download). Tunes one penalty per weight and a
+    learning-rate schedule by the gradient of the validation loss through training. Compares with untuned defaults, a
+    grid and random search of as many training steps. Prints a table and writes report.json and demo.png.
+    """
     given = {f.name: getattr(parsed, f.name) for f in dataclasses.fields(demo.Settings) if f.name in parsed}
     _make_folder(parsed.out, "report.json and demo.png")
     demo.run(demo.Settings(**(QUICK if parsed.quick else {}) | given), parsed.out)
-    return 0
 
 
-def _run_compare(parsed: argparse.Namespace) -> int:
+def _compare(parsed: argparse.Namespace) -> None:
+    """Measure hypergradient methods on a ready-made problem, and recommend one.
+
+    Measures the error, time and memory of hypergradient methods on a small ready-made problem, and recommends one.
+    Prints a table and writes comparison.json and comparison.png. For your own problem, call jaxhpo.compare.
+    """
     _make_folder(parsed.out, "comparison.json and comparison.png")
     plot.figure()  # raises now, not after the work, if matplotlib is missing
     steps = () if parsed.num_steps is None else (parsed.num_steps,)
@@ -175,10 +152,13 @@ def _run_compare(parsed: argparse.Namespace) -> int:
     (parsed.out / "comparison.json").write_text(text + "\n", encoding="utf-8")
     plot.comparison(comparison, parsed.out / "comparison.png")
     print(f"\nWritten: {parsed.out / 'comparison.json'}, {parsed.out / 'comparison.png'}.")
-    return 0
 
 
-def _run_show(parsed: argparse.Namespace) -> int:
+def _show(parsed: argparse.Namespace) -> None:
+    """Print the state of a run of tune, finished or not.
+
+    Prints the last outer steps of a run, its best one, and the counts of remedies.
+    """
     columns, which = table.columns_of_best(parsed.run_dir)
     steps, best = len(columns["value"]), int(np.nanargmin(columns["score"]))
     shown = _fitting({name: x for name, x in columns.items() if x.ndim == 1 and not name.startswith("remedies")})
@@ -194,7 +174,6 @@ def _run_show(parsed: argparse.Namespace) -> int:
     counts = {name[len("remedies['") : -2]: int(x.sum()) for name, x in columns.items() if name.startswith("remedies")}
     if any(counts.values()):
         print("remedies: " + ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in counts.items() if n))
-    return 0
 
 
 def _fitting(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -216,11 +195,14 @@ def _width(name: str) -> int:
     return max(11, len(name))
 
 
-def _run_plot(parsed: argparse.Namespace) -> int:
+def _plot(parsed: argparse.Namespace) -> None:
+    """Draw the history of a run of tune, finished or not.
+
+    Draws convergence, the norm of the hypergradient, and the paths of the hyperparameters.
+    """
     path = parsed.out or parsed.run_dir / "run.png"
     plot.run(parsed.run_dir, path)
     print(f"Written: {path}.")
-    return 0
 
 
 def _make_folder(path: pathlib.Path, files: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from jaxhpo._core.extra import needs_extra
 from jaxhpo.data._split import Examples, Split, split
 
 
@@ -29,13 +30,8 @@ def digits(seed: int = 0, *, train: int = 200, validation: int = 300, test: int 
       >>> parts.train.inputs.shape, parts.test.targets.shape
       ((200, 64), (1297,))
     """
-    try:
+    with needs_extra("`jaxhpo.data.digits` needs scikit-learn", "demo"):
         from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ImportError(
-            f"`jaxhpo.data.digits` needs scikit-learn, which cannot be imported ({error}). Install it: pip install "
-            "'jaxhpo[demo]'"
-        ) from error
     pixels, labels = map(np.asarray, load_digits(return_X_y=True))
     everything = Examples((pixels / 16).astype(np.float32), labels.astype(np.int32))
     return split(everything, seed, train=train, validation=validation, test=test)

@@ -7,6 +7,7 @@ import os
 import pathlib
 
 from jaxhpo._core.errors import JaxhpoError
+from jaxhpo._core.extra import needs_extra
 
 MIRROR = "JAXHPO_DATA_DIR"  # an environment variable
 
@@ -34,16 +35,10 @@ def fetch(folder: str, file: str, url: str, sha256: str) -> pathlib.Path:
         return local
     manually = f"put the file into a folder `{folder}` and set {MIRROR} to the folder above it"
     missing = f" ({MIRROR} is set, but {local} does not exist)" if local else ""
-    try:
+    with needs_extra(f"`{file}` must be downloaded{missing} with pooch", "data", f"; or {manually}."):
         import pooch
-    except ImportError as error:
-        raise ImportError(
-            f"`{file}` must be downloaded{missing}, but pooch cannot be imported ({error}). Install it: pip install "
-            f"'jaxhpo[data]'; or {manually}."
-        ) from error
     try:
-        cache = pooch.os_cache("jaxhpo") / folder
-        return pathlib.Path(pooch.retrieve(url, f"sha256:{sha256}", fname=file, path=cache))
+        return pathlib.Path(pooch.retrieve(url, f"sha256:{sha256}", file, pooch.os_cache("jaxhpo") / folder))
     except (OSError, ValueError) as error:  # no network, or another sha256
         message = f"`{file}` could not be downloaded from {url}{missing}: {error}. Retry, or {manually}."
         raise JaxhpoError(message) from error
@@ -54,6 +49,5 @@ def _verify(path, sha256):
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != sha256:
         raise JaxhpoError(
-            f"{path} is damaged or not the published file: its sha256 is {found}, not {sha256}. Remove it to download "
-            "it again, or replace it."
+            f"{path} is damaged or not the published file: its sha256 is {found}, not {sha256}. Remove or replace it."
         )

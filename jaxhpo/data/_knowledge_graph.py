@@ -108,8 +108,7 @@ def knowledge_graph(source: str | os.PathLike) -> KnowledgeGraph:
     missing = [name for name in FILES if name not in files]
     if missing:
         raise JaxhpoError(
-            f"The graph {source} lacks {', '.join(missing)}: add {', '.join(FILES)}, one triple per line, with head, "
-            "relation and tail separated by tabs."
+            f"The graph {source} lacks {', '.join(missing)}: add it, one head, relation and tail a line, between tabs."
         )
     parts = {path: _parse(path, content) for path, content in (files[name] for name in FILES)}
     triples = [triple for part in parts.values() for triple in part]
@@ -136,16 +135,12 @@ def _from_archive(name) -> dict[str, tuple[str, bytes]]:
 
 def _from_folder(source) -> dict[str, tuple[str, bytes]]:
     """Path and content of each file, by its name."""
-    try:
-        folder = pathlib.Path(source)
-    except TypeError:
-        raise JaxhpoError(f"`source` got {source!r}, which is neither of {list(ARCHIVES)} nor a path.") from None
-    if not str(source) or not os.path.isdir(folder):
+    if not isinstance(source, str | os.PathLike) or not os.path.isdir(source):
         raise JaxhpoError(
-            f"`source` got {reprlib.repr(str(source))}, which is neither a folder nor a known graph: write one of "
+            f"`source` got {reprlib.repr(source)}, which is neither a folder nor a known graph: write one of "
             f"{list(ARCHIVES)}, or the path of a folder that holds {', '.join(FILES)}."
         )
-    paths = [folder / name for name in FILES if (folder / name).is_file()]
+    paths = [path for path in (pathlib.Path(source, name) for name in FILES) if path.is_file()]
     return {path.name: (str(path), path.read_bytes()) for path in paths}
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import gzip
 import math
-import pathlib
 import zlib
 
 import numpy as np
 
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo.data._download import fetch
-from jaxhpo.data._split import Examples, Split, check_sizes, take
+from jaxhpo.data._split import Examples, Split, check_sizes, deal
 
 ADDRESS = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 SHA256 = {
@@ -61,15 +60,10 @@ def mnist(seed: int = 0, *, train: int = 10_000, validation: int = 10_000, test:
 
 def _archive(name: str) -> Examples:
     """Images, as bytes, and labels of one of the two parts upstream."""
-    arrays = []
-    for kind, dimensions in (("images-idx3", 3), ("labels-idx1", 1)):
-        file = f"{name}-{kind}-ubyte.gz"
-        arrays.append(read_idx(fetch("mnist", file, ADDRESS + file, SHA256[file]), dimensions))
-    images, labels = arrays
+    images, labels = _read(f"{name}-images-idx3-ubyte.gz", 3), _read(f"{name}-labels-idx1-ubyte.gz", 1)
     if len(images) != len(labels):
         raise JaxhpoError(
-            f"The MNIST archives of `{name}` hold {len(images)} images but {len(labels)} labels, so they do not belong "
-            f"together: take all files from one place, such as {ADDRESS}."
+            f"The MNIST files of `{name}` hold {len(images)} images but {len(labels)} labels: take both from {ADDRESS}."
         )
     return Examples(images.reshape(len(images), -1), labels)
 
@@ -79,30 +73,20 @@ def _draw(rng, examples, what, *sizes) -> list[Examples]:
     total = len(examples.targets)
     if sum(sizes) > total:
         raise JaxhpoError(
-            f"`{what}` got {sum(sizes)} images in all, but the archive holds {total}, and the parts are disjoint: "
-            f"write sizes whose sum is at most {total}."
+            f"`{what}` got {sum(sizes)} images in all, but the archive holds {total}: write at most {total} in all."
         )
-    picks = np.split(rng.permutation(total)[: sum(sizes)], np.cumsum(sizes)[:-1])
-    parts = [take(examples, pick) for pick in picks]
-    return [Examples((x / np.float32(255)).astype(np.float32), y.astype(np.int32)) for x, y in parts]
+    return [
+        Examples((x / np.float32(255)).astype(np.float32), y.astype(np.int32)) for x, y in deal(examples, rng, *sizes)
+    ]
 
 
-def read_idx(path: pathlib.Path, dimensions: int) -> np.ndarray:
-    """Read the array of bytes in a gzipped idx file.
+def _read(file: str, dimensions: int) -> np.ndarray:
+    """Read the array of bytes in a gzipped idx file, of so many dimensions.
 
     The format is: the bytes 0, 0, 8 (the type) and the number of dimensions; the length of each dimension, in 4 bytes,
     big-endian; the entries.
-
-    Args:
-      path: of the file.
-      dimensions: number of dimensions that the array must have.
-
-    Returns:
-      uint8, with that many dimensions.
-
-    Raises:
-      JaxhpoError: the file has another format, or is incomplete.
     """
+    path = fetch("mnist", file, ADDRESS + file, SHA256[file])
     try:
         content = gzip.decompress(path.read_bytes())
     except (OSError, EOFError, zlib.error) as error:

@@ -67,13 +67,13 @@ def split(examples: Examples, seed: int = 0, *, train: int, validation: int, tes
             f"`train={train}, validation={validation}, test={test}` do not fit into {size} examples: the three parts "
             f"are disjoint and none may be empty. Write sizes whose sum is at most {size}, leaving 1 or more for test."
         )
-    order = np.random.default_rng(seed).permutation(size)[: None if test is None else train + validation + test]
-    return Split(*(take(examples, pick) for pick in np.split(order, [train, train + validation])))
+    return Split(*deal(examples, np.random.default_rng(seed), train, validation, test or rest))
 
 
-def take(examples: Examples, pick: np.ndarray) -> Examples:
-    """Return the examples with these indices."""
-    return Examples(examples.inputs[pick], examples.targets[pick])
+def deal(examples: Examples, rng: np.random.Generator, *sizes: int) -> list[Examples]:
+    """Draw disjoint parts of these sizes."""
+    picks = np.split(rng.permutation(len(examples.targets))[: sum(sizes)], np.cumsum(sizes)[:-1])
+    return [Examples(examples.inputs[pick], examples.targets[pick]) for pick in picks]
 
 
 def check_sizes(seed: int, train: int, validation: int, test: int | None) -> None:

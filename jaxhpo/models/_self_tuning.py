@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -82,9 +81,9 @@ class SelfTuningConv(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: jax.Array, hparams: jax.Array) -> jax.Array:
-        settings: dict[str, Any] = {"kernel_size": self.kernel_size, "strides": self.strides}
-        plain = nn.Conv(self.features, use_bias=self.use_bias, name="plain", **settings)(inputs)
-        response = nn.Conv(self.features, use_bias=False, name="response", **settings)(inputs)
+        settings = self.features, self.kernel_size, self.strides
+        plain = nn.Conv(*settings, use_bias=self.use_bias, name="plain")(inputs)
+        response = nn.Conv(*settings, use_bias=False, name="response")(inputs)
         return _Gate(self.use_bias, name="gate")(plain, response, hparams)
 
 
@@ -101,8 +100,7 @@ class _Gate(nn.Module):
             return x.reshape(*x.shape[:-1], *(1,) * (plain.ndim - x.ndim), features)
 
         def rows(name):
-            gate = nn.Dense(features, use_bias=False, kernel_init=nn.initializers.zeros, name=name)
-            return aligned(gate(hparams))
+            return aligned(nn.Dense(features, use_bias=False, kernel_init=nn.initializers.zeros, name=name)(hparams))
 
         # W(h) x + b(h), with W(h) = W + diag(Uh) W_h and b(h) = b + (U_b h) ∘ b_h, needs no W(h), as
         #     diag(Uh) W_h x = (Uh) ∘ (W_h x):
@@ -141,10 +139,7 @@ class SelfTuningMLP(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        inputs: jax.Array,
-        hparams: jax.Array,
-        between: Callable[[int, jax.Array], jax.Array] = lambda i, hidden: hidden,
+        self, inputs: jax.Array, hparams: jax.Array, between: Callable = lambda i, hidden: hidden
     ) -> jax.Array:
         hidden = inputs
         for i, width in enumerate(self.features[:-1]):

@@ -12,7 +12,7 @@ import pytest
 
 import jaxhpo
 from jaxhpo import plot
-from jaxhpo._cli import demo, demo_experiment, demo_report
+from jaxhpo._cli import demo, demo_experiment
 from jaxhpo._cli.main import QUICK, main
 from jaxhpo._core import cost
 
@@ -85,7 +85,7 @@ def check_the_gradient_lowers_the_validation_loss(report):
 
 
 def check_text(report, printed, out):
-    table = demo_report.render(report)
+    table = demo.render(report)
     assert table in printed and str(out / "report.json") in printed
     assert all(f"\n{name} " in table for name in METHODS)
     assert max(map(len, table.splitlines())) <= 120
@@ -161,16 +161,16 @@ def test_count_arithmetic_counts_through_loops():
     ],
 )
 def test_verdicts(column, mean, sem, expected):
-    assert demo_report.verdict(column, mean, sem) == expected
+    assert demo.verdict(column, mean, sem) == expected
 
 
 def test_conclusions_name_a_better_method():
     ours = {"name": "hypergradient", "validation_loss": 0.1, "test_loss_mean": 0.2}
     difference = {"against": "random", "seeds": 6}
-    for column in demo_report.COLUMNS:
+    for column in demo.COLUMNS:
         sign = 1 if column == "refit_test_loss" else -1 if column.endswith("loss") else 1
         difference |= {f"{column}_mean": sign * 0.1, f"{column}_sem": 0.01, f"{column}_seeds_better": 1}
-    text = demo_report.conclusions([ours], [difference])
+    text = demo.conclusions([ours], [difference])
     expected = "In test loss refitted the hypergradient is worse than random (+0.100 ± 0.010, better in 1 of 6 seeds)."
     assert text[0] == expected
 
@@ -180,7 +180,7 @@ def test_outliers_are_pointed_out():
         return {"name": name, "per_seed": {"refit_test_loss": values}}
 
     rows = [row("random", [0.15, 0.16, 0.7]), row("grid", [0.2, 0.2, 0.3]), row("hypergradient", [0.1, 0.2, 0.3])]
-    (text,) = demo_report._outliers(rows)
+    (text,) = demo._outliers(rows)
     assert text.startswith("Refitted, random is unstable: its worst seed has test loss 0.700, its median seed 0.160")
 
 

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.tree import upcast
-from jaxhpo._core.validate import check_count, check_key, check_positive
-from jaxhpo.models.link_prediction._triples import check_side, check_sizes
+from jaxhpo._core.validate import check_count, check_key, check_positive, check_switch
+from jaxhpo.models.link_prediction._triples import SIDES, check_side, check_sizes
 
 OUT_OF_RANGE = 2**30  # an index beyond the rows of every table
 
@@ -34,19 +34,18 @@ class Model:
     def __post_init__(self):
         check_count("rank", self.rank)
         check_positive("scale", self.scale)
-        if not isinstance(self.reciprocal, bool):
-            raise JaxhpoError(f"`reciprocal` got {self.reciprocal!r}: write True or False.")
+        check_switch("reciprocal", self.reciprocal)
 
     def init(self, key: jax.Array, num_entities: int, num_relations: int, dtype=float) -> dict[str, jax.Array]:
         """Draw normal embeddings: a dict of tables, one row per entity or relation."""
         check_sizes(num_entities, num_relations)
         if dtype is not float and not jnp.issubdtype(dtype, jnp.floating):
             raise JaxhpoError(f"`dtype` got {dtype!r}, but embeddings are real: write jnp.float32.")
-        rows = self._rows(num_entities, num_relations * (1 + self.reciprocal))
-        keys = jax.random.split(check_key(key), len(rows))
+        shapes = self._shapes(num_entities, num_relations)
+        keys = jax.random.split(check_key(key), len(shapes))
         return {
-            name: float(self.scale) * jax.random.normal(k, (n, self._width()), dtype)
-            for k, (name, n) in zip(keys, rows.items(), strict=True)
+            name: float(self.scale) * jax.random.normal(k, shape, dtype)
+            for k, (name, shape) in zip(keys, shapes.items(), strict=True)
         }
 
     def tables(self, params: dict) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -64,8 +63,7 @@ class Model:
         shapes = {name: jnp.shape(table) for name, table in params.items()}
         num_entities, num_rows = ((shapes.get(name) or (1,))[0] for name in ("entities", "relations"))
         num_relations = num_rows // (1 + self.reciprocal)
-        rows = self._rows(num_entities, num_relations * (1 + self.reciprocal))
-        expected = {name: (n, self._width()) for name, n in rows.items()}
+        expected = self._shapes(num_entities, num_relations)
         if shapes != expected:
             inverses = ", with two rows per relation" if self.reciprocal else ""
             raise JaxhpoError(
@@ -79,30 +77,30 @@ class Model:
         They are NaN where the triple holds an index that the tables do not have.
         """
         check_side(side)
-        subjects, relations, objects = self.tables(params)
-        sizes = self.sizes(params)
+        tables, sizes = self.tables(params), self.sizes(params)
         s, p, o = in_range(triples, sizes).T
-        if side == "p":
-            query = self._query(_rows_of(subjects, s), None, _rows_of(objects, o))
-            return self._match(query, relations[: sizes[1]])
-        if side == "s" and not self.reciprocal:
-            return self._match(self._query(None, _rows_of(relations, p), _rows_of(objects, o)), subjects)
-        if side == "s":  # (?, p, o) is (o, inverse of p, ?)
-            s, p = o, p + sizes[1]
-        return self._match(self._query(_rows_of(subjects, s), _rows_of(relations, p), None), objects)
+        if side == "s" and self.reciprocal:  # (?, p, o) is (o, inverse of p, ?)
+            s, p, side = o, p + sizes[1], "o"
+        rows = [
+            None if name == side else table.at[index].get(mode="fill", fill_value=jnp.nan)
+            for name, table, index in zip(SIDES, tables, (s, p, o), strict=True)
+        ]
+        candidates = tables[1][: sizes[1]] if side == "p" else tables[SIDES.index(side)]
+        return self._match(self._query(*rows), candidates)
 
     def norms(self, table: jax.Array, power: int) -> jax.Array:
         r"""For each row :math:`\sum_i |x_i|^q` with power q = 2 or 3: (rows,), float32 or wider."""
         if power not in (2, 3):
             raise JaxhpoError(f"`power` got {power!r}: write 2 (F2) or 3 (N3).")
-        return self._powers(upcast(table), power)
+        return jnp.sum(upcast(table) ** 2, axis=1) if power == 2 else self._cubes(upcast(table))
 
-    def _powers(self, table, power):
-        return jnp.sum(table**2 if power == 2 else jnp.abs(table) ** 3, axis=1)
+    def _cubes(self, table):
+        return jnp.sum(jnp.abs(table) ** 3, axis=1)
 
-    def _rows(self, num_entities, num_relations):
-        """The number of rows of each table."""
-        return {"entities": num_entities, "relations": num_relations}
+    def _shapes(self, num_entities, num_relations):
+        """The shape of each table."""
+        width = self._width()
+        return {"entities": (num_entities, width), "relations": (num_relations * (1 + self.reciprocal), width)}
 
     def _width(self):
         """The length of a row."""
@@ -154,10 +152,7 @@ class ComplEx(Model):
       arXiv:1606.06357
     """
 
-    def _powers(self, table, power):
-        # |z|² = Re² + Im² is a sum over the whole row.
-        if power == 2:
-            return jnp.sum(table**2, axis=1)
+    def _cubes(self, table):
         # |z|³ = (|z|²)^(3/2). Its first two derivatives at 0 are 0, but those of the square root are infinite. Below
         # the bound, where they would overflow and |z|³ < 1e-33, the value is set to 0. The inner `where` keeps the
         # infinite derivative out of the branch that is not taken, as 0 · ∞ = NaN.
@@ -193,8 +188,8 @@ class CP(Model):
       Lacroix, Usunier, Obozinski. Canonical Tensor Decomposition for Knowledge Base Completion. 2018. arXiv:1806.07297
     """
 
-    def _rows(self, num_entities, num_relations):
-        return super()._rows(num_entities, num_relations) | {"objects": num_entities}
+    def _shapes(self, num_entities, num_relations):
+        return super()._shapes(num_entities, num_relations) | {"objects": (num_entities, self._width())}
 
 
 class TransE(Model):
@@ -225,10 +220,6 @@ def in_range(triples, sizes: tuple[int, int]) -> jax.Array:
     triples = jnp.asarray(triples).astype(jnp.int32)  # in int8, the index of an inverse relation could overflow
     bounds = jnp.array([[sizes[0], sizes[1], sizes[0]]], jnp.int32)
     return jnp.where((triples >= 0) & (triples < bounds), triples, OUT_OF_RANGE)
-
-
-def _rows_of(table, index):
-    return table.at[index].get(mode="fill", fill_value=jnp.nan)
 
 
 @jax.custom_jvp
