@@ -117,12 +117,7 @@ def image(axis: Any, values, *, label: str, mask=None, center: float | None = No
 
 
 def bars(
-    axis: Any,
-    names: Sequence[str],
-    series: dict[str, tuple[Any, Any]],
-    *,
-    colors: Sequence[Any] = ("#34495e", "#a9b8c9"),
-    format: str = "{:.3f}",
+    axis: Any, names: Sequence[str], series: dict, *, colors: Sequence = ("#34495e", "#a9b8c9"), format: str = "{:.3f}"
 ) -> None:
     """Draws grouped bars with error bars and their numbers, one group of bars per name.
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import itertools
 import json
 import math
 import pathlib
@@ -161,7 +162,8 @@ def conclusions(rows: list[dict], differences: list[dict]) -> list[str]:
     for found, text in (("worse", "is worse than"), ("no clear difference", "does not clearly differ from")):
         for column in COLUMNS:
             others = [
-                f"{d['against']} ({_difference_in_words(d, column)})"
+                f"{d['against']} ({_mean_in_words(d, column, '+')}, "
+                f"better in {d[f'{column}_seeds_better']} of {d['seeds']} seeds)"
                 for d in differences
                 if verdict(column, d[f"{column}_mean"], d[f"{column}_sem"]) == found
             ]
@@ -172,11 +174,6 @@ def conclusions(rows: list[dict], differences: list[dict]) -> list[str]:
     ours = next(row for row in rows if row["name"] == OURS)
     reached = f"{_number(ours['validation_loss'])} there, and {_number(ours['test_loss_mean'])} on the test part"
     return [*sentences, f"A minimised validation loss is not an estimate: the hypergradient reaches {reached}."]
-
-
-def _difference_in_words(difference: dict, column: str) -> str:
-    better = difference[f"{column}_seeds_better"]
-    return f"{_mean_in_words(difference, column, '+')}, better in {better} of {difference['seeds']} seeds"
 
 
 def _outliers(rows: list[dict]) -> list[str]:
@@ -193,17 +190,14 @@ def _outliers(rows: list[dict]) -> list[str]:
 
 def _edges(rows: list[dict]) -> list[str]:
     """Sentences on best points at the edge of a search's range, where a wider range might help it."""
-    sentences = []
-    for row in rows:
-        if row["name"] not in ("grid", "random"):
-            continue
-        for what, limits in (("penalty", demo_experiment.PENALTY_RANGE), ("rate", demo_experiment.RATE_RANGE)):
-            low, high = np.log(limits)
-            # within a fortieth of the range, in logarithms
-            edge = np.abs(np.log(row[what]) - (low + high) / 2) > (high - low) * (1 / 2 - 1 / 40)
-            if edge.any():
-                text = f"{row['name']} chose a {what} at the edge of its range, {limits[0]:g} to {limits[1]:g}"
-                sentences.append(f"In {edge.sum()} of {len(edge)} seeds {text}.")
+    sentences, searches = [], [row for row in rows if row["name"] in ("grid", "random")]
+    for row, (what, limits) in itertools.product(searches, demo_experiment.RANGES.items()):
+        low, high = np.log(limits)
+        # within a fortieth of the range, in logarithms
+        edge = np.abs(np.log(row[what]) - (low + high) / 2) > (high - low) * (1 / 2 - 1 / 40)
+        if edge.any():
+            text = f"{row['name']} chose a {what} at the edge of its range, {limits[0]:g} to {limits[1]:g}"
+            sentences.append(f"In {edge.sum()} of {len(edge)} seeds {text}.")
     return sentences
 
 

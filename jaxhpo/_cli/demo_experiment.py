@@ -22,8 +22,7 @@ from jaxhpo._core.cost import count_arithmetic
 from jaxhpo._core.progress import Progress
 
 MODEL = jaxhpo.models.MLP((64, 10))
-PENALTY_RANGE = (1e-5, 1e-1)
-RATE_RANGE = (1e-2, 1.0)
+RANGES = {"penalty": (1e-5, 1e-1), "rate": (1e-2, 1.0)}  # of the searches
 BASELINES = ("untuned", "grid", "random")
 OURS = "hypergradient"
 # What is tuned by its gradient, in each of the methods that do so.
@@ -144,8 +143,7 @@ def validation_loss(hparams, task: Task, momentum: float):
 
 def constant_hparams(params, point, knots: int) -> dict:
     """The same log-penalty for every weight and log-rate for every step, in the shape of the full hyperparameters."""
-    shapes = {layer: leaves["kernel"].shape for layer, leaves in params.items()}
-    penalties = {layer: jnp.full(shape, point[0], jnp.float32) for layer, shape in shapes.items()}
+    penalties = {layer: jnp.full(leaves["kernel"].shape, point[0], jnp.float32) for layer, leaves in params.items()}
     return {"log_penalty": penalties, "log_rate": jnp.full(knots, point[1], jnp.float32)}
 
 
@@ -236,7 +234,7 @@ def best_steps(values: np.ndarray) -> np.ndarray:
 
 def random_points(trials: int, seeds: int, seed: int) -> np.ndarray:
     """Log-uniform (log-penalty, log-rate) pairs, different for every seed."""
-    low, high = np.log([PENALTY_RANGE, RATE_RANGE]).T
+    low, high = np.log([*RANGES.values()]).T
     return np.random.default_rng([seed, 7]).uniform(low, high, (trials, seeds, 2)).astype(np.float32)
 
 
@@ -246,7 +244,7 @@ def grid_points(trials: int, seeds: int, seed: int) -> np.ndarray:
     counts = math.ceil(trials / rates), rates
     axes = [
         np.linspace(low, high, count) if count > 1 else np.array([(low + high) / 2])
-        for (low, high), count in zip(np.log([PENALTY_RANGE, RATE_RANGE]), counts, strict=True)
+        for (low, high), count in zip(np.log([*RANGES.values()]), counts, strict=True)
     ]
     grid, rng = np.stack(np.meshgrid(*axes), axis=-1).reshape(-1, 2), np.random.default_rng([seed, 8])
     return np.stack([rng.permutation(grid) for _ in range(seeds)], axis=1).astype(np.float32)

@@ -131,7 +131,7 @@ def test_searches_cover_their_range_with_enough_trials():
         grid = np.exp(demo_experiment.grid_points(trials, 2, 0))
         assert len(demo_experiment.random_points(trials, 2, 0)) == trials <= len(grid)
         assert len(np.unique(grid[:, 0], axis=0)) == len(grid)
-    corners = np.array([demo_experiment.PENALTY_RANGE, demo_experiment.RATE_RANGE]).T
+    corners = np.array([*demo_experiment.RANGES.values()]).T
     np.testing.assert_allclose([grid.min((0, 1)), grid.max((0, 1))], corners, rtol=1e-5)
 
 
