@@ -111,7 +111,7 @@ class Tolerant(doctest.OutputChecker):
 
 
 # What these show is held to closed forms by the quick tests of hypernetworks, of models and of plans.
-LONG = {"jaxhpo.models._self_tuning", "jaxhpo.models._mlp", "jaxhpo._estimator.hypernetwork"}
+LONG = {"jaxhpo.models._layers", "jaxhpo._estimator.hypernetwork"}
 LONG |= {"jaxhpo.models.link_prediction._loss", "jaxhpo._diagnostics.memory_plan"}
 
 

@@ -195,7 +195,7 @@ def test_the_checker_complains(module, source, complaint):
         ("_solve", "import jax.numpy as jnp\nfrom jaxhpo._core.tree import norm\nfrom jaxhpo._core import tree"),
         ("_inner.solver", "import optax"),
         ("_inner.solver", "from jaxhpo._inner.loop import scan_steps"),
-        ("models._mlp", "from flax import linen"),
+        ("models._layers", "from flax import linen"),
         ("testing", "import jaxhpo"),
         ("__init__", "from jaxhpo import testing as testing"),
         ("_linear.cg", "from jaxhpo._linear.report import report"),
