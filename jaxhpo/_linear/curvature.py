@@ -107,5 +107,4 @@ def outer_product(example_loss: Callable, regulariser: Callable | None = None) -
 
 
 def _half_mean_square(losses, batch):
-    del batch
     return 0.5 * jnp.mean(losses**2)

@@ -46,7 +46,6 @@ class Direct(LinearSolver):
 
     def __call__(self, matvec, b, x0=None):
         """Return `(x, LinearInfo)`; `x0` is not used."""
-        del x0
         flat, unravel = ravel_pytree(b)
         matvec = damped(matvec, self.damping)
         basis = cast_varying(jnp.eye(flat.size, dtype=flat.dtype), varying_axes(b))

@@ -58,12 +58,11 @@ class GMRES(LinearSolver):
 
 
 def _minimal_residual(restart, operator, r, most, threshold):
-    """Minimise ‖r − A Q y‖ over y, for Q an orthonormal basis of span(r, A r, A² r, …).
+    """Minimise ‖r − A Q y‖ over y, for Q an orthonormal basis of span(r, A r, A² r, …); `most` is not used.
 
     Returns:
       The change of x, the number of products, and one round taken.
     """
-    del most
     eps, beta, restart = epsilon(r.dtype), norm(r), min(restart, r.size)
     product = functools.partial(jnp.matmul, precision="highest")
 

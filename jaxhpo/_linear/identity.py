@@ -45,7 +45,6 @@ class Identity(LinearSolver):
 
     def __call__(self, matvec, b, x0=None):
         """Return `(scale * b, LinearInfo)`; `x0` is not used."""
-        del x0
         x = scaled(self.scale, b)
         residual = residual_of(matvec, x, b)
         return x, report(residual, 0, series_status(jnp.ones_like(residual), residual))

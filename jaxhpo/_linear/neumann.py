@@ -51,7 +51,6 @@ class Neumann(LinearSolver):
 
     def __call__(self, matvec, b, x0=None):
         """Return `(x, LinearInfo)`; the series starts from zero, so `x0` is not used."""
-        del x0
 
         # With α the step size, |1 − αλ| < 1 for every eigenvalue λ of A:
         #     A⁻¹ b = α Σ_k t_k,        t_0 = b,        t_{k+1} = (I − αA) t_k = t_k − α A t_k.

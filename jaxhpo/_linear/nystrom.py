@@ -54,7 +54,6 @@ class Nystrom(LinearSolver):
 
     def __call__(self, matvec, b, x0=None, key=None):
         """Return `(x, LinearInfo)`; `x0` is not used."""
-        del x0
         flat, unravel = ravel_pytree(b)
         rank, product = min(self.rank, flat.size), functools.partial(jnp.matmul, precision="highest")
         basis = jnp.linalg.qr(jax.random.normal(require_key(key, self), (flat.size, rank), flat.dtype))[0]  # Ω

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -21,9 +22,7 @@ def damped(matvec: Callable, damping: float) -> Callable:
     return lambda v: add_scaled(matvec(v), damping, v)
 
 
-def solve_scaled(
-    solve: Callable, operator: Callable, b: jax.Array, x0: jax.Array | None
-) -> tuple[jax.Array, LinearInfo]:
+def solve_scaled(solve: Callable, operator: Callable, b: jax.Array, x0: PyTree) -> tuple[jax.Array, LinearInfo]:
     """Solve A x = b by `solve(operator, b, x0)`, with b scaled to a largest entry of one.
 
     With s = maxᵢ |bᵢ|, A x = b is A (x/s) = b/s. Without it, squares of very small or large entries of b would
@@ -68,15 +67,13 @@ def solve_system(
     def operator(v):
         return cast_varying(pure(consts, drop_varying(v, axes - own)), axes)
 
-    def starting_at(x0):
-        def run(operator, b):
-            x, info = solve_scaled(solve, operator, b, x0)
-            report_linear_solve(info)
-            return x, info
+    def run(x0, operator, b):
+        x, info = solve_scaled(solve, operator, b, x0)
+        report_linear_solve(info)
+        return x, info
 
-        return run
-
-    forward, transposed = starting_at(cast_varying(x0, axes)), starting_at(None)  # x0 is near A⁻¹b, not near A⁻ᵀx̄
+    start = cast_varying(x0, axes)
+    forward, transposed = functools.partial(run, start), functools.partial(run, None)  # x0 is near A⁻¹b, not near A⁻ᵀx̄
     x, info = jax.lax.custom_linear_solve(
         operator, cast_varying(b, axes), forward, transposed, symmetric=symmetric, has_aux=True
     )
