@@ -68,9 +68,6 @@ def from_optax(loss: Callable, tx: Any, *, has_state: bool = False) -> Solver:
     evaluate = _checked_loss(loss, has_state)
     make_tx = _checked_tx(tx)
 
-    def init(params, hparams, model_state=None):
-        return _start(params, hparams, model_state, lambda params, h: make_tx(h).init(params), has_state)
-
     def apply(state, hparams, batch, out, grad):
         value, model_state = out
         update = optax.with_extra_args_support(make_tx(hparams)).update
@@ -81,6 +78,7 @@ def from_optax(loss: Callable, tx: Any, *, has_state: bool = False) -> Solver:
         updates, opt_state = update(grad, state.opt_state, state.params, **extras)
         return InnerState(optax.apply_updates(state.params, updates), opt_state, model_state)
 
+    init = _initialiser(lambda params, hparams: make_tx(hparams).init(params), has_state)
     return _descent(init, evaluate, apply, "from_optax")
 
 
@@ -136,11 +134,7 @@ def momentum_sgd(loss: Callable, learning_rate: Any, momentum: Any, *, has_state
     rate = _checked_schedule("learning_rate", learning_rate, upper=None)
     decay = _checked_schedule("momentum", momentum, upper=1.0)
 
-    def at_rest(params, hparams):
-        return MomentumState(zeros_like(params), jnp.zeros((), jnp.int32))
-
-    def init(params, hparams, model_state=None):
-        return _start(params, hparams, model_state, at_rest, has_state)
+    init = _initialiser(lambda params, hparams: MomentumState(zeros_like(params), jnp.zeros((), jnp.int32)), has_state)
 
     def rates(params, hparams, count):
         alpha = _broadcast_prefix(rate(hparams, count), params, "learning_rate")
@@ -192,9 +186,6 @@ def fixed_point(step: Callable, condition: Callable | None = None) -> Solver:
     if condition is not None:
         check_callable("condition", condition, "condition(params, hparams, batch)", 3)
 
-    def init(params, hparams, model_state=None):
-        return _start(params, hparams, model_state, lambda params, hparams: None)
-
     def mapped(params, hparams, batch):
         return check_residual(step(params, hparams, batch), params, "step")
 
@@ -206,6 +197,7 @@ def fixed_point(step: Callable, condition: Callable | None = None) -> Solver:
             return condition(params, hparams, batch)
         return add_scaled(params, -1.0, mapped(params, hparams, batch))  # θ − Φ(θ, h, b)
 
+    init = _initialiser(lambda params, hparams: None)
     return Solver(init, advance, residual, "fixed_point", symmetric=condition is not None)
 
 
@@ -258,19 +250,18 @@ def _checked_loss(loss, has_state):
 
 
 def _checked_output(out, has_state):
-    if not has_state:
-        if isinstance(out, tuple):
-            raise JaxhpoError(
-                "`loss` returned a tuple, but it must return a scalar: drop the rest, or, if it is model state, write "
-                "`from_optax(loss, tx, has_state=True)` and `loss(params, hparams, batch, model_state)`."
-            )
-        return check_scalar(out, "loss"), None
-    if not (isinstance(out, tuple) and len(out) == 2 and isinstance(out[0], jax.Array)):
+    if isinstance(out, tuple) and not has_state:
+        raise JaxhpoError(
+            "`loss` returned a tuple, but it must return a scalar: drop the rest, or, if it is model state, write "
+            "`from_optax(loss, tx, has_state=True)` and `loss(params, hparams, batch, model_state)`."
+        )
+    if has_state and not (isinstance(out, tuple) and len(out) == 2 and isinstance(out[0], jax.Array)):
         raise JaxhpoError(
             f"`loss` returned {describe(out)}, but with `has_state=True` it must return the new state too: return "
             "`(scalar, model_state)`."
         )
-    return check_scalar(out[0], "loss"), check_arrays(out[1], "model_state")
+    value, model_state = out if has_state else (out, None)
+    return check_scalar(value, "loss"), check_arrays(model_state, "model_state")
 
 
 def _checked_tx(tx: Any) -> Callable[[PyTree], Any]:
@@ -319,20 +310,24 @@ def _checked_schedule(what, value, upper):
     return lambda hparams, step: value
 
 
-def _start(params, hparams, model_state, make_opt_state, has_state=False) -> InnerState:
-    """The initial state, with every part checked."""
-    params, hparams = check_params(params, "params"), check_hparams(hparams)
-    if has_state and model_state is None:
-        raise JaxhpoError(
-            "`init` got no model state, but the solver was made with `has_state=True`: write "
-            "`solver.init(params, hparams, model_state)`, or omit `has_state`."
-        )
-    if not has_state and model_state is not None:
-        raise JaxhpoError(
-            "`init` got a model state, but the solver was made without `has_state=True`, so the loss would ignore it: "
-            "write `from_optax(loss, tx, has_state=True)`."
-        )
-    return InnerState(params, make_opt_state(params, hparams), check_arrays(model_state, "model_state"))
+def _initialiser(make_opt_state, has_state=False) -> Callable[..., InnerState]:
+    """Returns the `init` of a solver, which checks every part of the state that it makes."""
+
+    def init(params, hparams, model_state=None):
+        params, hparams = check_params(params, "params"), check_hparams(hparams)
+        if has_state and model_state is None:
+            raise JaxhpoError(
+                "`init` got no model state, but the solver was made with `has_state=True`: write "
+                "`solver.init(params, hparams, model_state)`, or omit `has_state`."
+            )
+        if not has_state and model_state is not None:
+            raise JaxhpoError(
+                "`init` got a model state, but without `has_state=True` the loss would ignore it: write "
+                "`from_optax(loss, tx, has_state=True)`."
+            )
+        return InnerState(params, make_opt_state(params, hparams), check_arrays(model_state, "model_state"))
+
+    return init
 
 
 def _broadcasts(shape, to) -> bool:
