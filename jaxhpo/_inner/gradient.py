@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
+from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.mesh import cast_varying, varying_axes
@@ -78,8 +78,7 @@ def mixed_value_and_grad(
     if part is not None:
         pure_part, part_consts = closure_convert(lambda p, h, b, state: loss(p, h, part(b), state), params, *rest)
         on_part = lambda params, given: pure_part(given[1], params, *given[2])  # noqa: E731
-    both: Any = _mixed((on_all, on_part), params, (consts, part_consts, rest))
-    out, grad = both
+    out, grad = _mixed((on_all, on_part), params, (consts, part_consts, rest))
     # NaN is added before the name: if the gradient is stored, the loss is not recomputed.
     return out, checkpoint_name(_spread_nan(out[0], cast_like(grad, params)), GRADIENT)
 
@@ -98,10 +97,8 @@ def _mixed(losses, params, rest):
 
 
 def _mixed_fwd(losses, params, rest):
-    perturbed = Flags(
-        tuple(bool(x.perturbed) and is_inexact(x.value) for x in jax.tree.leaves(rest, is_leaf=_is_marked))
-    )
-    params, rest = jax.tree.map(lambda x: x.value, (params, rest), is_leaf=_is_marked)
+    perturbed = Flags(tuple(bool(x.perturbed) and is_inexact(x.value) for x in jax.tree.leaves(rest)))
+    params, rest = custom_vjp_primal_tree_values((params, rest))
     # Not `_mixed(...)`: forward mode over this rule, as in a Hessian, must find plain operations.
     return jax.value_and_grad(losses[0], has_aux=True)(params, rest), (params, rest, perturbed)
 
@@ -117,23 +114,19 @@ def _mixed_bwd(losses, residuals, cotangents):
 
     of_loss, of_grad = cotangents
     pulled = []
-    if not all(map(_is_zero, jax.tree.leaves(of_grad, is_leaf=_is_zero))):
-        v = jax.tree.map(_dense, of_grad, params, is_leaf=_is_zero)
+    if not all(map(_is_zero, jax.tree.leaves(of_grad))):
+        v = jax.tree.map(_dense, of_grad, params)
         grads = jax.grad(lambda params, z: losses[1](params, combine(z))[0], argnums=(0, 1))
         pulled.append(jax.jvp(lambda params: grads(params, z), (params,), (v,))[1])
-    if not all(map(_is_zero, jax.tree.leaves(of_loss, is_leaf=_is_zero))):
+    if not all(map(_is_zero, jax.tree.leaves(of_loss))):
         out, pullback = jax.vjp(lambda params, z: losses[0](params, combine(z)), params, z)
-        pulled.append(pullback(jax.tree.map(_dense, of_loss, out, is_leaf=_is_zero)))
+        pulled.append(pullback(jax.tree.map(_dense, of_loss, out)))
     by_params, by_z = functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), pulled)
     by_z = iter(by_z)
     return by_params, jax.tree.map(lambda p: next(by_z) if p else None, perturbed)
 
 
 _mixed.defvjp(_mixed_fwd, _mixed_bwd, symbolic_zeros=True)
-
-
-def _is_marked(x):
-    return isinstance(x, CustomVJPPrimal)
 
 
 def _is_zero(x):

@@ -8,18 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxhpo._core.tree import norm
-from jaxhpo._core.types import InnerState, PyTree, Schedule
+from jaxhpo._core.types import InnerState, Schedule
 from jaxhpo._inner.gradient import GRADIENT
 from jaxhpo._inner.problem import Problem
 
 
-def scan_steps(
-    advance: Callable,
-    state: InnerState,
-    xs: PyTree,
-    num_steps: int,
-    schedule: Schedule = Schedule(),  # noqa: B008 (immutable)
-) -> InnerState:
+def scan_steps(advance: Callable, state: InnerState, xs, num_steps, schedule: Schedule = Schedule()) -> InnerState:  # noqa: B008
     """Takes T inner steps; the schedule's segments say which values reverse mode stores."""
 
     def body(state, x):
@@ -35,10 +29,8 @@ def scan_steps(
     if k == 1:
         return jax.lax.scan(step, state, xs, num_steps)[0]
 
-    @jax.checkpoint  # two levels: one state per segment is stored, the states inside are recomputed
-    def segment(state, xs):
-        return jax.lax.scan(step, state, xs)[0]
-
+    # Two levels: one state per segment is stored, the states inside are recomputed.
+    segment = jax.checkpoint(lambda state, xs: jax.lax.scan(step, state, xs)[0])
     num_segments, rest = divmod(num_steps, k)
     if num_segments:
         head = jax.tree.map(lambda x: x[: num_segments * k].reshape(num_segments, k, *x.shape[1:]), xs)
@@ -49,19 +41,17 @@ def scan_steps(
 
 
 def run(problem: Problem) -> tuple[InnerState, jax.Array]:
-    """Runs until `num_steps` or `tol` is reached, with no custom derivative; returns final state and steps taken."""
+    """Runs until `num_steps` or `tol` is reached, with no custom derivative; returns final state and steps taken.
+
+    With `tol`, it ends where ‖residual‖ < tol, and is not reverse-differentiable.
+    """
 
     def advance(state, x):
         return problem.advance(state, problem.inputs, x)
 
-    if problem.tol is not None:
-        return _run_until(problem, advance)
-    state = scan_steps(advance, problem.state, problem.xs, problem.num_steps)
-    return state, jnp.asarray(problem.num_steps, jnp.int32)
-
-
-def _run_until(problem, advance):
-    """Takes inner steps until ‖residual‖ < tol. Not reverse-differentiable."""
+    if problem.tol is None:
+        state = scan_steps(advance, problem.state, problem.xs, problem.num_steps)
+        return state, jnp.asarray(problem.num_steps, jnp.int32)
 
     def unfinished(carry):
         t, state = carry
