@@ -11,7 +11,6 @@ from jaxhpo._core.record import report_solve
 from jaxhpo._core.types import InnerState, PyTree, Solution, Solver
 from jaxhpo._inner.inputs import check_run
 from jaxhpo._inner.problem import Adjoint, check_adjoint, info_of, make_problem
-from jaxhpo._inner.watch import instrumented
 
 
 def solve(
@@ -71,7 +70,6 @@ def solve(
     problem = make_problem(
         solver, state, hparams, batches, num_steps=num_steps, tol=tol, condition_batch=condition_batch, key=key
     )
-    problem = instrumented(problem)
     final, steps = check_run(adjoint, adjoint.run(problem), problem.state)
     info = info_of(problem, final, steps)
     report_solve(problem, adjoint, info)

@@ -21,7 +21,6 @@ from jaxhpo._estimator.implicit_product import implicit_product
 from jaxhpo._estimator.pair import check_pair_state, inner_start
 from jaxhpo._inner.loop import run
 from jaxhpo._inner.problem import make_problem
-from jaxhpo._inner.watch import instrumented
 from jaxhpo._linear.iteration import conjugate_gradients
 from jaxhpo._linear.report import default_tolerance
 from jaxhpo._linear.system import damped, solve_scaled
@@ -124,7 +123,7 @@ class HOAG(StatefulMethod):
         def update(hparams, state, batches, outer_batch, key):
             check_pair_state(state, HOAGState, self)
             start = inner_start(solver, state.inner, hparams, warm_start)
-            problem = instrumented(make_problem(solver, start, hparams, batches, num_steps=num_steps, key=key))
+            problem = make_problem(solver, start, hparams, batches, num_steps=num_steps, key=key)
             warn_of_untrusted_rule(self, problem)
             scale = _scale(problem, state)
             tolerance = _tolerance(self.tolerance, self.initial_tolerance, self.decay, state.count, scale.dtype)

@@ -19,7 +19,6 @@ from jaxhpo._estimator.pair import check_pair_state, inner_start
 from jaxhpo._inner.inputs import check_solver
 from jaxhpo._inner.loop import run
 from jaxhpo._inner.problem import Adjoint, check_adjoint, make_problem
-from jaxhpo._inner.watch import instrumented
 from jaxhpo._solve import solve
 
 
@@ -172,7 +171,7 @@ def _of_implicit(rule: Implicit, solver, outer_loss, num_steps, warm_start) -> H
     def update(hparams, state, batches, outer_batch, key):
         check_pair_state(state, ImplicitState, rule)
         start = inner_start(solver, state.inner, hparams, warm_start)
-        problem = instrumented(make_problem(solver, start, hparams, batches, num_steps=num_steps, key=key))
+        problem = make_problem(solver, start, hparams, batches, num_steps=num_steps, key=key)
         if varying_axes(problem.residual_inputs) - varying_axes(problem.state.params):
             # Data-parallel inside `shard_map`: there JAX runs a `custom_linear_solve` only transposed, as `grad` does.
             grad, after, info = by_grad.update(hparams, RuleState(state.inner), batches, outer_batch, key)

@@ -368,5 +368,5 @@ def _with_keys(batches, key, num_steps):
     """Return the batches, each with its own key."""
     if batches is not None and not callable(batches):
         return batches, jax.random.split(key, num_steps)
-    take = (lambda step: None) if batches is None else checked_batches_function(batches)
+    take = checked_batches_function(batches)
     return lambda step: (take(step), jax.random.fold_in(key, step))

@@ -15,7 +15,6 @@ from jaxhpo._core.tree import is_inexact, partition, upcast
 from jaxhpo._core.types import Hypergradient, HypergradientInfo, InnerState, Solution, StatefulMethod
 from jaxhpo._estimator.pair import check_pair_state, check_warm_start
 from jaxhpo._inner.problem import info_of, make_problem
-from jaxhpo._inner.watch import instrumented
 
 
 class RealTimeState(NamedTuple):
@@ -82,7 +81,7 @@ class RealTime(StatefulMethod):
         def update(hparams, state, batches, outer_batch, key):
             check_pair_state(state, RealTimeState, self)
             _check_jacobian(state, hparams)
-            problem = instrumented(make_problem(solver, state.inner, hparams, batches, num_steps=num_steps, key=key))
+            problem = make_problem(solver, state.inner, hparams, batches, num_steps=num_steps, key=key)
             inner, jacobian = _run(problem, state.jacobian)
             info = info_of(problem, inner, jnp.asarray(problem.num_steps, jnp.int32))
             floats, replace = _partition(inner)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +11,8 @@ from jax.core import Tracer
 
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.tree import named_leaves
-from jaxhpo._core.types import InnerState, Solution, Solver
-from jaxhpo._core.validate import (
-    check_arrays,
-    check_callable,
-    check_count,
-    check_finite,
-    check_params,
-    describe,
-)
+from jaxhpo._core.types import InnerState, PyTree, Solution, Solver
+from jaxhpo._core.validate import check_arrays, check_callable, check_count, check_finite, check_params, describe
 
 
 def check_solver(solver):
@@ -30,8 +23,9 @@ def check_solver(solver):
         raise JaxhpoError(f"`solver` got {type(solver).__name__}, not a `jaxhpo.Solver`: {hint}.")
 
 
-def check_is_state(state):
-    """Raises unless this is an `InnerState`."""
+def check_start(solver, state):
+    """Raises unless these are a `Solver` and an `InnerState`."""
+    check_solver(solver)
     if not isinstance(state, InnerState):
         hint = "its `.state`" if isinstance(state, Solution) else "`solver.init(params, hparams)`"
         raise JaxhpoError(f"`state` got {type(state).__name__}, not an `InnerState`: pass {hint}.")
@@ -128,8 +122,17 @@ def _is_function_or_iterable(leaf) -> bool:
     return callable(leaf) or (hasattr(leaf, "__iter__") and not hasattr(leaf, "dtype") and not isinstance(leaf, str))
 
 
-def checked_batches_function(batches):
-    """The function of the step, with a check of what it returns while it is traced."""
+def slices_of(batches, num_steps) -> tuple[PyTree, Callable]:
+    """The pytree `xs` with leading axis T, and the function from a slice of it to the step's batch."""
+    if batches is None or callable(batches):
+        return jnp.arange(num_steps), checked_batches_function(batches)
+    return jax.tree.map(jnp.asarray, batches), lambda x: x
+
+
+def checked_batches_function(batches) -> Callable:
+    """The function of the step, None as a function, with a check of what it returns while it is traced."""
+    if batches is None:
+        return lambda step: None
     check_callable("batches", batches, "batches(step)", 1)
 
     def take(step):
@@ -147,14 +150,11 @@ def checked_batches_function(batches):
     return take
 
 
-def check_condition_batch(condition_batch, batch):
+def check_condition(condition_batch, batch):
     """Returns the condition's batch as JAX arrays; raises unless it has the tree of a step's batch."""
     got, want = jax.tree.structure(check_arrays(condition_batch, "condition_batch")), jax.tree.structure(batch)
     if got != want:
-        raise JaxhpoError(
-            f"`condition_batch` has the tree {got}, but the batch of a step has {want}, and the same loss gets both: "
-            "give it the tree of a step's batch."
-        )
+        raise JaxhpoError(f"`condition_batch` has the tree {got}, not {want}: give it the tree of a step's batch.")
     check_finite(condition_batch, "condition_batch", allow_infinite=True)
     return jax.tree.map(jnp.asarray, condition_batch)
 
@@ -177,17 +177,12 @@ def check_same_state(before, after):
             )
 
 
-def check_run(rule: Any, out: Any, start: InnerState) -> tuple[InnerState, jax.Array]:
+def check_run(rule, out, start: InnerState) -> tuple[InnerState, jax.Array]:
     """The final state and the number of steps that a rule's `run` returned; raises unless they are that."""
     try:
-        given, like = jax.eval_shape(lambda: out), jax.eval_shape(lambda: start)
-        state, steps = given
-        same = jax.tree.structure(state) == jax.tree.structure(like)
-        same = same and all(
-            (a.shape, a.dtype) == (b.shape, b.dtype)
-            for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(like), strict=True)
-        )
-        same = same and steps.shape == () and jnp.issubdtype(steps.dtype, jnp.integer)
+        (state, steps), like = jax.eval_shape(lambda: (out, start))
+        got, want = (jax.tree.flatten(jax.tree.map(describe, tree)) for tree in (state, like))
+        same = got == want and steps.shape == () and jnp.issubdtype(steps.dtype, jnp.integer)
     except (TypeError, ValueError, AttributeError):  # leaves that are no arrays, or no pair of state and number
         same = False
     if not same:

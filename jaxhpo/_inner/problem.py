@@ -15,15 +15,8 @@ from jaxhpo._core.trace import closure_convert
 from jaxhpo._core.tree import all_finite, cast_like, norm, upcast
 from jaxhpo._core.types import Info, InnerState, PyTree, Solver, StatefulMethod
 from jaxhpo._core.validate import check_hparams, check_key, check_residual, check_traceable_number, require_key
-from jaxhpo._inner.inputs import (
-    check_condition_batch,
-    check_is_state,
-    check_same_state,
-    check_solver,
-    check_state,
-    check_steps,
-    checked_batches_function,
-)
+from jaxhpo._inner.inputs import check_condition, check_same_state, check_start, check_state, check_steps, slices_of
+from jaxhpo._inner.watch import instrumented
 
 
 class Problem(NamedTuple):
@@ -118,16 +111,15 @@ def check_adjoint(adjoint):
 def make_problem(
     solver, state, hparams, batches, *, num_steps=None, tol=None, condition_batch=None, key=None
 ) -> Problem:
-    """Checks the arguments of `solve` and makes its `Problem`."""
-    check_solver(solver)
-    check_is_state(state)
+    """Checks the arguments of `solve` and makes its `Problem`, whose steps report while that is recorded."""
+    check_start(solver, state)
     hparams = check_hparams(hparams)
     state = check_state(state, solver, hparams)
     num_steps = check_steps(batches, num_steps)
     check_key(key)
     if tol is not None:
         check_traceable_number("tol", tol, 0, strict=False)
-    slices, take = _slices(batches, num_steps)
+    slices, take = slices_of(batches, num_steps)
 
     def step_fields(gradient=None, keys=None) -> dict[str, Any]:
         """The fields of the problem that depend on how the inner gradient is computed."""
@@ -149,19 +141,13 @@ def make_problem(
             return closure_convert(pure, state, hparams, first, *more)
 
         start, advance, closed_over = _closed_step(step, state, hparams, first)
-        return {
-            "advance": advance,
-            "inputs": (hparams, closed_over),
-            "xs": xs,
-            "state": start,
-            "closure_convert": at_step,
-        }
+        return dict(advance=advance, inputs=(hparams, closed_over), xs=xs, state=start, closure_convert=at_step)
 
     plain = step_fields()
     state = plain["state"]
     at, batch_of = jax.tree.map(lambda x: x[-1], slices), take
     if condition_batch is not None:
-        at, batch_of = check_condition_batch(condition_batch, jax.eval_shape(lambda: take(at))), lambda x: x
+        at, batch_of = check_condition(condition_batch, jax.eval_shape(lambda: take(at))), lambda x: x
 
     def condition(params, model_state, hparams, x):
         return check_residual(solver.condition(params, hparams, batch_of(x), model_state), params)
@@ -191,16 +177,7 @@ def make_problem(
         at_condition=at_condition,
         with_gradient=lambda gradient, keys=None: problem._replace(**step_fields(gradient, keys)),
     )
-    return problem
-
-
-def _slices(batches, num_steps) -> tuple[PyTree, Callable]:
-    """The pytree `xs` with leading axis T, and the function from a slice of it to the step's batch."""
-    if batches is None:
-        return jnp.arange(num_steps), lambda x: None
-    if callable(batches):
-        return jnp.arange(num_steps), checked_batches_function(batches)
-    return jax.tree.map(jnp.asarray, batches), lambda x: x
+    return instrumented(problem)
 
 
 def _closed_step(step, state, hparams, x):

@@ -9,24 +9,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxhpo._core.record import StepLog, active
+from jaxhpo._core.record import active
 from jaxhpo._core.trace import trust
 from jaxhpo._core.tree import all_finite, is_inexact, names
 from jaxhpo._inner.gradient import train_loss_of
-from jaxhpo._inner.problem import Problem
 
 
-def instrumented(problem: Problem) -> Problem:
-    """Returns the problem as it is, or, while steps are recorded, one whose steps report to the recorder."""
+def instrumented(problem: Any, index: int | None = None) -> Any:
+    """Returns the problem as it is, or, while steps are recorded, one whose steps report to the recorder.
+
+    They report as inner problem `index`, the next one if that is None.
+    """
     recorder = active().steps
     if recorder is None:
         return problem
-    index = recorder.num_problems
-    recorder.num_problems += 1
-    return _reporting(problem, recorder, index)
-
-
-def _reporting(problem: Problem, recorder: StepLog, index: int) -> Problem:
+    if index is None:
+        index = recorder.num_problems
+        recorder.num_problems += 1
     train_loss = _train_loss(problem)
     recorder.advance[index] = problem.advance
 
@@ -63,18 +62,15 @@ def _reporting(problem: Problem, recorder: StepLog, index: int) -> Problem:
         pure, consts = problem.closure_convert(fn, *more)
         return lambda consts, state, hparams, x, *more: pure(consts, state, hparams, x[1], *more), consts
 
-    def with_gradient(gradient, keys=None):
-        return _reporting(problem.with_gradient(gradient, keys), recorder, index)
-
     return problem._replace(
         advance=advance,
         xs=(jnp.arange(problem.num_steps), problem.xs),
         closure_convert=closure_convert,
-        with_gradient=with_gradient,
+        with_gradient=lambda gradient, keys=None: instrumented(problem.with_gradient(gradient, keys), index),
     )
 
 
-def _keep_first(kept: dict, index: int, wanted, values: Any) -> None:
+def _keep_first(kept: dict, index, wanted, values: Any) -> None:
     """Sets `kept[index]` on the host to the first values for which `wanted` is true."""
 
     def keep(wanted, values):
@@ -86,23 +82,12 @@ def _keep_first(kept: dict, index: int, wanted, values: Any) -> None:
 
 def _train_loss(problem) -> Callable:
     """Returns `(state, inputs, x) -> train loss`, which closes over nothing; zero for a step without a loss."""
-
-    def no_loss(state, inputs, x):
-        return jnp.zeros(())
-
-    if problem.solver.loss is None:
-        return no_loss
-    pure, consts = train_loss_of(problem)
-    closed_over = problem.inputs[1]
-    where = [next((i for i, c in enumerate(closed_over) if c is const), None) for const in consts]
-    if None in where:
-        return no_loss
-
-    def loss(state, inputs, x):
-        state, inputs, x = jax.lax.stop_gradient((state, inputs, x))
-        return pure([inputs[1][i] for i in where], state, inputs[0], x)
-
-    return loss
+    if problem.solver.loss is not None:
+        pure, consts = train_loss_of(problem)
+        where = [next((i for i, c in enumerate(problem.inputs[1]) if c is const), None) for const in consts]
+        if None not in where:
+            return lambda state, inputs, x: pure([inputs[1][i] for i in where], state, inputs[0], x)
+    return lambda state, inputs, x: jnp.zeros(())
 
 
 def _report(record: Callable, step, tree: Any) -> None:
