@@ -224,20 +224,20 @@ positive, unit_interval, simplex = _Positive(), _UnitInterval(0.0, 1.0), _Simple
 
 def to_natural(transforms: PyTree, unconstrained: PyTree) -> PyTree:
     """Applies the `forward` of every transform of a prefix tree to the leaves below it. None is the identity."""
-    return _apply("forward", transforms, unconstrained, "")
+    return apply_transforms(lambda transform, leaf: transform.forward(leaf), transforms, unconstrained)
 
 
 def to_unconstrained(transforms: PyTree, hparams: PyTree) -> PyTree:
     """Inverse of `to_natural`: applies the `inverse` of every transform."""
-    return _apply("inverse", transforms, hparams, "")
+    return apply_transforms(lambda transform, leaf: transform.inverse(leaf), transforms, hparams)
 
 
-def _apply(direction, transforms, tree, path):
+def apply_transforms(fn: Callable[[Any, Any], Any], transforms: PyTree, tree: PyTree, path: str = "") -> PyTree:
+    """Returns `fn(transform, leaf)` in place of each leaf that has a transform; leaves others unchanged."""
     if transforms is None:
         return tree
     if isinstance(transforms, Transform) and not isinstance(transforms, type):  # not `box` for `box(low, high)`
-        function = transforms.forward if direction == "forward" else transforms.inverse
-        return tree_map_with_path(lambda below, leaf: _apply_one(function, leaf, path + keystr(below)), tree)
+        return tree_map_with_path(lambda below, leaf: _apply_one(fn, transforms, leaf, path + keystr(below)), tree)
     wanted, given = _children(transforms), _children(tree)
     if "" in wanted or wanted.keys() != given.keys():  # "" is a leaf
         has = ", ".join(f"`{key}`" for key in given if key) or "no parts"
@@ -246,13 +246,13 @@ def _apply(direction, transforms, tree, path):
             "`unit_interval`, `box(low, high)`, `simplex`, any object with `forward` and `inverse`) or None, for all "
             "of it or for each of its parts under its own name."
         )
-    parts = [_apply(direction, wanted[key], child, path + key) for key, child in given.items()]
+    parts = [apply_transforms(fn, wanted[key], child, path + key) for key, child in given.items()]
     return jax.tree.unflatten(jax.tree.structure(tree, is_leaf=lambda x: x is not tree), parts)
 
 
-def _apply_one(function, leaf, path):
+def _apply_one(fn, transform, leaf, path):
     try:
-        return function(leaf)
+        return fn(transform, leaf)
     except JaxhpoError as error:
         raise JaxhpoError(f"`hparams{path}`: {error}") from None
 

@@ -17,7 +17,7 @@ from jaxhpo._tune.step import OuterState, Step, has_nan, solves_finite
 
 def structure(step: Step, state: OuterState) -> Callable[[], list[bool]] | None:
     """Returns a function: for each leaf, whether its derivative can be non-zero; None where that is unknown."""
-    if step.evaluate.gradient is not None:
+    if step.gradient is not None:
         return None
     leaves, tree = jax.tree.flatten(state.point)
 
@@ -29,7 +29,7 @@ def structure(step: Step, state: OuterState) -> Callable[[], list[bool]] | None:
 
 def diagnosis(step: Step, state: OuterState) -> str:
     """Says where the step from `state` ceases to be finite."""
-    if step.evaluate.gradient is not None:
+    if step.gradient is not None:
         return "It comes from the `gradient` function that was given."
     key = jax.random.fold_in(state.key, state.step)
     times = step.remedies.accumulate

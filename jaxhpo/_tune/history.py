@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import collections
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxhpo._core.tree import names
+from jaxhpo._core.tree import named_leaves
 from jaxhpo._core.types import PyTree
 from jaxhpo._tune.processes import whole
 
@@ -48,37 +49,31 @@ def to_numpy(x: Any) -> np.ndarray:
 
 def encode(step: int, row: dict[str, Any]) -> bytes:
     """Returns the row as one line of JSON; NaN and infinities, which JSON lacks, as the strings "nan" and "inf"."""
-    fields = {name: _plain(leaf) for name, leaf in zip(_names(row), jax.tree.leaves(row), strict=True)}
+    fields = {name: _plain(leaf) for name, leaf in _named(row).items()}
     return (json.dumps({"step": step, **fields}, allow_nan=False) + "\n").encode()
 
 
 def decode(line: bytes | str, like: PyTree) -> PyTree:
     """Inverts `encode`, with the structure and the types of `like`; raises ValueError where they differ."""
-    fields = json.loads(line)
-    columns = _names(like)
+    fields, columns = json.loads(line), _named(like)
     if other := fields.keys() ^ {"step", *columns}:
         raise ValueError(f"{sorted(other)[0]!r} is in one of them only")
-    rows = zip(columns, jax.tree.leaves(like), strict=True)
-    leaves = [_like(name, _array(fields[name], leaf.dtype), leaf) for name, leaf in rows]
+    leaves = [_array(name, fields[name], leaf) for name, leaf in columns.items()]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
-def _like(name, array, like):
-    if array.size == like.size == 0:  # lists hold only the axes up to the first of length zero
-        return array.reshape(like.shape)
-    if array.shape != like.shape:
-        raise ValueError(f"{name!r} has the shape {list(array.shape)} there, {list(like.shape)} here")
-    return array
-
-
-def _names(row) -> list[str]:
-    """Returns a distinct name for each leaf: two leaves of a tree may print alike."""
-    seen: collections.Counter[str] = collections.Counter()
-    found = []
+def _named(row) -> dict[str, Any]:
     # A dictionary's leaves are in the order of its sorted keys.
-    for name in (name for key in sorted(row) for name in names(row[key], key)):
-        seen[name] += 1
-        found.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
+    return distinct(pair for key in sorted(row) for pair in named_leaves(row[key], key))
+
+
+def distinct(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns values by name, each under a name of its own: two leaves of a tree may print alike."""
+    counts: collections.Counter[str] = collections.Counter()
+    found = {}
+    for name, value in pairs:
+        counts[name] += 1
+        found[name if counts[name] == 1 else f"{name} ({counts[name]})"] = value
     return found
 
 
@@ -94,10 +89,12 @@ def _plain(leaf) -> Any:
     return values.tolist() if finite.all() else np.where(finite, values.astype(object), values.astype(str)).tolist()
 
 
-def _array(value, dtype) -> np.ndarray:
-    if jnp.issubdtype(dtype, jnp.complexfloating):
-        parts = np.asarray(value, np.float64)
-        array = np.empty(parts.shape[:-1], dtype)  # a sum would make NaN of an infinity, and lose the sign of zero
-        array.real, array.imag = parts[..., 0], parts[..., 1]
-        return array
-    return np.asarray(value, np.float64 if jnp.issubdtype(dtype, jnp.floating) else dtype).astype(dtype)
+def _array(name, value, like) -> np.ndarray:
+    array = np.asarray(value, np.float64 if jnp.issubdtype(like.dtype, jnp.inexact) else like.dtype)
+    if array.size == like.size == 0:  # lists hold only the axes up to the first of length zero
+        return np.empty(like.shape, like.dtype)
+    if jnp.issubdtype(like.dtype, jnp.complexfloating):
+        array = array.view(np.complex128)[..., 0]  # a sum would make NaN of an infinity, and lose the sign of zero
+    if array.shape != like.shape:
+        raise ValueError(f"{name!r} has the shape {list(array.shape)} there, {list(like.shape)} here")
+    return array.astype(like.dtype)

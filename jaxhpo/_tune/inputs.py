@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from jaxhpo._core.validate import (
     check_positive,
     check_residual,
     check_scalar,
+    check_switch,
     describe,
 )
 from jaxhpo._tune.history import EXTRAS
@@ -29,29 +30,27 @@ from jaxhpo._tune.remedies import Remedies
 WITH_CARRY = "outer_loss(hparams, carry, key) -> (value, carry, info)"
 
 
-class Evaluator(NamedTuple):
-    """The outer loss in one form, and the function that replaces its differentiation."""
+def in_one_form(outer_loss, gradient) -> tuple[Any, Callable | None]:
+    """Converts both forms of the outer loss into one; raises for anything else.
 
-    loss: Callable | None  # (hparams, carry, key) -> (value, carry, info)
-    gradient: Callable | None  # (hparams, carry, key) -> (value, hypergradient, carry, info)
-
-
-def make_evaluator(outer_loss, gradient) -> Evaluator:
-    """Converts both forms of the outer loss into one; raises for anything else."""
+    Returns:
+      `(hparams, carry, key) -> (value, carry, info)`, or None, and in place of its differentiation
+      `(hparams, carry, key) -> (value, hypergradient, carry, info)`, or None.
+    """
     gradient = None if gradient is None else _checked_gradient(gradient)
     if outer_loss is None:
         if gradient is None:
             raise JaxhpoError("`outer_loss` got None without a `gradient`: pass a function `outer_loss(hparams)`.")
-        return Evaluator(None, gradient)
+        return None, gradient
     if takes_carry(outer_loss):
 
         def loss(hparams, carry, key):
             value, carry, info = _outputs(outer_loss(hparams, carry, key), "outer_loss", "value, carry, info")
             return check_scalar(value, "outer_loss"), carry, info
 
-        return Evaluator(loss, gradient)
+        return loss, gradient
     check_callable("outer_loss", outer_loss, "outer_loss(hparams)", 1, " or `outer_loss(hparams, carry, key)`")
-    return Evaluator(lambda h, carry, key: (check_scalar(outer_loss(h), "outer_loss"), carry, None), gradient)
+    return lambda h, carry, key: (check_scalar(outer_loss(h), "outer_loss"), carry, None), gradient
 
 
 def _checked_gradient(gradient):
@@ -62,8 +61,8 @@ def _checked_gradient(gradient):
     check_callable("gradient", gradient, "gradient(hparams, carry, key)", 3)
 
     def checked(hparams, carry, key):
-        out = _outputs(gradient(hparams, carry, key), "gradient", "value, hypergradient, carry, info")
-        value, hypergrad, carry, info = out
+        out = gradient(hparams, carry, key)
+        value, hypergrad, carry, info = _outputs(out, "gradient", "value, hypergradient, carry, info")
         check_residual(hypergrad, hparams, "gradient", "hparams")
         hypergrad = jax.tree.map(lambda g, h: jnp.asarray(g, h.dtype), hypergrad, hparams)
         return check_scalar(value, "gradient"), hypergrad, carry, info
@@ -130,16 +129,14 @@ def check_policies(remedies, outer_loss, gradient, on_not_finite="stop", monitor
 
 def check_settings(num_steps, population, patience, min_delta, save_every, max_seconds, max_inner_steps, progress):
     """Raises for a setting of `tune` that is not valid."""
-    for what, value, check in (
-        ("num_steps", num_steps, check_count),
-        ("min_delta", min_delta, check_nonnegative),
-        ("population", population, check_count),
-        ("patience", patience, check_count),
-        ("max_seconds", max_seconds, check_positive),
-        ("max_inner_steps", max_inner_steps, check_count),
-    ):
-        if value is not None or what in ("num_steps", "min_delta"):
-            check(what, value)
+    check_count("num_steps", num_steps)
+    check_nonnegative("min_delta", min_delta)
+    check_switch("progress", progress)
+    for what, value in {"population": population, "patience": patience, "max_inner_steps": max_inner_steps}.items():
+        if value is not None:
+            check_count(what, value)
+    if max_seconds is not None:
+        check_positive("max_seconds", max_seconds)
     if isinstance(save_every, float):
         raise JaxhpoError(
             f"`save_every` got {save_every!r}, which may be steps or seconds: write an integer for outer steps, "
@@ -149,8 +146,6 @@ def check_settings(num_steps, population, patience, min_delta, save_every, max_s
         check_count("save_every", save_every)
     elif save_every < datetime.timedelta(0):
         raise JaxhpoError(f"`save_every` got {save_every!r}, a negative time: write a positive one, or zero.")
-    if not isinstance(progress, bool):
-        raise JaxhpoError(f"`progress` got {describe(progress)}: write True or False.")
 
 
 def check_record(record) -> tuple[str, ...]:

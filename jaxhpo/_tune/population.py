@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.record import traced_anew
-from jaxhpo._core.tree import names
+from jaxhpo._core.tree import named_leaves
 from jaxhpo._core.types import PyTree
 from jaxhpo._core.validate import check_arrays, check_key, check_params, describe
 from jaxhpo._tune.step import OuterReport, OuterState, Step, with_constants
@@ -39,7 +39,13 @@ class Compiled:
         if self.size is None:
             return self.step.init(hparams, carry, key)
         hparams, carry = check_params(hparams, "hparams"), jax.tree.map(jnp.asarray, check_arrays(carry, "carry"))
-        self._check_leading_axis({"hparams": hparams, "carry": carry})
+        for name, leaf in named_leaves(hparams, "hparams") + named_leaves(carry, "carry"):
+            if leaf.shape[:1] != self.shape:
+                raise JaxhpoError(
+                    f"`{name}` is {describe(leaf)}, but `population={self.size}` needs a leading axis of {self.size}, "
+                    "one entry per member: stack the members' values; for one value in all of them, write "
+                    f"`jnp.broadcast_to(x, ({self.size}, *x.shape))`."
+                )
         key = jax.random.key(0) if key is None else key
         keys = key if jnp.shape(key) == self.shape else jax.random.split(check_key(key), self.size)
         if all(leaf.is_fully_addressable for leaf in jax.tree.leaves(hparams)):
@@ -50,16 +56,6 @@ class Compiled:
                 except JaxhpoError as error:
                     raise JaxhpoError(f"Member {i}: {error}") from None
         return jax.vmap(self.step.init)(hparams, carry, keys)
-
-    def _check_leading_axis(self, trees):
-        for what, tree in trees.items():
-            for name, leaf in zip(names(tree, what), jax.tree.leaves(tree), strict=True):
-                if leaf.shape[:1] != self.shape:
-                    raise JaxhpoError(
-                        f"`{name}` is {describe(leaf)}, but `population={self.size}` needs a leading axis of "
-                        f"{self.size}, one entry per member: stack the members' values; for one value in all of them, "
-                        f"write `jnp.broadcast_to(x, ({self.size}, *x.shape))`."
-                    )
 
     def update(self, state: OuterState) -> tuple[OuterState, OuterReport]:
         """Takes an outer step of every member."""

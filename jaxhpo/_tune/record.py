@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import hashlib
 import os
 import sys
@@ -57,30 +58,6 @@ class TuneStep(NamedTuple):
     seconds: float
 
 
-class PendingRow(NamedTuple):
-    """Data of a history row, converted by `Record.flush` while the device takes the next step.
-
-    Arrays have the shape () or (members,).
-
-    Attributes:
-      report: of the device.
-      active: members that take the step; the others have ended, and are held.
-      finite: active members whose step is finite; the other active ones skip it.
-      halvings: of the last move, before the step was finite.
-      score: of each member.
-      seconds: since the start.
-      solves: linear solves of the step; None where they are not recorded.
-    """
-
-    report: OuterReport
-    active: np.ndarray
-    finite: np.ndarray
-    halvings: np.ndarray
-    score: np.ndarray
-    seconds: float
-    solves: list[LinearSolve] | None
-
-
 class LoopState(NamedTuple):
     """State of the loop on the host; it is replaced as a whole, so that an interruption leaves a consistent one.
 
@@ -95,7 +72,7 @@ class LoopState(NamedTuple):
       failures: consecutive steps that were not finite, and were skipped.
       steps: rows that each member took part in.
       failed: members that ended because they were not finite.
-      pending: the last row, until it is converted.
+      pending: makes the last row, which `Record.flush` calls while the device takes the next step.
     """
 
     state: OuterState
@@ -106,10 +83,7 @@ class LoopState(NamedTuple):
     failures: np.ndarray
     steps: np.ndarray
     failed: np.ndarray
-    pending: PendingRow | None = None
-
-
-SAVED = ("best", "best_hparams", "waited", "failures", "steps", "failed")  # fields of `LoopState` beside `state`
+    pending: Callable[[], dict[str, Any]] | None = None
 
 
 class Record:
@@ -155,7 +129,7 @@ class Record:
         return time.perf_counter() - self.started
 
     def accept(self, after: OuterState, report: OuterReport, active, finite, halvings, min_delta: float) -> TuneStep:
-        """Records a step: the next state, the best so far, and a history row; masks are those of `PendingRow`."""
+        """Records a step: the next state, the best so far, and a history row; arrays are those of `_row`."""
         now, seconds, value = self.now, self.seconds, whole(report.value)
         hparams, info = jax.tree.map(lambda x: x, (report.hparams, report.info))  # containers that a callback may edit
         score = np.where(finite, value if self.monitor is None else self._scores(info, finite), np.nan)
@@ -164,8 +138,11 @@ class Record:
         best_hparams = self.compiled.select(improved, report.hparams, now.best_hparams)
         waited = np.where(active, np.where(score < now.best - min_delta, 0, now.waited + 1), now.waited)
         failures = np.where(active, np.where(finite, 0, now.failures + 1), now.failures)
-        solves = None if self.solves is None else _taken(self.solves)
-        row = PendingRow(report, active, finite, halvings, score, seconds, solves)
+        solves = None
+        if self.solves is not None:  # to which the device reports
+            jax.effects_barrier()
+            solves, self.solves[:] = list(self.solves), []
+        row = functools.partial(self._row, report, active, finite, halvings, score, seconds, solves)
         self.flush()
         steps = now.steps + active
         self.now = LoopState(after, now.rows + 1, best, best_hparams, waited, failures, steps, now.failed, row)
@@ -185,20 +162,31 @@ class Record:
         """Converts the pending history row, overlapping host work with the device."""
         if self.now.pending is None or len(self.rows) == self.now.rows:
             return
-        row = self._row(self.now.pending)
+        row = self.now.pending()
         if self.rows and jax.tree.structure(row) != jax.tree.structure(self.rows[0]):
+            now, before = (jax.tree.structure(each["info"]) for each in (row, self.rows[0]))
             raise JaxhpoError(
-                f"`outer_loss` returned an info of tree {jax.tree.structure(row['info'])} at outer step "
-                f"{len(self.rows)}, but {jax.tree.structure(self.rows[0]['info'])} before: return the same tree at "
-                "every step."
+                f"`outer_loss` returned an info of tree {now} at outer step {len(self.rows)}, but {before} before: "
+                "return the same tree at every step."
             )
         self.rows.append(row)
 
-    def _row(self, pending: PendingRow) -> dict[str, Any]:
-        """Returns a history row of copies: a view would keep the device's array."""
-        report, active, finite, halvings, score, seconds, solves = pending
+    def _row(self, report: OuterReport, active, finite, halvings, score, seconds, solves) -> dict[str, Any]:
+        """Returns a history row of copies: a view would keep the device's array.
+
+        Args:
+          report: of the device.
+          active: members that take the step; the others have ended, and are held. Arrays have the shape () or
+            (members,).
+          finite: active members whose step is finite; the other active ones skip it.
+          halvings: of the last move, before the step was finite.
+          score: of each member.
+          seconds: since the start.
+          solves: linear solves of the step; None where they are not recorded.
+        """
         counts = {**report.remedies, "halvings": halvings, "skipped_steps": active & ~finite}
-        leaf = to_numpy if "hparams" in self.extras else summary
+        small = to_numpy if "hparams" in self.extras else summary
+        kept = (lambda x: np.stack([small(own) for own in whole(x)])) if self.shape else small
         row = {
             "score": np.asarray(score, float),
             "remedies": {name: np.array(whole(x), np.int32) for name, x in counts.items()},
@@ -206,7 +194,7 @@ class Record:
             "hypergradient_norm": np.array(whole(report.hypergradient_norm)),
             "seconds": np.asarray(seconds),
             "peak_bytes": np.asarray(peak_bytes(), np.int64),
-            "hparams": jax.tree.map(lambda x: _per_member(leaf, x, self.shape), report.hparams),
+            "hparams": jax.tree.map(kept, report.hparams),
             "info": jax.tree.map(to_numpy, report.info),
         }
         if not active.all():  # members that have ended have no values and no counts
@@ -225,14 +213,12 @@ class Record:
 
     def still_falls(self, steps: int) -> np.ndarray:
         """Returns, with a monitor, whether a member's lowest outer loss is that of one of its last steps."""
+        if self.monitor is None:
+            return np.zeros(self.shape, bool)
         self.flush()
         values = np.stack([row["value"] for row in self.rows])
         values = np.where(np.isfinite(values), values, np.inf)
-        falls = np.zeros(self.shape, bool)
-        for index in np.ndindex(self.shape):
-            own = values[(slice(self.now.steps[index]), *index)]
-            falls[index] = self.monitor is not None and min(own[-steps:]) < min(own[:-steps], default=np.inf)
-        return falls
+        return (values.argmin(0) >= self.now.steps - steps) & (values.min(0) < np.inf)
 
     def save(self, every: int | datetime.timedelta | None = None) -> None:
         """Writes the history, and a checkpoint: always, or if one is due."""
@@ -251,12 +237,12 @@ class Record:
             return
         after, report = self.compiled.shapes(self.now.state, placed=isinstance(self.run_dir, ShardedDir))
         zeros, mask = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), report), self.now.failed
-        row = self._row(PendingRow(zeros, mask, mask, mask, self.now.best, 0.0, self.solves))
+        row = self._row(zeros, mask, mask, mask, self.now.best, 0.0, self.solves)
         like = self.now._replace(state=after, best_hparams=report.hparams)
         tree, self.rows, before, notes = self.run_dir.resume(self._tree(like), row, "run['fixed']")
-        loop: Any = {name: np.asarray(tree[name]) for name in SAVED if name != "best_hparams"}
-        loop["best_hparams"] = jax.tree.map(jnp.asarray, tree["best_hparams"])
-        self.now = LoopState(_placed(tree["state"], self.now.state), len(self.rows), **loop)
+        tree |= {"state": _placed(tree["state"], self.now.state), "rows": len(self.rows)}
+        tree["best_hparams"] = jax.tree.map(jnp.asarray, tree["best_hparams"])
+        self.now = LoopState(**{name: tree[name] for name in LoopState._fields})
         # Includes the time of callbacks after the last row: a run that had spent its seconds has spent them.
         self.started -= max(float(self.rows[-1]["seconds"]), before.pop("seconds", 0.0))
         self.origin = f"resumed from {os.fspath(self.run_dir.folder)!r} after {len(self.rows)} outer steps"
@@ -275,15 +261,11 @@ class Record:
             self.run_dir.write_status(status=status, message=message, num_steps=self.settings["num_steps"])
 
     def _tree(self, now: LoopState):
-        return {"state": now.state, "fixed": self.fixed, **{name: getattr(now, name) for name in SAVED}}
+        return now._replace(rows=None, pending=None)._asdict() | {"fixed": self.fixed}
 
 
 def _number(x):
     return float(x) if x.shape == () else x.copy()
-
-
-def _per_member(fn, x, shape) -> np.ndarray:
-    return np.stack([fn(own) for own in whole(x)]) if shape else fn(x)
 
 
 def peak_bytes() -> int:
@@ -295,13 +277,6 @@ def peak_bytes() -> int:
         return 0
     # In kibibytes, except on macOS.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _taken(solves) -> list[LinearSolve]:
-    """Empties the list to which the device reports."""
-    jax.effects_barrier()
-    reported, solves[:] = list(solves), []
-    return reported
 
 
 def _summed_up(solves) -> dict[str, np.ndarray]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import types
 from typing import Any
 
 import jax
@@ -12,10 +11,10 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from jaxhpo._core.errors import JaxhpoError
-from jaxhpo._core.transforms import positive, to_natural
-from jaxhpo._core.tree import names, norm, scaled, upcast
+from jaxhpo._core.transforms import apply_transforms, positive
+from jaxhpo._core.tree import named_leaves, norm, scaled, upcast
 from jaxhpo._core.types import PyTree
-from jaxhpo._core.validate import check_callable, check_count, check_positive, check_residual
+from jaxhpo._core.validate import check_callable, check_residual, check_settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,11 +64,8 @@ class Remedies:
     shrink_below: float = 1e-10
 
     def __post_init__(self):
-        check_count("Remedies(accumulate=...)", self.accumulate)
-        for name in ("clip", "clip_norm", "shrink"):
-            if getattr(self, name) is not None:
-                check_positive(f"Remedies({name}=...)", getattr(self, name))
-        check_positive("Remedies(shrink_below=...)", self.shrink_below)
+        maybe = "positive or None"
+        check_settings(self, accumulate="count", clip=maybe, clip_norm=maybe, shrink=maybe, shrink_below="positive")
         if self.shrink is not None and self.shrink >= 1:
             raise JaxhpoError(
                 f"`Remedies(shrink={self.shrink!r})` would not shrink anything: write a factor below 1, as 0.8."
@@ -77,7 +73,7 @@ class Remedies:
 
     def check(self, transforms: PyTree, point: PyTree) -> None:
         """Raises where `shrink` has no hyperparameter to act on."""
-        if self.shrink is not None and not any(under_positive(transforms, point)):
+        if self.shrink is not None and not any(has_transform(transforms, point, positive)):
             raise JaxhpoError(
                 f"{self!r} shrinks hyperparameters under `positive`, and no leaf of `hparams` is: write "
                 "`transforms=positive`, or a tree of transforms with `positive` for the penalties."
@@ -111,7 +107,8 @@ def shrunk(remedies: Remedies, transforms: PyTree, grad: PyTree, point: PyTree) 
         return point, count
     leaves, structure = jax.tree.flatten(point)
     moved = []
-    for u, g, is_positive in zip(leaves, jax.tree.leaves(grad), under_positive(transforms, point), strict=True):
+    marks = has_transform(transforms, point, positive)
+    for u, g, is_positive in zip(leaves, jax.tree.leaves(grad), marks, strict=True):
         if is_positive:  # h = exp(u), so that u + log s means s h
             vanished = norm(upcast(g)) < remedies.shrink_below
             u = u + jnp.where(vanished, math.log(remedies.shrink), 0.0).astype(u.dtype)  # noqa: PLW2901
@@ -120,21 +117,10 @@ def shrunk(remedies: Remedies, transforms: PyTree, grad: PyTree, point: PyTree) 
     return jax.tree.unflatten(structure, moved), count
 
 
-def under_positive(transforms: PyTree, point: PyTree) -> list[bool]:
-    """Returns for each leaf whether its transform is `positive`."""
-    return jax.tree.leaves(_marked(transforms, point, lambda transform: transform is positive))
-
-
-def _marked(transforms, point, test):
-    """Returns for each leaf `test` of its transform; False where it has none."""
-
-    # `to_natural` finds the transform of each leaf: it applies transforms whose value is the mark.
-    def marker(transform):
-        mark = lambda leaf: test(transform)  # noqa: E731
-        return types.SimpleNamespace(forward=mark, inverse=mark)
-
-    marks = jax.tree.map(marker, transforms)
-    return to_natural(marks, jax.tree.map(lambda x: False, point))
+def has_transform(transforms: PyTree, point: PyTree, which: Any = None) -> list[bool]:
+    """Returns for each leaf whether it has a transform, or the one that is asked for."""
+    none = jax.tree.map(lambda x: False, point)
+    return jax.tree.leaves(apply_transforms(lambda found, _: which is None or found is which, transforms, none))
 
 
 def projected(projections: PyTree, point: PyTree) -> tuple[PyTree, jax.Array]:
@@ -142,7 +128,7 @@ def projected(projections: PyTree, point: PyTree) -> tuple[PyTree, jax.Array]:
     count = jnp.zeros((), jnp.int32)
     if projections is None:
         return point, count
-    parts = jax.tree.map(lambda f, part: part if f is None else f(part), projections, point, is_leaf=_is_projection)
+    parts = _project(lambda f, part: f(part), projections, point)
     moved = jax.tree.map(lambda a, b: jnp.sum(a != b, dtype=jnp.int32), parts, point)
     return parts, jnp.sum(jnp.stack(jax.tree.leaves(moved)), dtype=jnp.int32)
 
@@ -151,37 +137,31 @@ def check_projections(projections: PyTree, transforms: PyTree, point: PyTree) ->
     """Raises unless each projection is a function of a part of the hyperparameters that holds the start."""
     if projections is None:
         return
-    functions = jax.tree.map(
-        lambda f: (lambda part: part) if f is None else f, projections, is_leaf=lambda x: x is None
-    )
-    for function in jax.tree.leaves(functions):
+    for function in jax.tree.leaves(projections, is_leaf=callable):
         check_callable("projections", function, "projection(hparams)", 1)
-    marks = _marked(transforms, point, lambda transform: True)
     try:
-        both = jax.tree.map(
-            lambda f, part: jax.tree.map(lambda m: f is not None and m, part),
-            projections,
-            marks,
-            is_leaf=_is_projection,
-        )
+        none = jax.tree.map(lambda x: False, point)
+        has_projection = _project(lambda f, part: jax.tree.map(lambda x: True, part), projections, none)
     except (ValueError, TypeError) as error:
         raise JaxhpoError(
             f"`projections` got {projections!r}, which does not fit `hparams`: write a function such as "
             f"`optax.projections.projection_non_negative` or None, for all of it or for each part under its own name "
             f"({str(error).splitlines()[0]})."
         ) from error
-    after = jax.tree.map(lambda f, part: check_residual(f(part), part, "projections", "hparams"), functions, point)
-    leaves = (jax.tree.leaves(tree) for tree in (both, after, point))
-    for name, clash, a, b in zip(names(point, "hparams"), *leaves, strict=True):
-        if clash:
+    after = _project(lambda f, part: check_residual(f(part), part, "projections", "hparams"), projections, point)
+    leaves = (jax.tree.leaves(tree) for tree in (has_projection, has_transform(transforms, point), after))
+    for (name, start), projection, transform, end in zip(named_leaves(point, "hparams"), *leaves, strict=True):
+        if projection and transform:
             raise JaxhpoError(
                 f"`{name}` has a transform and a projection, but a projection acts in natural units: keep one of them."
             )
-        if not isinstance(a, Tracer) and not jnp.allclose(a, b, rtol=1e-5, atol=1e-6):
+        if not isinstance(end, Tracer) and not jnp.allclose(end, start, rtol=1e-5, atol=1e-6):
             raise JaxhpoError(
-                f"`{name}` starts outside the set of its projection, which would move it to {a}: start there."
+                f"`{name}` starts outside the set of its projection, which would move it to {end}: start there."
             )
 
 
-def _is_projection(x: Any) -> bool:
-    return x is None or callable(x)
+def _project(function, projections, tree):
+    """Returns `function(projection, part)` in place of each part that has a projection."""
+    is_projection = lambda x: x is None or callable(x)  # noqa: E731
+    return jax.tree.map(lambda f, x: x if f is None else function(f, x), projections, tree, is_leaf=is_projection)

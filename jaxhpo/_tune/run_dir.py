@@ -11,14 +11,14 @@ import shutil
 import warnings
 import zipfile
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxhpo._core.errors import JaxhpoError
-from jaxhpo._core.tree import names
+from jaxhpo._core.tree import named_leaves
 from jaxhpo._core.types import PyTree
 from jaxhpo._tune.history import decode, encode, is_key, key_data
 from jaxhpo._tune.processes import from_first
@@ -55,8 +55,8 @@ class _Log(NamedTuple):
     pending: bytes
 
 
-class RunDir:
-    """The folder of a run, held by one process at a time. A context manager.
+class RunDir(contextlib.ExitStack):
+    """The folder of a run, held by one process at a time: a context manager, which closes its files.
 
     `state-ROWS-SHA256.npz` holds the state after so many rows of history, and in its name the checksum of its bytes.
     It is written under another name, synced, and renamed; the two newest are kept. `history.jsonl` grows by one line
@@ -74,6 +74,7 @@ class RunDir:
     FORM, OTHER = "npz", "orbax"  # suffix of checkpoints, and of those of several processes
 
     def __init__(self, path: str | os.PathLike):
+        super().__init__()
         self._lock: Any = None  # on process 0 only, like the file
         self._file: Any = None
         self._log, self.saved_rows = _Log(0, hashlib.sha256(), 0, b""), 0
@@ -87,21 +88,20 @@ class RunDir:
                 raise ValueError("it is empty")
             self.folder = pathlib.Path(path)
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.folder / "lock", "a+b")  # noqa: SIM115 (held until `__exit__`)
+            self._lock = self.enter_context(open(self.folder / "lock", "a+b"))
         except (OSError, TypeError, ValueError) as error:
-            raise JaxhpoError(
-                f"`run_dir` got {path!r}, where no file can be written ({error}): name a folder."
-            ) from error
+            message = f"`run_dir` got {path!r}, where no file can be written ({error}): name a folder."
+            raise JaxhpoError(message) from error
         self._take_lock()
         if any(self.folder.glob(f"state-*.{self.OTHER}")):
-            self._lock.close()
+            self.close()
             raise JaxhpoError(
                 f"`run_dir`: {self.folder} holds checkpoints of the form .{self.OTHER}, not .{self.FORM}, and a run of "
                 "one process cannot be resumed by several: name another folder."
             )
         history = self.folder / "history.jsonl"
         history.touch()
-        self._file = open(history, "r+b", buffering=0)  # noqa: SIM115
+        self._file = self.enter_context(open(history, "r+b", buffering=0))
         if not self._checkpoints():
             self._file.truncate(0)  # lines of steps that were never saved
 
@@ -123,7 +123,7 @@ class RunDir:
         except BlockingIOError:
             self._lock.seek(0)
             holder = self._lock.read().decode(errors="replace").strip()
-            self._lock.close()
+            self.close()
             raise JaxhpoError(
                 f"`run_dir`: {self.folder} is in use by process {holder}, and two runs in one folder would overwrite "
                 "each other: wait for it, stop it, or name another folder."
@@ -137,16 +137,6 @@ class RunDir:
             self._lock.truncate(0)
             self._lock.write(f"{os.getpid()} on {os.uname().nodename}".encode())
             self._lock.flush()
-
-    def __enter__(self) -> RunDir:
-        """Returns the folder itself."""
-        return self
-
-    def __exit__(self, *_) -> None:
-        """Releases the folder."""
-        for file in (self._file, self._lock):
-            if file is not None:
-                file.close()
 
     def append(self, row: PyTree) -> None:
         """Adds a row to the history; where the disk refuses, it is kept for the next time."""
@@ -177,7 +167,8 @@ class RunDir:
           tree: arrays and keys.
           settings: numbers and strings, to be compared with those of the call that resumes.
         """
-        if self.num_rows > self.saved_rows and self._succeeds(self._sync) and self._write(named_leaves(tree), settings):
+        leaves = named_leaves(tree, "run")
+        if self.num_rows > self.saved_rows and self._succeeds(self._sync) and self._write(leaves, settings):
             self.saved_rows = self.num_rows
 
     def _succeeds(self, fn: Callable[[], None]) -> bool:
@@ -199,25 +190,26 @@ class RunDir:
     def _write(self, leaves: Leaves, settings: dict[str, Any]) -> bool:
         arrays = {name: np.frombuffer(text.encode(), np.uint8) for name, text in self._header(settings).items()}
         arrays |= {f"{i} {name}": np.asarray(key_data(x)) for i, (name, x) in enumerate(leaves)}
-        temporary = self.folder / "state.tmp"
-
-        def write():
-            with open(temporary, "wb") as file:
-                np.savez(file, allow_pickle=False, **arrays)
-                sync(file)
-            os.replace(temporary, self.folder / f"state-{self.num_rows:08d}-{checksum(temporary)}.npz")
-            self._keep_newest()
-
-        return self._succeeds(write)
+        name = f"state-{self.num_rows:08d}-{{}}.npz"
+        return self._succeeds(
+            lambda: self._commit(self.folder, name, lambda file: np.savez(file, allow_pickle=False, **arrays))
+        )
 
     def _header(self, settings) -> dict[str, str]:
         history = f"{self._log.written} {self._log.digest.hexdigest()}"
         values = (str(SCHEMA), str(self.num_rows), history, json.dumps(settings, sort_keys=True, default=float))
         return dict(zip(HEADER, values, strict=True))
 
-    def _keep_newest(self):
-        """Syncs the names in the folder, and removes older checkpoints."""
-        sync_folder(self.folder)
+    def _commit(self, folder: pathlib.Path, name: str, write: Callable[[IO[bytes]], Any]) -> None:
+        """Writes the file that completes a checkpoint, with its checksum in its name; removes older checkpoints."""
+        temporary = folder / "state.tmp"
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, folder / name.format(checksum(temporary)))
+        for place in {folder, self.folder}:
+            sync_folder(place)
         for old in {*self.folder.glob(f"state-*.{self.FORM}*")} - {*self._checkpoints()[:KEPT]}:
             _remove(old)
 
@@ -249,7 +241,7 @@ class RunDir:
           JaxhpoError: all checkpoints are damaged, or they are those of another run.
         """
         found = from_first(self._find)
-        leaves, saved = named_leaves(like), self._structs(found["leaves"])
+        leaves = named_leaves(like, "run")
         try:
             rows = [decode(line, row) for line in found["history"].splitlines()]
         except ValueError as error:
@@ -257,9 +249,7 @@ class RunDir:
                 f"`run_dir`: rows of the history in {self.folder} differ from those of this call ({error}): use "
                 "another folder, or the `record`, `population`, `accumulate`, `hparams` and info of that run."
             ) from error
-        check_structure(self.folder, saved, leaves)
-        arrays = self._restored(self.folder / found["name"], saved, leaves)
-        pairs = list(zip(leaves, arrays, strict=True))
+        pairs = list(zip(leaves, self._restored(found, leaves), strict=True))
         others = [name for (name, x), y in pairs if name.startswith(fixed) and not _same(y, key_data(x))]
         if others:  # another transform has another start, too
             what = next((name for name in others if "transforms" in name), ", ".join(others)).replace(fixed, "")
@@ -310,12 +300,9 @@ class RunDir:
             raise DamagedError(str(error)) from error
         return {name: arrays.pop(name, np.zeros(0, np.uint8)).tobytes().decode() for name in HEADER}, arrays
 
-    def _structs(self, leaves: dict[str, Any]) -> dict[str, Any]:
-        return leaves
-
-    def _restored(self, path: pathlib.Path, saved: dict[str, Any], leaves: Leaves) -> list:
-        del path, leaves
-        return list(saved.values())
+    def _restored(self, found: dict[str, Any], leaves: Leaves) -> list:
+        check_structure(self.folder, found["leaves"], leaves)
+        return list(found["leaves"].values())
 
     def _history_of(self, header: dict[str, str]) -> tuple[bytes, _Log]:
         """Returns the lines that a checkpoint was saved with."""
@@ -340,12 +327,6 @@ def checksum(path: pathlib.Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sync(file: Any) -> None:
-    """Has the contents of a file on disk."""
-    file.flush()
-    os.fsync(file.fileno())
-
-
 def sync_folder(folder: pathlib.Path) -> None:
     """Has the names in a folder on disk, to survive a power cut. Windows cannot open a folder."""
     with contextlib.suppress(PermissionError):
@@ -365,16 +346,12 @@ def _remove(path):
 
 def in_use(folder: pathlib.Path) -> str:
     """Returns the process that holds the folder of a run; empty where there is none, or it cannot be known."""
-    if fcntl is None:
-        return ""
-    try:
-        with open(folder / "lock", "rb") as lock:
+    if fcntl is not None:
+        with contextlib.suppress(OSError), open(folder / "lock", "rb") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
                 return lock.read().decode(errors="replace").strip() or "unknown"
-    except OSError:
-        pass
     return ""
 
 
@@ -400,11 +377,6 @@ def check_structure(folder: pathlib.Path, arrays: dict[str, Any], leaves: Leaves
                 f"`run_dir`: `{name}` is {array.dtype}{list(array.shape)} in {folder}, but {dtype}{list(shape)} "
                 "here: use another folder, or the precision (`jax_enable_x64`) and shapes of that run."
             )
-
-
-def named_leaves(tree: PyTree) -> Leaves:
-    """Returns the leaves, each with its name."""
-    return list(zip(names(tree, "run"), jax.tree.leaves(tree), strict=True))
 
 
 def is_spread(x: Any) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
 import re
@@ -13,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxhpo._tune.history import key_data
+from jaxhpo._tune.history import distinct, key_data
 
 DEEPEST = 16  # nesting of optax's own optimisers and schedules; a bound, as a function may close over itself
 
@@ -28,12 +27,7 @@ def fingerprint(optimizer: Any) -> dict[str, str]:
       >>> fingerprint(optax.sgd(0.5))["scale.step_size"]
       '-0.5'
     """
-    counts: collections.Counter[str] = collections.Counter()
-    found = {}
-    for name, text in _settings(optimizer.update, "", 0):
-        counts[name] += 1
-        found[name if counts[name] == 1 else f"{name} ({counts[name]})"] = text
-    return found
+    return distinct(_settings(optimizer.update, "", 0))
 
 
 def _settings(value, name, depth) -> Iterator[tuple[str, str]]:

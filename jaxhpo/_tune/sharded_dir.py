@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import pathlib
@@ -13,7 +12,7 @@ import jax
 import numpy as np
 
 from jaxhpo._tune.history import key_data
-from jaxhpo._tune.run_dir import DamagedError, Leaves, RunDir, checksum, is_spread, sync, sync_folder
+from jaxhpo._tune.run_dir import DamagedError, Leaves, RunDir, check_structure, checksum, is_spread
 
 
 class ShardedDir(RunDir):
@@ -37,11 +36,7 @@ class ShardedDir(RunDir):
         self._orbax = _imported()
         self._checkpointer = self._orbax.Checkpointer(self._orbax.PyTreeCheckpointHandler())
         super().__init__(path)
-
-    def __exit__(self, *error) -> None:
-        """Releases the folder."""
-        self._checkpointer.close()
-        super().__exit__(*error)
+        self.callback(self._checkpointer.close)
 
     def _checkpoints(self):
         return [path for path in super()._checkpoints() if any(path.glob("sealed-*.json"))]
@@ -60,13 +55,7 @@ class ShardedDir(RunDir):
         """Makes a checkpoint of what Orbax has written."""
         files = {str(file.relative_to(path)): checksum(file) for file in sorted(path.rglob("*")) if file.is_file()}
         text = json.dumps({"header": self._header(settings), "leaves": structs, "files": files}).encode()
-        temporary = path / "seal.tmp"
-        with open(temporary, "wb") as file:
-            file.write(text)
-            sync(file)
-        os.replace(temporary, path / f"sealed-{hashlib.sha256(text).hexdigest()}.json")
-        sync_folder(path)
-        self._keep_newest()
+        self._commit(path, "sealed-{}.json", lambda file: file.write(text))
 
     def _read(self, path):
         try:
@@ -81,18 +70,18 @@ class ShardedDir(RunDir):
             raise DamagedError(str(error)) from error
         return found["header"], found["leaves"]
 
-    def _structs(self, leaves):
-        return {name: jax.ShapeDtypeStruct(s, np.dtype(d)) for name, (d, s) in leaves.items()}
+    def _restored(self, found, leaves) -> list:
+        structs = {name: jax.ShapeDtypeStruct(s, np.dtype(d)) for name, (d, s) in found["leaves"].items()}
+        check_structure(self.folder, structs, leaves)
 
-    def _restored(self, path, saved, leaves) -> list:
         def how(struct, x):
             if not is_spread(x):
                 return self._orbax.RestoreArgs(restore_type=np.ndarray)
             return self._orbax.ArrayRestoreArgs(sharding=x.sharding, global_shape=struct.shape, dtype=struct.dtype)
 
-        hows = {str(i): how(s, x) for i, (s, (_, x)) in enumerate(zip(saved.values(), leaves, strict=True))}
+        hows = {str(i): how(s, x) for i, (s, (_, x)) in enumerate(zip(structs.values(), leaves, strict=True))}
         args = self._orbax.args.PyTreeRestore(item=dict.fromkeys(hows, 0), restore_args=hows)
-        arrays = self._checkpointer.restore(path.absolute(), args=args)
+        arrays = self._checkpointer.restore((self.folder / found["name"]).absolute(), args=args)
         return [arrays[name] for name in hows]
 
 

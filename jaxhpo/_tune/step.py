@@ -14,7 +14,7 @@ from jaxhpo._core.transforms import to_natural, to_unconstrained
 from jaxhpo._core.tree import add_scaled, all_finite, is_inexact, norm, upcast, without_weak_types
 from jaxhpo._core.types import Info, PyTree
 from jaxhpo._core.validate import check_arrays, check_key, check_params
-from jaxhpo._tune.inputs import check_optimizer, check_policies, make_evaluator
+from jaxhpo._tune.inputs import check_optimizer, check_policies, in_one_form
 from jaxhpo._tune.remedies import NO_REMEDIES, Remedies, check_projections, clipped, projected, shrunk
 
 
@@ -143,7 +143,7 @@ class Step:
     def __init__(self, outer_loss, optimizer, transforms, projections, remedies, gradient):
         check_optimizer(optimizer, transforms)
         check_policies(remedies, outer_loss, gradient)
-        self.evaluate = make_evaluator(outer_loss, gradient)
+        self.loss, self.gradient = in_one_form(outer_loss, gradient)
         self.optimizer = optax.with_extra_args_support(optimizer)
         self.transforms, self.projections, self.remedies = transforms, projections, remedies
         self.inner_steps = 0
@@ -177,14 +177,8 @@ class Step:
         key = jax.random.fold_in(state.key, state.step)
         value, grad, carry, info = self._accumulated(state.point, state.carry, key)
         safe, counts = clipped(self.remedies, grad)
-        updates, opt_state = self.optimizer.update(
-            safe,
-            state.opt_state,
-            state.point,
-            value=value,
-            grad=safe,
-            value_fn=lambda u: self.objective(u, state.carry, key)[0],
-        )
+        more = {"value": value, "grad": safe, "value_fn": lambda u: self.objective(u, state.carry, key)[0]}
+        updates, opt_state = self.optimizer.update(safe, state.opt_state, state.point, **more)
         point = optax.apply_updates(state.point, updates)
         point, counts["shrunk_leaves"] = shrunk(self.remedies, self.transforms, safe, point)
         point, counts["projected_entries"] = projected(self.projections, point)
@@ -195,17 +189,16 @@ class Step:
 
     def objective(self, point, carry, key):
         """Returns `(value, (carry, info))`, to be differentiated with respect to the point."""
-        loss: Any = self.evaluate.loss
-        value, carry, info = loss(to_natural(self.transforms, point), carry, key)
+        value, carry, info = self.loss(to_natural(self.transforms, point), carry, key)
         return value, (carry, info)
 
     def _value_and_grad(self, point, carry, key):
-        if self.evaluate.gradient is None:
+        if self.gradient is None:
             (value, (carry, info)), grad = jax.value_and_grad(self.objective, has_aux=True)(point, carry, key)
             return value, grad, carry, info
         # The chain rule: with h = forward(u), dF/du = forward'(u)^T dF/dh.
         hparams, pullback = jax.vjp(lambda u: to_natural(self.transforms, u), point)
-        value, grad, carry, info = self.evaluate.gradient(hparams, carry, key)
+        value, grad, carry, info = self.gradient(hparams, carry, key)
         return value, pullback(grad)[0], carry, info
 
     def _counted(self, point, carry, key):

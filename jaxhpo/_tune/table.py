@@ -8,11 +8,10 @@ import os
 import pathlib
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxhpo._core.errors import JaxhpoError
-from jaxhpo._core.tree import names
+from jaxhpo._core.tree import named_leaves
 from jaxhpo._core.validate import describe
 from jaxhpo._tune.run_dir import STATUS, in_use
 from jaxhpo._tune.tune import SHARED, TuneResult
@@ -47,10 +46,8 @@ def history_table(source: TuneResult | str | os.PathLike) -> Any:
     """
     flat: dict[str, np.ndarray] = {}
     for name, values in history_columns(source).items():
-        if values.ndim == 1:
-            flat[name] = values
-        for index in np.ndindex(values.shape[1:]) if values.ndim > 1 else ():
-            flat[f"{name}[{', '.join(map(str, index))}]"] = values[(slice(None), *index)]
+        for index in np.ndindex(values.shape[1:]):
+            flat[f"{name}[{', '.join(map(str, index))}]" if index else name] = values[:, *index]
     try:
         import pandas
     except ImportError:
@@ -61,12 +58,8 @@ def history_table(source: TuneResult | str | os.PathLike) -> Any:
 def history_columns(source: TuneResult | str | os.PathLike) -> dict[str, np.ndarray]:
     """Returns the history by the name of its leaves, each with a leading axis of outer steps."""
     if isinstance(source, TuneResult):
-        fields = source.history.items()
-        return {
-            name: np.asarray(leaf)
-            for key, tree in fields
-            for name, leaf in zip(names(tree, key), jax.tree.leaves(tree), strict=True)
-        }
+        leaves = (pair for key, tree in source.history.items() for pair in named_leaves(tree, key))
+        return {name: np.asarray(leaf) for name, leaf in leaves}
     try:
         path = pathlib.Path(source) / "history.jsonl"
         # A run in progress may have written half of the last line.

@@ -299,11 +299,11 @@ class _Limits(NamedTuple):
 
     def ended(self, record: Record) -> np.ndarray:
         """Returns the status of each member; an empty string while it goes on."""
-        waited_out = ~self.active(record.now) & ~record.now.failed
-        patience = (
-            np.where(record.still_falls(self.patience or 0), "overfitting", "patience") if waited_out.any() else ""
-        )
-        return np.where(record.now.failed, "not_finite", np.where(waited_out, patience, ""))
+        active, failed = self.active(record.now), record.now.failed
+        if (active | failed).all():
+            return np.where(failed, "not_finite", "")
+        patience = np.where(record.still_falls(self.patience or 0), "overfitting", "patience")
+        return np.where(failed, "not_finite", np.where(active, "", patience))
 
     def reached(self, record: Record) -> tuple[str, str] | None:
         """Returns status and message of a run that has ended, or None."""
@@ -311,11 +311,10 @@ class _Limits(NamedTuple):
         if rows >= self.num_steps:
             return "finished", f"{rows} outer steps were taken, of {self.num_steps} asked for"
         if not self.active(record.now).any():
-            statuses, counts = np.unique(self.ended(record), return_counts=True)
-            status = str(statuses[0]) if len(statuses) == 1 else "mixed"
-            if record.compiled.shape:
-                ends = ", ".join(f"{n} {s}" for s, n in zip(statuses, counts, strict=True))
-                return status, f"every member has ended: {ends}"
+            ended = self.ended(record)
+            status = str(ended.flat[0]) if (ended == ended.flat[0]).all() else "mixed"
+            if ended.shape:
+                return status, f"every member has ended: {_counted(ended)}"
             more = ", while the outer loss still fell" if status == "overfitting" else ""
             return status, f"no improvement of more than {self.min_delta} in {self.patience} outer steps{more}"
         if self.max_seconds is not None and rows and on_any(record.seconds >= self.max_seconds):
@@ -324,6 +323,10 @@ class _Limits(NamedTuple):
             taken = rows * steps
             return "budget", f"{taken} of {self.max_inner_steps} inner steps are taken, and an outer step takes {steps}"
         return None
+
+
+def _counted(ends: np.ndarray) -> str:
+    return ", ".join(f"{count} {end}" for end, count in zip(*np.unique(ends, return_counts=True), strict=True))
 
 
 def _check_budget(record, max_inner_steps):
@@ -388,10 +391,9 @@ def _result(record, limits, status, message) -> TuneResult:
     if record.compiled.shape:
         ended = limits.ended(record)
         members = tuple(Member(str(own) or status, int(n)) for own, n in zip(ended, now.steps, strict=True))
-        early = [own for own in map(str, ended) if own]
-        if 0 < len(early) < len(members):
-            counts = ", ".join(f"{early.count(own)} {own}" for own in sorted(set(early)))
-            message += f"; {len(early)} of {len(members)} members ended before: {counts}"
+        early = ended[ended != ""]
+        if 0 < early.size < ended.size:
+            message += f"; {early.size} of {ended.size} members ended before: {_counted(early)}"
     best = now.best if members else float(now.best)
     hparams = record.compiled.hparams(now.state)
     return TuneResult(hparams, now.state.carry, now.best_hparams, best, history, status, message, members)
@@ -411,8 +413,7 @@ def _first_step(compiled, state):
     if compiled.shape:
         state, hypergrad, members = member(state, 0), jax.tree.map(whole, hypergrad), np.flatnonzero(finite)
     if finite.any():
-        messages = [w.message for w in caught]
-        raise_if_zero(hypergrad, messages, leaf_names, structure(compiled.step, state), members)
+        raise_if_zero(hypergrad, [w.message for w in caught], leaf_names, structure(compiled.step, state), members)
     return after, report
 
 
