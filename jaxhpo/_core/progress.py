@@ -25,7 +25,8 @@ class Progress(contextlib.ExitStack):
         super().__init__()
         self.total, self.label, self.enabled, self.done = total, label, enabled, done
         self.shown, self.bar = time.perf_counter(), None
-        if enabled and (sys.stderr.isatty() or _in_notebook()):
+        ipython = sys.modules.get("IPython")
+        if enabled and (sys.stderr.isatty() or (ipython and ipython.get_ipython())):
             with contextlib.suppress(ImportError):
                 from tqdm.auto import tqdm
 
@@ -41,8 +42,3 @@ class Progress(contextlib.ExitStack):
             self.shown = time.perf_counter()
             line = f"{self.label} {self.done}/{self.total}"
             print(f"{line}: {text}" if text else line, file=sys.stderr, flush=True)
-
-
-def _in_notebook() -> bool:
-    ipython = sys.modules.get("IPython")
-    return ipython is not None and ipython.get_ipython() is not None

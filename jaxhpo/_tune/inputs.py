@@ -73,8 +73,7 @@ def _checked_gradient(gradient):
 def _outputs(out, what, wanted) -> tuple:
     if not isinstance(out, tuple) or len(out) != len(wanted.split()):
         raise JaxhpoError(
-            f"`{what}(hparams, carry, key)` returned {describe(out)}, but more is expected: return `({wanted})`; "
-            "carry and info may be None."
+            f"`{what}(hparams, carry, key)` returned {describe(out)}: return `({wanted})`; carry and info may be None."
         )
     check_arrays(out[-2], "carry")
     check_arrays(out[-1], "info")

@@ -166,8 +166,7 @@ class Record:
         if self.rows and jax.tree.structure(row) != jax.tree.structure(self.rows[0]):
             now, before = (jax.tree.structure(each["info"]) for each in (row, self.rows[0]))
             raise JaxhpoError(
-                f"`outer_loss` returned an info of tree {now} at outer step {len(self.rows)}, but {before} before: "
-                "return the same tree at every step."
+                f"`outer_loss` returned an info of tree {now} at outer step {len(self.rows)}, {before} before: keep it."
             )
         self.rows.append(row)
 

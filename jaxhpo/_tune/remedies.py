@@ -144,9 +144,8 @@ def check_projections(projections: PyTree, transforms: PyTree, point: PyTree) ->
         has_projection = _project(lambda f, part: jax.tree.map(lambda x: True, part), projections, none)
     except (ValueError, TypeError) as error:
         raise JaxhpoError(
-            f"`projections` got {projections!r}, which does not fit `hparams`: write a function such as "
-            f"`optax.projections.projection_non_negative` or None, for all of it or for each part under its own name "
-            f"({str(error).splitlines()[0]})."
+            f"`projections` got {projections!r}, which does not fit `hparams` ({str(error).splitlines()[0]}): write a "
+            "function as `optax.projections.projection_non_negative`, or None, for all of it or each part by its name."
         ) from error
     after = _project(lambda f, part: check_residual(f(part), part, "projections", "hparams"), projections, point)
     leaves = (jax.tree.leaves(tree) for tree in (has_projection, has_transform(transforms, point), after))

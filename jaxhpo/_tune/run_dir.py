@@ -71,7 +71,7 @@ class RunDir(contextlib.ExitStack):
       JaxhpoError: nothing can be written there, or another process holds it.
     """
 
-    FORM, OTHER = "npz", "orbax"  # suffix of checkpoints, and of those of several processes
+    FORM = "npz"  # suffix of checkpoints
 
     def __init__(self, path: str | os.PathLike):
         super().__init__()
@@ -93,11 +93,10 @@ class RunDir(contextlib.ExitStack):
             message = f"`run_dir` got {path!r}, where no file can be written ({error}): name a folder."
             raise JaxhpoError(message) from error
         self._take_lock()
-        if any(self.folder.glob(f"state-*.{self.OTHER}")):
+        if self.FORM != RunDir.FORM and any(self.folder.glob(f"state-*.{RunDir.FORM}")):
             self.close()
             raise JaxhpoError(
-                f"`run_dir`: {self.folder} holds checkpoints of the form .{self.OTHER}, not .{self.FORM}, and a run of "
-                "one process cannot be resumed by several: name another folder."
+                f"`run_dir`: in {self.folder} a run of one process cannot be resumed by several: name another folder."
             )
         history = self.folder / "history.jsonl"
         history.touch()
@@ -125,8 +124,7 @@ class RunDir(contextlib.ExitStack):
             holder = self._lock.read().decode(errors="replace").strip()
             self.close()
             raise JaxhpoError(
-                f"`run_dir`: {self.folder} is in use by process {holder}, and two runs in one folder would overwrite "
-                "each other: wait for it, stop it, or name another folder."
+                f"`run_dir`: {self.folder} is in use by process {holder}: wait for it, stop it, or name another folder."
             ) from None
         except OSError as error:
             message = f"`run_dir`: {self.folder} cannot be locked ({error}): make sure that no other process uses it."
@@ -276,8 +274,7 @@ class RunDir(contextlib.ExitStack):
             found = {"name": path.name, "history": text.decode(), "notes": notes, "leaves": leaves}
             return {**found, "settings": json.loads(header["settings"])}
         raise JaxhpoError(
-            f"`run_dir`: {self.folder} holds no checkpoint that can be read: {'; '.join(notes)}. Move the folder away, "
-            "or name another, to start anew."
+            f"`run_dir`: {self.folder} holds no readable checkpoint: {'; '.join(notes)}. Name another, or move it away."
         )
 
     def _adopt(self):
@@ -309,8 +306,8 @@ class RunDir(contextlib.ExitStack):
         schema = int(header["schema"] or 0)
         if schema != SCHEMA:
             raise JaxhpoError(
-                f"`run_dir`: {self.folder} was written by another version of jaxhpo (schema {schema}, where this one "
-                f"reads {SCHEMA}): continue with that version, or name another folder."
+                f"`run_dir`: {self.folder} is of another version of jaxhpo (schema {schema}, where this one reads "
+                f"{SCHEMA}): continue with that version, or name another folder."
             )
         length, expected = header["history"].split()
         self._file.seek(0)

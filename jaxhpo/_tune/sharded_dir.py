@@ -30,7 +30,7 @@ class ShardedDir(RunDir):
       JaxhpoError: nothing can be written there, or another run holds it.
     """
 
-    FORM, OTHER = RunDir.OTHER, RunDir.FORM
+    FORM = "orbax"
 
     def __init__(self, path: str | os.PathLike):
         self._orbax = _imported()
@@ -42,7 +42,7 @@ class ShardedDir(RunDir):
         return [path for path in super()._checkpoints() if any(path.glob("sealed-*.json"))]
 
     def _write(self, leaves: Leaves, settings: dict[str, Any]) -> bool:
-        path = self.folder / f"state-{self.num_rows:08d}.orbax"
+        path = self.folder / f"state-{self.num_rows:08d}.{self.FORM}"
         arrays = [_to_save(x) for _, x in leaves]
         rows = zip(leaves, arrays, strict=True)
         structs = {f"{i} {name}": [str(x.dtype), x.shape] for i, ((name, _), x) in enumerate(rows)}
@@ -89,7 +89,7 @@ def open_run_dir(path: str | os.PathLike) -> RunDir:
     """Returns the folder of a run: of several processes, or of one."""
     shared = jax.process_count() > 1
     with contextlib.suppress(TypeError, OSError):  # opening the folder raises a better message
-        shared = shared or any(pathlib.Path(path).glob(f"state-*.{RunDir.OTHER}"))
+        shared = shared or any(pathlib.Path(path).glob(f"state-*.{ShardedDir.FORM}"))
     return ShardedDir(path) if shared else RunDir(path)
 
 

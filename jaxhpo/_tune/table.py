@@ -75,8 +75,7 @@ def history_columns(source: TuneResult | str | os.PathLike) -> dict[str, np.ndar
         return {name: _numbers([row[name] for row in rows]) for name in rows[0] if name != "step"}
     except (ValueError, KeyError, TypeError) as error:
         raise JaxhpoError(
-            f"{path} is no history of a run, or damaged ({type(error).__name__}: {error}): the same `tune` "
-            "continues from the last checkpoint, and repairs it."
+            f"{path} is no history of a run, or damaged ({error!r}): the same `tune` repairs it, from its checkpoint."
         ) from error
 
 

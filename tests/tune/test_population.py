@@ -339,3 +339,12 @@ def test_a_carry_of_another_structure_cannot_be_held():
         population(loss, jnp.array([1.0, 2.0]), None, KEYS[:2], population=2, transforms=None)
     with pytest.raises(JaxhpoError, match="needs the result of a population"):
         alone(0).member(0)
+
+
+def test_member_that_was_never_finite_does_not_keep_others_from_patience():
+    outer_loss = lambda h, carry, key: ((h - 3.0) ** 2 + carry, carry, jnp.ones(()))  # noqa: E731
+    starts, carry = jnp.array([1.0, 2.0]), jnp.array([0.0, jnp.nan])
+    settings = {"monitor": lambda info: info, "patience": 2, "progress": False}
+    with pytest.warns(RuntimeWarning, match="member 1"):
+        result = jaxhpo.tune(outer_loss, starts, optax.sgd(0.1), num_steps=9, population=2, carry=carry, **settings)
+    assert result.members == (("overfitting", 3), ("not_finite", 0))

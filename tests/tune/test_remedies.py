@@ -2,6 +2,7 @@
 
 import importlib
 import pathlib
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -317,3 +318,22 @@ def test_invalid_arguments_are_refused(settings, match):
 def test_remedies_out_of_range_are_refused(settings):
     with pytest.raises(jaxhpo.JaxhpoError, match=next(iter(settings))):
         Remedies(**settings)
+
+
+def test_transform_may_be_a_named_tuple():
+    class Scaled(NamedTuple):
+        by: float
+
+        def forward(self, u):
+            return u * self.by
+
+        def inverse(self, h):
+            return h / self.by
+
+    transforms = {"a": Scaled(2.0), "b": jaxhpo.positive}
+    hparams = {"a": jnp.ones(()), "b": jnp.ones(())}
+    remedies = Remedies(shrink=0.5, shrink_below=10.0)
+    step = jaxhpo.outer_step(lambda h: h["a"] ** 2 + h["b"], optax.sgd(0.0), transforms=transforms, remedies=remedies)
+    after, report = step.update(step.init(hparams))
+    assert report.remedies["shrunk_leaves"] == 1
+    np.testing.assert_allclose(step.hparams(after)["b"], 0.5, rtol=1e-6)

@@ -188,6 +188,12 @@ def test_complex_numbers_are_read_back_bit_identical(value):
     assert decode(encode(0, row), row)["info"].tobytes() == row["info"].tobytes()
 
 
+def test_empty_complex_array_is_read_back():
+    row = {"info": np.zeros((0, 3), np.complex64)}
+    found = decode(encode(0, row), row)["info"]
+    assert found.shape == (0, 3) and found.dtype == np.complex64
+
+
 def test_an_optimiser_may_hold_a_key():
     key = jax.random.key(0)
     jitter = optax.GradientTransformation(
