@@ -33,7 +33,14 @@ class ShardedDir(RunDir):
     FORM = "orbax"
 
     def __init__(self, path: str | os.PathLike):
-        self._orbax = _imported()
+        try:
+            import orbax.checkpoint as orbax
+        except ImportError as error:
+            raise ImportError(
+                "`run_dir` with several processes keeps the state with Orbax, but orbax-checkpoint cannot be imported "
+                f"({error}). Install it: pip install 'jaxhpo[orbax]'; or omit `run_dir`."
+            ) from error
+        self._orbax = orbax
         self._checkpointer = self._orbax.Checkpointer(self._orbax.PyTreeCheckpointHandler())
         super().__init__(path)
         self.callback(self._checkpointer.close)
@@ -43,11 +50,10 @@ class ShardedDir(RunDir):
 
     def _write(self, leaves: Leaves, settings: dict[str, Any]) -> bool:
         path = self.folder / f"state-{self.num_rows:08d}.{self.FORM}"
-        arrays = [_to_save(x) for _, x in leaves]
-        rows = zip(leaves, arrays, strict=True)
-        structs = {f"{i} {name}": [str(x.dtype), x.shape] for i, ((name, _), x) in enumerate(rows)}
+        arrays = {f"{i} {name}": _to_save(x) for i, (name, x) in enumerate(leaves)}
+        structs = {name: [str(x.dtype), x.shape] for name, x in arrays.items()}
         # If one process fails here the run ends: the others wait for it, and cannot be informed.
-        tree = {str(i): x for i, x in enumerate(arrays)}
+        tree = {str(i): x for i, x in enumerate(arrays.values())}
         self._checkpointer.save(path.absolute(), args=self._orbax.args.PyTreeSave(tree), force=True)
         return self._succeeds(lambda: self._seal(path, structs, settings))
 
@@ -91,17 +97,6 @@ def open_run_dir(path: str | os.PathLike) -> RunDir:
     with contextlib.suppress(TypeError, OSError):  # opening the folder raises a better message
         shared = shared or any(pathlib.Path(path).glob(f"state-*.{ShardedDir.FORM}"))
     return ShardedDir(path) if shared else RunDir(path)
-
-
-def _imported():
-    try:
-        import orbax.checkpoint as orbax
-    except ImportError as error:
-        raise ImportError(
-            "`run_dir` with several processes keeps the state with Orbax, but orbax-checkpoint cannot be imported "
-            f"({error}). Install it: pip install 'jaxhpo[orbax]'; or omit `run_dir`."
-        ) from error
-    return orbax
 
 
 def _to_save(x):
