@@ -164,7 +164,7 @@ def _count(program, known, unknown_length, elementwise) -> float:
             length = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
             total += 2.0 * length * _size(equation.outvars[0])
         elif elementwise:
-            total += sum(_size(out) for out in equation.outvars if _is_inexact(out))
+            total += sum(_size(out) for out in equation.outvars if hasattr(out.aval, "dtype") and is_inexact(out.aval))
     return total
 
 
@@ -192,10 +192,11 @@ def _peak(jaxpr, count_results=True) -> int:
         peak = max_i [ Σ { |b| : s(b) ≤ i ≤ e(b) } + inside(i) ].
     """
     results, count, read = set(_variables(jaxpr.outvars)), len(jaxpr.eqns), _read(jaxpr)
-    buffers = _buffers(jaxpr, results, {*jaxpr.invars} if count_results else set())
-    # e(b): later equations overwrite earlier ones.
-    last = {b: i for i, equation in enumerate(jaxpr.eqns) for v in _mentioned(equation) for b in buffers[v]}
-    last |= {b: count for v in results for b in buffers[v]}
+    # The last equation that mentions each variable, then each buffer: later equations overwrite earlier ones.
+    last_use = {v: i for i, e in enumerate(jaxpr.eqns) for v in _variables([*e.invars, *e.outvars])}
+    last_use |= dict.fromkeys(results, count)
+    buffers = _buffers(jaxpr, results, {*jaxpr.invars} if count_results else set(), last_use)
+    last = {b: i for v, i in sorted(last_use.items(), key=lambda item: item[1]) for b in buffers[v]}
     change = np.zeros(count + 2, np.int64)
     for i, equation in enumerate(jaxpr.eqns):
         for b in equation.outvars:
@@ -206,7 +207,7 @@ def _peak(jaxpr, count_results=True) -> int:
     return int(max(live + [_inside(equation, read) for equation in jaxpr.eqns], default=0))
 
 
-def _buffers(jaxpr, results, writable) -> dict[Any, frozenset]:
+def _buffers(jaxpr, results, writable, last_use) -> dict[Any, frozenset]:
     """Maps each variable to the buffers that keep it alive, each named by the variable that it was made for.
 
     An argument has none, as its memory is its caller's. A fused result has those of its operands. A result written over
@@ -216,10 +217,9 @@ def _buffers(jaxpr, results, writable) -> dict[Any, frozenset]:
       jaxpr: the program.
       results: its results, which are never fused.
       writable: the arguments whose memory may be written over, as a loop's body may write over its carry.
+      last_use: the last equation that mentions each variable.
     """
     uses = collections.Counter(v for equation in jaxpr.eqns for v in _variables(equation.invars))
-    last_use = {v: i for i, equation in enumerate(jaxpr.eqns) for v in _mentioned(equation)}
-    last_use |= dict.fromkeys(results, len(jaxpr.eqns))
     buffers: dict[Any, frozenset] = dict.fromkeys([*jaxpr.invars, *jaxpr.constvars], frozenset())
     owners = set(writable)  # variables that have a buffer to themselves
     for i, equation in enumerate(jaxpr.eqns):
@@ -273,10 +273,6 @@ def _executed(equation, read: set) -> list:
     return [sub for value in equation.params.values() for sub in subprograms(value)]
 
 
-def _mentioned(equation) -> list:
-    return _variables([*equation.invars, *equation.outvars])
-
-
 def _variables(atoms) -> list:
     """Without the literals."""
     return [v for v in atoms if isinstance(v, jex.Var)]
@@ -292,10 +288,6 @@ def _size(v) -> int:
 
 def _bytes(v) -> int:
     return _size(v) * getattr(getattr(v.aval, "dtype", None), "itemsize", 0)
-
-
-def _is_inexact(v) -> bool:
-    return hasattr(v.aval, "dtype") and is_inexact(v.aval)
 
 
 # --- measured --------------------------------------------------------------------------------------------------------

@@ -75,24 +75,16 @@ def _stopped_jvp(warn, primals, tangents):
 _stopped.defjvp(_stopped_jvp, symbolic_zeros=True)
 
 
+@trust
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def first_order(tree: PyTree, rule: Any) -> PyTree:
     """Identity that raises when differentiated; marks the derivative rules of first order."""
-    return _first_order(repr(rule), tree)
-
-
-@trust
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _first_order(rule, tree):
     return tree
 
 
+@first_order.defjvp
 def _first_order_jvp(rule, primals, tangents):
-    if any(not isinstance(dot, SymbolicZero) for dot in jax.tree.leaves(tangents)):
-        raise JaxhpoError(
-            f"A second derivative was asked of `{rule}` (a Hessian, or a solve nested in another's train loss), but "
-            f"its backward pass is not differentiable: use `Unroll()` or `Implicit(CG())` there."
-        )
-    raise AssertionError("a custom rule was asked for the derivative of constants")
-
-
-_first_order.defjvp(_first_order_jvp, symbolic_zeros=True)
+    raise JaxhpoError(
+        f"A second derivative was asked of `{rule!r}` (a Hessian, or a solve nested in another's train loss), but its "
+        "backward pass is not differentiable: use `Unroll()` or `Implicit(CG())` there."
+    )

@@ -12,6 +12,7 @@ from jax.extend import core as jex
 from jax.interpreters.partial_eval import dce_jaxpr
 
 from jaxhpo._core.tree import is_inexact, partition
+from jaxhpo._core.types import PyTree
 
 
 def closure_convert(fn: Callable, *args) -> tuple[Callable, list]:
@@ -87,15 +88,15 @@ def dependent_results(fn: Callable, *args) -> list[bool]:
     return _reached(jaxpr, [True] * len(jaxpr.invars))
 
 
-def differentiable_inputs(fn: Callable, leaves: list) -> list[bool]:
-    """For each floating-point leaf, whether the derivative of `fn(leaves)` with respect to it can be non-zero.
+def differentiable_inputs(fn: Callable, tree: PyTree) -> list[bool]:
+    """For each leaf, all floating-point, whether the derivative of `fn(tree)` with respect to it can be non-zero.
 
     Structural: a leaf that `fn` ignores, or whose gradient `fn` stops, has a cotangent that is a constant zero. The
     cotangents of the results are scaled by a tracer; a leaf counts where its own cotangent depends on that tracer.
     """
 
     def backward(scale):
-        out, pullback = jax.vjp(fn, leaves)
+        out, pullback = jax.vjp(fn, tree)
         return pullback(jax.tree.map(lambda x: jnp.ones_like(x) * scale.astype(x.dtype), out))[0]
 
     return dependent_results(backward, jnp.ones(()))

@@ -73,11 +73,7 @@ def cast_like(a: PyTree, like: PyTree) -> PyTree:
 
 def without_weak_types(a: PyTree) -> PyTree:
     """Removes JAX's weak types, which arrays made from Python numbers have and files do not keep."""
-
-    def strong(x):
-        return x.astype(x.dtype) if is_inexact(x) or jnp.issubdtype(getattr(x, "dtype", object), jnp.integer) else x
-
-    return jax.tree.map(strong, a)
+    return jax.tree.map(lambda x: x.astype(x.dtype) if getattr(x, "weak_type", False) else x, a)
 
 
 def named_leaves(tree: PyTree, root: str) -> list[tuple[str, Any]]:
@@ -117,11 +113,10 @@ def map_in_chunks(fn: Callable, xs: PyTree, size: int | None) -> PyTree:
     num_rows = jax.tree.leaves(xs)[0].shape[0]
     if size is None or size >= num_rows:
         return jax.vmap(fn)(xs)
-    num_chunks, rest = divmod(num_rows, size)
-    head = jax.tree.map(lambda x: x[: num_chunks * size].reshape(num_chunks, size, *x.shape[1:]), xs)
-    out = jax.lax.map(jax.vmap(fn), head)
-    out = jax.tree.map(lambda x: x.reshape(num_chunks * size, *x.shape[2:]), out)
-    if not rest:
+    end = num_rows // size * size
+    chunks = jax.tree.map(lambda x: x[:end].reshape(end // size, size, *x.shape[1:]), xs)
+    out = jax.tree.map(lambda x: x.reshape(end, *x.shape[2:]), jax.lax.map(jax.vmap(fn), chunks))
+    if end == num_rows:
         return out
-    last = jax.vmap(fn)(jax.tree.map(lambda x: x[num_chunks * size :], xs))
+    last = jax.vmap(fn)(jax.tree.map(lambda x: x[end:], xs))
     return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), out, last)

@@ -27,26 +27,21 @@ def check_count(what: str, value, minimum: int = 1) -> None:
         raise JaxhpoError(f"`{what}` got {value}, but it must be at least {minimum}: write {minimum} or more.")
 
 
-def check_number(what: str, value, minimum: float, strict: bool) -> None:
-    """Raises unless `value` is a finite Python number ≥ `minimum`, or > `minimum` where `strict`."""
+def check_nonnegative(what: str, value, strict: bool = False) -> None:
+    """Raises unless `value` is a finite Python number ≥ 0, or > 0 where `strict`."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise JaxhpoError(
             f"`{what}` got {describe(value)}, but it is fixed while tracing and must be a plain number: write a Python "
             "float such as 0.1."
         )
-    if not math.isfinite(value) or value < minimum or (strict and value == minimum):
-        bound = f"above {minimum}" if strict else f"at least {minimum}"
+    if not math.isfinite(value) or value < 0 or (strict and value == 0):
+        bound = "above 0" if strict else "at least 0"
         raise JaxhpoError(f"`{what}` got {value}, but it must be finite and {bound}: write such a number.")
 
 
 def check_positive(what: str, value) -> None:
     """Raises unless `value` is a finite Python number > 0."""
-    check_number(what, value, 0, strict=True)
-
-
-def check_nonnegative(what: str, value) -> None:
-    """Raises unless `value` is a finite Python number ≥ 0."""
-    check_number(what, value, 0, strict=False)
+    check_nonnegative(what, value, strict=True)
 
 
 def check_switch(what: str, value) -> None:
@@ -69,15 +64,15 @@ def check_settings(config: Any, **kinds: str) -> None:
             _KINDS[kind](f"{type(config).__name__}({name}=...)", value)
 
 
-def check_traceable_number(what: str, value, minimum: float, strict: bool) -> None:
-    """As `check_number`, but accepts a JAX scalar too: checks the value if it is concrete, else the type."""
+def check_traceable_number(what: str, value) -> None:
+    """As `check_nonnegative`, but accepts a JAX scalar too: checks the value if it is concrete, else the type."""
     if isinstance(value, jax.Array):
         if value.shape != () or not jnp.issubdtype(value.dtype, np.number) or jnp.iscomplexobj(value):
             raise JaxhpoError(f"`{what}` is {describe(value)}, but one real number is needed: write 0.1, for example.")
         if isinstance(value, Tracer):
             return
         value = value.item()
-    check_number(what, value, minimum, strict)
+    check_nonnegative(what, value)
 
 
 def describe(leaf) -> str:
@@ -175,17 +170,14 @@ def check_callable(
 
 def check_scalar(value, what: str) -> jax.Array:
     """Raises unless the result of `what` is a real floating-point scalar; returns it as an array."""
-    if isinstance(value, jax.Array) and value.shape == () and jnp.issubdtype(value.dtype, jnp.floating):
-        return value
     if isinstance(value, tuple):
         problem = f"a tuple of {len(value)}, but it must return a scalar: return the loss alone"
     elif not isinstance(value, jax.Array):
-        problem = (
-            f"{describe(value)}, which JAX did not compute and cannot differentiate: return a scalar array computed "
-            "with `jax.numpy`"
-        )
+        problem = f"{describe(value)}, which JAX cannot differentiate: return a scalar array computed with `jax.numpy`"
     elif value.shape != ():
         problem = f"shape {value.shape}, but a gradient needs a scalar: take `.mean()` or `.sum()`"
+    elif jnp.issubdtype(value.dtype, jnp.floating):
+        return value
     else:
         problem = (
             f"{describe(value)}, which has no gradient: return a real floating-point scalar, such as a cross-entropy "
@@ -194,15 +186,15 @@ def check_scalar(value, what: str) -> jax.Array:
     raise JaxhpoError(f"`{what}` returned {problem}.")
 
 
-def check_key(key: Any, what: str = "key") -> Any:
+def check_key(key: Any) -> Any:
     """Raises unless `key` is one typed key, or None; returns it."""
     if key is None:
         return None
     if not hasattr(key, "dtype") or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         hint = "jax.random.wrap_key_data(key)" if getattr(key, "shape", None) == (2,) else "jax.random.key(0)"
-        raise JaxhpoError(f"`{what}` got {describe(key)}, but a typed key is needed: write `{hint}`.")
+        raise JaxhpoError(f"`key` got {describe(key)}, but a typed key is needed: write `{hint}`.")
     if key.shape != ():
-        raise JaxhpoError(f"`{what}` got an array of keys of shape {key.shape}, but one key is needed: index it.")
+        raise JaxhpoError(f"`key` got an array of keys of shape {key.shape}, but one key is needed: index it.")
     return key
 
 
@@ -240,19 +232,18 @@ def count_examples(batch: PyTree, purpose: str) -> int:
       batch: the batch.
       purpose: what the examples are counted for, as the beginning of a message.
     """
-    leaves = named_leaves(batch, "batch")
-    lengths = {name: leaf.shape[0] for name, leaf in leaves if jnp.ndim(leaf)}
+    lengths = {name: leaf.shape[0] for name, leaf in named_leaves(batch, "batch") if jnp.ndim(leaf)}
     if not lengths:
         raise JaxhpoError(
             f"{purpose}, but the batches hold no examples: pass the data as the batch, with a leading axis of examples "
             "in each leaf, and do not close over it."
         )
-    first, *rest = lengths
-    for other in rest:
-        if lengths[other] != lengths[first]:
+    first, *_ = lengths
+    for other, length in lengths.items():
+        if length != lengths[first]:
             raise JaxhpoError(
-                f"{purpose}, but `{first}` has {lengths[first]} examples and `{other}` has {lengths[other]}: their "
-                "leading axes must be the examples. Pass data that belongs to no example as scalars, or close over it."
+                f"{purpose}, but `{first}` has {lengths[first]} examples and `{other}` has {length}: their leading "
+                "axes must be the examples. Pass data that belongs to no example as scalars, or close over it."
             )
     return lengths[first]
 
@@ -263,13 +254,13 @@ def short_name(value: Any) -> str:
         return f"{value:.4g}"
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
         return getattr(value, "__name__", None) or repr(value)
-    parts = []
+    parts, missing = [], dataclasses.MISSING
     for i, field in enumerate(dataclasses.fields(value)):
-        setting, missing = getattr(value, field.name), dataclasses.MISSING
+        setting = getattr(value, field.name)
         nested = dataclasses.is_dataclass(setting)
-        if not nested and field.default is not missing and setting == field.default:
-            continue
         required = field.default is missing and field.default_factory is missing
-        positional = required or (nested and i == 0)
-        parts.append(short_name(setting) if positional else f"{field.name}={short_name(setting)}")
+        if required or (nested and i == 0):
+            parts.append(short_name(setting))
+        elif nested or field.default is missing or setting != field.default:
+            parts.append(f"{field.name}={short_name(setting)}")
     return f"{type(value).__name__}({', '.join(parts)})"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,7 +11,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from jaxhpo._core.errors import NonFiniteError, ZeroHypergradientError
-from jaxhpo._core.tree import names
+from jaxhpo._core.tree import named_leaves
 from jaxhpo._core.types import PyTree
 
 
@@ -95,11 +94,7 @@ def agreement(got, want) -> Agreement:
 
 
 def central_differences(
-    loss: Callable[[jax.Array], jax.Array],
-    hparams: PyTree,
-    num_directions: int | None,
-    step_size: float | None,
-    key: jax.Array,
+    loss: Callable, hparams: PyTree, num_directions: int | None, step_size: float | None, key: jax.Array
 ) -> Differences:
     """Differences of `loss(flat hyperparameters)`: four evaluations per direction, compiled once.
 
@@ -110,8 +105,7 @@ def central_differences(
       step_size: relative to each hyperparameter's scale; None takes ε^(1/5).
       key: for the directions.
     """
-    flat, _ = ravel_pytree(hparams)
-    scale, _ = ravel_pytree(jax.tree.map(_scale, hparams))
+    flat, scale = ravel_pytree(hparams)[0], ravel_pytree(jax.tree.map(_scale, hparams))[0]
     if num_directions is None:
         directions, lengths = jnp.diag(scale), scale
     else:
@@ -119,7 +113,7 @@ def central_differences(
         lengths = jnp.linalg.norm(directions, axis=1)
     # The error s⁴ of the formula plus the rounding error ε/s is least at s = O(ε^(1/5)).
     step = float(jnp.finfo(flat.dtype).eps) ** 0.2 if step_size is None else step_size
-    numeric, coarse = jax.jit(functools.partial(_along_each, loss))(flat, directions, step)
+    numeric, coarse = jax.jit(lambda *args: _along_each(loss, *args))(flat, directions, step)
     directions, lengths, numeric, coarse = (np.asarray(x, float) for x in (directions, lengths, numeric, coarse))
     coordinates = _coordinate_names(hparams) if num_directions is None else None
     # D is linear in d, so the derivative along the unit vector d / ‖d‖ is D / ‖d‖.
@@ -152,6 +146,5 @@ def _scale(leaf):
 
 
 def _coordinate_names(hparams) -> tuple[str, ...]:
-    leaves = zip(names(hparams, "hparams"), jax.tree.leaves(hparams), strict=True)
-    every = [(name, index) for name, leaf in leaves for index in np.ndindex(leaf.shape)]
+    every = [(name, index) for name, leaf in named_leaves(hparams, "hparams") for index in np.ndindex(leaf.shape)]
     return tuple(name + (f"[{', '.join(map(str, index))}]" if index else "") for name, index in every)

@@ -12,26 +12,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxhpo._core.errors import NonFiniteError, ZeroHypergradientError, ZeroHypergradientWarning
-from jaxhpo._core.tree import all_finite, names
+from jaxhpo._core.tree import all_finite, named_leaves
 from jaxhpo._core.types import PyTree
 
 
 def raise_if_zero(
-    hypergrad: PyTree,
-    messages: list,
-    leaf_names: list[str],
-    structure: Callable[[], list[bool]] | None = None,
-    members: np.ndarray | None = None,
+    hypergrad: PyTree, messages: list, structure: Callable | None, members: np.ndarray | None = None
 ) -> None:
     """Raises for a leaf that is structurally zero, in whole, or in part where a rule cuts it off.
 
     A leaf that merely happens to be zero at this point (a penalty on weights that are all zero) is warned about.
 
     Args:
-      hypergrad: the hypergradient, concrete.
+      hypergrad: the hypergradient, concrete, a tree like the hyperparameters.
       messages: the warnings raised while tracing it.
-      leaf_names: the leaves' names.
-      structure: for each leaf, whether its derivative can be non-zero at all; called only when needed.
+      structure: returns for each leaf whether its derivative can be non-zero at all; called only when needed. None if
+        that is not known.
       members: indices of the members of a population to look at, the leading axis of every leaf; None without one.
 
     Raises:
@@ -39,7 +35,7 @@ def raise_if_zero(
     """
     reasons = reasons_for_zero(messages)
     can_be_nonzero = functools.cache(structure) if structure else None
-    for i, (name, leaf) in enumerate(zip(leaf_names, jax.tree.leaves(hypergrad), strict=True)):
+    for i, (name, leaf) in enumerate(named_leaves(hypergrad, "hparams")):
         reason = reasons.get(name)
         found = [zero_entries(x, reason) for x in ([leaf] if members is None else leaf[members])]
         entries = max(found, key=("", "some entries", "every entry").index)
@@ -95,8 +91,7 @@ def what_is_not_finite(value: jax.Array, hypergrad: PyTree, point: PyTree = None
         return f"The outer loss is {float(value)}."
     texts = "the hypergradient of ", "", "the optimiser's update of "
     for tree, root, text in zip((hypergrad, carry, point), ("hparams", "carry", "hparams"), texts, strict=True):
-        leaves = zip(names(tree, root), jax.tree.leaves(tree), strict=True)
-        bad = [name for name, leaf in leaves if not all_finite(leaf)]
+        bad = [name for name, leaf in named_leaves(tree, root) if not all_finite(leaf)]
         if bad:
             return f"The outer loss is finite, but {text}`{'`, `'.join(bad)}` is not."
     return "The outer loss is finite, but an inner solve that `info` reports is not."

@@ -156,8 +156,7 @@ def memory_plan(
 def _row(with_grad, hparams, training, rules: Iterable = (), schedule: Any = None) -> tuple[PlanRow, SolveLog]:
     """The row of a program whose solves take `schedule` as if by `rules`, or, by default, what they ask for."""
     log = SolveLog()
-    with warnings.catch_warnings(), recording(solves=log, schedule=schedule):
-        warnings.simplefilter("ignore")  # the run will warn
+    with warnings.catch_warnings(action="ignore"), recording(solves=log, schedule=schedule):  # the run will warn
         operations, peak = count_and_peak(with_grad, hparams, unknown_length=UNKNOWN_LENGTH)
     call = ", ".join(dict.fromkeys(map(short_name, rules or log.adjoints))) or "no solve"
     return PlanRow(

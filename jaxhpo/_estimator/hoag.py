@@ -182,7 +182,7 @@ def _tolerance(schedule, initial, decay, count, dtype) -> jax.Array:
     k = (count + 1).astype(dtype)
     if callable(schedule):
         eps: Any = schedule(k)
-        check_traceable_number("tolerance(k)", eps, 0, strict=False)
+        check_traceable_number("tolerance(k)", eps)
     else:
         decrease = {"quadratic": k**-2, "cubic": k**-3, "exponential": decay**k, "exact": 0 * k}
         eps = initial * decrease[schedule]

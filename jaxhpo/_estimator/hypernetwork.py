@@ -269,12 +269,8 @@ class Hypernetwork(StatefulMethod):
         first: Any = data(0) if callable(data) else jax.tree.map(lambda x: x[0], data)
         batch, key = first
         point, drawn = self._draw(key, hparams, batch)
-        params, (leaves, structure) = self._respond(phi, point, origin), jax.tree.flatten(drawn)
-
-        def value(leaves):
-            return solver.loss(params, jax.tree.unflatten(structure, leaves), batch, None)[0]
-
-        seen = differentiable_inputs(value, leaves)
+        params = self._respond(phi, point, origin)
+        seen = differentiable_inputs(lambda drawn: solver.loss(params, drawn, batch, None)[0], drawn)
         for name, reads in zip(names(_value_of(hparams), "hparams"), seen, strict=True):
             if not reads:
                 warn_zero(
@@ -284,7 +280,7 @@ class Hypernetwork(StatefulMethod):
                     "(a learning rate, a momentum), `Unroll()` or `RealTime()` sees it; if nothing uses it, remove it; "
                     "if it enters the outer loss directly, that part is still right.",
                 )
-        return jax.tree.unflatten(structure, seen)
+        return jax.tree.unflatten(jax.tree.structure(drawn), seen)
 
     def _respond(self, phi, point, origin):
         """Return θ_φ at unconstrained hyperparameters, which may have a leading axis of examples."""

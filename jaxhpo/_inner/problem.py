@@ -118,7 +118,7 @@ def make_problem(
     num_steps = check_steps(batches, num_steps)
     check_key(key)
     if tol is not None:
-        check_traceable_number("tol", tol, 0, strict=False)
+        check_traceable_number("tol", tol)
     slices, take = slices_of(batches, num_steps)
 
     def step_fields(gradient=None, keys=None) -> dict[str, Any]:

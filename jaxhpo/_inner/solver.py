@@ -304,7 +304,7 @@ def _checked_schedule(what, value, upper):
     if callable(value):
         check_callable(what, value, f"{what}(hparams, step)", 2)
         return value
-    check_traceable_number(what, value, 0, strict=False)
+    check_traceable_number(what, value)
     if upper is not None and not isinstance(value, Tracer) and value >= upper:
         raise JaxhpoError(f"`{what}` got {value}, but the velocity would never decay: write a number in [0, {upper}).")
     return lambda hparams, step: value

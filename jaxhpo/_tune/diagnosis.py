@@ -19,12 +19,7 @@ def structure(step: Step, state: OuterState) -> Callable[[], list[bool]] | None:
     """Returns a function: for each leaf, whether its derivative can be non-zero; None where that is unknown."""
     if step.gradient is not None:
         return None
-    leaves, tree = jax.tree.flatten(state.point)
-
-    def value(leaves):
-        return step.objective(jax.tree.unflatten(tree, leaves), state.carry, state.key)[0]
-
-    return lambda: differentiable_inputs(value, leaves)
+    return lambda: differentiable_inputs(lambda u: step.objective(u, state.carry, state.key)[0], state.point)
 
 
 def diagnosis(step: Step, state: OuterState) -> str:

@@ -413,7 +413,7 @@ def _first_step(compiled, state):
     if compiled.shape:
         state, hypergrad, members = member(state, 0), jax.tree.map(whole, hypergrad), np.flatnonzero(finite)
     if finite.any():
-        raise_if_zero(hypergrad, [w.message for w in caught], leaf_names, structure(compiled.step, state), members)
+        raise_if_zero(hypergrad, [w.message for w in caught], structure(compiled.step, state), members)
     return after, report
 
 

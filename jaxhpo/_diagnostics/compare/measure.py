@@ -62,8 +62,7 @@ def run_once(make: Callable[[Adjoint], Callable], rule: Adjoint, flat: jax.Array
         program = compiled_if_it_fits(traced)
         result = jax.block_until_ready(program(flat))
     if traced.jaxpr.effects:  # callbacks, which would be timed too
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # already raised above
+        with warnings.catch_warnings(action="ignore"):  # already raised above
             program = compiled_if_it_fits(jax.jit(make(rule)).trace(flat))
     return Measured(rule, result, log, tuple(linear_solves), program)
 
@@ -71,8 +70,7 @@ def run_once(make: Callable[[Adjoint], Callable], rule: Adjoint, flat: jax.Array
 def measure(make_loss: Callable[[Adjoint], Callable], rule: Adjoint, flat: jax.Array) -> Measured:
     """Runs value and gradient of `make_loss(rule)` once; an exception becomes the `error`."""
     try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
+        with warnings.catch_warnings(record=True, action="always") as caught:
             measured = run_once(lambda rule: jax.value_and_grad(make_loss(rule)), rule, flat)
     except RuleNotUsed:
         raise
