@@ -351,12 +351,10 @@ def fastest(functions: Sequence[Callable], *args: Any, repeats: int = 10, second
     found, share = [math.inf] * len(functions), seconds / repeats / len(functions)
     for _ in range(repeats):
         for i, function in enumerate(functions):
-            end = time.perf_counter() + share
-            while True:
+            stop, end = -math.inf, time.perf_counter() + share
+            while stop < end:
                 start = time.perf_counter()
                 jax.block_until_ready(function(*args))
                 stop = time.perf_counter()
                 found[i] = min(found[i], stop - start)
-                if stop >= end:
-                    break
     return found

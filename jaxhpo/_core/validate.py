@@ -77,7 +77,7 @@ def check_traceable_number(what: str, value) -> None:
 
 def describe(leaf) -> str:
     """`float32[3]` for an array, the value and its type for anything else."""
-    if isinstance(leaf, (jax.Array, np.ndarray, np.generic)) or hasattr(leaf, "dtype"):
+    if hasattr(leaf, "dtype"):
         return f"{leaf.dtype}{list(leaf.shape)}"
     return f"{reprlib.repr(leaf)} ({type(leaf).__name__})"
 
@@ -151,9 +151,7 @@ def check_arrays(tree: PyTree, what: str) -> PyTree:
     return tree
 
 
-def check_callable(
-    what: str, fn, signature: str, num_args: int, or_else: str = "", keywords: tuple[str, ...] = ()
-) -> None:
+def check_callable(what: str, fn, signature: str, num_args: int, or_else: str = "", keywords: tuple = ()) -> None:
     """Raises unless `fn` can be called with `num_args` positional arguments; `or_else` ends the advice."""
     if not callable(fn):
         raise JaxhpoError(f"`{what}` got {describe(fn)}, which cannot be called: give a function `{signature}`.")

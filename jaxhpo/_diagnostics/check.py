@@ -15,7 +15,7 @@ from jaxhpo._core.record import recording
 from jaxhpo._core.trace import differentiable_inputs
 from jaxhpo._core.types import LinearStatus, PyTree
 from jaxhpo._core.validate import check_callable, check_count, check_key, check_params, check_positive, check_scalar
-from jaxhpo._diagnostics.differences import agreement, central_differences
+from jaxhpo._diagnostics.differences import UNRELIABLE, agreement, central_differences
 from jaxhpo._diagnostics.health import raise_if_zero, raise_unless_finite
 from jaxhpo._diagnostics.not_finite import diagnose
 
@@ -58,11 +58,8 @@ class HypergradientCheck:
         if self.relative_error <= 1e-3:
             return text
         if self.numeric_error > 1e-2:
-            text += (
-                "\n  The differences are not reliable here, and so neither is this comparison: the trained model jumps "
-                "or bends sharply with the hyperparameters, as networks with ReLU do over many steps (tanh and gelu do "
-                "not), or rounding errors dominate. Try float64, and another `step_size`."
-            )
+            text += f"\n  Neither the differences nor this comparison is reliable here: {UNRELIABLE}."
+            text += " Another `step_size` may help."
         worst = int(np.argmax(np.abs(self.analytic - self.numeric)))
         where = f" at {self.coordinates[worst]}" if self.coordinates else ""
         return (
@@ -144,12 +141,8 @@ def check_hypergradient(
         if not isinstance(w.message, ZeroHypergradientWarning):
             warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
     differences.check()
-    analytic = differences.along(grad)
+    analytic, numeric = differences.along(grad), differences.numeric
+    statuses = tuple(solve.status for solve in solves)
     return HypergradientCheck(
-        *agreement(analytic, differences.numeric),
-        numeric_error=differences.error,
-        analytic=analytic,
-        numeric=differences.numeric,
-        coordinates=differences.coordinates,
-        linear_statuses=tuple(solve.status for solve in solves),
+        *agreement(analytic, numeric), differences.error, analytic, numeric, differences.coordinates, statuses
     )

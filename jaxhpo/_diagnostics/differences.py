@@ -14,6 +14,11 @@ from jaxhpo._core.errors import NonFiniteError, ZeroHypergradientError
 from jaxhpo._core.tree import named_leaves
 from jaxhpo._core.types import PyTree
 
+UNRELIABLE = (
+    "the trained parameters jump or bend sharply with the hyperparameters, as networks with ReLU do over many steps "
+    "(tanh and gelu do not), or rounding errors dominate (try float64)"
+)
+
 
 class Differences(NamedTuple):
     """Directional derivatives of an outer loss by central differences.

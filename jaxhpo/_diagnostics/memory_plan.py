@@ -124,9 +124,7 @@ def memory_plan(
             "`memory_plan(jax.vmap(outer_loss), hparams)`."
         )
     if not jnp.issubdtype(shape.dtype, jnp.floating):
-        raise JaxhpoError(
-            f"`outer_loss` returned {shape.dtype}, which has no derivative: return a floating-point loss."
-        )
+        raise JaxhpoError(f"`outer_loss` returned {shape.dtype}, which has no derivative: return floating point.")
 
     def with_grad(hparams):
         value, pullback = jax.vjp(outer_loss, hparams)
@@ -159,9 +157,8 @@ def _row(with_grad, hparams, training, rules: Iterable = (), schedule: Any = Non
     with warnings.catch_warnings(action="ignore"), recording(solves=log, schedule=schedule):  # the run will warn
         operations, peak = count_and_peak(with_grad, hparams, unknown_length=UNKNOWN_LENGTH)
     call = ", ".join(dict.fromkeys(map(short_name, rules or log.adjoints))) or "no solve"
-    return PlanRow(
-        call, peak, operations / training, tuple(describe_schedule(row.schedule) for row in log.schedules)
-    ), log
+    keeps = tuple(describe_schedule(row.schedule) for row in log.schedules)
+    return PlanRow(call, peak, operations / training, keeps), log
 
 
 def _reason(row: UnrolledSolve) -> str:

@@ -4,31 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxhpo._core.record import StepLog, recording
-from jaxhpo._core.tree import all_finite, is_inexact, names, norm, partition, scaled, upcast, vdot
+from jaxhpo._core.tree import all_finite, is_inexact, named_leaves, norm, partition, scaled, upcast, vdot
 from jaxhpo._core.types import PyTree
-from jaxhpo._diagnostics.origin import find_origin
+from jaxhpo._diagnostics.origin import ADVICE, find_origin
 
 POWER_ITERATIONS = 40
-
-
-class Growth(NamedTuple):
-    """The factor by which an inner step multiplies a small error.
-
-    Attributes:
-      factor: the factor's magnitude along the worst direction.
-      alternates: True where the error changes its sign, as with too large a learning rate.
-      drivers: the hyperparameters that change the factor most, with their values where they are numbers.
-    """
-
-    factor: float
-    alternates: bool
-    drivers: list[str]
+REMEDY = "lower the inner learning rate, bound the penalty, or clip the inner gradients."
 
 
 def diagnose(fn: Callable, hparams: PyTree) -> str:
@@ -90,25 +77,16 @@ def _place(log, value_is_finite) -> tuple[str, str]:
         leaf = leaf_of(log.forward, "the train loss", "state.params")
         where = f"`{leaf}` is not finite after" if leaf != "the train loss" else "The train loss is not finite at"
         where += f" inner step {place[1]}."
-        why = (
-            "The inner run diverges. The likeliest cause is an inner learning rate above 2 / curvature, to which a "
-            "penalty in the train loss adds: lower the rate, bound the penalty, or clip the inner gradients."
-        )
+        why = f"The inner run diverges, likely at a rate above 2 / curvature, to which a penalty adds: {REMEDY}"
     elif broken and value_is_finite:
         place = max(broken, key=lambda at: (at[1], -at[0]))
-        where = (
-            f"The inner run is finite, but the derivative of inner step {place[1]} with respect to "
-            f"`{leaf_of(log.backward, 'state.opt_state')}` is not."
-        )
-        why = (
-            "The likeliest cause is a square root at zero, whose derivative is infinite (Adam, RMSProp, Adagrad, a "
-            "norm): write `optax.adam(..., eps_root=1e-8)`, or `sqrt(x + eps)`."
-        )
+        leaf = leaf_of(log.backward, "state.opt_state")
+        where = f"The inner run is finite, but the derivative of inner step {place[1]} with respect to `{leaf}` is not."
+        why = f"Likely it {ADVICE['derivative of sqrt']}"
     else:
         return (
             "No inner step is at fault, so the outer loss itself, or the linear solve of an implicit rule, is.",
-            "Look for a logarithm or a square root at zero, or an overflow, in the outer loss, or raise the solver's "
-            "`damping`.",
+            "Look there for a logarithm or a square root at zero, or an overflow; or raise the solver's `damping`.",
         )
     return f"Inner problem {place[0]}: {where}" if log.num_problems > 1 else where, why
 
@@ -119,32 +97,33 @@ def _divergence(log) -> str | None:
     if index not in log.first:  # within a differentiated scan JAX drops callbacks under a condition
         return None
     state, inputs, x = log.first[index]
-    growth = measure_growth(log.advance[index], state, inputs, x)
-    if (growth is None or growth.factor <= 1) and index in log.broken:
+    factor, drivers = measure_growth(log.advance[index], state, inputs, x)
+    if abs(factor) <= 1 and index in log.broken:
         state, x = log.broken[index]
-        growth = measure_growth(log.advance[index], state, inputs, x)
-    if growth is None or growth.factor <= 1:
+        factor, drivers = measure_growth(log.advance[index], state, inputs, x)
+    if abs(factor) <= 1:
         return None
-    factor = -growth.factor if growth.alternates else growth.factor
     text = f"The inner run diverges: a step multiplies an error along the worst direction by {factor:.3g}"
-    if growth.alternates:
+    if factor < 0:
         # Gradient descent multiplies an error along a curvature c by 1 − rate · c.
-        text += f" (in gradient descent, learning rate x curvature is {1 + growth.factor:.3g}, above 2)"
-    if growth.drivers:
-        text += f". That is driven by {' and '.join(growth.drivers)}"
-    return f"{text}: lower the inner learning rate, bound the penalty, or clip the inner gradients."
+        text += f" (in gradient descent, learning rate x curvature is {1 - factor:.3g}, above 2)"
+    if drivers:
+        text += f". That is driven by {' and '.join(drivers)}"
+    return f"{text}: {REMEDY}"
 
 
-def measure_growth(advance: Callable, state: PyTree, inputs: PyTree, x: PyTree) -> Growth | None:
-    r"""The step's spectral radius, by power iteration :math:`v \leftarrow J^\top v` on its Jacobian in the state.
+def measure_growth(advance: Callable, state: PyTree, inputs: PyTree, x: PyTree) -> tuple[float, list[str]]:
+    r"""The factor by which a step multiplies a small error along the worst direction, and what drives it.
 
-    Its drivers are the leaves h of the hyperparameters with the largest :math:`|h\, \partial_h \log \|J^\top v\||`,
-    down to half of the largest.
+    Its magnitude is the step's spectral radius, by power iteration :math:`v \leftarrow J^\top v` on its Jacobian in the
+    state. It is negative where the error changes its sign, as with too large a learning rate, and 0 where it cannot be
+    measured. Its drivers are the leaves h of the hyperparameters with the largest
+    :math:`|h\, \partial_h \log \|J^\top v\||`, down to half of the largest, with their values where they are numbers.
     """
     floats = jax.tree.map(is_inexact, state)
     perturbed, combine = partition(state, floats)
     if not perturbed or not bool(all_finite((perturbed, inputs))):
-        return None
+        return 0.0, []
 
     def pulled(hparams, v):
         """Jᵀ v, with J = ∂Φ(θ, h)/∂θ."""
@@ -165,17 +144,16 @@ def measure_growth(advance: Callable, state: PyTree, inputs: PyTree, x: PyTree) 
     # For complex eigenvalues r e^±iφ the norms oscillate, but ‖(Jᵀ)ⁿ v‖^(1/n), their geometric mean, tends to r.
     factor = float(jnp.exp(jnp.mean(jnp.log(sizes[POWER_ITERATIONS // 2 :]))))
     if not math.isfinite(factor):
-        return None
+        return 0.0, []
     # Σ |h ∂ log ‖Jᵀ v‖ / ∂h| over a leaf: the relative change of the factor for a relative change of the leaf.
-    hparams = jax.tree.leaves(inputs[0])
-    slopes = jax.tree.leaves(jax.grad(lambda h: jnp.log(_norm(pulled(h, v))))(inputs[0]))
-    shares = [float(jnp.sum(jnp.abs(h * slope))) for h, slope in zip(hparams, slopes, strict=True)]
+    slopes = jax.grad(lambda h: jnp.log(_norm(pulled(h, v))))(inputs[0])
+    shares = jax.tree.leaves(jax.tree.map(lambda h, slope: float(jnp.sum(jnp.abs(h * slope))), inputs[0], slopes))
     drivers = [
         f"`{name}` = {h.item():.3g}" if h.size == 1 and jnp.issubdtype(h.dtype, jnp.floating) else f"`{name}`"
-        for name, h, share in zip(names(inputs[0], "hparams"), hparams, shares, strict=True)
+        for (name, h), share in zip(named_leaves(inputs[0], "hparams"), shares, strict=True)
         if share > 0 and share >= max(shares) / 2
     ]
-    return Growth(factor, bool(products[-1] < 0), drivers)
+    return -factor if products[-1] < 0 else factor, drivers
 
 
 def _norm(leaves: list) -> jax.Array:

@@ -157,21 +157,18 @@ def _follow_scan(equation, given, which) -> Origin | _Entry | None:
     start = num_consts + num_carry
     order = range(length)[:: -1 if equation.params["reverse"] else 1]
     run = jax.jit(jex.jaxpr_as_fun(body))
-
-    def operands(carry, i):
-        return [*given[:num_consts], *carry, *(x[i] for x in given[start:])]
-
     end = length
     while True:
         carry = given[num_consts:start]
         for i in order[:end]:
-            after = run(*operands(carry, i))
+            operands = [*given[:num_consts], *carry, *(x[i] for x in given[start:])]
+            after = run(*operands)
             if not all_finite(after[which]):
                 break
             carry = after[:num_carry]
         else:
             return None
-        found = _follow(body, operands(carry, i), which)
+        found = _follow(body, operands, which)
         end = order.index(i)
         if isinstance(found, Origin) or found.operand not in range(num_consts, start) or end == 0:
             return found
@@ -201,21 +198,21 @@ def _as_numpy(x):
 
 def _place(equation) -> str:
     """The innermost line that is neither ours nor JAX's."""
-    for frame in _frames(equation):
-        if not frame.file_name.startswith(NOT_THE_USERS):
-            return f"{os.path.basename(frame.file_name)}:{frame.line_num}, in {frame.function_name}"
-    return ""
+    frame = _frame(equation, NOT_THE_USERS)
+    return f"{os.path.basename(frame.file_name)}:{frame.line_num}, in {frame.function_name}" if frame else ""
 
 
 def _is_ours(equation) -> bool:
     """Returns whether the innermost line that is not JAX's is ours."""
-    outer = (frame.file_name for frame in _frames(equation) if not frame.file_name.startswith(JAX))
-    return next(outer, "").startswith(OURS)
+    frame = _frame(equation, JAX)
+    return frame is not None and frame.file_name.startswith(OURS)
 
 
-def _frames(equation):
+def _frame(equation, folders):
+    """The innermost frame whose file is in none of these folders, or None."""
     trace = getattr(equation.source_info, "traceback", None)
-    return trace.frames if trace is not None else ()
+    frames = trace.frames if trace is not None else ()
+    return next((frame for frame in frames if not frame.file_name.startswith(folders)), None)
 
 
 def _largest(operands) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,15 +18,7 @@ from jaxhpo._core.progress import Progress
 from jaxhpo._core.record import SolveLog
 from jaxhpo._core.tree import names
 from jaxhpo._core.types import PyTree
-from jaxhpo._core.validate import (
-    check_callable,
-    check_count,
-    check_key,
-    check_params,
-    check_scalar,
-    describe,
-    short_name,
-)
+from jaxhpo._core.validate import check_callable, check_count, check_key, check_params, check_scalar, short_name
 from jaxhpo._diagnostics.compare.measure import Measured, RuleNotUsed, first_words, measure, run_once
 from jaxhpo._diagnostics.compare.reference import Standard, standard
 from jaxhpo._diagnostics.compare.result import Comparison, MethodRow, ProblemSize
@@ -115,9 +106,7 @@ def compare(
     direction_key = jax.random.key(0) if key is None else check_key(key)
     given = {} if adjoints is None else _named(adjoints)
     if isinstance(reference, str) and reference != "differences":
-        raise JaxhpoError(
-            f"`reference` got {reference!r}, which is not valid: write 'differences', or a rule such as `Unroll()`."
-        )
+        raise JaxhpoError(f"`reference` got {reference!r}, which is no rule: write 'differences', or pass `Unroll()`.")
     exact = None if isinstance(reference, str) else Unroll() if reference is None else reference
     if exact is not None:
         check_adjoint(exact)
@@ -157,18 +146,15 @@ def compare(
 
 def _named(adjoints) -> dict[str, Adjoint]:
     """Each method under a name of its own."""
-    methods: dict[str, Adjoint] = {}
     if isinstance(adjoints, Mapping):
         methods = {str(name): rule for name, rule in adjoints.items()}
     elif isinstance(adjoints, Sequence) and not isinstance(adjoints, str):
-        times = collections.Counter()
-        for rule in adjoints:
-            name = short_name(rule)
-            times[name] += 1
-            methods[name if times[name] == 1 else f"{name} #{times[name]}"] = rule
+        every = list(map(short_name, adjoints))
+        again = [f" #{every[: i + 1].count(name)}" if name in every[:i] else "" for i, name in enumerate(every)]
+        methods = {name + number: rule for name, number, rule in zip(every, again, adjoints, strict=True)}
     else:
         raise JaxhpoError(
-            f"`adjoints` got {describe(adjoints)}, but several methods are compared: write a list of rules such as "
+            f"`adjoints` got {short_name(adjoints)}, but several methods are compared: write a list of rules such as "
             "`[Unroll(), Implicit(CG())]`, or a dict of them by name."
         )
     if not methods:
@@ -225,15 +211,9 @@ def _row(name, measured: Measured, against: Standard, parts, seconds: Iterator, 
         fields["linear_status"] = max(statuses, key=WORST_LAST.index)
         fields["linear_residual"] = max(solve.residual for solve in solves)
         fields["linear_iterations"] = max(solve.num_iterations for solve in solves)
-    row = MethodRow(
-        name,
-        measured.rule,
-        gradients=took * problem.num_steps / problem.seconds,
-        seconds=took,
-        copies=None if temporary is None else temporary / plain.log.param_bytes,
-        finite=finite,
-        **fields,
-    )
+    fields |= {"gradients": took * problem.num_steps / problem.seconds, "seconds": took, "finite": finite}
+    fields["copies"] = None if temporary is None else temporary / plain.log.param_bytes
+    row = MethodRow(name, measured.rule, **fields)
     return row._replace(notes=tuple(_notes(row, measured, problem, float(plain.result))))
 
 

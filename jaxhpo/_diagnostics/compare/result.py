@@ -134,10 +134,8 @@ class Comparison:
             f"one inner step takes {human_seconds(problem.seconds / max(problem.num_steps, 1))}."
         )
         lines = [head, *_wrapped(f"Reference: {self.reference.text}"), "", *_table(self.rows), ""]
-        noted = [row for row in self.rows if row.notes]
-        for row in noted:
-            lines += _wrapped(f"- {row.name}: {' '.join(row.notes)}")
-        return "\n".join([*lines, *([""] if noted else []), *_wrapped(self.recommendation)])
+        notes = [line for row in self.rows if row.notes for line in _wrapped(f"- {row.name}: {' '.join(row.notes)}")]
+        return "\n".join([*lines, *notes, *([""] if notes else []), *_wrapped(self.recommendation)])
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain numbers, strings, lists and dicts, ready for JSON; None for what is not finite."""
@@ -154,9 +152,7 @@ class Comparison:
 def _table(rows) -> list[str]:
     width = min(max(len(row.name) for row in rows), 29)
     head = f"{'method':{width}}  rel. error   cosine  norm ratio  gradients   copies  finite  linear solve"
-    legend = (
-        "gradients: time of the hypergradient, in inner steps; copies: its peak memory, in copies of the parameters"
-    )
+    legend = "gradients: time of the hypergradient in inner steps; copies: its peak memory in copies of the parameters"
     return [head, "─" * WIDTH, *(_line(row, width) for row in rows), legend]
 
 

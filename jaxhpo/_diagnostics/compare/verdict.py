@@ -100,19 +100,13 @@ def _praise(row, accurate) -> str:
     if len(accurate) == 1:
         text += ", and no other method in the list is accurate."
     else:
-        text += f", and none of the {len(accurate)} accurate methods beats its {row.gradients:.3g} gradients by more "
-        text += "than a tenth."
-    small = (row.copies or 0.0) / 10
-    thrifty = [
-        other
-        for other in accurate
-        if other.copies is not None and other.copies <= small and _time(other) <= 1.5 * _time(row)
-    ]
-    if row.copies is not None and thrifty:
-        other = min(thrifty, key=_time)
+        text += f", and none of the {len(accurate)} accurate ones beats its {row.gradients:.3g} gradients by a tenth."
+    small = [other for other in accurate if other.copies is not None and other.copies <= (row.copies or 0.0) / 10]
+    thrifty = min(small, key=_time, default=row)
+    if thrifty is not row and _time(thrifty) <= 1.5 * _time(row):
         text += (
-            f" It needs {row.copies:.3g} copies of the parameters: where memory is short, `{other.name}` needs "
-            f"{other.copies:.3g} and takes {_time(other) / _time(row):.2g} times as long."
+            f" It needs {row.copies:.3g} copies of the parameters: where memory is short, `{thrifty.name}` needs "
+            f"{thrifty.copies:.3g} and takes {_time(thrifty) / _time(row):.2g} times as long."
         )
     return text
 
