@@ -1,14 +1,14 @@
 """Hypergradients in JAX: tune the hyperparameters of anything that JAX can train, by their gradient."""
 
 from jaxhpo._adjoint.drmad import DrMAD as DrMAD
-from jaxhpo._adjoint.finite_difference import FiniteDifference as FiniteDifference
-from jaxhpo._adjoint.forward import Forward as Forward
-from jaxhpo._adjoint.forward_gradient import ForwardGradient as ForwardGradient
 from jaxhpo._adjoint.implicit import Implicit as Implicit
 from jaxhpo._adjoint.implicit import implicit as implicit
+from jaxhpo._adjoint.last_step import SAMA as SAMA
+from jaxhpo._adjoint.last_step import FiniteDifference as FiniteDifference
+from jaxhpo._adjoint.pushforward import Forward as Forward
+from jaxhpo._adjoint.pushforward import ForwardGradient as ForwardGradient
+from jaxhpo._adjoint.pushforward import Smoothing as Smoothing
 from jaxhpo._adjoint.reversible import Reversible as Reversible
-from jaxhpo._adjoint.sama import SAMA as SAMA
-from jaxhpo._adjoint.smoothing import Smoothing as Smoothing
 from jaxhpo._adjoint.unroll import Unroll as Unroll
 from jaxhpo._core.errors import JaxhpoError as JaxhpoError
 from jaxhpo._core.errors import NonFiniteError as NonFiniteError

@@ -25,7 +25,8 @@ LAYERS = [
     ["sklearn", "_cli"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
-# In these packages a file is a method, and methods know nothing of each other, except for what they share.
+# In these packages a file is a method, or a family of methods, and files know nothing of each other, except for what
+# they share.
 METHODS = {"_linear", "_adjoint", "_estimator"}
 SHARED = {
     f"jaxhpo.{m}"
@@ -38,9 +39,7 @@ SHARED = {
         "_adjoint.exact_arithmetic",
         "_adjoint.fraction",
         "_adjoint.implicit_function",
-        "_adjoint.last_step",
         "_adjoint.pullback",
-        "_adjoint.pushforward",
         "_estimator.implicit_product",
         "_estimator.pair",
         "_estimator.perturbation",

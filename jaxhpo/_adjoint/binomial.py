@@ -11,16 +11,16 @@ through it: compilation takes as long for any number of steps.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxhpo._core.mesh import cast_varying, varying_axes
+from jaxhpo._adjoint.pullback import Pullback, pull_step, varying_zeros
 from jaxhpo._core.tree import is_inexact, partition
-from jaxhpo._core.types import InnerState, PyTree
+from jaxhpo._core.types import InnerState
+from jaxhpo._inner.problem import Problem
 
 NO_SLOT = -1  # load: keep the current state; store: store nothing
 
@@ -49,13 +49,7 @@ def least_slots(num_steps: int, repeats: int) -> int:
     return slots
 
 
-def count_recomputed(num_steps: int, slots: int) -> int:
-    """Steps that the backward pass takes again: r T − C(s + r, r − 1), less the T − 1 of the forward pass."""
-    repeats = _repeats(num_steps, slots)
-    return repeats * num_steps - math.comb(slots + repeats, repeats - 1) - (num_steps - 1) if repeats else 0
-
-
-def _repeats(num_steps, slots):
+def least_repeats(num_steps: int, slots: int) -> int:
     """The least r with β(s, r) ≥ T."""
     repeats = 0
     while math.comb(slots + repeats, slots) < num_steps:
@@ -65,7 +59,7 @@ def _repeats(num_steps, slots):
 
 def split(num_steps: int, slots: int) -> int:
     """The least optimal m: m ≥ β(s, r−2), and n − m ≤ β(s−1, r)."""
-    repeats = _repeats(num_steps, slots)
+    repeats = least_repeats(num_steps, slots)
     least = math.comb(slots + repeats - 2, slots) if repeats > 1 else 1
     return max(least, num_steps - math.comb(slots - 1 + repeats, slots - 1))
 
@@ -102,71 +96,48 @@ def make_actions(num_steps: int, slots: int) -> tuple[np.ndarray, Actions]:
     return stored, table._replace(pull=table.pull.astype(bool))
 
 
-class Kept(NamedTuple):
-    """The residuals of the forward pass: the slots, and the state before the last step."""
+def run_binomial(rule: Any, problem: Problem, slots: int) -> InnerState:
+    """Takes all steps, and stores `slots` states for the backward pass."""
+    stored, actions = make_actions(problem.num_steps, slots)
 
-    slots: InnerState
-    last: InnerState
+    def forward(at):
+        return _run_forward(problem, stored, slots, at)
+
+    def pull(at, perturbed, kept, cotangent):
+        return _run_backward(problem, actions, at, perturbed, kept, cotangent)
+
+    return Pullback(rule, forward, pull, once=False).run(problem)[0]
 
 
-def run_forward(advance: Callable, state: InnerState, inputs: PyTree, xs: PyTree, slots: int) -> tuple[Any, Kept]:
-    """Takes all steps; returns the final state and the residuals.
-
-    Args:
-      advance: `(state, inputs, x) -> state`.
-      state: the initial state.
-      inputs: what all steps depend on.
-      xs: with a leading axis of T steps.
-      slots: the number of states to store.
-    """
-    num_steps = jax.tree.leaves(xs)[0].shape[0]
-    stored, _ = make_actions(num_steps, slots)
-    empty = jax.tree.map(lambda x: jnp.broadcast_to(x, (slots, *x.shape)), state)
+def _run_forward(problem, stored, slots, at):
+    """The final state; and the residuals: the state before the last step, and the slots."""
+    empty = jax.tree.map(lambda x: jnp.broadcast_to(x, (slots, *x.shape)), at.state)
 
     def body(carry, tx):
-        (state, kept), (slot, x) = carry, tx
-        return (_take(advance, state, inputs, x), _store(kept, slot, state)), None
+        (state, states), (slot, x) = carry, tx
+        return (_take(problem, state, at, x), _store(states, slot, state)), None
 
-    before, end = jax.tree.map(lambda x: x[:-1], xs), jax.tree.map(lambda x: x[-1], xs)
-    (last, kept), _ = jax.lax.scan(body, (state, empty), (stored[:-1], before))
-    kept = _store(kept, stored[-1], last)
-    return _take(advance, last, inputs, end), Kept(kept, last)
+    before, end = jax.tree.map(lambda x: x[:-1], at.xs), jax.tree.map(lambda x: x[-1], at.xs)
+    (last, states), _ = jax.lax.scan(body, (at.state, empty), (stored[:-1], before))
+    states = _store(states, stored[-1], last)
+    return _take(problem, last, at, end), (last, states)
 
 
-def run_backward(
-    advance: Callable, kept: Kept, inputs: PyTree, xs: PyTree, perturbed: tuple[PyTree, PyTree], cotangent: list
-) -> tuple[list, list, list]:
-    """The cotangents of the initial state's floating-point leaves, of the perturbed inputs, and of the perturbed data.
+def _run_backward(problem, actions, at, perturbed, kept, cotangent) -> list:
+    """The cotangents of the perturbed leaves.
 
     With the cotangent a_{t+1} of the state after step t, each pullback computes
 
         a_t = (∂Φ_t/∂θ)ᵀ a_{t+1},      g += (∂Φ_t/∂h)ᵀ a_{t+1},      (∂Φ_t/∂x_t)ᵀ a_{t+1}.
-
-    Args:
-      advance: as for `run_forward`.
-      kept: its residuals.
-      inputs: as before.
-      xs: as before.
-      perturbed: for each leaf of `inputs` and of `xs`, whether its cotangent is wanted.
-      cotangent: a_T, of the final state's floating-point leaves.
     """
-    num_steps, slots = (jax.tree.leaves(tree)[0].shape[0] for tree in (xs, kept.slots))
-    _, actions = make_actions(num_steps, slots)
-    shared, combine_shared = partition(inputs, perturbed[0])
-    inexact = jax.tree.map(is_inexact, kept.last)
+    last, slots = kept
+    a, combine = partition(cotangent, jax.tree.map(is_inexact, last))  # a_T
 
     def take(state, x, a, sums):
-        return _take(advance, state, inputs, x), a, sums, _zeros(partition(x, perturbed[1])[0])
+        return _take(problem, state, at, x), a, sums, varying_zeros(partition(x, perturbed.xs)[0])
 
     def pull(state, x, a, sums):
-        data, combine_data = partition(x, perturbed[1])
-        floats, combine = partition(state, inexact)
-
-        def step(floats, shared, data):
-            return partition(advance(combine(floats), combine_shared(shared), combine_data(data)), inexact)[0]
-
-        _, pullback = jax.vjp(step, floats, shared, data)
-        a, by_shared, by_data = pullback(a)
+        a, by_shared, by_data = pull_step(problem, at, perturbed, state, x, a)
         return state, a, [g + more for g, more in zip(sums, by_shared, strict=True)], by_data
 
     def body(carry, action):
@@ -174,22 +145,22 @@ def run_backward(
         load, slot, t, is_pull = action
         state = jax.tree.map(lambda s, now: jnp.where(load == NO_SLOT, now, s[load]), states, state)
         states = _store(states, slot, state)
-        x = jax.tree.map(lambda x: x[t], xs)
+        x = jax.tree.map(lambda x: x[t], at.xs)
         state, a, sums, by_x = jax.lax.cond(is_pull, pull, take, state, x, a, sums)
         by_xs = [d.at[t].add(more) for d, more in zip(by_xs, by_x, strict=True)]
         return (state, states, a, sums, by_xs), None
 
-    start = (kept.last, kept.slots, cotangent, _zeros(shared), _zeros(partition(xs, perturbed[1])[0]))
-    (_, _, a, sums, by_xs), _ = jax.lax.scan(body, start, actions)
-    return a, sums, by_xs
+    zeros = [varying_zeros(partition(*pair)[0]) for pair in ((at.inputs, perturbed.inputs), (at.xs, perturbed.xs))]
+    (_, _, a, sums, by_xs), _ = jax.lax.scan(body, (last, slots, a, *zeros), actions)
+    return [*partition(combine(a), perturbed.state)[0], *sums, *by_xs]
 
 
-def _take(advance, state, inputs, x):
+def _take(problem, state, at, x):
     """A step, computed as in the forward pass of its own derivative rules: in operations that have any derivative."""
     floats, combine = partition(state, jax.tree.map(is_inexact, state))
 
     def step(floats):
-        after = advance(combine(floats), inputs, x)
+        after = problem.advance(combine(floats), at.inputs, x)
         return partition(after, jax.tree.map(is_inexact, after))[0], after
 
     _, _, after = jax.vjp(step, floats, has_aux=True)
@@ -199,7 +170,3 @@ def _take(advance, state, inputs, x):
 def _store(slots, slot, state):
     # `NO_SLOT` becomes an index out of range, which is dropped.
     return jax.tree.map(lambda s, x: s.at[jnp.where(slot == NO_SLOT, len(s), slot)].set(x, mode="drop"), slots, state)
-
-
-def _zeros(leaves):
-    return [cast_varying(jnp.zeros_like(leaf), varying_axes(leaf)) for leaf in leaves]

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxhpo._adjoint.pullback import closed_over_names, in_condition, run_with_pullback, used_in_steps, warn_perturbed
-from jaxhpo._core.mesh import cast_varying, varying_axes
+from jaxhpo._adjoint.pullback import Pullback, in_condition, pull_step, varying_zeros, warn_of_schedules
 from jaxhpo._core.record import report_fault
+from jaxhpo._core.stop_gradient import warn_perturbed
 from jaxhpo._core.tree import all_finite, is_inexact, names, norm, partition, upcast
 from jaxhpo._core.types import InnerState, PyTree
 from jaxhpo._core.validate import check_settings
@@ -91,29 +91,24 @@ class DrMAD:
             return final, final
 
         def pull(at, perturbed, final, cotangent):
-            pulled, growth = _pull_back(problem.advance, line(at, final), steps, length, at, perturbed, cotangent)
+            pulled, growth = _pull_back(problem, line(at, final), steps, at, perturbed, cotangent)
             exploded = ~(growth <= self.max_growth)
             report_fault(exploded & all_finite((at, final, cotangent)), f"`{self!r}`: {_EXPLODED}", growth=growth)
             return [jnp.where(exploded, jnp.nan, c) for c in pulled]
 
-        seen = in_condition(problem) if points < length else None
-        return run_with_pullback(
-            problem, self, forward, pull, functools.partial(self._check, problem, points, seen), consts
-        )
+        if points == length:
+            return Pullback(self, forward, pull).run(problem, consts)
+        check = functools.partial(self._check, problem, points, in_condition(problem))
+        return Pullback(self, forward, pull, check).run(problem, consts)
 
     def _check(self, problem, points, seen, at, perturbed):
         """Warns of perturbed leaves that act in steps that are not visited; `seen` marks those in the condition."""
-        if seen is None:
-            return
         visits = f"and {self!r} visits only {points} inner steps: "
         zero = f"the hypergradient of the others is exactly zero. `DrMAD()` visits all {problem.num_steps} steps."
         data = f"is being differentiated, {visits}{zero}"
         warn_perturbed(names(at.xs, "batches"), perturbed.xs, data, partial=True)
-        used, leaves = used_in_steps(problem, at, perturbed), jax.tree.leaves(at.inputs)
-        unseen = [u and not s and x.ndim > 0 for u, s, x in zip(used, seen, leaves, strict=True)]
-        every = [*names(at.inputs[0], "hparams"), *closed_over_names(at.inputs[1])]
         schedule = f"acts through the optimiser alone, {visits}if its entries are those of a schedule, {zero}"
-        warn_perturbed(every, unseen, schedule, partial=True)
+        warn_of_schedules(problem, at, perturbed, seen, schedule)
 
 
 _EXPLODED = (
@@ -124,36 +119,28 @@ _EXPLODED = (
 )
 
 
-def _pull_back(advance, state_at, steps, length, at, perturbed, cotangent) -> tuple[list, jax.Array]:
+def _pull_back(problem, state_at, steps, at, perturbed, cotangent) -> tuple[list, jax.Array]:
     """The cotangents of the perturbed leaves, and the largest growth of the parameters' cotangent."""
-    points = len(steps)
-    floats = jax.tree.map(is_inexact, at.state)
-    a, combine_a = partition(cotangent, floats)
-    shared, combine = partition(at.inputs, perturbed.inputs)
-    sums = [cast_varying(jnp.zeros_like(upcast(z)), varying_axes(z)) for z in shared]
+    length, points = problem.num_steps, len(steps)
+    a_T, combine_a = partition(cotangent, jax.tree.map(is_inexact, at.state))
+    sums = varying_zeros(upcast(partition(at.inputs, perturbed.inputs)[0]))
 
     def body(carry, t):
         a, sums, largest = carry
-        state, combine_state = partition(state_at(t), floats)
-        data, combine_data = partition(jax.tree.map(lambda x: x[t], at.xs), perturbed.xs)
-
-        def step(state, shared, data):  # Φ_t
-            return partition(advance(combine_state(state), combine(shared), combine_data(data)), floats)[0]
-
-        # At θ̃_t = `state`: a ← (∂_θ Φ_t)ᵀ a and g += T/N (∂_h Φ_t)ᵀ a; a batch gets its own T/N (∂_x Φ_t)ᵀ a.
-        _, pullback = jax.vjp(step, state, shared, data)
-        a, d_shared, d_data = pullback(a)
+        x = jax.tree.map(lambda x: x[t], at.xs)
+        # At θ̃_t: a ← (∂_θ Φ_t)ᵀ a and g += T/N (∂_h Φ_t)ᵀ a; a batch gets its own T/N (∂_x Φ_t)ᵀ a.
+        a, d_shared, d_data = pull_step(problem, at, perturbed, state_at(t), x, a)
         sums = [s + length / points * upcast(d) for s, d in zip(sums, d_shared, strict=True)]
         return (a, sums, jnp.maximum(largest, norm(upcast(combine_a(a).params)))), [length / points * d for d in d_data]
 
-    start = (a, sums, norm(upcast(cotangent.params)))
+    start = (a_T, sums, norm(upcast(cotangent.params)))
     (a, sums, largest), d_data = jax.lax.scan(body, start, jnp.asarray(steps), reverse=True)
     if points < length:
         whole, _ = partition(at.xs, perturbed.xs)
         d_data = [jnp.zeros_like(x).at[steps].set(d) for x, d in zip(whole, d_data, strict=True)]
     d_state, _ = partition(combine_a(a), perturbed.state)
     d_consts = [jnp.zeros_like(c) for c in partition(at.consts, perturbed.consts)[0]]
-    scale = norm(upcast(partition(cotangent, floats)[0]))
+    scale = norm(upcast(a_T))
     return [*d_state, *sums, *d_data, *d_consts], largest / jnp.where(scale > 0, scale, 1)
 
 
@@ -197,7 +184,7 @@ def _travel(rates: Callable, length: int) -> tuple[PyTree, PyTree]:
     def body(total, t):
         return jax.tree.map(jnp.add, total, rates(t)), jax.tree.map(jnp.mean, total)
 
-    start = jax.tree.map(lambda a: cast_varying(jnp.zeros_like(a), varying_axes(a)), rates(jnp.zeros((), jnp.int32)))
+    start = varying_zeros(rates(jnp.zeros((), jnp.int32)))
     total, before = jax.lax.scan(body, start, jnp.arange(length, dtype=jnp.int32))
     return total, jax.tree.map(lambda b, s: b / _or_one(jnp.mean(s)), before, total)
 

@@ -1,7 +1,8 @@
-"""Derivative of the last inner step alone, by a difference of two gradients: `SAMA` and `FiniteDifference`."""
+"""`SAMA` and `FiniteDifference`: the derivative of the last inner step, by a difference of two gradients."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -9,16 +10,125 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxhpo._adjoint.pullback import Inputs, closed_over_names, run_with_pullback, used_in_steps, warn_perturbed
+from jaxhpo._adjoint.pullback import Inputs, Pullback, closed_over_names, input_names, warn_of_schedules
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.record import report_fault
+from jaxhpo._core.stop_gradient import warn_perturbed
 from jaxhpo._core.trace import dependent_results
 from jaxhpo._core.tree import add_scaled, all_finite, cast_like, is_inexact, names, norm, partition, scaled, upcast
 from jaxhpo._core.types import InnerState, PyTree
-from jaxhpo._core.validate import describe
+from jaxhpo._core.validate import check_settings, describe
 from jaxhpo._inner.inputs import refuse_tol
 from jaxhpo._inner.loop import scan_steps
 from jaxhpo._inner.problem import Problem
+
+
+@dataclasses.dataclass(frozen=True)
+class SAMA:
+    r"""Last inner step of any optimiser, differentiated by a difference of two gradients of the train loss.
+
+    With w the parameters before that step, g the gradient of the train loss at w, v the cotangent at the solution, and
+    :math:`p = (\partial\theta_T/\partial g)^\top v`, pulled back through the optimiser's update:
+
+    .. math:: \Big(\frac{d\theta}{dh}\Big)^\top v = \frac{\|p\|}{2\epsilon} \Big[
+        \nabla_h L\big(w + \epsilon \tfrac{p}{\|p\|}, h\big) - \nabla_h L\big(w - \epsilon \tfrac{p}{\|p\|}, h\big)
+        \Big] + \Big(\frac{\partial\theta_T}{\partial h}\Big|_g\Big)^\top v, \qquad p = 0 \mapsto 0
+
+    L is taken on the last batch. For plain gradient descent p = −αv, and the rule equals `FiniteDifference(α)`. The
+    paper keeps only the diagonal of :math:`\partial\theta_T/\partial g`, and omits the last term, which is the effect
+    of h as a setting of the optimiser in that step. If the initial state or an earlier batch is being differentiated, a
+    `ZeroHypergradientWarning` says that its hypergradient is zero. No second derivative of the train loss is taken.
+    Reverse mode and first order only.
+
+    Adam and similar optimisers need `eps_root > 0`, as for `Unroll()`: a weight whose gradients are all zero makes the
+    derivative of their square root infinite, and the hypergradient NaN.
+
+    **Cost and bias**: 1 + 3/T trainings; memory of four copies of θ, for any T. It equals `Unroll(truncate=1)` up to
+    O(ε²), exactly where :math:`\nabla_h L` is quadratic in θ, and has the same bias. On a network of 4 800 weights with
+    ‖θ‖ = 9, trained by Adam, the error of the difference in float32 was 1e-4 at ε = 0.01, 1e-2 at 0.1, and 94 % at 1.0.
+    bfloat16 parameters and hyperparameters are cast to float32 for it.
+
+    Args:
+      epsilon: ε above, the distance in units of θ by which the parameters are moved.
+
+    Raises:
+      JaxhpoError: if a setting is out of its range, the solver is a `fixed_point` (its step is not a function of a
+        gradient), `tol` is given, or a second derivative is asked for.
+
+    Example:
+      >>> solver = jaxhpo.from_optax(lambda p, h, batch: jnp.sum((p - h) ** 2), optax.sgd(0.5))
+      >>> def outer_loss(h):
+      ...     start = solver.init(jnp.zeros(2), h)
+      ...     sol = jaxhpo.solve(solver, start, h, num_steps=5, adjoint=jaxhpo.SAMA())
+      ...     return jnp.sum((sol.params - 3.0) ** 2)
+      >>> print(jax.grad(outer_loss)(jnp.ones(2)).round(2))
+      [-4. -4.]
+
+    References:
+      Choe et al. Making Scalable Meta Learning Practical. 2023. arXiv:2310.05674
+    """
+
+    epsilon: float = 0.01
+
+    def __post_init__(self):
+        check_settings(self, epsilon="positive")
+
+    def run(self, problem: Problem) -> tuple[InnerState, jax.Array]:
+        """Runs the inner loop; its last step's derivative goes through the optimiser to a difference of gradients."""
+        return run_last_step(problem, self)
+
+
+@dataclasses.dataclass(frozen=True)
+class FiniteDifference:
+    r"""One step of gradient descent on the train loss, differentiated by a difference of two gradients (DARTS).
+
+    With w the parameters before the last inner step, v the cotangent at the solution, and α = `step_size`:
+
+    .. math:: \Big(\frac{d\theta}{dh}\Big)^\top v = -\alpha\, \frac{\|v\|}{2\epsilon} \Big[
+        \nabla_h L\big(w + \epsilon \tfrac{v}{\|v\|}, h\big) - \nabla_h L\big(w - \epsilon \tfrac{v}{\|v\|}, h\big)
+        \Big], \qquad v = 0 \mapsto 0
+
+    L is taken on the last batch. This is `SAMA` with the update :math:`w - \alpha \nabla_w L` in place of the
+    optimiser's own. It sees what enters the train loss. If anything else is being differentiated (settings of the
+    optimiser, the initial state, earlier batches), a `ZeroHypergradientWarning` names it. No second derivative is
+    taken, so the train loss need not have any. Reverse mode and first order only.
+
+    **Cost and bias**: 1 + 2/T trainings; memory of three copies of θ, for any T. It equals `Unroll(truncate=1)` of
+    plain gradient descent up to O(ε²), and exactly where :math:`\nabla_h L` is quadratic in θ. It has the same bias: it
+    is exact at a solution whose curvatures are all 1/α. On a network of 4 800 weights with ‖θ‖ = 9, the error of the
+    difference in float32 was 4e-5 at ε = 0.01, 2e-4 at 0.001 (rounding, which grows as 1/ε) and 4e-3 at 0.1. bfloat16
+    parameters and hyperparameters are cast to float32 for it.
+
+    Args:
+      step_size: α above, the inner learning rate.
+      epsilon: ε above, the distance in units of θ by which the parameters are moved.
+
+    Raises:
+      JaxhpoError: if a setting is out of its range, the solver is a `fixed_point` (which has no train loss), `tol` is
+        given, or a second derivative is asked for.
+
+    Example:
+      >>> solver = jaxhpo.from_optax(lambda p, h, batch: jnp.sum((p - h) ** 2), optax.sgd(0.5))
+      >>> def outer_loss(h):
+      ...     start = solver.init(jnp.zeros(2), h)
+      ...     sol = jaxhpo.solve(solver, start, h, num_steps=5, adjoint=jaxhpo.FiniteDifference(0.5))
+      ...     return jnp.sum((sol.params - 3.0) ** 2)
+      >>> print(jax.grad(outer_loss)(jnp.ones(2)).round(2))
+      [-4. -4.]
+
+    References:
+      Liu, Simonyan, Yang. DARTS: Differentiable Architecture Search. 2019. arXiv:1806.09055
+    """
+
+    step_size: float
+    epsilon: float = 0.01
+
+    def __post_init__(self):
+        check_settings(self, step_size="positive", epsilon="positive")
+
+    def run(self, problem: Problem) -> tuple[InnerState, jax.Array]:
+        """Runs the inner loop; the derivative of its last step is a difference of two gradients."""
+        return run_last_step(problem, self, self.step_size)
 
 
 def run_last_step(problem: Problem, rule: Any, step_size: float | None = None) -> tuple[InnerState, jax.Array]:
@@ -70,8 +180,7 @@ def run_last_step(problem: Problem, rule: Any, step_size: float | None = None) -
     # For each value that the step closes over, its position among those that the loss closes over, or None.
     in_loss = [next((i for i, o in enumerate(loss_consts) if o is c), None) for c in problem.inputs[1]]
     check = functools.partial(_check, problem, rule, loss, in_loss, sees_optimiser)
-    consts = loss_consts, update_consts
-    return run_with_pullback(problem, rule, forward, pull, check, consts, params_only=True)
+    return Pullback(rule, forward, pull, check, params_only=True).run(problem, (loss_consts, update_consts))
 
 
 def _last(xs):
@@ -183,26 +292,22 @@ def _check(problem, rule, loss, in_loss, sees_optimiser, at, perturbed):
 
 def _check_inputs(problem, rule, seen, in_loss, sees_optimiser, at, perturbed):
     """Warns of hyperparameters and closed-over values that act through the optimiser alone, or not at all."""
-    every = [*names(at.inputs[0], "hparams"), *closed_over_names(at.inputs[1])]
     in_step = [*jax.tree.leaves(seen.inputs[0]), *(i is not None and seen.consts[0][i] for i in in_loss)]
-    unseen = [m and not s for m, s in zip(jax.tree.leaves(perturbed.inputs), in_step, strict=True)]
     if not sees_optimiser:
         message = (
             f"does not enter the train loss together with the parameters, so under {rule!r} its hypergradient through "
             "this solve is exactly zero. If it is a setting of the optimiser (a learning rate, a momentum), `Unroll()` "
             "sees it; if nothing uses it, remove it; if it enters the outer loss directly, that part is still right."
         )
-        warn_perturbed(every, unseen, message)
+        unseen = [m and not s for m, s in zip(jax.tree.leaves(perturbed.inputs), in_step, strict=True)]
+        warn_perturbed(input_names(at.inputs), unseen, message)
     elif problem.num_steps > 1:
-        # An entry of a schedule may be used in an early step alone; a single number is used in every step.
-        used, leaves = used_in_steps(problem, at, perturbed), jax.tree.leaves(at.inputs)
-        schedules = [a and b and x.ndim > 0 for a, b, x in zip(unseen, used, leaves, strict=True)]
         message = (
             f"acts through the optimiser alone, and {rule!r} differentiates the last of {problem.num_steps} inner "
             "steps: its effect in the other steps is not in its hypergradient (an entry of a schedule that is used "
             "only there gets exactly zero). `Unroll()` sees all steps."
         )
-        warn_perturbed(every, schedules, message, partial=True)
+        warn_of_schedules(problem, at, perturbed, in_step, message)
 
 
 def _seen(loss, at, perturbed) -> Inputs:

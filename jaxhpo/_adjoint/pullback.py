@@ -38,77 +38,66 @@ class Inputs(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Pullback:
-    adjoint: Any
-    structure: Any
-    forward: Callable[[Inputs], tuple[InnerState, PyTree]]
-    pull: Callable[[Inputs, Inputs, PyTree, InnerState], list]
-    check: Callable[[Inputs, Inputs], None]
-    params_only: bool
-    once: bool
+class Pullback:
+    """A backward pass of the rule's own (a `custom_vjp`).
 
-
-def run_with_pullback(
-    problem: Problem,
-    adjoint: Any,
-    forward: Callable,
-    pull: Callable,
-    check: Callable,
-    consts: PyTree = (),
-    params_only: bool = False,
-    once: bool = True,
-) -> tuple[InnerState, jax.Array]:
-    """Runs the inner problem with a backward pass of the rule's own (a `custom_vjp`).
-
-    Args:
-      problem: the inner problem, without `tol`.
+    Attributes:
       adjoint: the rule, for messages.
       forward: `Inputs -> (final state, residuals)`.
       pull: `(inputs, perturbed, residuals, cotangent of the final state) -> list`, the cotangents of the perturbed
         leaves, in their order. Under `shard_map`, the cotangent of a device-invariant leaf is a sum over the devices:
         JAX's own transposes make it so, if no device-varying value is multiplied in afterwards.
       check: `(inputs, perturbed)`, called when a derivative is taken: warns of what the rule cannot see.
-      consts: the values that the rule's own functions close over.
       params_only: True if `pull` reads the cotangent of the final parameters alone; then a warning names other results
         that are being differentiated.
       once: True if `pull` must not be differentiated, so that a second derivative raises.
-
-    Returns:
-      The final state, and the number of steps taken.
     """
-    leaves, structure = jax.tree.flatten(Inputs(problem.state, problem.inputs, problem.xs, consts))
-    state: Any = _run(_Pullback(adjoint, structure, forward, pull, check, params_only, once), leaves)
-    return state, jnp.asarray(problem.num_steps, jnp.int32)
+
+    adjoint: Any
+    forward: Callable[[Inputs], tuple[InnerState, PyTree]]
+    pull: Callable[[Inputs, Inputs, PyTree, InnerState], list]
+    check: Callable[[Inputs, Inputs], None] = lambda inputs, perturbed: None
+    params_only: bool = False
+    once: bool = True
+
+    def run(self, problem: Problem, consts: PyTree = ()) -> tuple[InnerState, jax.Array]:
+        """Returns the final state, and the number of steps taken.
+
+        Args:
+          problem: the inner problem, without `tol`.
+          consts: the values that the rule's own functions close over.
+        """
+        state: Any = _run(self, Inputs(problem.state, problem.inputs, problem.xs, consts))
+        return state, jnp.asarray(problem.num_steps, jnp.int32)
 
 
 @trust
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _run(rule, leaves):
-    return rule.forward(jax.tree.unflatten(rule.structure, leaves))[0]
+def _run(rule, inputs):
+    return rule.forward(inputs)[0]
 
 
-def _run_fwd(rule, leaves):
-    perturbed = Flags(tuple(bool(x.perturbed) and is_inexact(x.value) for x in leaves))
-    leaves = [x.value for x in leaves]
+def _run_fwd(rule, inputs):
+    perturbed = jax.tree.map(lambda x: bool(x.perturbed) and is_inexact(x.value), inputs)
+    inputs = jax.tree.map(lambda x: x.value, inputs)
     if rule.once:
-        leaves = first_order(leaves, rule.adjoint)  # for forward over reverse mode
-    inputs = jax.tree.unflatten(rule.structure, leaves)
-    rule.check(inputs, jax.tree.unflatten(rule.structure, perturbed.values))
+        inputs = first_order(inputs, rule.adjoint)  # for forward over reverse mode
+    rule.check(inputs, perturbed)
     state, kept = rule.forward(inputs)
-    return state, (leaves, kept, perturbed)
+    return state, (inputs, kept, Flags(tuple(jax.tree.leaves(perturbed))))
 
 
 def _run_bwd(rule, residuals, cotangent):
-    leaves, kept, perturbed = residuals
+    inputs, kept, flags = residuals
+    perturbed = jax.tree.unflatten(jax.tree.structure(inputs), flags.values)
     if rule.params_only:
         _warn_of_other_results(rule, cotangent)
-    axes = varying_axes(jax.tree.unflatten(rule.structure, leaves).state)
+    axes = varying_axes(inputs.state)
     cotangent = jax.tree.map(lambda c: cast_varying(_instantiated(c), axes), cotangent, is_leaf=_is_zero)
     if rule.once:
-        (leaves, kept), cotangent = first_order(((leaves, kept), cotangent), rule.adjoint)
-    inputs = jax.tree.unflatten(rule.structure, leaves)
-    pulled = iter(rule.pull(inputs, jax.tree.unflatten(rule.structure, perturbed.values), kept, cotangent))
-    return ([_as_cotangent(next(pulled), x) if m else None for x, m in zip(leaves, perturbed.values, strict=True)],)
+        (inputs, kept), cotangent = first_order(((inputs, kept), cotangent), rule.adjoint)
+    pulled = iter(rule.pull(inputs, perturbed, kept, cotangent))
+    return (jax.tree.map(lambda x, m: _as_cotangent(next(pulled), x) if m else None, inputs, perturbed),)
 
 
 _run.defvjp(_run_fwd, _run_bwd, symbolic_zeros=True)
@@ -153,22 +142,50 @@ def closed_over_names(values: list) -> list[str]:
     return [f"a {describe(value)} that is closed over" for value in values]
 
 
-def used_in_steps(problem: Problem, at: Inputs, perturbed: Inputs) -> list[bool]:
-    """For each leaf of `at.inputs`, whether it is perturbed and a step computes anything from it."""
-    values, combine = partition(at.inputs, perturbed.inputs)
+def warn_of_schedules(problem: Problem, at: Inputs, perturbed: Inputs, seen: list[bool], message: str) -> None:
+    """Warns of perturbed leaves of `at.inputs` that steps use but the rule has not `seen`, unless single numbers.
+
+    An entry of a schedule may be used in some steps alone; a single number is used in every step.
+    """
     first = jax.tree.map(lambda x: x[0], at.xs)
-    used = used_inputs(lambda values: problem.advance(at.state, combine(values), first), values)
-    return jax.tree.leaves(partition(jax.tree.map(lambda _: False, perturbed.inputs), perturbed.inputs)[1](used))
+    used = used_inputs(lambda inputs: problem.advance(at.state, inputs, first), at.inputs)
+    rows = zip(jax.tree.leaves(perturbed.inputs), used, seen, jax.tree.leaves(at.inputs), strict=True)
+    unseen = [m and u and not s and x.ndim > 0 for m, u, s, x in rows]
+    warn_perturbed(input_names(at.inputs), unseen, message, partial=True)
 
 
 def in_condition(problem: Problem) -> list[bool]:
     """For each leaf of `problem.inputs`, whether it enters the condition; if not, it is a setting of the optimiser."""
     hparams, *rest = problem.residual_inputs
-    moved, combine = partition(hparams, jax.tree.map(is_inexact, hparams))
+    leaves, structure = jax.tree.flatten(hparams)
 
-    def residual(moved):
-        return problem.residual(problem.state.params, problem.state.model_state, (combine(moved), *rest))
+    def residual(leaves):
+        hparams = jax.tree.unflatten(structure, leaves)
+        return problem.residual(problem.state.params, problem.state.model_state, (hparams, *rest))
 
-    seen = differentiable_inputs(residual, moved)
-    every = partition(jax.tree.map(lambda _: True, hparams), jax.tree.map(is_inexact, hparams))[1](seen)
-    return [*jax.tree.leaves(every), *problem.in_residual()]
+    return [*differentiable_inputs(residual, leaves), *problem.in_residual()]
+
+
+def varying_zeros(tree: PyTree) -> PyTree:
+    """Zeros like the leaves, that vary over the same mesh axes."""
+    return jax.tree.map(lambda x: cast_varying(jnp.zeros_like(x), varying_axes(x)), tree)
+
+
+def pull_step(
+    problem: Problem, at: Inputs, perturbed: Inputs, state: InnerState, x: PyTree, cotangent: list
+) -> tuple[list, list, list]:
+    """Pulls a cotangent back through the inner step Φ_t from `state` with the data `x`.
+
+    Returns:
+      (∂_θ Φ_t)ᵀ a, (∂_h Φ_t)ᵀ a and (∂_x Φ_t)ᵀ a, where a and the first are cotangents of the state's floating-point
+      leaves, the others of the perturbed leaves of `at.inputs` and of the data.
+    """
+    floats, combine_state = partition(state, jax.tree.map(is_inexact, state))
+    shared, combine = partition(at.inputs, perturbed.inputs)
+    data, combine_data = partition(x, perturbed.xs)
+
+    def step(floats, shared, data):
+        after = problem.advance(combine_state(floats), combine(shared), combine_data(data))
+        return partition(after, jax.tree.map(is_inexact, after))[0]
+
+    return jax.vjp(step, floats, shared, data)[1](cotangent)

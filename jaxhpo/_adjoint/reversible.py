@@ -15,7 +15,7 @@ from jax.extend import core as jex
 from jax.interpreters.partial_eval import dce_jaxpr
 
 from jaxhpo._adjoint import exact_arithmetic as exact
-from jaxhpo._adjoint.pullback import Inputs, run_with_pullback
+from jaxhpo._adjoint.pullback import Inputs, Pullback, varying_zeros
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.mesh import cast_varying, varying_axes
 from jaxhpo._core.record import report_fault
@@ -107,7 +107,7 @@ class Reversible:
             report_fault(fits & held & ~recovered, _NOT_RECOVERED)
             return [jnp.where(fits & held & recovered, c, jnp.nan) for c in pulled]
 
-        return run_with_pullback(problem, self, forward, pull, lambda inputs, perturbed: None, consts)
+        return Pullback(self, forward, pull).run(problem, consts)
 
     def _check(self, problem):
         refuse_tol(problem, self)
@@ -324,8 +324,7 @@ def run_reversed(
         sums = [a + b + c for a, b, c in zip(sums, of_update, of_loss, strict=True)]
         return (now, a_params, a_velocity, sums), a_data
 
-    sums = [cast_varying(jnp.zeros_like(leaf), varying_axes(leaf)) for leaf in shared]
-    carry = (end, cotangent.params, cotangent.opt_state.velocity, sums)
+    carry = (end, cotangent.params, cotangent.opt_state.velocity, varying_zeros(shared))
     (now, a_params, a_velocity, sums), a_data = jax.lax.scan(body, carry, plan.steps(inputs), reverse=True)
     # In the order of `Inputs`: state, inputs, xs, consts.
     a_state, _ = partition((a_params, a_velocity), (perturbed.state.params, perturbed.state.opt_state.velocity))
@@ -428,8 +427,7 @@ def _isolated(fn, t, *args):
     and moves nothing out of the loop that may depend on the iteration; the barrier makes all arguments depend on it.
     The barrier alone would not suffice.
     """
-    out = jax.eval_shape(fn, *args)
-    zeros = jax.tree.map(lambda x: cast_varying(jnp.zeros(x.shape, x.dtype), varying_axes(x)), out)
+    zeros = varying_zeros(jax.eval_shape(fn, *args))
 
     def body(carry):
         i = carry[0]

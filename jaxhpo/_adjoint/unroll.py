@@ -9,10 +9,10 @@ import warnings
 import jax
 import jax.numpy as jnp
 
-from jaxhpo._adjoint.binomial import run_backward, run_forward
+from jaxhpo._adjoint.binomial import run_binomial
 from jaxhpo._adjoint.checkpointing import choose, sizes_of
 from jaxhpo._adjoint.fraction import check_fraction, nan_unless_mean, subsample
-from jaxhpo._adjoint.pullback import in_condition, input_names, run_with_pullback
+from jaxhpo._adjoint.pullback import in_condition, input_names
 from jaxhpo._core.cost import predicted_peak_bytes
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.record import UnrolledSolve, report_schedule
@@ -175,7 +175,7 @@ class Unroll:
         if early:
             problem = self._after_constant_steps(problem, early)
         if schedule.slots is not None:
-            return _run_binomial(self, problem, schedule.slots)
+            return run_binomial(self, problem, schedule.slots)
         advance, inputs = problem.advance, problem.inputs
         return scan_steps(lambda s, x: advance(s, inputs, x), problem.state, problem.xs, problem.num_steps, schedule)
 
@@ -214,20 +214,3 @@ class Unroll:
         state = scan_steps(lambda s, x: problem.advance(s, inputs, x), state, head, early)
         rest = jax.tree.map(lambda x: x[early:], problem.xs)
         return problem._replace(state=jax.lax.stop_gradient(state), xs=rest, num_steps=problem.num_steps - early)
-
-
-def _run_binomial(rule, problem, slots) -> InnerState:
-    """Runs the steps with binomial checkpointing, whose backward pass is its own."""
-
-    def forward(inputs):
-        return run_forward(problem.advance, inputs.state, inputs.inputs, inputs.xs, slots)
-
-    def pull(inputs, perturbed, kept, cotangent):
-        inexact = jax.tree.map(is_inexact, inputs.state)
-        _, combine = partition(inputs.state, inexact)
-        wanted, floats = (perturbed.inputs, perturbed.xs), partition(cotangent, inexact)[0]
-        by_floats, by_inputs, by_xs = run_backward(problem.advance, kept, inputs.inputs, inputs.xs, wanted, floats)
-        by_state, _ = partition(combine(by_floats), perturbed.state)
-        return [*by_state, *by_inputs, *by_xs]
-
-    return run_with_pullback(problem, rule, forward, pull, lambda inputs, perturbed: None, once=False)[0]

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from jaxhpo._adjoint.forward import Forward
 from jaxhpo._adjoint.implicit import Implicit
+from jaxhpo._adjoint.pushforward import Forward
 from jaxhpo._adjoint.unroll import Unroll
 from jaxhpo._core.cost import fastest, temporary_bytes
 from jaxhpo._core.errors import JaxhpoError, ZeroHypergradientWarning

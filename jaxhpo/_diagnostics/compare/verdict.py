@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from jaxhpo._adjoint.forward_gradient import ForwardGradient
 from jaxhpo._adjoint.implicit import Implicit
-from jaxhpo._adjoint.smoothing import Smoothing
+from jaxhpo._adjoint.pushforward import ForwardGradient, Smoothing
 from jaxhpo._adjoint.unroll import Unroll
 from jaxhpo._diagnostics.compare.result import MethodRow, ProblemSize, Reference
 from jaxhpo._linear.identity import Identity
