@@ -38,6 +38,7 @@ from jaxhpo._diagnostics.memory_plan import MemoryPlan as MemoryPlan
 from jaxhpo._diagnostics.memory_plan import PlanRow as PlanRow
 from jaxhpo._diagnostics.memory_plan import memory_plan as memory_plan
 from jaxhpo._estimator.evolution_strategies import EvolutionStrategies as EvolutionStrategies
+from jaxhpo._estimator.evolution_strategies import PersistentES as PersistentES
 from jaxhpo._estimator.hoag import HOAG as HOAG
 from jaxhpo._estimator.hoag import hoag_step as hoag_step
 from jaxhpo._estimator.hypergradient import from_pair as from_pair
@@ -47,7 +48,6 @@ from jaxhpo._estimator.hypernetwork import Hypernetwork as Hypernetwork
 from jaxhpo._estimator.hypernetwork import Perturbed as Perturbed
 from jaxhpo._estimator.hypernetwork import affine_response as affine_response
 from jaxhpo._estimator.hypernetwork import self_response as self_response
-from jaxhpo._estimator.persistent_es import PersistentES as PersistentES
 from jaxhpo._estimator.real_time import RealTime as RealTime
 from jaxhpo._inner.problem import Adjoint as Adjoint
 from jaxhpo._inner.problem import Problem as Problem

@@ -42,7 +42,6 @@ SHARED = {
         "_adjoint.pullback",
         "_estimator.implicit_product",
         "_estimator.pair",
-        "_estimator.perturbation",
     )
 }
 

@@ -10,6 +10,7 @@ through it: compilation takes as long for any number of steps.
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -43,18 +44,12 @@ class Actions(NamedTuple):
 
 def least_slots(num_steps: int, repeats: int) -> int:
     """The fewest slots s with which no step is taken more than r times: β(s, r) = C(s + r, r) ≥ T."""
-    slots = 1
-    while math.comb(slots + repeats, repeats) < num_steps:
-        slots += 1
-    return slots
+    return next(slots for slots in itertools.count(1) if math.comb(slots + repeats, repeats) >= num_steps)
 
 
 def least_repeats(num_steps: int, slots: int) -> int:
     """The least r with β(s, r) ≥ T."""
-    repeats = 0
-    while math.comb(slots + repeats, slots) < num_steps:
-        repeats += 1
-    return repeats
+    return next(repeats for repeats in itertools.count() if math.comb(slots + repeats, slots) >= num_steps)
 
 
 def split(num_steps: int, slots: int) -> int:

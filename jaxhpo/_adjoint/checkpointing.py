@@ -162,7 +162,5 @@ def describe_schedule(schedule: Schedule) -> str:
         return f"{schedule.slots} state{'s' * (schedule.slots > 1)}, by binomial checkpointing"
     if schedule.segment is None:
         return "what plain autodiff keeps of every step"
-    if schedule.segment == 1:
-        return f"every state{' and gradient' * schedule.gradients}"
-    within = " and gradient" if schedule.gradients else ""
-    return f"a state every {schedule.segment} steps, and every state{within} of one segment"
+    within = f"every state{' and gradient' * schedule.gradients}"
+    return within if schedule.segment == 1 else f"a state every {schedule.segment} steps, and {within} of one segment"

@@ -16,7 +16,6 @@ from jaxhpo._core.stop_gradient import warn_perturbed
 from jaxhpo._core.tree import all_finite, is_inexact, names, norm, partition, upcast
 from jaxhpo._core.types import InnerState, PyTree
 from jaxhpo._core.validate import check_settings
-from jaxhpo._inner.inputs import refuse_tol
 from jaxhpo._inner.loop import run
 from jaxhpo._inner.problem import Problem
 
@@ -79,7 +78,6 @@ class DrMAD:
 
     def run(self, problem: Problem) -> tuple[InnerState, jax.Array]:
         """Runs the inner loop; the backward pass follows the line between its first and last state."""
-        refuse_tol(problem, self)
         length = problem.num_steps
         points = min(length, self.num_points or length)
         # The middles of `points` equal parts of the run; with one part per step, the first state of each step.
@@ -114,8 +112,7 @@ class DrMAD:
 _EXPLODED = (
     "on the way back along the straight line from the first to the last weights, the cotangent of the weights grew "
     "{growth:.3g}-fold, since the loss has another curvature there than along the training: the hypergradient would be "
-    "noise, and was set to NaN. Visit fewer points (`DrMAD(num_points=50)` or less), train for fewer steps, or use "
-    "`Unroll()`."
+    "noise, and was set to NaN. Visit fewer points (`DrMAD(num_points=50)`), take fewer steps, or use `Unroll()`."
 )
 
 
@@ -127,9 +124,9 @@ def _pull_back(problem, state_at, steps, at, perturbed, cotangent) -> tuple[list
 
     def body(carry, t):
         a, sums, largest = carry
-        x = jax.tree.map(lambda x: x[t], at.xs)
+        state, x = state_at(t), jax.tree.map(lambda x: x[t], at.xs)
         # At θ̃_t: a ← (∂_θ Φ_t)ᵀ a and g += T/N (∂_h Φ_t)ᵀ a; a batch gets its own T/N (∂_x Φ_t)ᵀ a.
-        a, d_shared, d_data = pull_step(problem, at, perturbed, state_at(t), x, a)
+        a, d_shared, d_data = pull_step(problem, at, perturbed, state, x, a)
         sums = [s + length / points * upcast(d) for s, d in zip(sums, d_shared, strict=True)]
         return (a, sums, jnp.maximum(largest, norm(upcast(combine_a(a).params)))), [length / points * d for d in d_data]
 

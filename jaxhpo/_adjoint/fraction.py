@@ -8,22 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.record import report_fault
-from jaxhpo._core.types import PyTree, Solver
+from jaxhpo._core.types import PyTree
 from jaxhpo._core.validate import count_examples
 from jaxhpo._inner.problem import Problem
 
 _PURPOSE = "`Unroll(hvp_fraction=...)` takes part of each minibatch"
-
-
-def check_fraction(rule: Any, solver: Solver) -> None:
-    """Raises if a rule with an `hvp_fraction` has no train loss to take products of."""
-    if solver.apply is None:
-        raise JaxhpoError(
-            f"{rule!r} estimates Hessian products of a train loss, and `{solver.name}` has none: write "
-            "`from_optax(loss, tx)`, or omit `hvp_fraction`."
-        )
 
 
 def subsample(batch: PyTree, key: jax.Array, fraction: float) -> PyTree:

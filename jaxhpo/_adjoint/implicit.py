@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxhpo._adjoint.implicit_function import Root, attach
-from jaxhpo._adjoint.pullback import closed_over_names
+from jaxhpo._adjoint.pullback import closed_over_names, not_entering
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.stop_gradient import stop_gradient_with_warning
 from jaxhpo._core.trace import closure_convert, untrusted_rule
 from jaxhpo._core.tree import names, upcast
-from jaxhpo._core.types import InnerState, LinearSolver, PyTree
+from jaxhpo._core.types import InnerState, LinearSolver, PyTree, Solver
 from jaxhpo._core.validate import check_arrays, check_callable, check_finite, check_params, check_residual, describe
 from jaxhpo._inner.gradient import train_loss_of
 from jaxhpo._inner.loop import run
@@ -84,15 +84,9 @@ class Implicit:
 
     def check(self, problem: Problem) -> None:
         """Raises if the linear solver does not suit the problem's condition."""
-        if not declared(self.linear_solver).needs_symmetry or self.curvature != "hessian":
-            return
-        if not problem.solver.symmetric:
-            raise JaxhpoError(
-                f"{self!r} needs a symmetric matrix, but the Jacobian of `{problem.solver.name}`'s condition θ − Φ(θ) "
-                "is not symmetric in general: use `Neumann(num_terms, 1.0)` or `Direct()`, or give `fixed_point` a "
-                f"`condition` that is the gradient of an objective."
-            )
-        warn_of_untrusted_rule(self, problem)
+        if declared(self.linear_solver).needs_symmetry and self.curvature == "hessian":
+            check_symmetric(self, problem.solver)
+            warn_of_untrusted_rule(self, problem)
 
     def root(self, problem: Problem, state: InnerState, method: Any) -> tuple[Root, list]:
         """The root of the problem's condition that `state` is, and the leaves that the condition depends on."""
@@ -115,12 +109,7 @@ class Implicit:
             product = times
             # It only replaces the Jacobian: the values that it closes over are not differentiated a second time.
             leaves, closed_over = [*leaves, *jax.lax.stop_gradient(consts)], [*closed_over, *consts]
-        remedy = (
-            f"does not enter the condition of `{problem.solver.name}`, so under {method!r} its hypergradient through "
-            "this solve is exactly zero. If it is a setting of the optimiser (a learning rate, a momentum), "
-            "`Unroll()` sees it; if nothing uses it, remove it; if it enters the outer loss directly, that part is "
-            "still right."
-        )
+        remedy = not_entering(f"the condition of `{problem.solver.name}`", repr(method))
         every_name = (*leaf_names, *closed_over_names(closed_over))
         return Root(condition, self.linear_solver, product, every_name, remedy), leaves
 
@@ -163,6 +152,16 @@ def trained_state_is_constant(method: Any) -> str:
     )
 
 
+def check_symmetric(rule: Any, solver: Solver) -> None:
+    """Raises if a rule needs a symmetric Jacobian, and that of the solver's condition is another."""
+    if not solver.symmetric:
+        raise JaxhpoError(
+            f"{rule!r} needs a symmetric matrix, but the Jacobian of `{solver.name}`'s condition θ − Φ(θ) is not "
+            "symmetric in general: use `Neumann(num_terms, 1.0)` or `Direct()` within `Implicit`, or give "
+            "`fixed_point` a `condition` that is the gradient of an objective."
+        )
+
+
 def is_symmetric(problem: Problem, linear_solver: Any, curvature: Any) -> bool:
     """True if products with H serve as products with Hᵀ: for a Hessian, and for solvers that take H to be symmetric.
 
@@ -187,9 +186,8 @@ def warn_of_untrusted_rule(rule: Any, problem: Problem) -> None:
     if own is not None:
         warnings.warn(
             f"The train loss holds {own}, with a derivative rule of its own, and {rule!r} takes the Hessian to be "
-            "symmetric. If that rule is not the true derivative (if it reverses or clips a gradient, say), the Hessian "
-            "is not symmetric and the hypergradient is wrong: use `Implicit(GMRES())`, `Implicit(Direct())` or "
-            "`Unroll()`.",
+            "symmetric. If that rule is not the true derivative (it reverses or clips a gradient, say), it is not and "
+            "the hypergradient is wrong: use `Implicit(GMRES())`, `Implicit(Direct())` or `Unroll()`.",
             RuntimeWarning,
             stacklevel=5,
         )
@@ -234,10 +232,8 @@ def implicit(condition: Callable, params: PyTree, args: Any, linear_solver: Line
     """
     solver = CG() if linear_solver is None else check_linear_solver(linear_solver)
     if declared(solver).needs_key:
-        raise JaxhpoError(
-            f"`implicit` got {solver!r}, which draws random numbers, and has no key to give it: pass "
-            "`functools.partial(solver, key=key)`."
-        )
+        instead = "`functools.partial(solver, key=key)`"
+        raise JaxhpoError(f"{solver!r} draws random numbers, and `implicit` has no key to give it: pass {instead}.")
     check_callable("condition", condition, "condition(params, args)", 2)
     params = check_params(params, "params")
     check_finite(check_arrays(args, "args"), "args", allow_infinite=True)
@@ -249,10 +245,7 @@ def implicit(condition: Callable, params: PyTree, args: Any, linear_solver: Line
         args = upcast(jax.tree.unflatten(structure, leaves[len(consts) :]))
         return pure(leaves[: len(consts)], params, args)
 
-    remedy = (
-        "does not enter the condition, so the derivative of the solution with respect to it is exactly zero. "
-        "Put it into the condition, or do not differentiate with respect to it."
-    )
+    remedy = "does not enter the condition: its derivative is zero. Put it into the condition, or hold it constant."
     closed_over = [f"a {describe(c)} that the condition closes over" for c in consts]
     root = Root(residual, solver, None, (*closed_over, *names(args, "args")), remedy)
     return attach(root, jax.lax.stop_gradient(params), [*consts, *leaves], None)
@@ -263,15 +256,13 @@ def check_linear_solver(linear_solver: Any) -> Any:
     if isinstance(linear_solver, type):
         name = linear_solver.__name__
         raise JaxhpoError(f"`linear_solver` got the class {name}, not an instance: write `{name}(...)`.")
-    if not callable(linear_solver) and isinstance(linear_solver, Adjoint):
-        raise JaxhpoError(
-            f"`linear_solver` got {linear_solver!r}, which is a derivative rule and solves no linear system: pass it "
-            f"to `solve` as `adjoint={linear_solver!r}`, or write a linear solver such as `CG()`."
-        )
     if not callable(linear_solver):
+        why = "it is called as `linear_solver(matvec, b)`"
+        if isinstance(linear_solver, Adjoint):
+            why = f"that is a derivative rule, to be passed to `solve` as `adjoint={linear_solver!r}`"
         raise JaxhpoError(
-            f"`linear_solver` got {linear_solver!r}, but it is called as `linear_solver(matvec, b)`: write "
-            f"`CG()`, `Neumann(num_terms, step_size)`, `Identity(scale)` or `Direct()`."
+            f"`linear_solver` got {linear_solver!r}, but {why}: write `CG()`, `Neumann(num_terms, step_size)`, "
+            "`Identity(scale)` or `Direct()`, which are linear solvers."
         )
     keywords = ("key",) if declared(linear_solver).needs_key else ()
     signature = f"linear_solver(matvec, b, x0=None{', *, key' * bool(keywords)})"

@@ -158,8 +158,5 @@ def _takes_start(linear_solver) -> bool:
 def _checked(out: Any, rhs: PyTree) -> tuple[PyTree, LinearInfo | None]:
     """The solution and report that a linear solver returned; raises unless it returned both."""
     if not (isinstance(out, tuple) and len(out) == 2):
-        raise JaxhpoError(
-            f"`linear_solver` returned {describe(out)}, but it must return a solution and a report: write "
-            f"`return x, info`, where info is a `LinearInfo` or None."
-        )
+        raise JaxhpoError(f"`linear_solver` returned {describe(out)}: write `return x, info`, a `LinearInfo` or None.")
     return check_residual(out[0], rhs, "linear_solver", "b"), out[1]

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxhpo._adjoint.pullback import Inputs, Pullback, closed_over_names, input_names, warn_of_schedules
+from jaxhpo._adjoint.pullback import Inputs, Pullback, closed_over_names, input_names, not_entering, warn_of_schedules
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.record import report_fault
 from jaxhpo._core.stop_gradient import warn_perturbed
@@ -18,7 +18,6 @@ from jaxhpo._core.trace import dependent_results
 from jaxhpo._core.tree import add_scaled, all_finite, cast_like, is_inexact, names, norm, partition, scaled, upcast
 from jaxhpo._core.types import InnerState, PyTree
 from jaxhpo._core.validate import check_settings, describe
-from jaxhpo._inner.inputs import refuse_tol
 from jaxhpo._inner.loop import scan_steps
 from jaxhpo._inner.problem import Problem
 
@@ -149,7 +148,6 @@ def run_last_step(problem: Problem, rule: Any, step_size: float | None = None) -
     Returns:
       The final state, and the number of steps taken.
     """
-    refuse_tol(problem, rule)
     sees_optimiser = step_size is None
     if problem.solver.loss is None or (sees_optimiser and problem.solver.apply is None):
         raise JaxhpoError(
@@ -202,9 +200,8 @@ def _convert_loss(problem, rule):
         if not low:
             raise
         raise JaxhpoError(
-            f"{rule!r} takes differences of gradients, which are noise in {low[0].dtype}, but the train loss cannot be "
-            f"computed with parameters in float32: `{error}`. Pass data through `batches`, which are cast too, or use "
-            "`Unroll(truncate=1)`."
+            f"{rule!r} takes differences of gradients, noise in {low[0].dtype}, but the train loss cannot be computed "
+            f"in float32: `{error}`. Pass data through `batches`, which are cast too, or use `Unroll(truncate=1)`."
         ) from error
 
     def loss(at, state, params):
@@ -238,8 +235,7 @@ def _pull_update(rule, loss, update, at, perturbed, before, v):
 
 _NOT_FINITE = (
     "the inner run is finite, but the derivative of the optimiser's last update is not. The likeliest cause is a "
-    "square root at zero, whose derivative is infinite (Adam, RMSProp, Adagrad): write `optax.adam(..., "
-    "eps_root=1e-8)`."
+    "square root at zero (Adam, RMSProp, Adagrad), whose slope is infinite: write `optax.adam(..., eps_root=1e-8)`."
 )
 
 
@@ -294,12 +290,8 @@ def _check_inputs(problem, rule, seen, in_loss, sees_optimiser, at, perturbed):
     """Warns of hyperparameters and closed-over values that act through the optimiser alone, or not at all."""
     in_step = [*jax.tree.leaves(seen.inputs[0]), *(i is not None and seen.consts[0][i] for i in in_loss)]
     if not sees_optimiser:
-        message = (
-            f"does not enter the train loss together with the parameters, so under {rule!r} its hypergradient through "
-            "this solve is exactly zero. If it is a setting of the optimiser (a learning rate, a momentum), `Unroll()` "
-            "sees it; if nothing uses it, remove it; if it enters the outer loss directly, that part is still right."
-        )
         unseen = [m and not s for m, s in zip(jax.tree.leaves(perturbed.inputs), in_step, strict=True)]
+        message = not_entering("the train loss together with the parameters", repr(rule))
         warn_perturbed(input_names(at.inputs), unseen, message)
     elif problem.num_steps > 1:
         message = (

@@ -18,6 +18,7 @@ from jaxhpo._core.trace import differentiable_inputs, trust, used_inputs
 from jaxhpo._core.tree import Flags, cast_like, is_inexact, names, partition
 from jaxhpo._core.types import InnerState, PyTree
 from jaxhpo._core.validate import describe
+from jaxhpo._inner.inputs import refuse_tol
 from jaxhpo._inner.problem import Problem
 
 
@@ -61,12 +62,13 @@ class Pullback:
     once: bool = True
 
     def run(self, problem: Problem, consts: PyTree = ()) -> tuple[InnerState, jax.Array]:
-        """Returns the final state, and the number of steps taken.
+        """Returns the final state, and the number of steps taken; raises where the problem has a `tol`.
 
         Args:
-          problem: the inner problem, without `tol`.
+          problem: the inner problem.
           consts: the values that the rule's own functions close over.
         """
+        refuse_tol(problem, self.adjoint)
         state: Any = _run(self, Inputs(problem.state, problem.inputs, problem.xs, consts))
         return state, jnp.asarray(problem.num_steps, jnp.int32)
 
@@ -93,7 +95,7 @@ def _run_bwd(rule, residuals, cotangent):
     if rule.params_only:
         _warn_of_other_results(rule, cotangent)
     axes = varying_axes(inputs.state)
-    cotangent = jax.tree.map(lambda c: cast_varying(_instantiated(c), axes), cotangent, is_leaf=_is_zero)
+    cotangent = jax.tree.map(lambda c: cast_varying(_instantiated(c), axes), cotangent)
     if rule.once:
         (inputs, kept), cotangent = first_order(((inputs, kept), cotangent), rule.adjoint)
     pulled = iter(rule.pull(inputs, perturbed, kept, cotangent))
@@ -109,26 +111,19 @@ def _as_cotangent(c, x):
     return cast_varying(drop_varying(cast_like(c, x), varying_axes(c) - own), own)
 
 
-def _is_zero(x) -> bool:
-    return isinstance(x, SymbolicZero)
-
-
 def _instantiated(cotangent):
-    if not _is_zero(cotangent):
+    if not isinstance(cotangent, SymbolicZero):
         return cotangent
-    aval = cotangent.aval
+    aval: Any = cotangent.aval
     return np.zeros(aval.shape, aval.dtype) if aval.dtype == jax.dtypes.float0 else jnp.zeros(aval.shape, aval.dtype)
 
 
 def _warn_of_other_results(rule, cotangent):
     results = cotangent._replace(params=None)
-    read = [not _is_zero(c) and c.dtype != jax.dtypes.float0 for c in jax.tree.leaves(results, is_leaf=_is_zero)]
-    warn_perturbed(
-        names(jax.tree.map(lambda c: 0, results, is_leaf=_is_zero), "solution"),
-        read,
-        f"is being differentiated, but {rule.adjoint!r} sees the solution's parameters alone: the hypergradient "
-        "through it is exactly zero. `Unroll()` sees it.",
-    )
+    read = [not isinstance(c, SymbolicZero) and c.dtype != jax.dtypes.float0 for c in jax.tree.leaves(results)]
+    alone = f"is being differentiated, but {rule.adjoint!r} sees the solution's parameters alone: "
+    instead = "the hypergradient through it is exactly zero. `Unroll()` sees it."
+    warn_perturbed(names(results, "solution"), read, alone + instead)
 
 
 def input_names(inputs: PyTree) -> list[str]:
@@ -140,6 +135,15 @@ def input_names(inputs: PyTree) -> list[str]:
 def closed_over_names(values: list) -> list[str]:
     """The names of closed-over values, for messages."""
     return [f"a {describe(value)} that is closed over" for value in values]
+
+
+def not_entering(what: str, rule: str, others: str = "`Unroll()`") -> str:
+    """The warning about a leaf that does not enter what a rule differentiates."""
+    return (
+        f"does not enter {what}, so under {rule} its hypergradient through this solve is exactly zero. If it is a "
+        f"setting of the optimiser (a learning rate, a momentum), {others} sees it; if nothing uses it, remove it; if "
+        "it enters the outer loss directly, that part is still right."
+    )
 
 
 def warn_of_schedules(problem: Problem, at: Inputs, perturbed: Inputs, seen: list[bool], message: str) -> None:

@@ -24,7 +24,6 @@ from jaxhpo._core.tree import all_finite, cast_like, names, partition
 from jaxhpo._core.types import InnerState, PyTree
 from jaxhpo._core.validate import check_settings
 from jaxhpo._inner.gradient import mixed_value_and_grad
-from jaxhpo._inner.inputs import refuse_tol
 from jaxhpo._inner.problem import Problem
 
 TRACED_BITS = 1.0  # bits per weight and step if the momentum is traced: enough for a geometric mean of one half
@@ -110,13 +109,11 @@ class Reversible:
         return Pullback(self, forward, pull).run(problem, consts)
 
     def _check(self, problem):
-        refuse_tol(problem, self)
         if problem.solver.rates is None:
             raise JaxhpoError(
-                f"{self!r} runs the training backwards, and cannot undo a step of `{problem.solver.name}`: an "
-                "optimiser's update is opaque, and two forms of momentum with the same trajectory have different "
-                "hypergradients with respect to the learning rate. Write `momentum_sgd(loss, learning_rate, "
-                "momentum)`, whose form is known, or use `Unroll()`."
+                f"{self!r} runs the training backwards, and cannot undo a step of `{problem.solver.name}`: its update "
+                "is opaque, and two forms of momentum with the same trajectory have different hypergradients in the "
+                "rate. Write `momentum_sgd(loss, learning_rate, momentum)`, whose form is known, or use `Unroll()`."
             )
         model_state = names(problem.state.model_state, "model_state")
         if model_state:

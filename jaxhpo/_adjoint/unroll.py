@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxhpo._adjoint.binomial import run_binomial
 from jaxhpo._adjoint.checkpointing import choose, sizes_of
-from jaxhpo._adjoint.fraction import check_fraction, nan_unless_mean, subsample
+from jaxhpo._adjoint.fraction import nan_unless_mean, subsample
 from jaxhpo._adjoint.pullback import in_condition, input_names
 from jaxhpo._core.cost import predicted_peak_bytes
 from jaxhpo._core.errors import JaxhpoError
@@ -98,9 +98,7 @@ class Unroll:
                 f"`checkpoint={self.checkpoint!r}` has chosen one already: pass only one of them."
             )
         if self.hvp_fraction is not None and self.hvp_fraction > 1:
-            raise JaxhpoError(
-                f"`Unroll(hvp_fraction={self.hvp_fraction!r})` is a part of each minibatch: write a number up to 1."
-            )
+            raise JaxhpoError(f"`Unroll(hvp_fraction={self.hvp_fraction!r})` is a part of each batch: write at most 1.")
 
     def run(self, problem: Problem) -> tuple[InnerState, jax.Array]:
         """Runs the inner loop; the result is differentiable through the last `truncate` steps."""
@@ -139,7 +137,11 @@ class Unroll:
         """The problem with the train loss's gradient in mixed mode, if so, and its products on parts of minibatches."""
         fraction = self.hvp_fraction
         if fraction is not None and self._subsamples:
-            check_fraction(self, problem.solver)
+            if problem.solver.apply is None:
+                raise JaxhpoError(
+                    f"{self!r} estimates Hessian products of a train loss, and `{problem.solver.name}` has none: write "
+                    "`from_optax(loss, tx)`, or omit `hvp_fraction`."
+                )
             keys = jax.random.split(problem.require_key(self), problem.num_steps)
 
             def subsampled(loss, params, hparams, batch, model_state, key):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
-from jaxhpo._adjoint.implicit import warn_of_untrusted_rule
+from jaxhpo._adjoint.implicit import Implicit, check_symmetric, warn_of_untrusted_rule
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.mesh import cast_varying, varying_axes
 from jaxhpo._core.tree import add_scaled, norm, upcast, zeros_like
@@ -107,12 +107,7 @@ class HOAG(StatefulMethod):
 
     def pair(self, solver, outer_loss, num_steps, warm_start) -> Hypergradient:
         """Return the pair of `init` and `update`."""
-        if not solver.symmetric:
-            raise JaxhpoError(
-                f"{self!r} needs a symmetric matrix, but the Jacobian of `{solver.name}`'s condition θ − Φ(θ) is not "
-                "symmetric in general: write `hypergradient(Implicit(Neumann(num_terms, 1.0)), ...)`, or give "
-                "`fixed_point` a `condition` that is the gradient of an objective."
-            )
+        check_symmetric(self, solver)
 
         def init(params, hparams, model_state=None):
             inner = solver.init(params, hparams, model_state)
@@ -128,11 +123,10 @@ class HOAG(StatefulMethod):
             scale = _scale(problem, state)
             tolerance = _tolerance(self.tolerance, self.initial_tolerance, self.decay, state.count, scale.dtype)
             ended = run(problem._replace(tol=tolerance * scale))  # until ‖g‖ ≤ ε_k ‖g_0‖
-            cg = self._conjugate_gradients(tolerance)  # until ‖∂_θ F − H q‖ ≤ ε_k ‖∂_θ F‖
-            made = implicit_product(self, problem, ended, outer_loss, outer_batch, cg, state.linear_solution)
-            inner, q = (ended[0], made.linear_solution) if warm_start else (state.inner, None)
-            info = made.info._replace(tolerance=tolerance)
-            return made.hypergradient, HOAGState(inner, q, state.count + 1, scale), info
+            rule = Implicit(self._conjugate_gradients(tolerance))  # until ‖∂_θ F − H q‖ ≤ ε_k ‖∂_θ F‖
+            grad, q, info = implicit_product(rule, self, problem, ended, outer_loss, outer_batch, state.linear_solution)
+            inner, q = (ended[0], q) if warm_start else (state.inner, None)
+            return grad, HOAGState(inner, q, state.count + 1, scale), info._replace(tolerance=tolerance)
 
         return Hypergradient(init, update)
 
@@ -264,7 +258,6 @@ def hoag_step(
         return HOAGStepState(jnp.zeros((), jnp.int32), zero, zero, zero, zeros_like(params), zeros_like(params))
 
     def update(updates, state, params=None, *, value=None, **extra):
-        del extra
         if params is None or value is None:
             raise JaxhpoError(
                 f"`hoag_step` got `{'params' if params is None else 'value'}=None`, but it compares the outer loss "

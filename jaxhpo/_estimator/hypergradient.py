@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -110,10 +111,8 @@ def hypergradient(
     def update(hparams, state, batches=None, outer_batch=None, key=None):
         out = pair.update(check_params(hparams, "hparams"), state, batches, outer_batch, check_key(key))
         if not (isinstance(out, tuple) and len(out) == 3):
-            raise JaxhpoError(
-                f"`update` of {method!r} returned {describe(out)}: return `(hypergradient, state, info)`, the last a "
-                "`HypergradientInfo`."
-            )
+            instead = "`(hypergradient, state, HypergradientInfo(...))`"
+            raise JaxhpoError(f"`update` of {method!r} returned {describe(out)}: return {instead}.")
         return out
 
     return Hypergradient(pair.init, update)
@@ -176,16 +175,14 @@ def _of_implicit(rule: Implicit, solver, outer_loss, num_steps, warm_start) -> H
             # Data-parallel inside `shard_map`: there JAX runs a `custom_linear_solve` only transposed, as `grad` does.
             grad, after, info = by_grad.update(hparams, RuleState(state.inner), batches, outer_batch, key)
             return grad, state._replace(inner=after.inner), info
-        linear_solver: Any = rule.linear_solver
-        if declared(linear_solver).needs_key:
-            linear_solver = functools.partial(linear_solver, key=problem.require_key(rule))
+        keyed: Any = rule
+        if declared(rule.linear_solver).needs_key:
+            linear_solver = functools.partial(rule.linear_solver, key=problem.require_key(rule))
+            keyed = dataclasses.replace(rule, linear_solver=linear_solver)
         rule.check(problem)
-        final, steps = run(problem)
-        made = implicit_product(
-            rule, problem, (final, steps), outer_loss, outer_batch, linear_solver, state.linear_solution, rule.curvature
-        )
-        after = ImplicitState(final, made.linear_solution) if warm_start else state
-        return made.hypergradient, after, made.info
+        ended = run(problem)
+        grad, q, info = implicit_product(keyed, rule, problem, ended, outer_loss, outer_batch, state.linear_solution)
+        return grad, ImplicitState(ended[0], q) if warm_start else state, info
 
     return Hypergradient(init, update)
 
@@ -195,13 +192,11 @@ def _checked_outer_loss(outer_loss):
 
     def checked(solution, hparams, outer_batch):
         out = outer_loss(solution, hparams, outer_batch)
-        if isinstance(out, tuple):
-            if len(out) != 2:
-                raise JaxhpoError(
-                    f"`outer_loss` returned {describe(out)}, but it must return a scalar, or `(scalar, metrics)`."
-                )
-            return check_scalar(out[0], "outer_loss"), out[1]
-        return check_scalar(out, "outer_loss"), None
+        if not isinstance(out, tuple):
+            return check_scalar(out, "outer_loss"), None
+        if len(out) != 2:
+            raise JaxhpoError(f"`outer_loss` returned {describe(out)}: return a scalar, or `(scalar, metrics)`.")
+        return check_scalar(out[0], "outer_loss"), out[1]
 
     return checked
 
@@ -242,10 +237,7 @@ def from_pair(pair: Hypergradient, data: Any = None) -> Callable[[PyTree, PyTree
     if not isinstance(pair, Hypergradient):
         raise JaxhpoError(f"`pair` got {describe(pair)}: make one with `hypergradient(method, solver, outer_loss)`.")
     if not callable(data) and data is not None and not (isinstance(data, tuple) and len(data) == 2):
-        raise JaxhpoError(
-            f"`data` got {describe(data)}: write `(batches, outer_batch)`, or a function `key -> (batches, "
-            "outer_batch)`."
-        )
+        raise JaxhpoError(f"`data` got {describe(data)}: write `(batches, outer_batch)`, or a function of a key to it.")
 
     def gradient(hparams, carry, key):
         data_key, method_key = jax.random.split(key)

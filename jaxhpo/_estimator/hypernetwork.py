@@ -12,6 +12,7 @@ import optax
 from jax.core import Tracer
 from jax.flatten_util import ravel_pytree
 
+from jaxhpo._adjoint.pullback import not_entering
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.stop_gradient import warn_zero
 from jaxhpo._core.trace import differentiable_inputs
@@ -27,8 +28,7 @@ from jaxhpo._core.validate import (
     describe,
     require_key,
 )
-from jaxhpo._estimator.pair import check_pair_state, inner_start
-from jaxhpo._estimator.perturbation import normal
+from jaxhpo._estimator.pair import check_pair_state, inner_start, normal
 from jaxhpo._inner.inputs import check_steps, checked_batches_function
 from jaxhpo._inner.solver import from_optax
 from jaxhpo._solve import solve
@@ -97,12 +97,10 @@ class _Self:
 
     def init(self, params: PyTree, hparams: PyTree) -> PyTree:
         """Return the model's own parameters."""
-        del hparams
         return params
 
     def apply(self, phi: PyTree, hparams: PyTree) -> PyTree:
         """Return the model's own parameters."""
-        del hparams
         return phi
 
     def __repr__(self):
@@ -206,9 +204,7 @@ class Hypernetwork(StatefulMethod):
         """Return the pair of `init` and `update`."""
         loss = solver.loss
         if loss is None:
-            raise JaxhpoError(
-                f"`{solver.name}` has no train loss for a hypernetwork to descend: write `from_optax(train_loss, tx)`."
-            )
+            raise JaxhpoError(f"`{solver.name}` has no train loss for a hypernetwork: write `from_optax(loss, tx)`.")
 
         def train_loss(phi, carried, x):
             # L(θ_φ(ĥ), ĥ), whose minimum over φ is the best response at every ĥ that the network can fit.
@@ -271,15 +267,11 @@ class Hypernetwork(StatefulMethod):
         point, drawn = self._draw(key, hparams, batch)
         params = self._respond(phi, point, origin)
         seen = differentiable_inputs(lambda drawn: solver.loss(params, drawn, batch, None)[0], drawn)
+        learnt_from = "the train loss, from which a hypernetwork learns its response"
+        message = not_entering(learnt_from, "`Hypernetwork`", "`Unroll()` or `RealTime()`")
         for name, reads in zip(names(_value_of(hparams), "hparams"), seen, strict=True):
             if not reads:
-                warn_zero(
-                    name,
-                    "does not enter the train loss, from which a hypernetwork learns its response, so its "
-                    "hypergradient through the trained parameters is exactly zero. If it is a setting of the optimiser "
-                    "(a learning rate, a momentum), `Unroll()` or `RealTime()` sees it; if nothing uses it, remove it; "
-                    "if it enters the outer loss directly, that part is still right.",
-                )
+                warn_zero(name, message)
         return jax.tree.unflatten(jax.tree.structure(drawn), seen)
 
     def _respond(self, phi, point, origin):

@@ -3,44 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxhpo._adjoint.implicit import Implicit, is_symmetric, trained_state_is_constant
 from jaxhpo._adjoint.implicit_function import pull_back
-from jaxhpo._core.stop_gradient import warn_zero
+from jaxhpo._core.stop_gradient import warn_perturbed
 from jaxhpo._core.trace import differentiable_inputs
 from jaxhpo._core.tree import all_finite, is_inexact, names, partition
-from jaxhpo._core.types import HypergradientInfo, InnerState, LinearInfo, LinearStatus, PyTree, Solution
+from jaxhpo._core.types import HypergradientInfo, LinearInfo, LinearStatus, PyTree, Solution
 from jaxhpo._inner.problem import Problem, info_of
 
 
-class ImplicitProduct(NamedTuple):
-    """The hypergradient at the end of an inner run, with what the next update starts from.
-
-    Attributes:
-      hypergradient: like the hyperparameters.
-      linear_solution: q, where the next linear solve may start.
-      info: the report.
-    """
-
-    hypergradient: PyTree
-    linear_solution: PyTree
-    info: HypergradientInfo
-
-
 def implicit_product(
-    method: Any,
-    problem: Problem,
-    ended: tuple[InnerState, jax.Array],
-    outer_loss: Callable,
-    outer_batch: Any,
-    linear_solver: Callable,
-    start: PyTree,
-    curvature: Any = "hessian",
-) -> ImplicitProduct:
+    rule: Implicit, method: Any, problem: Problem, ended: tuple, outer_loss: Callable, outer_batch: Any, start: PyTree
+) -> tuple[PyTree, PyTree, HypergradientInfo]:
     """The hypergradient at the end of an inner run.
 
     With F the outer loss, g the condition and θ the parameters at the end,
@@ -48,14 +27,16 @@ def implicit_product(
         Hᵀ q = ∂F/∂θ,  H = ∂g/∂θ,      dF/dh = ∂F/∂h − (∂g/∂h)ᵀ q.
 
     Args:
+      rule: the linear solver, for Hᵀ, and the curvature.
       method: the method, for messages.
       problem: the inner problem.
       ended: the final state, and the number of steps taken.
       outer_loss: `(solution, hparams, outer_batch) -> (value, metrics)`.
       outer_batch: its data.
-      linear_solver: solves with Hᵀ.
       start: where the linear solve starts; None for zeros.
-      curvature: the matrix in place of H, as in `Implicit`.
+
+    Returns:
+      The hypergradient; q, or zeros, where the next linear solve may start; and the report.
     """
     final, steps = ended
     hparams, info = problem.residual_inputs[0], info_of(problem, final, steps)
@@ -66,13 +47,13 @@ def implicit_product(
     _warn_of_trained_state(method, final, lambda others: outer(final.params, hparams, others)[0])
     gradient = jax.value_and_grad(outer, (0, 1), has_aux=True)
     (value, metrics), (by_params, direct) = gradient(final.params, hparams, final[1:])
-    root, leaves = Implicit(linear_solver, curvature).root(problem, final, method)
+    root, leaves = rule.root(problem, final, method)
     before, size = len(jax.tree.leaves(final.model_state)), len(jax.tree.leaves(hparams))
     perturbed = [before <= i < before + size for i in range(len(leaves))]
-    symmetric = is_symmetric(problem, linear_solver, curvature)
+    symmetric = is_symmetric(problem, rule.linear_solver, rule.curvature)
     pulled, q, linear = pull_back(root, final.params, leaves, perturbed, by_params, start, symmetric)
     hypergrad = jax.tree.map(jnp.add, direct, jax.tree.unflatten(jax.tree.structure(hparams), pulled))
-    return ImplicitProduct(hypergrad, _next_start(q, linear), HypergradientInfo(value, metrics, info, linear))
+    return hypergrad, _next_start(q, linear), HypergradientInfo(value, metrics, info, linear)
 
 
 def _next_start(q, linear: LinearInfo | None):
@@ -90,5 +71,4 @@ def _warn_of_trained_state(method, final, outer_of_others):
     values, combine = partition(final[1:], inexact)
     read = differentiable_inputs(lambda values: outer_of_others(combine(values)), values) if values else []
     candidates = [name for name, x in zip(leaf_names, jax.tree.leaves(inexact), strict=True) if x]
-    for name in [name for name, seen in zip(candidates, read, strict=True) if seen][:1]:
-        warn_zero(name, trained_state_is_constant(method))
+    warn_perturbed(candidates, read, trained_state_is_constant(method))
