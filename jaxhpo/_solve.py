@@ -1,7 +1,5 @@
 """`solve` runs an inner optimisation; a derivative rule determines how its result is differentiated."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax

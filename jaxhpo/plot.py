@@ -1,7 +1,5 @@
 """Plots of comparisons and runs, and the matplotlib helpers they share; pyplot's global state is never touched."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from typing import Any

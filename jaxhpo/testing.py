@@ -3,8 +3,6 @@
 Every formula here is written in NumPy and independent of the library's own derivatives.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 

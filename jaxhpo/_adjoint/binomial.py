@@ -8,8 +8,6 @@ revolve). The order of the actions depends on n and s alone, so it is a table ma
 through it: compilation takes as long for any number of steps.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from typing import Any, NamedTuple

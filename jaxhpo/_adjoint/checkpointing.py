@@ -1,7 +1,5 @@
 """Choice of the inner states that are stored for the backward pass: the meaning of a `checkpoint=` argument."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple

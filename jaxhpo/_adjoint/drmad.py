@@ -1,7 +1,5 @@
 """`DrMAD`: reverse mode along the straight line from the first to the last inner state."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable

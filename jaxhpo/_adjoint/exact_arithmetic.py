@@ -11,8 +11,6 @@ arXiv:1311.2540):
 This maps (c, i) to (c', i') one-to-one, with i' ≈ i d/n and |c' − c n/d| ≤ d.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any, NamedTuple
 

@@ -1,12 +1,11 @@
 """Random parts of minibatches, on which the Hessian products of a mean loss are estimated without bias."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from jaxhpo._core.record import report_fault
 from jaxhpo._core.types import PyTree
@@ -70,10 +69,8 @@ def nan_unless_mean(problem: Problem) -> Problem:
 
 def _perturbed(params):
     """Params plus N(0, 0.1²) noise, to leave special points such as zero."""
-    leaves, structure = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(0), len(leaves))
-    noisy = [x + 0.1 * jax.random.normal(key, x.shape, x.dtype) for x, key in zip(leaves, keys, strict=True)]
-    return jax.tree.unflatten(structure, noisy)
+    noise = optax.tree.random_like(jax.random.key(0), params, sampler=jax.random.normal)
+    return jax.tree.map(lambda x, e: x + 0.1 * e, params, noise)
 
 
 _NOT_A_MEAN = (

@@ -1,7 +1,5 @@
 """Implicit differentiation: the rule `Implicit`, and `implicit` for a solution found by any solver."""
 
-from __future__ import annotations
-
 import dataclasses
 import warnings
 from collections.abc import Callable

@@ -7,8 +7,6 @@ With g(θ(a), a) = 0 for all a, and H = ∂g/∂θ, differentiating along ȧ giv
 Transposed, a cotangent v of θ becomes the cotangent −(∂g/∂a)ᵀ q of a, where Hᵀ q = v.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import inspect

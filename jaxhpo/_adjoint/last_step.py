@@ -1,7 +1,5 @@
 """`SAMA` and `FiniteDifference`: the derivative of the last inner step, by a difference of two gradients."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Rules with a backward pass of their own: reverse mode only."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -9,10 +7,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
-from jaxhpo._core.mesh import cast_varying, drop_varying, varying_axes
+from jaxhpo._core.mesh import as_array, cast_varying, drop_varying, varying_axes
 from jaxhpo._core.stop_gradient import first_order, warn_perturbed
 from jaxhpo._core.trace import differentiable_inputs, trust, used_inputs
 from jaxhpo._core.tree import Flags, cast_like, is_inexact, names, partition
@@ -95,7 +92,7 @@ def _run_bwd(rule, residuals, cotangent):
     if rule.params_only:
         _warn_of_other_results(rule, cotangent)
     axes = varying_axes(inputs.state)
-    cotangent = jax.tree.map(lambda c: cast_varying(_instantiated(c), axes), cotangent)
+    cotangent = jax.tree.map(lambda c: as_array(c, axes), cotangent)
     if rule.once:
         (inputs, kept), cotangent = first_order(((inputs, kept), cotangent), rule.adjoint)
     pulled = iter(rule.pull(inputs, perturbed, kept, cotangent))
@@ -109,13 +106,6 @@ def _as_cotangent(c, x):
     """The cotangent in the leaf's type: NaN on one device becomes NaN on all for a device-invariant leaf."""
     own = varying_axes(x)
     return cast_varying(drop_varying(cast_like(c, x), varying_axes(c) - own), own)
-
-
-def _instantiated(cotangent):
-    if not isinstance(cotangent, SymbolicZero):
-        return cotangent
-    aval: Any = cotangent.aval
-    return np.zeros(aval.shape, aval.dtype) if aval.dtype == jax.dtypes.float0 else jnp.zeros(aval.shape, aval.dtype)
 
 
 def _warn_of_other_results(rule, cotangent):

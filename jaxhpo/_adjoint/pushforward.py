@@ -1,7 +1,5 @@
 """`Forward`, `ForwardGradient` and `Smoothing`: derivatives of the inner run along directions of its inputs."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """`Reversible`: reverse mode for momentum that runs the training backwards exactly, instead of storing it."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable

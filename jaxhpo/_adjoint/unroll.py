@@ -1,7 +1,5 @@
 """Reverse-mode differentiation through the inner steps."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import warnings
@@ -168,8 +166,7 @@ class Unroll:
             params, pullback = jax.vjp(run, values)
             return pullback(params)
 
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the real run will warn
+        with warnings.catch_warnings(action="ignore"):  # the real run will warn
             return predicted_peak_bytes(pulled, problem.state, problem.inputs)
 
     def _run(self, problem, schedule) -> InnerState:

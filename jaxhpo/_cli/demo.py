@@ -3,8 +3,6 @@
 It prints a table and sentences, and writes `report.json` and a picture of four panels.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import importlib.metadata
 import itertools

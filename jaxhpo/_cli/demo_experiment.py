@@ -1,7 +1,5 @@
 """The demo's experiment: the inner problem, the searches, and the single evaluation on the test part."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math

@@ -1,7 +1,5 @@
 """The command line: `jaxhpo demo`, `jaxhpo compare`, `jaxhpo show`, `jaxhpo plot`."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import dataclasses

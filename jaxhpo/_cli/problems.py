@@ -1,7 +1,5 @@
 """The problems and methods of `jaxhpo compare`, by name."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """The cost of a program: its counted arithmetic, its predicted peak memory, and its measured time."""
 
-from __future__ import annotations
-
 import collections
 import math
 import os

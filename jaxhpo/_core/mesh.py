@@ -1,8 +1,11 @@
 """Types under `shard_map`, which say over which mesh axes an array varies from device to device."""
 
-from __future__ import annotations
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.custom_derivatives import SymbolicZero
 
 from jaxhpo._core.types import PyTree
 
@@ -31,3 +34,11 @@ def drop_varying(tree: PyTree, axes: frozenset) -> PyTree:
         return jax.lax.pmean(x, extra) if extra else x
 
     return jax.tree.map(drop, tree) if axes else tree
+
+
+def as_array(cotangent: Any, axes: frozenset) -> jax.Array:
+    """A cotangent, or zeros where it is a symbolic zero, that varies over (at least) the given mesh axes."""
+    if isinstance(cotangent, SymbolicZero):
+        aval: Any = cotangent.aval
+        cotangent = (np if aval.dtype == jax.dtypes.float0 else jnp).zeros(aval.shape, aval.dtype)
+    return cast_varying(cotangent, axes)

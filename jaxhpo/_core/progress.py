@@ -1,7 +1,5 @@
 """Progress on stderr: a bar in a terminal or a notebook with tqdm, else one plain line every few seconds."""
 
-from __future__ import annotations
-
 import contextlib
 import sys
 import time

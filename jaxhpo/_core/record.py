@@ -4,8 +4,6 @@ What is active lives in one context variable, and ends with its `with` block. In
 the user jitted before, and what it traces there is used nowhere else: no trace is left behind in JAX's caches.
 """
 
-from __future__ import annotations
-
 import contextlib
 import contextvars
 import itertools

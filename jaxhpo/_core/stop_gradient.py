@@ -1,7 +1,5 @@
 """Inputs that a rule treats as constants: `stop_gradient` with a warning, and an error for a second derivative."""
 
-from __future__ import annotations
-
 import functools
 import sys
 import warnings

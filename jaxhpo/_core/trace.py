@@ -1,7 +1,5 @@
 """Traced programs: conversion of closures, equations, dependence of results on inputs, trust of derivative rules."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any

@@ -7,8 +7,6 @@ unconstrained value, at integers, which every floating-point dtype represents ex
 constant and its derivative is zero.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable

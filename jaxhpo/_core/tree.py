@@ -1,7 +1,5 @@
 """Pytree algebra, names of leaves, and partition into leaves that are perturbed and leaves that are not."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable

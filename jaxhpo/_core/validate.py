@@ -1,7 +1,5 @@
 """Checks of arguments. Every message says what was given, why it cannot work, and what to write instead."""
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 import math

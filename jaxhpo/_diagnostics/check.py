@@ -1,7 +1,5 @@
 """`check_hypergradient`: compares a hypergradient with central differences of the outer loss."""
 
-from __future__ import annotations
-
 import dataclasses
 import warnings
 from collections.abc import Callable

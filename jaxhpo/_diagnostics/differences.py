@@ -1,7 +1,5 @@
 """Central differences of an outer loss along directions, and the distance of a hypergradient from them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Refusal of hypergradients that are exactly zero or not finite, for `tune`, `check_hypergradient` and `compare`."""
 
-from __future__ import annotations
-
 import functools
 import warnings
 from collections.abc import Callable, Iterable

@@ -1,7 +1,5 @@
 """`memory_plan`: predicted memory and time of an unrolled hypergradient under each checkpoint schedule."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import warnings

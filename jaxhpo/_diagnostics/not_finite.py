@@ -1,7 +1,5 @@
 """Diagnosis of numbers that are not finite: the inner step, the leaf, the operation and the likely cause."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

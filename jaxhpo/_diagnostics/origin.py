@@ -1,7 +1,5 @@
 """Search for the origin of a number that is not finite: the operation that made it of finite ones."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """Evolution strategies, without any derivative: from whole perturbed trainings, or from short unrolls of them."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """HOAG: implicit differentiation with tolerances that tighten from update to update, and its adaptive step size."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """Hypergradient methods as pairs of pure functions that carry state between outer steps."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Hypernetworks: hypergradients through a learned best response θ*(h)."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """The implicit hypergradient for the pairs that keep its linear solve from one outer step to the next."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

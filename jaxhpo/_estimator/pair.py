@@ -1,7 +1,5 @@
 """Helpers of stateful methods: the start of an inner run, random perturbations, and the check of their state."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax

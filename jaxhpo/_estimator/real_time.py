@@ -1,7 +1,5 @@
 """Real-time forward differentiation: the Jacobian of a training that continues from update to update."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import NamedTuple
 

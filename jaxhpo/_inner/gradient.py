@@ -1,19 +1,16 @@
 """The gradient of the train loss, and its derivative in mixed mode."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 
 from jaxhpo._core.errors import JaxhpoError
-from jaxhpo._core.mesh import cast_varying, varying_axes
+from jaxhpo._core.mesh import as_array, cast_varying, varying_axes
 from jaxhpo._core.trace import closure_convert, trust, untrusted_rule
 from jaxhpo._core.tree import Flags, cast_like, is_inexact, partition
 from jaxhpo._core.types import PyTree
@@ -115,12 +112,12 @@ def _mixed_bwd(losses, residuals, cotangents):
     of_loss, of_grad = cotangents
     pulled = []
     if not all(map(_is_zero, jax.tree.leaves(of_grad))):
-        v = jax.tree.map(_dense, of_grad, params)
+        v = _arrays(of_grad, params)
         grads = jax.grad(lambda params, z: losses[1](params, combine(z))[0], argnums=(0, 1))
         pulled.append(jax.jvp(lambda params: grads(params, z), (params,), (v,))[1])
     if not all(map(_is_zero, jax.tree.leaves(of_loss))):
         out, pullback = jax.vjp(lambda params, z: losses[0](params, combine(z)), params, z)
-        pulled.append(pullback(jax.tree.map(_dense, of_loss, out)))
+        pulled.append(pullback(_arrays(of_loss, out)))
     by_params, by_z = functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), pulled)
     by_z = iter(by_z)
     return by_params, jax.tree.map(lambda p: next(by_z) if p else None, perturbed)
@@ -133,9 +130,5 @@ def _is_zero(x):
     return isinstance(x, SymbolicZero)
 
 
-def _dense(cotangent, primal):
-    """A cotangent as an array that varies over the mesh axes of what it belongs to."""
-    if not is_inexact(primal):
-        return np.zeros(primal.shape, jax.dtypes.float0)
-    cotangent = jnp.zeros_like(primal) if _is_zero(cotangent) else cotangent
-    return cast_varying(cotangent, varying_axes(primal))
+def _arrays(cotangents, primals):
+    return jax.tree.map(lambda c, primal: as_array(c, varying_axes(primal)), cotangents, primals)

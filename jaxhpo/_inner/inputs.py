@@ -1,7 +1,5 @@
 """Checks of the arguments of `solve`, made before anything is traced for differentiation."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import jax

@@ -1,7 +1,5 @@
 """The loop over inner steps: a scan with checkpoints, and a loop that stops at a tolerance."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import jax

@@ -1,7 +1,5 @@
 """Inner problems: the training of parameters as pure functions of the hyperparameters."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple

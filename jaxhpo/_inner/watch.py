@@ -1,7 +1,5 @@
 """Instrumented inner problems: every step reports what is not finite, while a run is diagnosed."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any

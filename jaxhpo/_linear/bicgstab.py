@@ -1,7 +1,5 @@
 """Stabilised bi-conjugate gradients."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 

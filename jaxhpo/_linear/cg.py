@@ -1,7 +1,5 @@
 """Conjugate gradients."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from typing import ClassVar

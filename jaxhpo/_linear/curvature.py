@@ -1,7 +1,5 @@
 """Positive semi-definite stand-ins for the Hessian of the train loss in an implicit rule."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 

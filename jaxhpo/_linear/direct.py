@@ -1,7 +1,5 @@
 """The dense solve."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import jax

@@ -1,7 +1,5 @@
 """Restarted GMRES."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 

@@ -1,7 +1,5 @@
 """A multiple of the identity in place of H⁻¹: T1–T2, one-step differentiation."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import jax.numpy as jnp

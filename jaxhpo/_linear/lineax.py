@@ -1,7 +1,5 @@
 """Adapter for solvers of the lineax library."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The truncated Neumann series."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import jax

@@ -1,7 +1,5 @@
 """Conjugate gradients on the normal equations."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import jax

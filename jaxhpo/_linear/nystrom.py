@@ -1,7 +1,5 @@
 """Nyström's low-rank approximation, inverted by Woodbury's identity."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from typing import ClassVar

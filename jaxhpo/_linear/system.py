@@ -1,7 +1,5 @@
 """Differentiable solution of A x = b, shared by the iterative solvers."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """Explanations of an outer step that is not finite, or whose hypergradient is zero."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import jax

@@ -1,7 +1,5 @@
 """History rows, and their lines of JSON, which are read back to the bit."""
 
-from __future__ import annotations
-
 import collections
 import json
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """Checks of the arguments of `tune` and `outer_step`, and one form for the outer loss."""
 
-from __future__ import annotations
-
 import datetime
 import inspect
 from collections.abc import Callable

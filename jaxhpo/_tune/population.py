@@ -1,7 +1,5 @@
 """The compiled step of one run, or of a population of runs under one `vmap`."""
 
-from __future__ import annotations
-
 import warnings
 from typing import Any
 
@@ -78,8 +76,7 @@ class Compiled:
 
         With `placed` also shardings, which only the compiler knows.
         """
-        with warnings.catch_warnings(), traced_anew():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"), traced_anew():
             after, report = jax.eval_shape(self._over(self.step.advance), state)
             if placed:
                 places = self._advance.lower(state).compile().output_shardings

@@ -1,7 +1,5 @@
 """Multi-host agreement; a no-op with one process."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from typing import Any

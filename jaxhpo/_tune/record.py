@@ -1,7 +1,5 @@
 """State and history of a run, in memory and in the run directory."""
 
-from __future__ import annotations
-
 import datetime
 import functools
 import hashlib

@@ -1,7 +1,5 @@
 """Remedies for hypergradients that explode, vanish or are noisy, and projections."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from typing import Any

@@ -1,7 +1,5 @@
 """Crash-safe run directory: two checkpoints and an append-only history."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """Settings of an optax transformation, read from the closures of its functions."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import re

@@ -1,7 +1,5 @@
 """Run directory of several processes: Orbax writes the arrays, process 0 everything else."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
@@ -11,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxhpo._core.extra import needs_extra
 from jaxhpo._tune.history import key_data
 from jaxhpo._tune.run_dir import DamagedError, Leaves, RunDir, check_structure, checksum, is_spread
 
@@ -33,13 +32,8 @@ class ShardedDir(RunDir):
     FORM = "orbax"
 
     def __init__(self, path: str | os.PathLike):
-        try:
+        with needs_extra("`run_dir` of several processes needs Orbax", "orbax", "; or omit `run_dir`."):
             import orbax.checkpoint as orbax
-        except ImportError as error:
-            raise ImportError(
-                "`run_dir` with several processes keeps the state with Orbax, but orbax-checkpoint cannot be imported "
-                f"({error}). Install it: pip install 'jaxhpo[orbax]'; or omit `run_dir`."
-            ) from error
         self._orbax = orbax
         self._checkpointer = self._orbax.Checkpointer(self._orbax.PyTreeCheckpointHandler())
         super().__init__(path)

@@ -1,7 +1,5 @@
 """The outer step as two pure functions, `init` and `update`; `tune` is a loop over them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

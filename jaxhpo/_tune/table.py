@@ -1,7 +1,5 @@
 """The history of a run as a table, from a result or from a run directory."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

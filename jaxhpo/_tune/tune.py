@@ -401,8 +401,7 @@ def _result(record, limits, status, message) -> TuneResult:
 
 def _first_step(compiled, state):
     """Takes the step that traces, and compares the hypergradient with what the rules warned of while tracing."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with warnings.catch_warnings(record=True, action="always") as caught:
         after, report = compiled.update(state)
     leaf_names = names(report.hparams, "hparams")
     for w in caught:

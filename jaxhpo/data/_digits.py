@@ -1,7 +1,5 @@
 """Handwritten digits: those of scikit-learn without a download, and MNIST, read from its archives in idx format."""
 
-from __future__ import annotations
-
 import gzip
 import math
 import zlib

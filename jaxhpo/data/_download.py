@@ -1,7 +1,5 @@
 """Upstream files: read from a local mirror or downloaded once, and verified."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import pathlib

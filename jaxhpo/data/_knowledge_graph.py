@@ -1,7 +1,5 @@
 """Knowledge graphs as integer triples of head, relation and tail."""
 
-from __future__ import annotations
-
 import os
 import pathlib
 import reprlib

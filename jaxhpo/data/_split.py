@@ -1,7 +1,5 @@
 """Seeded, disjoint train/validation/test splits."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np

@@ -3,8 +3,6 @@
 The weights of a self-tuning layer are an affine function of the hyperparameters.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import flax.linen as nn

@@ -1,7 +1,5 @@
 """`compare`: error, time and memory of hypergradient methods on the user's own problem, and a recommendation."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 

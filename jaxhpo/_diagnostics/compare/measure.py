@@ -1,7 +1,5 @@
 """One run of one method on one problem: traced, compiled and run, with its solves and warnings recorded."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple

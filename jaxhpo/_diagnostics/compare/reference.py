@@ -1,7 +1,5 @@
 """The reference of a comparison: the exact hypergradient, or central differences where that fails."""
 
-from __future__ import annotations
-
 import math
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """The result of a comparison of methods, as numbers and as text."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import textwrap

@@ -1,7 +1,5 @@
 """The verdict of a comparison in plain words: why a method fails on this problem, and which one to use."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Cross-entropy against all answers, and penalties with a weight per embedding."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import jax

@@ -1,7 +1,5 @@
 """Scores of triples (s, p, o) from the embeddings of subject, relation and object."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 

@@ -1,7 +1,5 @@
 """Filtered ranks of the true answers, and their usual summaries."""
 
-from __future__ import annotations
-
 import functools
 from typing import NamedTuple
 

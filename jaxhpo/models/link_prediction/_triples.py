@@ -1,7 +1,5 @@
 """Checks of triples, and masks of the other known answers to their questions."""
 
-from __future__ import annotations
-
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
