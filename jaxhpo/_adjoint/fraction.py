@@ -5,9 +5,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from jaxhpo._core.record import report_fault
+from jaxhpo._core.tree import add_scaled, normal
 from jaxhpo._core.types import PyTree
 from jaxhpo._core.validate import count_examples
 from jaxhpo._inner.problem import Problem
@@ -69,8 +69,7 @@ def nan_unless_mean(problem: Problem) -> Problem:
 
 def _perturbed(params):
     """Params plus N(0, 0.1²) noise, to leave special points such as zero."""
-    noise = optax.tree.random_like(jax.random.key(0), params, sampler=jax.random.normal)
-    return jax.tree.map(lambda x, e: x + 0.1 * e, params, noise)
+    return add_scaled(params, 0.1, normal(jax.random.key(0), params))
 
 
 _NOT_A_MEAN = (

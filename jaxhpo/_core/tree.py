@@ -74,6 +74,11 @@ def without_weak_types(a: PyTree) -> PyTree:
     return jax.tree.map(lambda x: x.astype(x.dtype) if getattr(x, "weak_type", False) else x, a)
 
 
+def normal(key: jax.Array, like: PyTree) -> PyTree:
+    """Returns independent standard normal numbers in the tree, shapes and dtypes of `like`."""
+    return optax.tree.random_like(key, like, sampler=jax.random.normal)
+
+
 def named_leaves(tree: PyTree, root: str) -> list[tuple[str, Any]]:
     """Every leaf, with its path as a user would write it: `hparams['log_lr']`."""
     return [(root + jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]]

@@ -9,10 +9,10 @@ import optax
 
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.transforms import to_natural, to_unconstrained
-from jaxhpo._core.tree import add_scaled, cast_like, map_in_chunks, scaled, upcast, zeros_like
+from jaxhpo._core.tree import add_scaled, cast_like, map_in_chunks, normal, scaled, upcast, zeros_like
 from jaxhpo._core.types import Hypergradient, HypergradientInfo, InnerState, PyTree, StatefulMethod
 from jaxhpo._core.validate import check_settings, require_key
-from jaxhpo._estimator.pair import check_pair_state, check_warm_start, inner_start, normal
+from jaxhpo._estimator.pair import check_pair_state, check_warm_start, inner_start
 from jaxhpo._inner.inputs import check_steps
 from jaxhpo._solve import solve
 

@@ -15,7 +15,7 @@ from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.stop_gradient import warn_zero
 from jaxhpo._core.trace import differentiable_inputs
 from jaxhpo._core.transforms import to_natural, to_unconstrained
-from jaxhpo._core.tree import names
+from jaxhpo._core.tree import names, normal
 from jaxhpo._core.types import Hypergradient, HypergradientInfo, InnerState, PyTree, Solution, StatefulMethod
 from jaxhpo._core.validate import (
     check_callable,
@@ -26,7 +26,7 @@ from jaxhpo._core.validate import (
     describe,
     require_key,
 )
-from jaxhpo._estimator.pair import check_pair_state, inner_start, normal
+from jaxhpo._estimator.pair import check_pair_state, inner_start
 from jaxhpo._inner.inputs import check_steps, checked_batches_function
 from jaxhpo._inner.solver import from_optax
 from jaxhpo._solve import solve

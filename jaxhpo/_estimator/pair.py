@@ -2,9 +2,6 @@
 
 from typing import Any
 
-import jax
-import optax
-
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.types import InnerState, PyTree, Solver
 
@@ -15,11 +12,6 @@ def inner_start(solver: Solver, inner: InnerState, hparams: PyTree, warm_start: 
     A new state is made at the present hyperparameters, on which the optimiser's first state may depend.
     """
     return inner if warm_start else solver.init(inner.params, hparams, inner.model_state)
-
-
-def normal(key: jax.Array, like: PyTree) -> PyTree:
-    """Return independent standard normal numbers in the tree, shapes and dtypes of `like`."""
-    return optax.tree.random_like(key, like, sampler=jax.random.normal)
 
 
 def check_pair_state(state: Any, kind: type, method: Any) -> None:
