@@ -33,7 +33,6 @@ RULES = {
     "checkpoint=None": jaxhpo.Unroll(checkpoint=None),
     "checkpoint=1": jaxhpo.Unroll(checkpoint=1),
     "checkpoint='sqrt'": jaxhpo.Unroll(checkpoint="sqrt"),
-    "default": jaxhpo.Unroll(),
     "checkpoint='binomial'": jaxhpo.Unroll(checkpoint="binomial"),
 }
 PLAIN, LOOP, REVERSIBLE = "plain JAX", "a Python loop", "Reversible()"

@@ -484,7 +484,12 @@ class Row(NamedTuple):
 
 CG_ROW = f"Implicit(CG({ITERATIONS}))"
 ROWS = (
-    Row("jaxhpo", "Unroll()", "unrolled", functools.partial(jaxhpo_row, jaxhpo.Unroll())),
+    Row(
+        "jaxhpo",
+        "Unroll(checkpoint='sqrt')",
+        "unrolled",
+        functools.partial(jaxhpo_row, jaxhpo.Unroll(checkpoint="sqrt")),
+    ),
     Row("jaxhpo", "Unroll(checkpoint=None)", "unrolled", functools.partial(jaxhpo_row, jaxhpo.Unroll(checkpoint=None))),
     Row("jax", "by hand", "unrolled", jax_unrolled),
     Row("jaxopt", "GradientDescent(unroll=True)", "unrolled", jaxopt_unrolled),

@@ -9,10 +9,10 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import jaxhpo
-from jaxhpo._core.cost import count_arithmetic, temporary_bytes
+from jaxhpo._core.cost import count_and_peak, count_arithmetic, temporary_bytes
 
 codegen, slow = pytest.mark.codegen, pytest.mark.slow  # as compiled; counted or drawn
-RULES = {"default": jaxhpo.Unroll(), "reversible": jaxhpo.Reversible()}
+RULES = {"sqrt": jaxhpo.Unroll(checkpoint="sqrt"), "reversible": jaxhpo.Reversible()}
 
 
 @pytest.fixture
@@ -37,18 +37,33 @@ def cost(case, name):
 def test_transformer(unroll):
     """Under Adam: at 16 steps 11/3 trainings and 140 copies; at 200, 14/3 and 120 copies above one step's own."""
     model = unroll.language_model()
-    arithmetic, memory = cost(unroll.make_case(model, "adam", 16, "all", RULES), "default")
+    arithmetic, memory = cost(unroll.make_case(model, "adam", 16, "all", RULES), "sqrt")
     assert arithmetic <= 3.75 and memory <= 140
-    _, one_step = cost(unroll.make_case(model, "adam", 1, "all", RULES), "default")
-    arithmetic, memory = cost(unroll.make_case(model, "adam", 200, "all", RULES), "default")
+    _, one_step = cost(unroll.make_case(model, "adam", 1, "all", RULES), "sqrt")
+    arithmetic, memory = cost(unroll.make_case(model, "adam", 200, "all", RULES), "sqrt")
     assert arithmetic <= 4.75 and memory <= 120 + one_step
 
 
 @codegen
 def test_network(unroll):
     """Under SGD with momentum at 1000 steps."""
-    arithmetic, memory = cost(unroll.make_case(unroll.mlp(), "sgd", 1000, "all", RULES), "default")
+    arithmetic, memory = cost(unroll.make_case(unroll.mlp(), "sgd", 1000, "all", RULES), "sqrt")
     assert arithmetic <= 4.4 and memory <= 160
+
+
+@slow
+@pytest.mark.parametrize(
+    ("model", "optimiser", "num_steps"),
+    [("small_language_model", "adam", 100), ("language_model", "adam", 16), ("mlp", "sgd", 1000)],
+)
+def test_default_takes_the_fastest_schedule_below_a_gibibyte(unroll, model, optimiser, num_steps):
+    """At most 1.1 times its operations, and no more than 1 GiB; the memory as predicted."""
+    rules = {name: rule for name, rule in unroll.RULES.items() if name.startswith(("checkpoint=", "default"))}
+    case = unroll.make_case(getattr(unroll, model)(), optimiser, num_steps, "all", rules)
+    costs = {name: count_and_peak(jax.grad(case.losses[name]), *case.args) for name in rules}
+    below = [operations for operations, peak in costs.values() if peak <= 2**30]
+    operations, peak = costs["default"]
+    assert operations <= 1.1 * min(below) and peak <= 2**30
 
 
 @codegen

@@ -839,6 +839,12 @@ MISTAKES = [
     Mistake("checkpoint-zero", lambda h: Unroll(checkpoint=0), r"`Unroll\(checkpoint=.*got 0", "write 1 or more"),
     Mistake("checkpoint-float", lambda h: Unroll(checkpoint=2.5), r"`Unroll\(checkpoint=.*got 2\.5", "Python integer"),
     Mistake("checkpoint-bool", lambda h: Unroll(checkpoint=True), r"`Unroll\(checkpoint=.*got True", "Python integer"),
+    Mistake(
+        "memory-limit-unknown",
+        lambda h: Unroll(memory_limit="gpu"),
+        r"`Unroll\(memory_limit=.*'gpu'",
+        "a number of bytes, or 'device'",
+    ),
     Mistake("truncate-zero", lambda h: Unroll(truncate=0), r"`Unroll\(truncate=.*got 0", "write 1 or more"),
     Mistake("truncate-string", lambda h: Unroll(truncate="all"), r"`Unroll\(truncate=.*'all'", "Python integer"),
     Mistake("implicit-class", lambda h: Implicit(CG), "`linear_solver` got the class CG", r"write `CG\(\.\.\.\)`"),

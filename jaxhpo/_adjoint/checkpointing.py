@@ -1,5 +1,7 @@
 """Choice of the inner states that are stored for the backward pass: the meaning of a `checkpoint=` argument."""
 
+import bisect
+import contextlib
 import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -7,7 +9,7 @@ from typing import NamedTuple
 import jax
 
 from jaxhpo._adjoint.binomial import least_slots
-from jaxhpo._core.cost import bytes_between_passes
+from jaxhpo._core.cost import SAFE_PART, available_bytes, bytes_between_passes, human_bytes
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.record import active
 from jaxhpo._core.tree import num_bytes
@@ -21,6 +23,8 @@ MAX_REPEATS = 3  # times that a step is taken under "binomial"
 MAX_TIMES, MAX_ACTIONS = 20, 200_000
 FEW = 16  # a number of steps, or of stored gradients, for which it is not worth saving memory
 LITTLE = 2**24  # bytes for which it is not worth saving memory: 16 MiB, about the cache of a processor
+ENOUGH = 2**30  # bytes that the default may take to save time: 1 GiB, on every machine
+NO_DERIVATIVE = (TypeError, ValueError, NotImplementedError)  # raised where a step has none; it can be run all the same
 
 
 class Sizes(NamedTuple):
@@ -57,14 +61,16 @@ def sizes_of(problem: Problem, peak: Callable[[Schedule], int]) -> Sizes:
     def residuals():
         try:
             return bytes_between_passes(lambda s, h: problem.advance(s, (h, closed_over), x), state, hparams)
-        except (TypeError, ValueError, NotImplementedError):  # a step without a derivative can be run all the same
+        except NO_DERIVATIVE:
             return math.inf
 
     gradient = 0 if problem.solver.apply is None else num_bytes(state.params)
     return Sizes(num_bytes(state), gradient, activations if gradient else lambda: 0, residuals, peak)
 
 
-def choose(checkpoint: int | str | None, num_steps: int, sizes: Sizes, memory_limit: float | None = None) -> Schedule:
+def choose(
+    checkpoint: int | str | None, num_steps: int, sizes: Sizes, memory_limit: float | str | None = None
+) -> Schedule:
     """Returns the schedule for a `checkpoint=` argument.
 
     With segments of k steps, ⌈T/k⌉ states are stored, and k more while a segment is recomputed, with their gradients g
@@ -76,14 +82,20 @@ def choose(checkpoint: int | str | None, num_steps: int, sizes: Sizes, memory_li
     if imposed is not None:
         checkpoint, memory_limit = imposed
     if memory_limit is not None:
-        return _fastest_within(num_steps, sizes, memory_limit)
-    if checkpoint is None or checkpoint == "auto" and _little(num_steps, sizes):
+        return _fastest_or_raise(num_steps, sizes, memory_limit)
+    if checkpoint is None or checkpoint in ("auto", "sqrt") and _little(num_steps, sizes):
         return EVERYTHING
+    if checkpoint == "auto":
+        with contextlib.suppress(*NO_DERIVATIVE):
+            found = _fastest_within(num_steps, sizes, ENOUGH)
+            if found is not None:
+                return found
+        checkpoint = "sqrt"
     if checkpoint == "binomial":
         return Schedule(slots=least_slots(num_steps, MAX_REPEATS))
-    if checkpoint == 1 or (checkpoint in ("auto", "sqrt") and num_steps <= FEW):
+    if checkpoint == 1 or (checkpoint == "sqrt" and num_steps <= FEW):
         return Schedule(1, gradients=True)
-    if checkpoint == "auto" and num_steps * (sizes.state + sizes.gradient) <= LITTLE:
+    if checkpoint == "sqrt" and num_steps * (sizes.state + sizes.gradient) <= LITTLE:
         return Schedule(1, gradients=True)
 
     def affordable(segment):
@@ -92,10 +104,9 @@ def choose(checkpoint: int | str | None, num_steps: int, sizes: Sizes, memory_li
 
     if not isinstance(checkpoint, str):
         return Schedule(int(checkpoint), affordable(min(checkpoint, num_steps)))
-    segment = _sqrt_segment(num_steps)
-    if checkpoint == "auto":
-        with_gradients = _gradient_segment(num_steps, sizes)
-        segment = with_gradients if affordable(with_gradients) else segment
+    segment = _gradient_segment(num_steps, sizes)
+    if not affordable(segment):
+        segment = _sqrt_segment(num_steps)
     return Schedule(segment, affordable(segment))
 
 
@@ -122,22 +133,52 @@ def _even(num_steps, segment):
     return min(divisors, key=lambda k: abs(math.log(k / segment)), default=segment)
 
 
-def _fastest_within(num_steps, sizes, memory_limit):
-    peaks = {}
-    for schedule in _by_time(num_steps, sizes):
-        peaks[schedule] = sizes.peak(schedule)
-        if peaks[schedule] <= memory_limit:
-            return schedule
-    least = min(peaks, key=peaks.__getitem__)
+def _fastest_or_raise(num_steps, sizes, memory_limit):
+    if memory_limit == "device" and jax.process_count() > 1:
+        raise JaxhpoError(
+            "`Unroll(memory_limit='device')` lets each of several processes choose by what is free on its own device, "
+            "but all must run the same program: write a number of bytes."
+        )
+    limit = SAFE_PART * available_bytes() if memory_limit == "device" else memory_limit
+    found = _fastest_within(num_steps, sizes, limit)
+    if found is not None:
+        return found
+    least = [*_in_segments(num_steps, sizes), *_in_slots(num_steps)][-1]
+    given = f"{memory_limit!r})`, {human_bytes(limit)}" if memory_limit == "device" else f"{memory_limit:.3g})`"
     raise JaxhpoError(
-        f"`Unroll(memory_limit={memory_limit:.3g})`: {num_steps} inner steps and their backward pass take about "
-        f"{peaks[least]:.3g} bytes even if what is kept is {describe_schedule(least)}. Raise the limit, make the batch "
-        "smaller, differentiate fewer steps (`truncate=`), or write `Implicit(CG())`, which stores no states."
+        f"`Unroll(memory_limit={given}: {num_steps} inner steps and their backward pass take about "
+        f"{sizes.peak(least):.3g} bytes even if what is kept is {describe_schedule(least)}. Raise the limit, make the "
+        "batch smaller, differentiate fewer steps (`truncate=`), or write `Implicit(CG())`, which stores no states."
     )
 
 
-def _by_time(num_steps: int, sizes: Sizes) -> Iterator[Schedule]:
-    """Yields schedules, the fastest first."""
+def _fastest_within(num_steps: int, sizes: Sizes, limit: float) -> Schedule | None:
+    """The fastest schedule whose peak is within the limit; None if there is none."""
+
+    def fits(schedule):
+        return _least_bytes(schedule, num_steps, sizes) <= limit and sizes.peak(schedule) <= limit
+
+    found = next(filter(fits, _in_segments(num_steps, sizes)), None)
+    if found is None:  # of the others each keeps less than the one before it
+        others = [*_in_slots(num_steps)]
+        first = bisect.bisect_left(others, True, key=fits)
+        found = others[first] if first < len(others) else None
+    return found
+
+
+def _least_bytes(schedule, num_steps, sizes):
+    """A lower bound of the peak, which takes no trace: the states and gradients that are stored together."""
+    if schedule.slots is not None:
+        return schedule.slots * sizes.state
+    if schedule.segment is None:
+        return 0
+    kept = sizes.state + sizes.gradient * schedule.gradients
+    outside = num_steps // schedule.segment if schedule.segment > 1 else 0
+    return outside * sizes.state + min(schedule.segment if outside else num_steps, num_steps) * kept
+
+
+def _in_segments(num_steps: int, sizes: Sizes) -> Iterator[Schedule]:
+    """Yields the schedules without slots, the fastest first."""
     yield EVERYTHING
     if sizes.gradient:
         yield Schedule(1, gradients=True)
@@ -146,6 +187,10 @@ def _by_time(num_steps: int, sizes: Sizes) -> Iterator[Schedule]:
         if sizes.gradient:
             yield Schedule(_gradient_segment(num_steps, sizes), gradients=True)
         yield Schedule(_sqrt_segment(num_steps))
+
+
+def _in_slots(num_steps: int) -> Iterator[Schedule]:
+    """Yields binomial schedules with fewer states than two levels have, the fastest first."""
     slots = num_steps
     for repeats in range(2, min(num_steps, max(MAX_TIMES, MAX_ACTIONS // num_steps))):
         fewer = least_slots(num_steps, repeats)

@@ -33,11 +33,11 @@ class Unroll:
     Sees everything: losses, learning rates, momenta, schedules, initial parameters, data. With `truncate=K` only the
     last K steps are differentiated: initial parameters and earlier steps get no hypergradient.
 
-    **Cost and bias**: three to five plain trainings (the forward run, most of it recomputed once between stored states,
-    and per step a Hessian product, with or without the gradient), six with `"binomial"`; memory of 2√T inner states, T
-    with `checkpoint=1`, 1.8 T^⅓ with `"binomial"`, the activations of T steps with None, and always the activations of
-    one step. `memory_plan` predicts both for your problem. Exact for the T-step map. The truncated sum is biased: its
-    error at a strongly convex solution is :math:`O((1-\alpha\mu)^K)`.
+    **Cost and bias**: three plain trainings and the activations of T steps where those take less than 1 GiB; else four
+    to five (what is not stored is recomputed once) with every state, or with 2√T of them, and six with `"binomial"` and
+    1.8 T^⅓ states; in every case the activations of one step. `memory_plan` predicts both for your problem, and says
+    which schedule to write. Exact for the T-step map. The truncated sum is biased: its error at a strongly convex
+    solution is :math:`O((1-\alpha\mu)^K)`.
 
     If inner gradients are stored (`checkpoint=1`, or if they are smaller than the activations of a step), and under
     `"binomial"`, a step is differentiated in mixed mode: the Hessian product and the mixed product in one
@@ -50,15 +50,17 @@ class Unroll:
     as `tune` and `check_hypergradient` explain. An example's weight gets its hypergradient from the steps that drew it.
 
     Args:
-      checkpoint: what is stored for the backward pass. `"auto"`: everything that plain autodiff stores, if that is
-        below 16 MiB; else every state and gradient if these are, or if T ≤ 16; else two levels with the number of steps
-        between states that takes the least memory. An integer k: one state every k steps (k need not divide T); 1
-        stores every state. `"sqrt"`: k = √T for T > 16, else 1. `"binomial"`: the fewest states with which no step is
-        taken more than three times. None: everything that plain autodiff stores, all activations of all steps. Under
-        `vmap` the sizes of one member decide.
+      checkpoint: what is stored for the backward pass. `"auto"`: the fastest schedule whose predicted memory is below
+        1 GiB, on every machine; where there is none, as `"sqrt"`. `"sqrt"`: the least memory in two levels, with about
+        √T states and as many in flight; but what takes no memory worth saving is stored: everything that plain autodiff
+        stores below 16 MiB, every state and gradient below 16 MiB or for T ≤ 16. An integer k: one state every k steps
+        (k need not divide T); 1 stores every state. `"binomial"`: the fewest states with which no step is taken more
+        than three times. None: everything that plain autodiff stores, all activations of all steps. Under `vmap` the
+        sizes of one member decide: for a population write `memory_limit`, or `"sqrt"`.
       truncate: the number K of last steps that are differentiated; None for all.
-      memory_limit: upper bound on the predicted bytes of run and backward pass (of one member under `vmap`): the
-        fastest schedule that fits is taken; with `checkpoint="auto"`.
+      memory_limit: upper bound on the predicted bytes of run and backward pass (of one member under `vmap`), in the
+        place of 1 GiB: the fastest schedule that fits is taken, and it raises if there is none. `"device"`: four fifths
+        of what the device, or the machine, has free while this is traced. With `checkpoint="auto"`.
       hvp_fraction: the fraction f in (0, 1]; needs `solve(..., key=key)`, and batches with a leading axis of examples.
 
     Raises:
@@ -78,7 +80,7 @@ class Unroll:
 
     checkpoint: int | str | None = "auto"
     truncate: int | None = None
-    memory_limit: float | None = None
+    memory_limit: float | str | None = None
     hvp_fraction: float | None = None
 
     def __post_init__(self):
@@ -89,7 +91,15 @@ class Unroll:
                     "'binomial', an integer (steps between stored states), or None (what plain autodiff stores)."
                 )
             check_count("Unroll(checkpoint=...)", self.checkpoint)
-        check_settings(self, truncate="count or None", memory_limit="positive or None", hvp_fraction="positive or None")
+        check_settings(self, truncate="count or None", hvp_fraction="positive or None")
+        if isinstance(self.memory_limit, str):
+            if self.memory_limit != "device":
+                raise JaxhpoError(
+                    f"`Unroll(memory_limit=...)` got {self.memory_limit!r}, which is no limit: write a number of "
+                    "bytes, or 'device' for four fifths of what is free."
+                )
+        else:
+            check_settings(self, memory_limit="positive or None")
         if self.memory_limit is not None and self.checkpoint != "auto":
             raise JaxhpoError(
                 f"`Unroll(memory_limit={self.memory_limit!r})` chooses the fastest schedule that fits, but "

@@ -3,6 +3,8 @@
 import collections
 import math
 import os
+import pathlib
+import re
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,6 +19,7 @@ from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.trace import scan_layout, subprograms
 from jaxhpo._core.tree import is_inexact, partition
 
+SAFE_PART = 0.8  # of the memory that is free, since a prediction may be 20 % too low
 # Operations that a compiler writes into their consumer: always, or where one operation alone uses the result.
 _LAYOUT = {"reshape", "squeeze", "expand_dims", "broadcast_in_dim", "iota", "convert_element_type", "copy"}
 _ELEMENTWISE = {
@@ -300,10 +303,15 @@ def temporary_bytes(program: Any) -> int | None:
 
 
 def available_bytes() -> float:
-    """Bytes of memory of the device, or of the machine."""
-    stats = jax.devices()[0].memory_stats() or {}
+    """Bytes of memory that are free on the device, or on the machine."""
+    stats = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" in stats:
-        return stats["bytes_limit"]
+        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    try:
+        found = re.search(r"MemAvailable: *(\d+) kB", pathlib.Path("/proc/meminfo").read_text())
+        return 1024.0 * int(found[1]) if found else math.inf
+    except OSError:  # not Linux: all memory of the machine
+        pass
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):

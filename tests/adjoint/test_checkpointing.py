@@ -12,8 +12,9 @@ import pytest
 
 import jaxhpo
 from jaxhpo import Unroll
+from jaxhpo._adjoint import checkpointing
 from jaxhpo._adjoint.binomial import least_repeats, least_slots, make_actions
-from jaxhpo._adjoint.checkpointing import EVERYTHING, Sizes, choose
+from jaxhpo._adjoint.checkpointing import ENOUGH, EVERYTHING, Sizes, choose
 from jaxhpo._core.cost import count_arithmetic
 from jaxhpo._core.types import Schedule
 
@@ -139,9 +140,9 @@ def test_programs_are_as_long_for_any_number_of_steps():
     def length(rule, num_steps):
         return str(jax.make_jaxpr(jax.grad(programs(rule, num_steps, 2)))(1.0)).count("\n")
 
-    for checkpoint in (None, 1, "sqrt", "binomial"):
+    for checkpoint in (None, 1, 20, "binomial"):
         rule = Unroll(checkpoint=checkpoint)
-        assert length(rule, 400) == length(rule, 3600), checkpoint  # both are squares, so that no segment is left over
+        assert length(rule, 400) == length(rule, 3600), checkpoint  # no segment is left over
 
 
 def test_an_unknown_length_of_memory_is_refused():
@@ -165,31 +166,91 @@ TRANSFORMER = Sizes(3 * MB, MB, lambda: 25 * MB, lambda: 90 * MB)  # Adam; many
     [
         (None, 100, NETWORK, Schedule(None, False)),
         (1, 1000, NETWORK, Schedule(1, True)),
-        ("auto", 16, NETWORK, Schedule(1, True)),
         ("sqrt", 16, NETWORK, Schedule(1, True)),
-        ("auto", 17, NETWORK, Schedule(3, True)),  # √(17 · 2/3) = 3.4
-        ("auto", 1000, NETWORK, Schedule(40, False)),  # 26 gradients would outweigh what one step takes
-        ("auto", 1000, TRANSFORMER, Schedule(25, True)),  # √(1000 · 3/4) = 27.4, and 25 divides 1000
-        ("sqrt", 1000, TRANSFORMER, Schedule(40, True)),
-        ("sqrt", 1000, NETWORK, Schedule(40, False)),
+        ("sqrt", 17, NETWORK, Schedule(3, True)),  # √(17 · 2/3) = 3.4
+        ("sqrt", 1000, NETWORK, Schedule(40, False)),  # 26 gradients would outweigh what one step takes
+        ("sqrt", 1000, TRANSFORMER, Schedule(25, True)),  # √(1000 · 3/4) = 27.4, and 25 divides 1000
         (40, 1000, NETWORK, Schedule(40, False)),
         (10, 1000, NETWORK, Schedule(10, True)),
         (
-            "auto",
+            "sqrt",
             1000,
             Sizes(2 * MB, 0, lambda: 0, lambda: 0),
             Schedule(40, True),
         ),  # no gradient: what is kept of it is nothing
         (40, 12, NETWORK, Schedule(40, True)),  # no more than twelve are ever kept
-        ("auto", 100, Sizes(2**16, 2**15, lambda: 0, lambda: 2**16), EVERYTHING),  # 12.5 MiB in all
-        ("auto", 150, Sizes(2**16, 2**15, lambda: 2**15, lambda: 2**16), Schedule(1, True)),  # 18.75, 14 MiB
-        ("auto", 200, Sizes(2**16, 2**15, lambda: 2**15, lambda: 2**16), Schedule(10, True)),  # √(200 · 2/3) = 11.5
+        ("sqrt", 100, Sizes(2**16, 2**15, lambda: 0, lambda: 2**16), EVERYTHING),  # 12.5 MiB in all
+        ("sqrt", 150, Sizes(2**16, 2**15, lambda: 2**15, lambda: 2**16), Schedule(1, True)),  # 18.75, 14 MiB
+        ("sqrt", 200, Sizes(2**16, 2**15, lambda: 2**15, lambda: 2**16), Schedule(10, True)),  # √(200 · 2/3) = 11.5
         ("binomial", 1000, NETWORK, Schedule(slots=17)),
     ],
     ids=lambda value: "" if isinstance(value, Sizes) else str(value),
 )
 def test_schedules(checkpoint, num_steps, sizes, want):
     assert choose(checkpoint, num_steps, sizes) == want
+
+
+def stored(num_steps, sizes):
+    """`sizes` with a peak of what a schedule stores, and of one step's own."""
+
+    def peak(schedule):
+        k, every, gradient = schedule.segment, sizes.state, sizes.gradient * schedule.gradients
+        if schedule.slots is not None:
+            kept = schedule.slots * every
+        elif k is None:
+            kept = num_steps * sizes.residuals()
+        else:
+            kept = (num_steps // k * every if k > 1 else 0) + (k if k > 1 else num_steps) * (every + gradient)
+        return kept + sizes.activations()
+
+    return sizes._replace(peak=peak)
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "sizes", "want"),
+    [
+        (100, NETWORK, EVERYTHING),  # 601 MiB
+        (300, NETWORK, Schedule(1, True)),  # 901 MiB, and plain autodiff 1.76 GiB
+        (400, NETWORK, Schedule(1, False)),  # with gradients 1.17 GiB
+        (1000, NETWORK, Schedule(25, True)),  # 155 MiB; every state 1.95 GiB
+        (16, TRANSFORMER, Schedule(1, True)),
+        (20_000, TRANSFORMER, Schedule(125, True)),  # 1005 MiB
+        (30_000, TRANSFORMER, Schedule(slots=55)),  # C(58, 3) ≥ 30 000 > C(57, 3); two levels take 1.2 GiB
+        (16, Sizes(2**31, 2**29, lambda: 0, lambda: 2**32), Schedule(1, True)),  # nothing fits: as "sqrt"
+        (1000, Sizes(2**31, 2**29, lambda: 0, lambda: 2**32), Schedule(40, False)),
+    ],
+    ids=lambda value: "" if isinstance(value, Sizes) else str(value),
+)
+def test_default_is_the_fastest_below_a_gibibyte(num_steps, sizes, want):
+    sizes = stored(num_steps, sizes)
+    found = choose("auto", num_steps, sizes)
+    assert found == want and (sizes.peak(found) <= ENOUGH or found == choose("sqrt", num_steps, sizes))
+    if sizes.peak(found) <= ENOUGH:
+        assert choose("auto", num_steps, sizes, float(ENOUGH)) == found
+
+
+def test_device_is_four_fifths_of_what_is_free(monkeypatch):
+    sizes = stored(1000, NETWORK)
+    for most, want in ((6001 * MB, EVERYTHING), (6000 * MB, Schedule(1, True)), (100 * MB, Schedule(slots=17))):
+        monkeypatch.setattr(checkpointing, "available_bytes", lambda most=most: most / 0.8)
+        assert choose("auto", 1000, sizes, "device") == want
+    monkeypatch.setattr(checkpointing, "available_bytes", lambda: MB)
+    with pytest.raises(jaxhpo.JaxhpoError, match=r"memory_limit='device'\)`, 819 KiB: 1000 inner steps"):
+        choose("auto", 1000, sizes, "device")
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(jaxhpo.JaxhpoError, match="all must run the same program: write a number of bytes"):
+        choose("auto", 1000, sizes, "device")
+
+
+def test_a_step_without_derivative_runs_under_the_default():
+    """Its memory cannot be predicted, and is not needed."""
+
+    def step(params, hparams, batch):
+        return jax.lax.while_loop(lambda p: jnp.sum(p) > 1.0, lambda p: p / 2, params + hparams)
+
+    solver = jaxhpo.fixed_point(step)
+    sol = jaxhpo.solve(solver, solver.init(jnp.zeros(2**20), 1e-6), 1e-6, num_steps=5)
+    assert bool(jnp.all(jnp.isfinite(sol.params)))
 
 
 def test_a_numpy_integer_is_an_integer():

@@ -67,7 +67,7 @@ def test_default_code_generation(case):
     assert relative_error(got, case.closed_form(problem, T)) <= 1e-9
 
 
-@pytest.mark.parametrize("checkpoint", ["sqrt", *(pytest.param(c, marks=pytest.mark.slow) for c in (None, 1, 7))])
+@pytest.mark.parametrize("checkpoint", [20, *(pytest.param(c, marks=pytest.mark.slow) for c in (None, 1, 7))])
 def test_unrolled_logistic(checkpoint):
     """At convergence the unrolled hypergradient is the implicit one, whose closed form is known."""
     problem = PROBLEMS["logistic"]
@@ -76,7 +76,7 @@ def test_unrolled_logistic(checkpoint):
 
 
 @pytest.mark.parametrize("num_steps", [17, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 16, 30))])
-@pytest.mark.parametrize("checkpoint", [1, 4, 100, "sqrt"])
+@pytest.mark.parametrize("checkpoint", [1, 4, 100, 5])
 def test_schedules_agree(checkpoint, num_steps):
     """Every checkpoint schedule, dividing the number of steps or not, gives what plain autodiff gives."""
     problem = PROBLEMS["ridge"]

@@ -1,6 +1,7 @@
 """`memory_plan` predicts, without compiling, the memory that the compiler allocates for every schedule."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import pytest
 import jaxhpo
 from jaxhpo import Implicit, Unroll
 from jaxhpo._core.cost import count_and_peak, count_arithmetic
+from jaxhpo._diagnostics.memory_plan import MemoryPlan, PlanRow
 
 slow = pytest.mark.slow
 SIZE = 100
@@ -68,7 +70,7 @@ def network(adjoint, num_steps):
 
 
 PROBLEMS = {"matrix": matrix, "regression": regression, "network": network}
-CHECKPOINTS = (None, 1, "sqrt", "binomial")
+CHECKPOINTS = (None, 1, 10, "binomial")
 
 
 @pytest.mark.codegen
@@ -85,20 +87,42 @@ def test_predicted_memory_is_near_the_allocated(problem, checkpoint, num_steps):
 
 
 def test_rows_and_text_of_a_plan(capsys):
-    outer, h = matrix(Unroll(), 1000)
-    plan = jaxhpo.memory_plan(outer, h)
+    outer, h = matrix(Unroll(checkpoint="sqrt"), 1000)
+    plan = jaxhpo.memory_plan(outer, h, memory_limit=2**31)
     assert capsys.readouterr().out.strip() == str(plan)
     calls = [row.call for row in plan.rows]
     assert calls == ["Unroll(checkpoint=None)", "Unroll(checkpoint=1)", "Unroll(checkpoint='sqrt')", "Unroll()"] + [
         "Unroll(checkpoint='binomial')"
     ]
-    assert plan.asked == plan.rows[3] and plan.param_bytes == h.nbytes and plan.population == 1
+    assert plan.asked == plan.rows[2] and plan.param_bytes == h.nbytes and plan.population == 1
     assert "17 states, by binomial checkpointing" in str(plan)
     assert "a state every 25 steps, and every state and gradient of one segment" in str(plan)  # √(1000 · 3/4) = 27.4
+    default = plan.rows[3]
+    assert default.keeps == plan.rows[0].keeps and default.bytes <= 2**30
     by_time = [row.call for row in plan.fitting]
     assert by_time[0] == calls[0] and by_time[-1] == calls[-1]
     assert plan.rows[2].time - plan.rows[1].time == pytest.approx(1, abs=0.05)  # one more pass forward
     assert plan.rows[0].time < plan.rows[1].time and plan.rows[2].time + 0.8 < plan.rows[4].time
+
+
+@pytest.mark.parametrize(
+    ("asked", "limit", "said"),
+    [
+        (
+            1,
+            1000,
+            r"On this machine write `Unroll\(checkpoint=None\)`: 3\.00 .* of 3\.70 \(19% less time\)",
+        ),
+        (1, 600, r"`Unroll\(checkpoint=1\)` is the fastest schedule that fits: leave it as it is"),  # 553 > .8 * 600
+        (0, 600, r"write `Unroll\(checkpoint=1\)`: .* \(23% more time\), in 59 B of memory instead of 553 B"),
+        (1, 60, r"No schedule fits into 48 B, four fifths"),
+        (None, 1000, "No solve keeps states"),
+    ],
+)
+def test_a_plan_ends_with_what_to_write(asked, limit, said):
+    rows = (PlanRow("Unroll(checkpoint=None)", 553, 3.0, ()), PlanRow("Unroll(checkpoint=1)", 59, 3.7, ()))
+    plan = MemoryPlan(rows[asked or 0], rows if asked is not None else (), limit, 1, 1, ())
+    assert re.search(said, str(plan).splitlines()[-1])
 
 
 def test_refusal_names_the_schedules_that_fit():
@@ -123,7 +147,7 @@ def test_jitted_loss_is_planned_and_its_jaxpr_unchanged():
     jitted = jax.jit(outer)
     before = str(jax.make_jaxpr(jax.grad(jitted))(h))
     plan = jaxhpo.memory_plan(jitted, h)
-    assert len({row.bytes for row in plan.rows}) == 5
+    assert len({row.bytes for row in plan.rows}) == 4  # the default is what plain autodiff keeps
     assert str(jax.make_jaxpr(jax.grad(jitted))(h)) == before
 
 
