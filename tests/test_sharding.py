@@ -1,16 +1,43 @@
 """The same hypergradient on one device and on eight, data-parallel or with one inner problem per device."""
 
+import types
+
 import jax
 import jax.numpy as jnp
+import lineax
 import numpy as np
 import optax
 import pytest
-from helpers import relative_error
+from helpers import ALL_RULES, relative_error
+from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxhpo
-from jaxhpo import CG, SAMA, Direct, DrMAD, FiniteDifference, Forward, Identity, Implicit, Neumann, Unroll
+from jaxhpo import (
+    CG,
+    GMRES,
+    HOAG,
+    SAMA,
+    BiCGStab,
+    Direct,
+    DrMAD,
+    EvolutionStrategies,
+    FiniteDifference,
+    Forward,
+    ForwardGradient,
+    Hypernetwork,
+    Identity,
+    Implicit,
+    Neumann,
+    NormalCG,
+    PersistentES,
+    RealTime,
+    Reversible,
+    Smoothing,
+    Unroll,
+    from_lineax,
+)
 
 RULES = [
     Unroll(),
@@ -57,14 +84,6 @@ def outer_loss(h, x, y, rule, mean=lambda v: v):
 
 
 # 1e-12 is the figure asked for between one device and eight.
-@pytest.mark.parametrize("rule", RULES, ids=str)
-def test_sharded_data_under_jit(rule, mesh):
-    fn = jax.jit(jax.grad(outer_loss), static_argnums=3)
-    rows = NamedSharding(mesh, P("data"))
-    got = fn(H, jax.device_put(X, rows), jax.device_put(Y, rows), rule)
-    assert relative_error(got, fn(H, X, Y, rule)) <= 1e-12
-
-
 @pytest.mark.parametrize("where", ["grad of shard_map", "shard_map of grad"])
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_data_parallel_shard_map(rule, where, mesh):
@@ -94,3 +113,117 @@ def test_one_inner_problem_per_device(rule, mesh):
         out_specs=P("data"),
     )
     assert relative_error(jax.jit(fn)(hs, X, Y), grads) <= 1e-12
+
+
+# --- everything sharded, where the compiler chooses the sharding, and where it is part of the type --------------------
+
+STEPS = 4
+# Kernel, bias and scale; every entry of a kernel or bias has a penalty of its own.
+PARAMS = {"w": jnp.asarray(0.3 * RNG.normal(size=(6, 4))), "b": jnp.zeros(4), "s": jnp.ones(())}
+HPARAMS = {"w": jnp.asarray(RNG.normal(size=(6, 4)) - 2), "b": jnp.full(4, -1.0), "s": jnp.asarray(-1.0)}
+BATCHES = (jnp.asarray(RNG.normal(size=(STEPS, 6, 6))), jnp.asarray(RNG.normal(size=(STEPS, 6, 4))))
+WEIGHTS = {"w": P(None, "model"), "b": P("model"), "s": P()}
+SPECS = (WEIGHTS, WEIGHTS, (P(None, "data"), P(None, "data", "model")))
+START = types.SimpleNamespace(step_size=0.1, params=ravel_pytree(PARAMS)[0])
+
+
+def train_loss(w, h, batch):
+    x, y = batch
+    penalty = sum(jnp.sum(jnp.exp(h[name]) * w[name] ** 2) for name in w)
+    return 0.5 * jnp.mean((w["s"] * (x @ w["w"]) + w["b"][None] - y) ** 2) + 0.5 * penalty
+
+
+def val_loss(w):
+    return sum(jnp.sum((x - 0.3) ** 2) for x in jax.tree.leaves(w))
+
+
+def sharded(args, kind):
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(kind, kind), devices=jax.devices()[:4])
+    return mesh, jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), args, SPECS)
+
+
+def by_rule(rule):
+    """The gradient through `solve`."""
+    momentum = isinstance(rule, Reversible)
+    solver = jaxhpo.momentum_sgd(train_loss, 0.1, 0.5) if momentum else jaxhpo.from_optax(train_loss, optax.sgd(0.1))
+
+    def loss(h, w, batches, key):
+        start = solver.init(w, h)
+        return val_loss(jaxhpo.solve(solver, start, h, batches, num_steps=STEPS, adjoint=rule, key=key).params)
+
+    return jax.grad(loss)
+
+
+def by_pair(method):
+    """The second hypergradient of a stateful method, and its value."""
+    solver = jaxhpo.from_optax(train_loss, optax.sgd(0.1))
+
+    def outer(solution, h, batch):
+        return val_loss(solution.params)
+
+    def run(h, w, batches, key):
+        pair = jaxhpo.hypergradient(method, solver, outer, num_steps=STEPS)
+        state = pair.update(h, pair.init(w, h), batches, key=key)[1]
+        grad, _, info = pair.update(h, state, batches, key=key)
+        return grad, info.value
+
+    return run
+
+
+def second_order(rule):
+    grad = by_rule(rule)
+    return jax.grad(lambda *args: sum(jnp.sum(g**2) for g in jax.tree.leaves(grad(*args))))
+
+
+EVERYTHING = {
+    **{case.name: by_rule(case.make(START)) for case in ALL_RULES},
+    # To a residual below the figure of the test: two solves differ by as much as their tolerance allows.
+    "gmres": by_rule(Implicit(GMRES(tol=1e-14))),
+    "bicgstab": by_rule(Implicit(BiCGStab(tol=1e-14))),
+    "normal-cg": by_rule(Implicit(NormalCG(tol=1e-14))),
+    "lineax": by_rule(Implicit(from_lineax(lineax.GMRES(rtol=1e-14, atol=1e-14)))),
+    "reversible": by_rule(Reversible()),
+    "forward-gradient": by_rule(ForwardGradient(num_directions=2)),
+    "smoothing": by_rule(Smoothing(num_pairs=2, sigma=0.1)),
+    "drmad-3": by_rule(DrMAD(3)),
+    # Of 6 examples, over two devices: parts of equal size, and a part that cannot be split.
+    "fraction-4": by_rule(Unroll(hvp_fraction=2 / 3)),
+    "fraction-3": by_rule(Unroll(hvp_fraction=1 / 2)),
+    "hoag": by_pair(HOAG()),
+    "real-time": by_pair(RealTime()),
+    "implicit-pair": by_pair(Implicit(GMRES(tol=1e-14))),
+    "evolution": by_pair(EvolutionStrategies(num_pairs=2, sigma=0.1)),
+    "persistent": by_pair(PersistentES(num_pairs=2, sigma=0.1, horizon=2 * STEPS)),
+    "hypernetwork": by_pair(Hypernetwork(optax.sgd(0.01), 0.1)),
+    "second-order-binomial": second_order(Unroll(checkpoint="binomial")),
+    "second-order-gmres": second_order(Implicit(GMRES(tol=1e-14))),
+}
+QUICK = ("unroll", "direct", "real-time")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in EVERYTHING])
+def test_parameters_hyperparameters_and_minibatches_sharded(name):
+    fn, args = jax.jit(EVERYTHING[name]), (HPARAMS, PARAMS, BATCHES)
+    want, structure = ravel_pytree(fn(*args, jax.random.key(0)))
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        mesh, placed = sharded(args, kind)
+        with jax.set_mesh(mesh):
+            got = fn(*placed, jax.random.key(0))
+        assert relative_error(ravel_pytree(jax.device_get(got))[0], want) <= 1e-12, kind
+        grad = got[0] if isinstance(got, tuple) else got
+        for leaf, like in zip(jax.tree.leaves(grad), jax.tree.leaves(placed[0]), strict=True):
+            assert kind == AxisType.Auto or leaf.sharding.is_equivalent_to(like.sharding, leaf.ndim)
+
+
+def test_closed_over_parameters_sharded():
+    """JAX forgets the sharding of `zeros_like` of a constant: momenta are sharded after a step, but not before it."""
+    solver = jaxhpo.from_optax(train_loss, optax.sgd(0.1, momentum=0.5))
+
+    def outer_loss(h, w, batches):
+        return val_loss(jaxhpo.solve(solver, solver.init(w, h), h, batches).params)
+
+    want = jax.jit(jax.grad(outer_loss))(HPARAMS, PARAMS, BATCHES)
+    mesh, (h, w, batches) = sharded((HPARAMS, PARAMS, BATCHES), AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        got = jax.jit(jax.grad(lambda h: outer_loss(h, w, batches)))(h)
+    assert relative_error(ravel_pytree(jax.device_get(got))[0], ravel_pytree(want)[0]) <= 1e-12

@@ -5,7 +5,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from jaxhpo._core.mesh import rows
 from jaxhpo._core.record import report_fault
 from jaxhpo._core.tree import add_scaled, normal
 from jaxhpo._core.types import PyTree
@@ -32,7 +34,7 @@ def is_mean(loss: Callable[[PyTree], jax.Array], batch: PyTree, precision: float
     if total < 2:
         return jnp.asarray(True)
     half = total // 2
-    parts = jnp.stack([loss(_rows(batch, slice(None, half))), loss(_rows(batch, slice(half, None)))])
+    parts = jnp.stack([loss(_rows(batch, np.arange(half))), loss(_rows(batch, np.arange(half, total)))])
     weighted = parts * jnp.asarray([half, total - half], parts.dtype) / total
     whole = loss(batch)
     error, size = jnp.abs(whole - jnp.sum(weighted)), jnp.sum(jnp.abs(weighted))
@@ -42,7 +44,7 @@ def is_mean(loss: Callable[[PyTree], jax.Array], batch: PyTree, precision: float
 
 
 def _rows(batch, index):
-    return jax.tree.map(lambda x: x[index] if jnp.ndim(x) else x, batch)
+    return jax.tree.map(lambda x: rows(x, index) if jnp.ndim(x) else x, batch)
 
 
 def nan_unless_mean(problem: Problem) -> Problem:

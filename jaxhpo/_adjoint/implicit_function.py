@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from jaxhpo._core.errors import JaxhpoError
+from jaxhpo._core.mesh import on_auto_axes
 from jaxhpo._core.stop_gradient import warn_zero
 from jaxhpo._core.trace import differentiable_inputs, primitives, trust
 from jaxhpo._core.tree import cast_like, is_inexact, partition, scaled, upcast, zeros_like
@@ -71,7 +72,7 @@ def _attach_jvp(root, primals, tangents):
     zero = sum(jnp.sum(d) * 0 for d in dots)
     rhs = jax.tree.map(lambda r: r + jnp.asarray(zero).astype(r.dtype), rhs)
     solve = root.linear_solver if key is None else functools.partial(root.linear_solver, key=key)
-    params_dot, _ = _checked(solve(matvec, scaled(-1.0, rhs)), rhs)  # θ̇ = H⁻¹ (−∂g/∂a ȧ)
+    params_dot, _ = _solved(solve, matvec, scaled(-1.0, rhs))  # θ̇ = H⁻¹ (−∂g/∂a ȧ)
     return params, cast_like(params_dot, params)
 
 
@@ -104,7 +105,7 @@ def pull_back(
     solve: Any = root.linear_solver
     if x0 is not None and _takes_start(solve):
         solve = functools.partial(solve, x0=x0)
-    q, info = _checked(solve(matvec if symmetric else _transposed(matvec, point), rhs), rhs)  # Hᵀ q = v
+    q, info = _solved(solve, matvec if symmetric else _transposed(matvec, point), rhs)  # Hᵀ q = v
     q = cast_like(q, rhs)
     return scaled(-1.0, pull(q)[0]), q, info  # −(∂g/∂a)ᵀ q
 
@@ -153,8 +154,20 @@ def _takes_start(linear_solver) -> bool:
         return False
 
 
-def _checked(out: Any, rhs: PyTree) -> tuple[PyTree, LinearInfo | None]:
-    """The solution and report that a linear solver returned; raises unless it returned both."""
-    if not (isinstance(out, tuple) and len(out) == 2):
-        raise JaxhpoError(f"`linear_solver` returned {describe(out)}: write `return x, info`, a `LinearInfo` or None.")
-    return check_residual(out[0], rhs, "linear_solver", "b"), out[1]
+def _solved(linear_solver: Any, matvec: Callable, rhs: PyTree) -> tuple[PyTree, LinearInfo | None]:
+    """The solution and report of a linear solve; raises unless the solver returned both.
+
+    Arrays that the solver needs beside the matrix and b are keywords of a `functools.partial`.
+    """
+    solve = functools.partial(linear_solver)
+    arrays = {k: x for k, x in solve.keywords.items() if all(isinstance(v, jax.Array) for v in jax.tree.leaves(x))}
+
+    def checked(matvec, b, arrays):
+        out = solve(matvec, b, **arrays)
+        if not (isinstance(out, tuple) and len(out) == 2):
+            raise JaxhpoError(
+                f"`linear_solver` returned {describe(out)}: write `return x, info`, a `LinearInfo` or None."
+            )
+        return check_residual(out[0], rhs, "linear_solver", "b"), out[1]
+
+    return on_auto_axes(checked, matvec, rhs, arrays)

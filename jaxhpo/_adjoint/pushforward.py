@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
-from jax.flatten_util import ravel_pytree
 
-from jaxhpo._core.mesh import cast_varying, varying_axes
+from jaxhpo._core.mesh import cast_varying, ravel, varying_axes
 from jaxhpo._core.tree import is_inexact, map_in_chunks, partition
 from jaxhpo._core.types import InnerState
 from jaxhpo._core.validate import check_settings
@@ -198,8 +197,8 @@ def _with_tangent_jvp(final, tangent, primals, tangents):
     out = _with_tangent(final, tangent, inputs, key)
     perturbed = jax.tree.map(lambda x, d: is_inexact(x) and not isinstance(d, SymbolicZero), inputs, dots)
     leaves, combine = partition(inputs, perturbed)
-    z, unravel = ravel_pytree(leaves)
-    dz, _ = ravel_pytree(partition(dots, perturbed)[0])
+    z, unravel = ravel(leaves)
+    dz, _ = ravel(partition(dots, perturbed)[0])
     floats = jax.tree.map(is_inexact, out)
 
     def fn(z):  # Θ

@@ -15,7 +15,7 @@ from jax.interpreters.partial_eval import dce_jaxpr
 from jaxhpo._adjoint import exact_arithmetic as exact
 from jaxhpo._adjoint.pullback import Inputs, Pullback, varying_zeros
 from jaxhpo._core.errors import JaxhpoError
-from jaxhpo._core.mesh import cast_varying, varying_axes
+from jaxhpo._core.mesh import cast_varying, sharded_like, varying_axes, whole
 from jaxhpo._core.record import report_fault
 from jaxhpo._core.trace import closure_convert
 from jaxhpo._core.tree import all_finite, cast_like, names, partition
@@ -143,13 +143,13 @@ _NOT_RECOVERED = (
 class Layout(NamedTuple):
     """Layout of the parameters' leaves in one array of shape (rows, lanes), padded at its end."""
 
-    params: PyTree  # shapes and dtypes
+    params: PyTree  # shapes, dtypes and shardings
     rows: int
     lanes: int
 
     def pack(self, tree: PyTree, pad: Any = 0) -> jax.Array:
         """Packs the leaves (all of one dtype, broadcast to the shapes of the parameters) into one array."""
-        full = jax.tree.map(lambda x, p: jnp.broadcast_to(x, p.shape).ravel(), tree, self.params)
+        full = jax.tree.map(lambda x, p: jnp.broadcast_to(whole(x), p.shape).ravel(), tree, self.params)
         flat = jnp.concatenate(jax.tree.leaves(full))
         return jnp.pad(flat, (0, self.rows * self.lanes - flat.size), constant_values=pad).reshape(self.rows, -1)
 
@@ -157,7 +157,8 @@ class Layout(NamedTuple):
         """Inverse of `pack`, in the parameters' dtypes unless `cast` is False."""
         leaves, structure = jax.tree.flatten(self.params)
         ends = np.cumsum([leaf.size for leaf in leaves])
-        parts = [part.reshape(leaf.shape) for part, leaf in zip(jnp.split(array.ravel(), ends), leaves, strict=False)]
+        parts = zip(jnp.split(array.ravel(), ends), leaves, strict=False)
+        parts = [sharded_like(part.reshape(leaf.shape), leaf) for part, leaf in parts]
         return jax.tree.unflatten(structure, cast_like(parts, leaves) if cast else parts)
 
 
@@ -205,7 +206,7 @@ def make_plan(problem: Problem, buffer_bits: float | None) -> tuple[Plan, Proble
     def rates(shared, count):
         return jax.tree.map(jnp.asarray, pure_rates(shared.consts[1], shared.inputs[0], count))
 
-    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state.params)
+    params = jax.eval_shape(lambda: state.params)
     size = sum(x.size for x in jax.tree.leaves(params))
     if buffer_bits is None:
         buffer_bits = _bits_per_step(pure_rates, rate_consts, hparams, state.opt_state.count, problem.num_steps)
@@ -341,7 +342,7 @@ def exact_start(plan: Plan, state: InnerState) -> ExactState:
         return plan.format.encode(real), jnp.all(jnp.abs(real) < plan.format.limit)
 
     (weights, fit), (high, fits) = fixed(state.params), fixed(state.opt_state.velocity)
-    velocity = exact.Velocity(high, jnp.zeros(high.shape, jnp.uint16))
+    velocity = exact.Velocity(high, jnp.zeros_like(high, jnp.uint16))
     buffer = exact.empty_buffer(plan.layout.lanes, plan.depth)
     broken = jnp.where(fit & fits, plan.num_steps, 0).astype(jnp.int32)
     start = ExactState(weights, velocity, buffer, broken, _checksum(weights, velocity))

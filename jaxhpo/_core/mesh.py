@@ -1,11 +1,15 @@
-"""Types under `shard_map`, which say over which mesh axes an array varies from device to device."""
+"""Types on a mesh: the axes over which an array varies under `shard_map`, or is sharded where they are `Explicit`."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
+from jax.flatten_util import ravel_pytree
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, auto_axes, explicit_axes, reshard
 
 from jaxhpo._core.types import PyTree
 
@@ -40,5 +44,70 @@ def as_array(cotangent: Any, axes: frozenset) -> jax.Array:
     """A cotangent, or zeros where it is a symbolic zero, that varies over (at least) the given mesh axes."""
     if isinstance(cotangent, SymbolicZero):
         aval: Any = cotangent.aval
-        cotangent = (np if aval.dtype == jax.dtypes.float0 else jnp).zeros(aval.shape, aval.dtype)
+        float0 = aval.dtype == jax.dtypes.float0
+        cotangent = np.zeros(aval.shape, aval.dtype) if float0 else jnp.zeros_like(aval)  # sharded as it is
     return cast_varying(cotangent, axes)
+
+
+def everywhere(x: jax.Array) -> NamedSharding | None:
+    """The sharding of what lies whole on every device, where x is sharded over `Explicit` mesh axes; else None."""
+    sharding = _explicit(x)
+    return sharding and NamedSharding(sharding.mesh, PartitionSpec())
+
+
+def whole(x: jax.Array) -> jax.Array:
+    """Gathers an array that is sharded over `Explicit` mesh axes."""
+    return x if everywhere(x) is None else reshard(x, everywhere(x))
+
+
+def sharded_like(x: jax.Array, like: Any) -> jax.Array:
+    """Shards an array over `Explicit` mesh axes as `like`, an array or its type."""
+    sharding = _explicit(like)
+    if sharding is None:
+        return whole(x)
+    return x if _explicit(x) == sharding else reshard(x, sharding)
+
+
+def ravel(tree: PyTree) -> tuple[jax.Array, Callable[[jax.Array], PyTree]]:
+    """`ravel_pytree`, also of leaves that are sharded over `Explicit` mesh axes.
+
+    JAX refuses to join a sharded axis with another. So the vector lies whole on every device, and the inverse gives
+    each leaf its sharding back.
+    """
+    types = jax.eval_shape(lambda: tree)
+    flat, unravel = ravel_pytree(jax.tree.map(whole, tree))
+    return flat, lambda flat: jax.tree.map(sharded_like, unravel(flat), types)
+
+
+def rows(x: jax.Array, index: Any) -> jax.Array:
+    """`x[index]` for a vector of indices: sharded like x, but for the first axis where its shards would be unequal."""
+    sharding = _explicit(x)
+    if sharding is None:
+        return x[index]
+    shards = x.shape[0] // sharding.shard_shape(x.shape)[0]
+    first, *others = sharding.spec
+    spec = PartitionSpec(None if len(index) % shards else first, *others)
+    return x.at[index].get(out_sharding=NamedSharding(sharding.mesh, spec))
+
+
+def on_auto_axes(solve: Callable, matvec: Callable, b: PyTree, arrays: PyTree) -> tuple[PyTree, Any]:
+    """`solve(matvec, b, arrays)` with `Explicit` mesh axes made `Auto` in `solve`, but not in `matvec`.
+
+    So the algebra of a linear solver need not say how each of its results is sharded: the compiler decides, as for
+    `Auto` axes. `solve` returns a solution like b, and what lies whole on every device; it must not close over arrays.
+    """
+    placed = jax.tree.map(lambda x: jax.typeof(x).sharding, b)
+    mesh = max((s.mesh for s in jax.tree.leaves(placed)), key=lambda mesh: len(mesh.axis_names))
+    axes = tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit)
+    if not axes:
+        return solve(matvec, b, arrays)
+    placed = jax.tree.map(lambda s: NamedSharding(mesh, s.spec), placed)
+    typed = explicit_axes(matvec, axes=axes, in_sharding=(placed,))
+    outs = (placed, NamedSharding(mesh, PartitionSpec()))
+    untyped: Any = auto_axes(functools.partial(solve, typed), axes=axes, out_sharding=outs)
+    return untyped(b, arrays)
+
+
+def _explicit(x):
+    sharding = (x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)).sharding
+    return sharding if sharding is not None and any(sharding.spec) else None

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-from jax.flatten_util import ravel_pytree
 
 from jaxhpo._core.errors import ZeroHypergradientWarning
+from jaxhpo._core.mesh import ravel
 from jaxhpo._core.record import recording
 from jaxhpo._core.trace import differentiable_inputs
 from jaxhpo._core.types import LinearStatus, PyTree
@@ -122,7 +122,7 @@ def check_hypergradient(
     if step_size is not None:
         check_positive("step_size", step_size)
     direction_key = jax.random.key(0) if key is None else check_key(key)
-    flat, unravel = ravel_pytree(hparams)
+    flat, unravel = ravel(hparams)
 
     def loss(flat):
         return check_scalar(outer_loss(unravel(flat)), "outer_loss")

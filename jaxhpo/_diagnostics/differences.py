@@ -6,9 +6,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.flatten_util import ravel_pytree
 
 from jaxhpo._core.errors import NonFiniteError, ZeroHypergradientError
+from jaxhpo._core.mesh import ravel
 from jaxhpo._core.tree import named_leaves
 from jaxhpo._core.types import PyTree
 
@@ -108,7 +108,7 @@ def central_differences(
       step_size: relative to each hyperparameter's scale; None takes ε^(1/5).
       key: for the directions.
     """
-    flat, scale = ravel_pytree(hparams)[0], ravel_pytree(jax.tree.map(_scale, hparams))[0]
+    flat, scale = ravel(hparams)[0], ravel(jax.tree.map(_scale, hparams))[0]
     if num_directions is None:
         directions, lengths = jnp.diag(scale), scale
     else:

@@ -1,6 +1,7 @@
 """HOAG: implicit differentiation with tolerances that tighten from update to update, and its adaptive step size."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -121,26 +122,24 @@ class HOAG(StatefulMethod):
             scale = _scale(problem, state)
             tolerance = _tolerance(self.tolerance, self.initial_tolerance, self.decay, state.count, scale.dtype)
             ended = run(problem._replace(tol=tolerance * scale))  # until ‖g‖ ≤ ε_k ‖g_0‖
-            rule = Implicit(self._conjugate_gradients(tolerance))  # until ‖∂_θ F − H q‖ ≤ ε_k ‖∂_θ F‖
+            # until ‖∂_θ F − H q‖ ≤ ε_k ‖∂_θ F‖
+            rule = Implicit(functools.partial(self._conjugate_gradients, tolerance=tolerance))
             grad, q, info = implicit_product(rule, self, problem, ended, outer_loss, outer_batch, state.linear_solution)
             inner, q = (ended[0], q) if warm_start else (state.inner, None)
             return grad, HOAGState(inner, q, state.count + 1, scale), info._replace(tolerance=tolerance)
 
         return Hypergradient(init, update)
 
-    def _conjugate_gradients(self, tolerance):
-        """Return `CG` to a traced tolerance. It is not differentiable, and the hypergradient is not differentiated."""
+    def _conjugate_gradients(self, matvec, b, x0=None, *, tolerance):
+        """`CG` to a traced tolerance. It is not differentiable, and the hypergradient is not differentiated."""
 
         def solve(operator, b, x0):
             return conjugate_gradients(operator, b, x0, self.maxiter, tolerance)
 
-        def linear_solver(matvec, b, x0=None):
-            b, unravel = ravel_pytree(b)
-            operator = damped(lambda v: ravel_pytree(matvec(unravel(v)))[0], self.damping)
-            x, info = solve_scaled(solve, operator, b, None if x0 is None else ravel_pytree(x0)[0])
-            return unravel(x), info
-
-        return linear_solver
+        b, unravel = ravel_pytree(b)
+        operator = damped(lambda v: ravel_pytree(matvec(unravel(v)))[0], self.damping)
+        x, info = solve_scaled(solve, operator, b, None if x0 is None else ravel_pytree(x0)[0])
+        return unravel(x), info
 
 
 def _scale(problem, state):

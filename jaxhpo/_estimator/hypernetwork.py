@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.core import Tracer
-from jax.flatten_util import ravel_pytree
 
 from jaxhpo._adjoint.pullback import not_entering
 from jaxhpo._core.errors import JaxhpoError
+from jaxhpo._core.mesh import ravel
 from jaxhpo._core.stop_gradient import warn_zero
 from jaxhpo._core.trace import differentiable_inputs
 from jaxhpo._core.transforms import to_natural, to_unconstrained
@@ -71,12 +71,12 @@ class _Affine:
 
     def init(self, params: PyTree, hparams: PyTree) -> AffineResponse:
         """Return the response that is `params` everywhere."""
-        size = ravel_pytree(hparams)[0].size
+        size = ravel(hparams)[0].size
         return AffineResponse(params, jax.tree.map(lambda x: jnp.zeros((*x.shape, size), x.dtype), params))
 
     def apply(self, phi: AffineResponse, hparams: PyTree) -> PyTree:
         """Return the model's parameters."""
-        vector, _ = ravel_pytree(hparams)  # u − u₀
+        vector, _ = ravel(hparams)  # u − u₀
         # A train loss quadratic in θ and bilinear in (θ, u) has an affine best response, which b + U (u − u₀) fits
         # exactly. Elsewhere it is fitted at u + s ε: b to θ* and U to dθ*/du, each up to O(s²).
         return jax.tree.map(lambda b, U: b + U @ vector.astype(U.dtype), phi.offset, phi.slope)
@@ -322,7 +322,7 @@ def _value_of(hparams):
 def _sum_log(perturbed):
     """Return Σ log s, the entropy of N(u, diag s²) up to a constant; a scalar s counts once for each of its entries."""
     logs = jax.tree.map(lambda v, s: jnp.log(jnp.broadcast_to(s, v.shape)), *perturbed)
-    return jnp.sum(ravel_pytree(logs)[0])
+    return jnp.sum(ravel(logs)[0])
 
 
 def _check_methods(name, value, methods, instead):

@@ -5,10 +5,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.flatten_util import ravel_pytree
 
 from jaxhpo._core.errors import JaxhpoError
-from jaxhpo._core.mesh import cast_varying, varying_axes
+from jaxhpo._core.mesh import cast_varying, everywhere, ravel, varying_axes
 from jaxhpo._core.tree import is_inexact, partition, upcast
 from jaxhpo._core.types import Hypergradient, HypergradientInfo, InnerState, Solution, StatefulMethod
 from jaxhpo._estimator.pair import check_pair_state, check_warm_start
@@ -89,9 +88,9 @@ class RealTime(StatefulMethod):
 
             (value, metrics), (pull, direct) = jax.value_and_grad(outer, (0, 1), has_aux=True)(floats, hparams)
             # dF/dh = ∂_h F + Zᵀ ∂_s F, summed over the leaves of s.
-            grad, unravel = ravel_pytree(direct)
+            grad, unravel = ravel(direct)
             for z, v in zip(*upcast((jacobian, pull)), strict=True):
-                grad += jnp.tensordot(z, v, axes=v.ndim).astype(grad.dtype)
+                grad += jnp.tensordot(z, v, axes=v.ndim, out_sharding=everywhere(v)).astype(grad.dtype)
             return unravel(grad), RealTimeState(inner, jacobian), HypergradientInfo(value, metrics, info)
 
         return Hypergradient(init, update)
@@ -120,7 +119,7 @@ def _push(fn, state, jacobian, hparams):
 
     # Z ← ∂_s Φ Z + ∂_h Φ, one column for each of the m hyperparameters: the push-forward of (Z eᵢ, eᵢ). Φ is
     # linearised once for all columns.
-    z, unravel = ravel_pytree(hparams)
+    z, unravel = ravel(hparams)
     directions = jax.vmap(unravel)(cast_varying(jnp.eye(z.size, dtype=z.dtype), varying_axes(z)))
     _, push, after = jax.linearize(floats_of_result, floats, hparams, has_aux=True)
     return after, jax.vmap(push)(jacobian, directions)
@@ -133,7 +132,7 @@ def _partition(state):
 
 
 def _check_jacobian(state, hparams):
-    size, floats = ravel_pytree(hparams)[0].size, _partition(state.inner)[0]
+    size, floats = ravel(hparams)[0].size, _partition(state.inner)[0]
     got, needed = [z.shape for z in state.jacobian], [(size, *leaf.shape) for leaf in floats]
     if got != needed:
         raise JaxhpoError(

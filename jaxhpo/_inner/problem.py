@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxhpo._core.errors import JaxhpoError
-from jaxhpo._core.mesh import cast_varying, varying_axes
+from jaxhpo._core.mesh import cast_varying, sharded_like, varying_axes
 from jaxhpo._core.record import report_random
 from jaxhpo._core.trace import closure_convert
 from jaxhpo._core.tree import all_finite, cast_like, norm, upcast
@@ -182,24 +183,33 @@ def make_problem(
 
 def _closed_step(step, state, hparams, x):
     """The initial state, in the type that the step preserves; the step, pure; and the values that it closed over."""
-    axes, grown = varying_axes(state), set()
+    axes, grown, types = varying_axes(state), set(), []
 
     def typed_step(state, hparams, x):
         after = step(state, hparams, x)
         check_same_state(state, after)
         after = cast_like(after, state)
         grown.update(varying_axes(after))
+        types.append(jax.eval_shape(lambda: after))
         return after
 
-    # Under `shard_map` a step may make the state vary over mesh axes over which the initial state does not, but a scan
-    # needs one type throughout. Casting is repeated, because over one axis it can make the result vary over another.
+    # A scan needs one type throughout, but a step may return another: under `shard_map` one that varies over more mesh
+    # axes, on `Explicit` axes one that is sharded, as momenta are that were made of plain zeros. Casting is repeated,
+    # because over one axis it can make the result vary over another; the sharding is that after the first step.
     while True:
         state = cast_varying(state, axes)
         pure, consts = closure_convert(typed_step, state, hparams, x)
-        if grown <= axes:
+        placed = jax.tree.map(sharded_like, state, types[0])
+        if grown <= axes and all(map(operator.is_, *map(jax.tree.leaves, (placed, state)))):
             break
-        axes |= grown
-    return state, lambda state, inputs, x: cast_varying(pure(inputs[1], state, inputs[0], x), axes), consts
+        state, axes = placed, axes | grown
+    like = jax.eval_shape(lambda: state)
+
+    def advance(state, inputs, x):
+        after = pure(inputs[1], state, inputs[0], x)
+        return cast_varying(jax.tree.map(sharded_like, after, like), axes)
+
+    return state, advance, consts
 
 
 def _traced_high(fn, args) -> tuple[Callable, list, PyTree]:

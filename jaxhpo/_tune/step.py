@@ -217,7 +217,7 @@ class Step:
             return add_scaled(sums, 1 / times, (value, grad)), (after, info)
 
         shapes = jax.eval_shape(self._value_and_grad, point, carry, key)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[:2])
+        zeros = jax.tree.map(jnp.zeros_like, shapes[:2])
         (value, grad), (carries, infos) = jax.lax.scan(body, zeros, jax.random.split(key, times))
         return value, grad, jax.tree.map(lambda x: x[-1], carries), infos
 

@@ -5,13 +5,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.flatten_util import ravel_pytree
 
 from jaxhpo._adjoint.implicit import Implicit
 from jaxhpo._adjoint.pushforward import Forward
 from jaxhpo._adjoint.unroll import Unroll
 from jaxhpo._core.cost import fastest, temporary_bytes
 from jaxhpo._core.errors import JaxhpoError, ZeroHypergradientWarning
+from jaxhpo._core.mesh import ravel
 from jaxhpo._core.progress import Progress
 from jaxhpo._core.record import SolveLog
 from jaxhpo._core.tree import names
@@ -108,7 +108,7 @@ def compare(
     exact = None if isinstance(reference, str) else Unroll() if reference is None else reference
     if exact is not None:
         check_adjoint(exact)
-    flat, unravel = ravel_pytree(hparams)
+    flat, unravel = ravel(hparams)
 
     def make_loss(rule):
         outer_loss = make_outer_loss(rule)
