@@ -1233,6 +1233,7 @@ MISTAKES = [
         "return True, or nothing",
         jit=False,
     ),
+    Mistake("tune-resume", lambda h: search(resume=True), "`resume` got True", "'warn' or 'continue'", jit=False),
     Mistake("tune-progress", lambda h: search(progress="no"), "`progress` got 'no'", "write True or False", jit=False),
     Mistake(
         "tune-save-every-negative",

@@ -344,6 +344,7 @@ def check_run(case):
             carry={"mean": goal, "count": jnp.zeros((), jnp.int32)},
             on_not_finite="skip" if case.broken else "stop",
             progress=False,
+            resume="continue",  # also of a run that is out of patience
             **case.settings,
             **more,
         )
@@ -505,6 +506,7 @@ TUNE = {
     "key": mostly([None, jax.random.key(1), jax.random.key(2, impl="rbg")]),
     "carry": mostly([None, jnp.zeros(2), {"a": 1, "b": None}, {"a": object()}, [jax.random.key(0)]]),
     "run_dir": mostly([None, "new", "file"]),
+    "resume": mostly(["warn", "continue", "new", None]),
     "save_every": mostly([1, 2, datetime.timedelta(0), datetime.timedelta(seconds=10)]),
     "callbacks": mostly([(), [lambda step: None], [lambda step: True], [lambda: None], (lambda s: None for _ in "ab")]),
     "patience": mostly([None, 1, 2]),

@@ -107,8 +107,7 @@ def check_policies(remedies, outer_loss, gradient, on_not_finite="stop", monitor
     """Raises for a policy that is invalid, or that needs the key or the info of an outer loss that has none."""
     if not isinstance(remedies, Remedies):
         raise JaxhpoError(f"`remedies` got {describe(remedies)}: write `jaxhpo.Remedies(clip=0.5)`, say.")
-    if not isinstance(on_not_finite, str) or on_not_finite not in ("stop", "skip", "backtrack"):
-        raise JaxhpoError(f"`on_not_finite` got {describe(on_not_finite)}: write 'stop', 'skip' or 'backtrack'.")
+    check_choice("on_not_finite", on_not_finite, "stop", "skip", "backtrack")
     if monitor is not None:
         check_callable("monitor", monitor, "monitor(info)", 1)
     if gradient is not None or outer_loss is None or takes_carry(outer_loss):
@@ -122,6 +121,13 @@ def check_policies(remedies, outer_loss, gradient, on_not_finite="stop", monitor
             raise JaxhpoError(
                 f"{problem}, since `outer_loss(hparams)` has neither key nor info: write `{WITH_CARRY}`{instead}."
             )
+
+
+def check_choice(what: str, value: Any, *choices: str) -> None:
+    """Raises unless the value is one of some strings."""
+    if not isinstance(value, str) or value not in choices:
+        some = f"{', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}"
+        raise JaxhpoError(f"`{what}` got {describe(value)}: write {some}.")
 
 
 def check_settings(num_steps, population, patience, min_delta, save_every, max_seconds, max_inner_steps, progress):

@@ -22,6 +22,7 @@ class Compiled:
       step: the step of one member.
       size: number of members; None for a run without a population.
       shape: of what the step reports of each member: `()` or `(size,)`.
+      trace: `state -> traced step`; of a step that `update` has taken nothing is traced again.
     """
 
     def __init__(self, step: Step, size: int | None):
@@ -29,6 +30,7 @@ class Compiled:
         self.shape = () if size is None else (size,)
         self._over: Any = jax.vmap if self.shape else lambda fn: fn
         self._advance = jax.jit(self._over(step.advance))
+        self.trace = self._advance.trace
         self.hparams = jax.jit(self._over(step.hparams))
         self._where = jax.jit(jax.vmap(lambda mask, *trees: jax.tree.map(lambda *x: jnp.where(mask, *x), *trees)))
 
@@ -71,18 +73,19 @@ class Compiled:
             )
         return self._where(mask, new, old)
 
-    def shapes(self, state: OuterState, placed: bool = False) -> tuple[OuterState, OuterReport]:
-        """Returns the shapes of what `update` returns, and counts inner steps; suppresses the warnings of the trace.
+    def shapes(self, state: OuterState, placed: bool = False) -> tuple[OuterState, OuterReport, Any]:
+        """Returns the shapes of what `update` returns, and the trace; counts inner steps, suppresses warnings.
 
         With `placed` also shardings, which only the compiler knows.
         """
         with warnings.catch_warnings(action="ignore"), traced_anew():
-            after, report = jax.eval_shape(self._over(self.step.advance), state)
+            traced = self.trace(state)
+            after, report = traced.out_info
             if placed:
-                places = self._advance.lower(state).compile().output_shardings
+                places = traced.lower().compile().output_shardings
                 struct = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
                 after, report = jax.tree.map(struct, (after, report), places)
-        return with_constants(after, state), report  # the key itself: a shape does not say which kind it is of
+        return with_constants(after, state), report, traced  # the key itself: a shape does not say of which kind
 
 
 def member(tree: PyTree, index: int) -> PyTree:

@@ -20,6 +20,7 @@ from jaxhpo._tune.history import summary, to_numpy
 from jaxhpo._tune.inputs import convert
 from jaxhpo._tune.population import Compiled, member
 from jaxhpo._tune.processes import on_any, whole
+from jaxhpo._tune.program import changes, digests
 from jaxhpo._tune.run_dir import RunDir, is_spread
 from jaxhpo._tune.settings import described
 from jaxhpo._tune.sharded_dir import ShardedDir
@@ -95,6 +96,10 @@ class Record:
       monitor: `info -> score`, or None, for which the outer loss is the score.
       extras: extra columns, some of `EXTRAS`.
       solves: the list to which linear solves report, where they are recorded.
+
+    Attributes:
+      changed: what has changed since the run that is resumed was saved, in words.
+      another_loss: whether that is surely another outer loss, whose scores do not compare.
     """
 
     def __init__(
@@ -119,12 +124,19 @@ class Record:
         self.fixed = {"hparams": state.point, "key": state.key, "transforms": transforms, "monitor": monitored}
         self.rows: list[dict[str, Any]] = []
         self.origin, self.notes = "started", list[str]()
+        self.loss: dict[str, str] = {}  # digests; empty before the first trace
+        self.changed, self.another_loss = "", False
         self.started = self.saved = time.perf_counter()
 
     @property
     def seconds(self) -> float:
         """Seconds since the start, without the time between a stop and its resumption."""
         return time.perf_counter() - self.started
+
+    def identify(self, state: OuterState) -> None:
+        """Notes digests of the step that was taken from the first state."""
+        if self.run_dir is not None and not self.loss:
+            self.loss = digests(self.compiled.trace(state), state)
 
     def accept(self, after: OuterState, report: OuterReport, active, finite, halvings, min_delta: float) -> TuneStep:
         """Records a step: the next state, the best so far, and a history row; arrays are those of `_row`."""
@@ -232,7 +244,8 @@ class Record:
         """Continues from the checkpoint in `run_dir`, if there is one."""
         if self.run_dir is None or not self.run_dir.begun:
             return
-        after, report = self.compiled.shapes(self.now.state, placed=isinstance(self.run_dir, ShardedDir))
+        after, report, traced = self.compiled.shapes(self.now.state, placed=isinstance(self.run_dir, ShardedDir))
+        self.loss = digests(traced, self.now.state)
         zeros, mask = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), report), self.now.failed
         row = self._row(zeros, mask, mask, mask, self.now.best, 0.0, self.solves)
         like = self.now._replace(state=after, best_hparams=report.hparams)
@@ -245,12 +258,21 @@ class Record:
         self.origin = f"resumed from {os.fspath(self.run_dir.folder)!r} after {len(self.rows)} outer steps"
         here = self._settings()
         before["inner_steps"] = before["inner_steps"] or here["inner_steps"]  # 0: none was counted
+        self.changed, self.another_loss = changes(before.pop("loss"), here.pop("loss"))
         self.notes = [*notes, *_differences(before, here)]
+        if self.changed:
+            self.notes.append(self.changed)
         if before["inner_steps"] != here["inner_steps"]:
             self.notes.append("the best step so far is that of the earlier inner steps")
 
     def _settings(self) -> dict[str, Any]:
-        return {**self.settings, "inner_steps": self.compiled.step.inner_steps}
+        return {**self.settings, "inner_steps": self.compiled.step.inner_steps, "loss": self.loss}
+
+    def begin_scores(self) -> None:
+        """Forgets the best step, and who has ended: those scores are of another loss."""
+        none, best = np.zeros(self.shape, np.int64), np.full(self.shape, np.inf)
+        here = self.compiled.hparams(self.now.state)
+        self.now = self.now._replace(best=best, best_hparams=here, waited=none, failures=none, failed=none > 0)
 
     def write_status(self, status: str, message: str) -> None:
         """Writes the run's status to `run_dir`."""

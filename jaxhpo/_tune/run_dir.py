@@ -26,7 +26,7 @@ try:
 except ImportError:  # Windows, where nothing keeps a second process out
     fcntl = None
 
-SCHEMA = 3  # of the contents of a checkpoint; another number is refused
+SCHEMA = 4  # of the contents of a checkpoint; another number is refused
 KEPT = 2  # checkpoints, the newest
 STATUS = "status.json"
 HEADER = ("schema", "rows", "history", "settings")  # entries beside the leaves of the state

@@ -23,7 +23,7 @@ from jaxhpo._core.tree import names
 from jaxhpo._core.types import PyTree
 from jaxhpo._diagnostics.health import named_members, raise_if_zero, what_is_not_finite
 from jaxhpo._tune.diagnosis import diagnosis, structure
-from jaxhpo._tune.inputs import check_callbacks, check_policies, check_record, check_settings, convert
+from jaxhpo._tune.inputs import check_callbacks, check_choice, check_policies, check_record, check_settings, convert
 from jaxhpo._tune.population import Compiled, member
 from jaxhpo._tune.processes import on_any, whole
 from jaxhpo._tune.record import LoopState, Record, TuneStep
@@ -138,6 +138,7 @@ def tune(
     max_seconds: float | None = None,
     max_inner_steps: int | None = None,
     record: str | tuple[str, ...] = (),
+    resume: str = "warn",
     progress: bool = True,
 ) -> TuneResult:
     r"""Moves hyperparameters down their hypergradient with an optax optimiser.
@@ -190,10 +191,9 @@ def tune(
       carry: the first carry.
       run_dir: a folder that keeps the run: the state in its two newest checkpoints, each checked when it is read, and
         the history as `history.jsonl`, one line per step. The same call with the same folder continues from the last
-        checkpoint, with results equal to the bit, or returns at once if the run had finished. More steps or another
-        setting of the optimiser are accepted, and the difference is printed (losses and data are not compared, and the
-        carry is that of the checkpoint); another
-        start, key, transform, population or tree, other columns of history (`record`, `accumulate`), or a `monitor`
+        checkpoint, with results equal to the bit, or, with a warning, returns at once if the run had ended. More steps
+        or another setting of the optimiser are accepted, and the difference is printed; another start, key, transform,
+        population or tree, other columns of history (`record`, `accumulate`), or a `monitor`
         where there was none, are refused, and so is a folder in use. A full disk causes a warning, and does not end the
         run. SIGTERM ends it after the step in progress, with status "preempted"; `sys.exit(result.exit_code)` informs
         the scheduler. Several JAX processes, each with the same call on a folder that all of them see, keep their
@@ -214,6 +214,11 @@ def tune(
         "linear_solves", for which the device calls back: of the linear solves of implicit rules (of all members) the
         largest `residual`, the `num_iterations`, and how many were `not_converged`. (An inner solve's optimality is
         recorded where the info holds its `sol.info`.)
+      resume: what to do where `run_dir` holds a run that began with another outer loss: its traced program, the arrays
+        that it closes over (of those above 4096 entries so many, evenly spaced, are compared; code and data of Python
+        functions that it calls back are not), the first carry, or jax's version. "warn" says so in a warning, and goes
+        on; the best step may still be one of before. "continue" goes on without a warning; if loss or data are surely
+        others, the best step and `patience` begin anew.
       progress: a tqdm bar where tqdm is installed and the output is a terminal or a notebook, else a line every 5 s.
 
     Returns:
@@ -242,6 +247,7 @@ def tune(
     callbacks, extras = check_callbacks(callbacks), check_record(record)
     check_settings(num_steps, population, patience, min_delta, save_every, max_seconds, max_inner_steps, progress)
     check_policies(remedies, outer_loss, gradient, on_not_finite, monitor)
+    check_choice("resume", resume, "warn", "continue")
     compiled = Compiled(Step(outer_loss, optimizer, transforms, projections, remedies, gradient), population)
     state = compiled.init(hparams, carry, key)
     limits = _Limits(num_steps, patience, min_delta, max_seconds, max_inner_steps)
@@ -264,6 +270,7 @@ def tune(
         run.write_status("running", "")
         if max_inner_steps is not None:
             _check_budget(run, max_inner_steps)
+        _check_resumption(run, limits, resume)
         if progress and run.rows:
             print("; ".join([run.origin, *run.notes, "another folder starts anew"]), file=sys.stderr)
         bar = stack.enter_context(Progress(num_steps, "step", progress, done=run.now.rows))
@@ -340,6 +347,31 @@ def _check_budget(record, max_inner_steps):
         raise JaxhpoError(f"`max_inner_steps={max_inner_steps}` {problem}.")
 
 
+def _check_resumption(record, limits, resume):
+    """Warns where the loss is another since the run was saved, or no step is left; scores of another begin anew."""
+    if not record.rows:
+        return
+    before, folder, silent = record.now, os.fspath(record.run_dir.folder), resume == "continue"
+    if silent and record.another_loss:
+        record.begin_scores()
+    reached = limits.reached(record)
+    if reached:
+        record.now = before
+    if record.changed and (reached or not silent):
+        then = "the best step so far is one of before. Name a new `run_dir` to start anew, or write"
+        if reached:
+            then = f"no step is taken ({reached[1]}). Name a new `run_dir` to start anew, or write a larger limit, and"
+        message = f"since the run in {folder!r} was saved, {record.changed}; {then} `resume='continue'` to go on."
+    elif reached and not silent:
+        message = (
+            f"the run in {folder!r} had ended before ({reached[1]}): no step is taken, and the result is that of the "
+            "folder. Write a larger limit to go on, another `run_dir` to start anew; `resume='continue'` silences this."
+        )
+    else:
+        return
+    warnings.warn(f"`run_dir`: {message}", RuntimeWarning, stacklevel=3)
+
+
 def _loop(record, limits, on_not_finite, callbacks, save_every, preempted, bar) -> tuple[str, str]:
     """Takes the outer steps; returns status and message of the end."""
     problem = "`callbacks`: one returned {}, but a true value stops the run: return True, or nothing."
@@ -350,6 +382,7 @@ def _loop(record, limits, on_not_finite, callbacks, save_every, preempted, bar) 
         compiled, state, active = record.compiled, now.state, limits.active(now)
         traced = (now.failures < step).any()  # a step has been finite: the traced program has been checked
         after, report = compiled.update(state) if traced else _first_step(compiled, state)
+        record.identify(state)
         record.save(save_every)  # of the step before, while the device takes this one
         bad, halvings = active & ~whole(report.finite), np.zeros(compiled.shape, np.int32)
         while on_not_finite == "backtrack" and step and (again := bad & (halvings < MOST_FAILURES)).any():

@@ -192,7 +192,7 @@ def test_resume_is_bit_identical(tmp_path):
     settings = {"num_steps": 12, "transforms": TRANSFORMS, "carry": SOLVER.init(jnp.zeros(3), START)}
     whole = run(loss, **settings)
     for at, status in ((2, "interrupted"), (6, "interrupted"), (None, "finished"), (None, "finished")):
-        result = run(loss, **settings, run_dir=tmp_path, callbacks=interrupt(at))
+        result = run(loss, **settings, run_dir=tmp_path, callbacks=interrupt(at), resume="continue")
         assert result.status == status
     for got, want in zip(jax.tree.leaves(result), jax.tree.leaves(whole), strict=True):
         if not isinstance(want, str) and not any(want is whole.history[name] for name in ("seconds", "peak_bytes")):
@@ -210,7 +210,7 @@ def test_run_dir_of_other_settings_is_refused(tmp_path):
             run(num_steps=4, run_dir=tmp_path, **changed)
     more = run(num_steps=4, run_dir=tmp_path, transforms=TRANSFORMS)
     assert "resumed" in more.message and len(more.history["value"]) == 4
-    fewer = run(num_steps=3, run_dir=tmp_path, transforms=TRANSFORMS)
+    fewer = run(num_steps=3, run_dir=tmp_path, transforms=TRANSFORMS, resume="continue")
     assert len(fewer.history["value"]) == 4 and "4 outer steps were taken, of 3 asked for" in fewer.message
 
 
@@ -247,7 +247,7 @@ def test_history_file_is_readable_during_the_run(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2]
     assert rows[0]["info['odd']"] == ["nan", "inf", 1.5] and rows[2]["value"] == result.history["value"][2]
-    again = run(loss, num_steps=3, run_dir=tmp_path)
+    again = run(loss, num_steps=3, run_dir=tmp_path, resume="continue")
     for got, want in zip(jax.tree.leaves(again.history), jax.tree.leaves(result.history), strict=True):
         np.testing.assert_array_equal(got, want)
         assert got.dtype == want.dtype
@@ -275,7 +275,7 @@ def test_run_dir_of_another_schema_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(run_dir, "SCHEMA", 99)
     run(num_steps=2, run_dir=tmp_path)
     monkeypatch.undo()
-    with pytest.raises(jaxhpo.JaxhpoError, match=r"schema 99, where this one reads 3"):
+    with pytest.raises(jaxhpo.JaxhpoError, match=rf"schema 99, where this one reads {run_dir.SCHEMA}"):
         run(num_steps=2, run_dir=tmp_path)
 
 
@@ -302,7 +302,7 @@ def test_resume_with_a_transform_without_a_repr(tmp_path):
 
 
 def test_run_dir_of_a_run_out_of_patience_returns_at_once(tmp_path):
-    settings = {"num_steps": 100, "patience": 3, "min_delta": 10.0, "run_dir": tmp_path}
+    settings = {"num_steps": 100, "patience": 3, "min_delta": 10.0, "run_dir": tmp_path, "resume": "continue"}
     lengths = {len(run(**settings).history["value"]) for _ in range(3)}
     assert lengths == {4}  # the first value, and three that do not improve on it by 10
 

@@ -55,6 +55,7 @@ def tune(folder, steps=STEPS, pause=0.0, **settings):
         run_dir=folder,
         save_every=1,
         callbacks=callbacks,
+        resume="continue",  # also of a run that had finished before the fault
         progress=False,
         **settings,
     )

@@ -61,6 +61,7 @@ def tune(folder, steps=STEPS, first=0.1, **settings):
         transforms={"goal": None, "rate": jaxhpo.box(0.0, 0.4)},
         carry=SOLVER.init(jnp.zeros(SIZE), start),
         run_dir=folder,
+        resume="continue",
         progress=False,
         **({"save_every": 1} | settings),
     )
