@@ -19,6 +19,7 @@ import numpy as np
 from jaxhpo._adjoint.pullback import Pullback, pull_step, varying_zeros
 from jaxhpo._core.tree import is_inexact, partition
 from jaxhpo._core.types import InnerState
+from jaxhpo._inner.loop import scan_slices, step_slice
 from jaxhpo._inner.problem import Problem
 
 NO_SLOT = -1  # load: keep the current state; store: store nothing
@@ -111,7 +112,8 @@ def _run_forward(problem, stored, slots, at):
         return (_take(problem, state, at, x), _store(states, slot, state)), None
 
     before, end = jax.tree.map(lambda x: x[:-1], at.xs), jax.tree.map(lambda x: x[-1], at.xs)
-    (last, states), _ = jax.lax.scan(body, (at.state, empty), (stored[:-1], before))
+    xs, counts = (stored[:-1], before), (False, problem.counts)
+    (last, states), _ = scan_slices(body, (at.state, empty), xs, counts, len(stored) - 1)
     states = _store(states, stored[-1], last)
     return _take(problem, last, at, end), (last, states)
 
@@ -138,7 +140,7 @@ def _run_backward(problem, actions, at, perturbed, kept, cotangent) -> list:
         load, slot, t, is_pull = action
         state = jax.tree.map(lambda s, now: jnp.where(load == NO_SLOT, now, s[load]), states, state)
         states = _store(states, slot, state)
-        x = jax.tree.map(lambda x: x[t], at.xs)
+        x = step_slice(at.xs, problem.counts, t)
         state, a, sums, by_x = jax.lax.cond(is_pull, pull, take, state, x, a, sums)
         by_xs = [d.at[t].add(more) for d, more in zip(by_xs, by_x, strict=True)]
         return (state, states, a, sums, by_xs), None

@@ -14,7 +14,7 @@ from jaxhpo._core.stop_gradient import warn_perturbed
 from jaxhpo._core.tree import all_finite, is_inexact, names, norm, partition, upcast
 from jaxhpo._core.types import InnerState, PyTree
 from jaxhpo._core.validate import check_settings
-from jaxhpo._inner.loop import run
+from jaxhpo._inner.loop import run, scan_slices, step_slice
 from jaxhpo._inner.problem import Problem
 
 
@@ -122,14 +122,15 @@ def _pull_back(problem, state_at, steps, at, perturbed, cotangent) -> tuple[list
 
     def body(carry, t):
         a, sums, largest = carry
-        state, x = state_at(t), jax.tree.map(lambda x: x[t], at.xs)
+        state, x = state_at(t), step_slice(at.xs, problem.counts, t)
         # At θ̃_t: a ← (∂_θ Φ_t)ᵀ a and g += T/N (∂_h Φ_t)ᵀ a; a batch gets its own T/N (∂_x Φ_t)ᵀ a.
         a, d_shared, d_data = pull_step(problem, at, perturbed, state, x, a)
         sums = [s + length / points * upcast(d) for s, d in zip(sums, d_shared, strict=True)]
         return (a, sums, jnp.maximum(largest, norm(upcast(combine_a(a).params)))), [length / points * d for d in d_data]
 
     start = (a_T, sums, norm(upcast(cotangent.params)))
-    (a, sums, largest), d_data = jax.lax.scan(body, start, jnp.asarray(steps), reverse=True)
+    in_turn = points == length  # then `steps` are 0, 1, …, T − 1
+    (a, sums, largest), d_data = scan_slices(body, start, jnp.asarray(steps), in_turn, points, reverse=True)
     if points < length:
         whole, _ = partition(at.xs, perturbed.xs)
         d_data = [jnp.zeros_like(x).at[steps].set(d) for x, d in zip(whole, d_data, strict=True)]
@@ -180,7 +181,7 @@ def _travel(rates: Callable, length: int) -> tuple[PyTree, PyTree]:
         return jax.tree.map(jnp.add, total, rates(t)), jax.tree.map(jnp.mean, total)
 
     start = varying_zeros(rates(jnp.zeros((), jnp.int32)))
-    total, before = jax.lax.scan(body, start, jnp.arange(length, dtype=jnp.int32))
+    total, before = scan_slices(body, start, jnp.arange(length, dtype=jnp.int32), True, length)
     return total, jax.tree.map(lambda b, s: b / _or_one(jnp.mean(s)), before, total)
 
 

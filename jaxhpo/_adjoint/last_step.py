@@ -159,7 +159,8 @@ def run_last_step(problem: Problem, rule: Any, step_size: float | None = None) -
         before = at.state
         if problem.num_steps > 1:
             head = jax.tree.map(lambda x: x[:-1], at.xs)
-            before = scan_steps(lambda s, x: problem.advance(s, at.inputs, x), before, head, problem.num_steps - 1)
+            first = problem._replace(state=before, inputs=at.inputs, xs=head, num_steps=problem.num_steps - 1)
+            before = scan_steps(first)
         return problem.advance(before, at.inputs, _last(at.xs)), before
 
     def pull(at, perturbed, before, cotangent):

@@ -22,6 +22,7 @@ from jaxhpo._core.tree import all_finite, cast_like, names, partition
 from jaxhpo._core.types import InnerState, PyTree
 from jaxhpo._core.validate import check_settings
 from jaxhpo._inner.gradient import mixed_value_and_grad
+from jaxhpo._inner.loop import scan_slices
 from jaxhpo._inner.problem import Problem
 
 TRACED_BITS = 1.0  # bits per weight and step if the momentum is traced: enough for a geometric mean of one half
@@ -172,6 +173,7 @@ class Plan(NamedTuple):
       layout: of the weights, the velocity and the buffer.
       depth: number of digits that a lane of the buffer can hold in addition to its word.
       num_steps: inner steps.
+      counts: which of the data are step indices, as in `Problem`.
       format: of the fixed-point numbers.
     """
 
@@ -180,6 +182,7 @@ class Plan(NamedTuple):
     layout: Layout
     depth: int
     num_steps: int
+    counts: PyTree
     format: exact.Format
 
     def steps(self, inputs: Inputs) -> tuple[jax.Array, PyTree]:
@@ -216,7 +219,7 @@ def make_plan(problem: Problem, buffer_bits: float | None) -> tuple[Plan, Proble
     # A word starts at 16 bits and spills 16 at 32, so a lane spills ⌊bits rows / 16⌋ times. One bit for rounding.
     depth = max(1, math.floor((bits * rows + 1) / exact.DIGIT))
     layout = Layout(params, rows, math.ceil(size / rows))
-    plan = Plan(gradient, rates, layout, depth, problem.num_steps, exact.current_format())
+    plan = Plan(gradient, rates, layout, depth, problem.num_steps, problem.counts, exact.current_format())
     return plan, problem._replace(inputs=(hparams, [])), (consts, rate_consts)
 
 
@@ -279,7 +282,8 @@ def run_exact(plan: Plan, inputs: Inputs) -> ExactState:
     def body(now, tx):
         return _step(plan, now, inputs, *tx), None
 
-    return jax.lax.scan(body, exact_start(plan, inputs.state), plan.steps(inputs))[0]
+    start, counts = exact_start(plan, inputs.state), (True, plan.counts)
+    return scan_slices(body, start, plan.steps(inputs), counts, plan.num_steps)[0]
 
 
 def run_reversed(
@@ -321,7 +325,9 @@ def run_reversed(
         return (now, a_params, a_velocity, sums), a_data
 
     carry = (end, cotangent.params, cotangent.opt_state.velocity, varying_zeros(shared))
-    (now, a_params, a_velocity, sums), a_data = jax.lax.scan(body, carry, plan.steps(inputs), reverse=True)
+    (now, a_params, a_velocity, sums), a_data = scan_slices(
+        body, carry, plan.steps(inputs), (True, plan.counts), plan.num_steps, reverse=True
+    )
     # In the order of `Inputs`: state, inputs, xs, consts.
     a_state, _ = partition((a_params, a_velocity), (perturbed.state.params, perturbed.state.opt_state.velocity))
     own = sum(jax.tree.leaves(perturbed.inputs))

@@ -96,7 +96,7 @@ class Unroll:
             if self.memory_limit != "device":
                 raise JaxhpoError(
                     f"`Unroll(memory_limit=...)` got {self.memory_limit!r}, which is no limit: write a number of "
-                    "bytes, or 'device' for four fifths of what is free."
+                    "bytes, or 'device', for four fifths of what is free."
                 )
         else:
             check_settings(self, memory_limit="positive or None")
@@ -185,8 +185,7 @@ class Unroll:
             problem = self._after_constant_steps(problem, early)
         if schedule.slots is not None:
             return run_binomial(self, problem, schedule.slots)
-        advance, inputs = problem.advance, problem.inputs
-        return scan_steps(lambda s, x: advance(s, inputs, x), problem.state, problem.xs, problem.num_steps, schedule)
+        return scan_steps(problem, schedule)
 
     def _after_constant_steps(self, problem, early) -> Problem:
         """Runs the steps that are not differentiated, with a warning for each input whose derivative is lost there."""
@@ -220,6 +219,6 @@ class Unroll:
         leaves, structure = jax.tree.flatten(problem.inputs)
         rows = zip(leaves, input_names(problem.inputs), in_condition(problem), strict=True)
         inputs = jax.tree.unflatten(structure, [cut(*row) for row in rows])
-        state = scan_steps(lambda s, x: problem.advance(s, inputs, x), state, head, early)
+        state = scan_steps(problem._replace(state=state, inputs=inputs, xs=head, num_steps=early))
         rest = jax.tree.map(lambda x: x[early:], problem.xs)
         return problem._replace(state=jax.lax.stop_gradient(state), xs=rest, num_steps=problem.num_steps - early)

@@ -11,6 +11,7 @@ from jaxhpo._core.mesh import cast_varying, everywhere, ravel, varying_axes
 from jaxhpo._core.tree import is_inexact, partition, upcast
 from jaxhpo._core.types import Hypergradient, HypergradientInfo, InnerState, Solution, StatefulMethod
 from jaxhpo._estimator.pair import check_pair_state, check_warm_start
+from jaxhpo._inner.loop import scan_slices
 from jaxhpo._inner.problem import info_of, make_problem
 
 
@@ -106,7 +107,7 @@ def _run(problem, jacobian):
 
     axes = varying_axes(problem.state) | varying_axes(hparams)
     start = (problem.state, cast_varying(jacobian, axes))
-    return jax.lax.scan(body, start, problem.xs, problem.num_steps)[0]
+    return scan_slices(body, start, problem.xs, problem.counts, problem.num_steps)[0]
 
 
 def _push(fn, state, jacobian, hparams):

@@ -120,11 +120,12 @@ def _is_function_or_iterable(leaf) -> bool:
     return callable(leaf) or (hasattr(leaf, "__iter__") and not hasattr(leaf, "dtype") and not isinstance(leaf, str))
 
 
-def slices_of(batches, num_steps) -> tuple[PyTree, Callable]:
-    """The pytree `xs` with leading axis T, and the function from a slice of it to the step's batch."""
+def slices_of(batches, num_steps) -> tuple[PyTree, PyTree, Callable]:
+    """The pytrees `xs`, with leading axis T, and `counts`, and the function from a slice to the step's batch."""
     if batches is None or callable(batches):
-        return jnp.arange(num_steps), checked_batches_function(batches)
-    return jax.tree.map(jnp.asarray, batches), lambda x: x
+        return jnp.arange(num_steps), True, checked_batches_function(batches)
+    xs = jax.tree.map(jnp.asarray, batches)
+    return xs, jax.tree.map(lambda x: False, xs), lambda x: x
 
 
 def checked_batches_function(batches) -> Callable:

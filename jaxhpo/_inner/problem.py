@@ -31,6 +31,7 @@ class Problem(NamedTuple):
       advance: `(state, inputs, x) -> state`, one inner step on one slice `x` of `xs`.
       inputs: `(hparams, closed-over values)` of `advance`.
       xs: pytree with leading axis `num_steps`: the batches, or the step indices of a batch function.
+      counts: for each leaf of `xs`, True if it holds successive step indices, which a loop can count instead.
       state: the initial `InnerState`.
       num_steps: inner steps T; with `tol` the maximum.
       residual: `(params, model_state, residual_inputs) -> pytree like params`, the condition, zero at the solution.
@@ -50,6 +51,7 @@ class Problem(NamedTuple):
     advance: Callable[[InnerState, PyTree, PyTree], InnerState]
     inputs: PyTree
     xs: PyTree
+    counts: PyTree
     state: InnerState
     num_steps: int
     residual: Callable[[PyTree, PyTree, PyTree], PyTree]
@@ -120,11 +122,13 @@ def make_problem(
     check_key(key)
     if tol is not None:
         check_traceable_number("tol", tol)
-    slices, take = slices_of(batches, num_steps)
+    slices, slice_counts, take = slices_of(batches, num_steps)
 
     def step_fields(gradient=None, keys=None) -> dict[str, Any]:
         """The fields of the problem that depend on how the inner gradient is computed."""
-        xs, split = (slices, lambda x: (x, None)) if keys is None else ((slices, keys), lambda x: x)
+        xs, counts, split = slices, slice_counts, lambda x: (x, None)
+        if keys is not None:
+            xs, counts, split = (slices, keys), (slice_counts, False), lambda x: x
         first = jax.tree.map(lambda x: x[0], xs)
 
         def step(state, hparams, x):
@@ -142,7 +146,8 @@ def make_problem(
             return closure_convert(pure, state, hparams, first, *more)
 
         start, advance, closed_over = _closed_step(step, state, hparams, first)
-        return dict(advance=advance, inputs=(hparams, closed_over), xs=xs, state=start, closure_convert=at_step)
+        fields = dict(advance=advance, inputs=(hparams, closed_over), state=start, closure_convert=at_step)
+        return fields | dict(xs=xs, counts=counts)
 
     plain = step_fields()
     state = plain["state"]

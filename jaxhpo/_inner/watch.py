@@ -63,6 +63,7 @@ def instrumented(problem: Any, index: int | None = None) -> Any:
     return problem._replace(
         advance=advance,
         xs=(jnp.arange(problem.num_steps), problem.xs),
+        counts=(True, problem.counts),
         closure_convert=closure_convert,
         with_gradient=lambda gradient, keys=None: instrumented(problem.with_gradient(gradient, keys), index),
     )

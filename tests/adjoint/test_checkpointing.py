@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import jaxhpo
-from jaxhpo import Unroll
+from jaxhpo import CG, Implicit, Unroll
 from jaxhpo._adjoint import checkpointing
 from jaxhpo._adjoint.binomial import least_repeats, least_slots, make_actions
 from jaxhpo._adjoint.checkpointing import ENOUGH, EVERYTHING, Sizes, choose
@@ -143,6 +143,20 @@ def test_programs_are_as_long_for_any_number_of_steps():
     for checkpoint in (None, 1, 20, "binomial"):
         rule = Unroll(checkpoint=checkpoint)
         assert length(rule, 400) == length(rule, 3600), checkpoint  # no segment is left over
+
+
+@pytest.mark.parametrize("rule", [Unroll(memory_limit=2e5), Unroll(checkpoint=300, truncate=90_000), Implicit(CG(5))])
+def test_step_indices_take_no_memory(rule):
+    """Of 100 000 steps on three parameters: every index would be 400 or 800 kB."""
+    solver = jaxhpo.from_optax(lambda p, h, t: jnp.sum((p - h * jnp.sin(t)) ** 2), optax.sgd(0.01))
+
+    def outer(h):
+        batches = lambda t: t / 100  # noqa: E731
+        start = solver.init(jnp.zeros(3), h)
+        return jnp.sum(jaxhpo.solve(solver, start, h, batches, num_steps=100_000, adjoint=rule).params ** 2)
+
+    compiled = jax.jit(jax.grad(outer)).lower(jnp.ones(3)).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes <= 2e5
 
 
 def test_an_unknown_length_of_memory_is_refused():
