@@ -15,7 +15,7 @@ from jax.interpreters.partial_eval import dce_jaxpr
 from jaxhpo._adjoint import exact_arithmetic as exact
 from jaxhpo._adjoint.pullback import Inputs, Pullback, varying_zeros
 from jaxhpo._core.errors import JaxhpoError
-from jaxhpo._core.mesh import cast_varying, sharded_like, varying_axes, whole
+from jaxhpo._core.mesh import cast_varying, gathered, sharded_like, varying_axes
 from jaxhpo._core.record import report_fault
 from jaxhpo._core.trace import closure_convert
 from jaxhpo._core.tree import all_finite, cast_like, names, partition
@@ -150,7 +150,7 @@ class Layout(NamedTuple):
 
     def pack(self, tree: PyTree, pad: Any = 0) -> jax.Array:
         """Packs the leaves (all of one dtype, broadcast to the shapes of the parameters) into one array."""
-        full = jax.tree.map(lambda x, p: jnp.broadcast_to(whole(x), p.shape).ravel(), tree, self.params)
+        full = jax.tree.map(lambda x, p: jnp.broadcast_to(gathered(x), p.shape).ravel(), tree, self.params)
         flat = jnp.concatenate(jax.tree.leaves(full))
         return jnp.pad(flat, (0, self.rows * self.lanes - flat.size), constant_values=pad).reshape(self.rows, -1)
 

@@ -55,7 +55,7 @@ def everywhere(x: jax.Array) -> NamedSharding | None:
     return sharding and NamedSharding(sharding.mesh, PartitionSpec())
 
 
-def whole(x: jax.Array) -> jax.Array:
+def gathered(x: jax.Array) -> jax.Array:
     """Gathers an array that is sharded over `Explicit` mesh axes."""
     return x if everywhere(x) is None else reshard(x, everywhere(x))
 
@@ -64,7 +64,7 @@ def sharded_like(x: jax.Array, like: Any) -> jax.Array:
     """Shards an array over `Explicit` mesh axes as `like`, an array or its type."""
     sharding = _explicit(like)
     if sharding is None:
-        return whole(x)
+        return gathered(x)
     return x if _explicit(x) == sharding else reshard(x, sharding)
 
 
@@ -75,7 +75,7 @@ def ravel(tree: PyTree) -> tuple[jax.Array, Callable[[jax.Array], PyTree]]:
     each leaf its sharding back.
     """
     types = jax.eval_shape(lambda: tree)
-    flat, unravel = ravel_pytree(jax.tree.map(whole, tree))
+    flat, unravel = ravel_pytree(jax.tree.map(gathered, tree))
     return flat, lambda flat: jax.tree.map(sharded_like, unravel(flat), types)
 
 

@@ -31,6 +31,17 @@ def closure_convert(fn: Callable, *args) -> tuple[Callable, list]:
     return pure, consts
 
 
+def compilable(fn: Callable, *args) -> tuple[Any, tuple]:
+    """Returns `jax.jit(fn), args`; with several processes, what `fn` closes over is among the arguments.
+
+    JAX does not compile an array that is spread over several processes into a program as a constant.
+    """
+    if jax.process_count() == 1:
+        return jax.jit(fn), args
+    pure, consts = closure_convert(fn, *args)
+    return jax.jit(pure), (consts, *args)
+
+
 # --- equations -------------------------------------------------------------------------------------------------------
 
 

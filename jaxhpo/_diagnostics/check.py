@@ -9,8 +9,9 @@ import numpy as np
 
 from jaxhpo._core.errors import ZeroHypergradientWarning
 from jaxhpo._core.mesh import ravel
+from jaxhpo._core.processes import from_first
 from jaxhpo._core.record import recording
-from jaxhpo._core.trace import differentiable_inputs
+from jaxhpo._core.trace import compilable, differentiable_inputs
 from jaxhpo._core.types import LinearStatus, PyTree
 from jaxhpo._core.validate import check_callable, check_count, check_key, check_params, check_positive, check_scalar
 from jaxhpo._diagnostics.differences import UNRELIABLE, agreement, central_differences
@@ -129,7 +130,8 @@ def check_hypergradient(
 
     solves = []
     with warnings.catch_warnings(record=True, action="always") as caught, recording(linear_solves=solves):
-        value, grad = jax.jit(jax.value_and_grad(loss))(flat)
+        program, args = compilable(jax.value_and_grad(loss), flat)
+        value, grad = program(*args)
     raise_unless_finite(value, unravel(grad), lambda: diagnose(outer_loss, hparams))
 
     tried = None if num_directions is None and flat.size <= 64 else num_directions or 16
@@ -140,7 +142,8 @@ def check_hypergradient(
             warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
     differences.check()
     analytic, numeric = differences.along(grad), differences.numeric
-    statuses = tuple(solve.status for solve in solves)
+    found = from_first(lambda: [solve.status for solve in solves])  # callbacks report to process 0 alone
+    statuses = tuple(map(LinearStatus, found))
     return HypergradientCheck(
         *agreement(analytic, numeric), differences.error, analytic, numeric, differences.coordinates, statuses
     )

@@ -9,6 +9,8 @@ import numpy as np
 
 from jaxhpo._core.errors import NonFiniteError, ZeroHypergradientError
 from jaxhpo._core.mesh import ravel
+from jaxhpo._core.processes import whole
+from jaxhpo._core.trace import compilable
 from jaxhpo._core.tree import named_leaves
 from jaxhpo._core.types import PyTree
 
@@ -46,7 +48,7 @@ class Differences(NamedTuple):
 
     def along(self, gradient) -> np.ndarray:
         """The directional derivatives ⟨d, g⟩ of a flat gradient g."""
-        return self.directions @ np.asarray(gradient, float)
+        return self.directions @ whole(gradient).astype(float)
 
     def check(self, context: str = "") -> None:
         """Raises unless the differences are valid.
@@ -116,8 +118,8 @@ def central_differences(
         lengths = jnp.linalg.norm(directions, axis=1)
     # The error s⁴ of the formula plus the rounding error ε/s is least at s = O(ε^(1/5)).
     step = float(jnp.finfo(flat.dtype).eps) ** 0.2 if step_size is None else step_size
-    numeric, coarse = jax.jit(lambda *args: _along_each(loss, *args))(flat, directions, step)
-    directions, lengths, numeric, coarse = (np.asarray(x, float) for x in (directions, lengths, numeric, coarse))
+    program, args = compilable(lambda *args: _along_each(loss, *args), flat, directions, step)
+    directions, lengths, numeric, coarse = (whole(x).astype(float) for x in (directions, lengths, *program(*args)))
     coordinates = _coordinate_names(hparams) if num_directions is None else None
     # D is linear in d, so the derivative along the unit vector d / ‖d‖ is D / ‖d‖.
     return Differences(directions / lengths[:, None], numeric / lengths, coarse / lengths, coordinates)

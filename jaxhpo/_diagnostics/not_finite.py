@@ -7,7 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxhpo._core.processes import from_first
 from jaxhpo._core.record import StepLog, recording
+from jaxhpo._core.trace import compilable
 from jaxhpo._core.tree import all_finite, is_inexact, named_leaves, norm, partition, scaled, upcast, vdot
 from jaxhpo._core.types import PyTree
 from jaxhpo._diagnostics.origin import ADVICE, find_origin
@@ -24,12 +26,17 @@ def diagnose(fn: Callable, hparams: PyTree) -> str:
     log = StepLog()
     with recording(steps=log):
         try:
-            value, _ = jax.block_until_ready(jax.jit(jax.value_and_grad(fn))(hparams))
+            program, args = compilable(jax.value_and_grad(fn), hparams)
+            value, _ = jax.block_until_ready(program(*args))
         except TypeError:  # a forward-mode rule has no backward pass to instrument
-            value = jax.block_until_ready(jax.jit(fn)(hparams))
+            program, args = compilable(fn, hparams)
+            value = jax.block_until_ready(program(*args))
+    finite = bool(jnp.isfinite(value))
+    if jax.process_count() > 1:  # callbacks report to process 0 alone, and others would not follow it
+        return from_first(lambda: log.faults[0] if log.faults else " ".join(_place(log, finite)))
     if log.faults:
         return log.faults[0]
-    where, why = _place(log, bool(jnp.isfinite(value)))
+    where, why = _place(log, finite)
     origin = _attempted(lambda: find_origin(jax.value_and_grad(fn), hparams))
     if origin is not None:
         why = f"It began {origin}"

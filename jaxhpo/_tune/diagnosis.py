@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxhpo._core.errors import JaxhpoError
-from jaxhpo._core.trace import differentiable_inputs
+from jaxhpo._core.trace import compilable, differentiable_inputs
 from jaxhpo._core.tree import all_finite
 from jaxhpo._diagnostics.not_finite import diagnose
 from jaxhpo._diagnostics.origin import find_origin
@@ -26,9 +26,10 @@ def diagnosis(step: Step, state: OuterState) -> str:
         return "It comes from the `gradient` function that was given."
     key = jax.random.fold_in(state.key, state.step)
     times = step.remedies.accumulate
-    run = jax.jit(lambda u, key: jax.value_and_grad(step.objective, has_aux=True)(u, state.carry, key))
+    objective = jax.value_and_grad(step.objective, has_aux=True)
+    run, (*consts, _, _, _) = compilable(objective, state.point, state.carry, key)
     for key in [key] if times == 1 else list(jax.random.split(key, times)):  # noqa: B020 (the keys of `_accumulated`)
-        (value, (carry, info)), grad = run(state.point, key)
+        (value, (carry, info)), grad = run(*consts, state.point, state.carry, key)
         if not bool(jnp.isfinite(value) & all_finite(grad) & solves_finite(info)):
             try:
                 return diagnose(lambda u, key=key: step.objective(u, state.carry, key)[0], state.point)

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxhpo._core.processes import whole
 from jaxhpo._core.tree import named_leaves
 from jaxhpo._core.types import PyTree
-from jaxhpo._tune.processes import whole
 
 EXTRAS = ("hparams", "hypergradient", "linear_solves")  # columns that `record` adds
 LARGE = 1024  # entries: larger leaves are kept as their extremes, quartiles and norm

@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.record import traced_anew
+from jaxhpo._core.trace import compilable
 from jaxhpo._core.tree import named_leaves
 from jaxhpo._core.types import PyTree
 from jaxhpo._core.validate import check_arrays, check_key, check_params, describe
@@ -22,15 +23,14 @@ class Compiled:
       step: the step of one member.
       size: number of members; None for a run without a population.
       shape: of what the step reports of each member: `()` or `(size,)`.
-      trace: `state -> traced step`; of a step that `update` has taken nothing is traced again.
     """
 
     def __init__(self, step: Step, size: int | None):
         self.step, self.size = step, size
         self.shape = () if size is None else (size,)
         self._over: Any = jax.vmap if self.shape else lambda fn: fn
-        self._advance = jax.jit(self._over(step.advance))
-        self.trace = self._advance.trace
+        self._advance: Any = self._over(step.advance)
+        self._programs: dict[Any, Any] = {}  # by the state's types, of which a carry may change its own
         self.hparams = jax.jit(self._over(step.hparams))
         self._where = jax.jit(jax.vmap(lambda mask, *trees: jax.tree.map(lambda *x: jnp.where(mask, *x), *trees)))
 
@@ -59,8 +59,21 @@ class Compiled:
 
     def update(self, state: OuterState) -> tuple[OuterState, OuterReport]:
         """Takes an outer step of every member."""
-        after, report = self._advance(state)
+        program, consts = self._program(state)
+        after, report = program(*consts, state)
         return with_constants(after, state), report
+
+    def trace(self, state: OuterState) -> tuple[Any, tuple]:
+        """Returns the trace of the step, of a step that was taken the same, and the arguments before the state."""
+        program, consts = self._program(state)
+        return program.trace(*consts, state), consts
+
+    def _program(self, state):
+        types = jax.tree.structure(state), *map(jax.typeof, jax.tree.leaves(state))
+        if types not in self._programs:
+            program, (*consts, _) = compilable(self._advance, state)
+            self._programs[types] = program, consts
+        return self._programs[types]
 
     def select(self, mask: np.ndarray, new: PyTree, old: PyTree) -> PyTree:
         """Returns the members of `new` where the mask is True, those of `old` elsewhere."""
@@ -73,19 +86,21 @@ class Compiled:
             )
         return self._where(mask, new, old)
 
-    def shapes(self, state: OuterState, placed: bool = False) -> tuple[OuterState, OuterReport, Any]:
-        """Returns the shapes of what `update` returns, and the trace; counts inner steps, suppresses warnings.
+    def shapes(self, state: OuterState, placed: bool = False) -> tuple[OuterState, OuterReport, tuple[Any, tuple]]:
+        """Returns the shapes of what `update` returns, and the `trace`; counts inner steps, suppresses warnings.
 
         With `placed` also shardings, which only the compiler knows.
         """
         with warnings.catch_warnings(action="ignore"), traced_anew():
-            traced = self.trace(state)
+            program, (*consts, _) = compilable(self._advance, state)
+            traced = program.trace(*consts, state)
             after, report = traced.out_info
             if placed:
                 places = traced.lower().compile().output_shardings
                 struct = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
                 after, report = jax.tree.map(struct, (after, report), places)
-        return with_constants(after, state), report, traced  # the key itself: a shape does not say of which kind
+        # The key itself: a shape does not say of which kind it is.
+        return with_constants(after, state), report, (traced, tuple(consts))
 
 
 def member(tree: PyTree, index: int) -> PyTree:

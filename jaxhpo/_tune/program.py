@@ -15,14 +15,14 @@ from jax.extend import core as jex
 from jax.interpreters.partial_eval import dce_jaxpr
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxhpo._core.processes import whole
 from jaxhpo._tune.history import key_data
-from jaxhpo._tune.processes import whole
 from jaxhpo._tune.step import OuterState
 
 WHOLE = 4096  # entries: of larger arrays, so many evenly spaced ones are read
 
 
-def digests(traced: Any, state: OuterState) -> dict[str, str]:
+def digests(traced: Any, consts: Any, state: OuterState) -> dict[str, str]:
     """Returns digests of an outer step, and of its outer loss alone.
 
     The loss is what remains of the step's program where only value, hypergradient, carry and info are wanted: another
@@ -30,6 +30,7 @@ def digests(traced: Any, state: OuterState) -> dict[str, str]:
 
     Args:
       traced: of `Step.advance`, by `jit(...).trace`.
+      consts: the values that the step closes over, where they are among its arguments, before the state.
       state: the first one.
 
     Returns:
@@ -41,12 +42,14 @@ def digests(traced: Any, state: OuterState) -> dict[str, str]:
     after = after._replace(carry=_all(after.carry))
     report = report._replace(value=True, hypergradient=_all(report.hypergradient), info=_all(report.info))
     loss, step = _Digest(), _Digest()
-    jaxpr, _ = dce_jaxpr(closed.jaxpr, jax.tree.leaves((after, report)))
+    jaxpr, used = dce_jaxpr(closed.jaxpr, jax.tree.leaves((after, report)))
+    hoisted = jax.tree.leaves(consts)
+    read = [x for x, u in zip(hoisted, used, strict=False) if u]
     return {
-        "program": loss.program(jaxpr, closed.consts),
+        "program": loss.program(jaxpr, closed.consts, read),
         "constants": loss.constants.hexdigest(),
         "carry": _hash(map(digest, jax.tree.leaves(state.carry))),
-        "step": _hash([step.program(closed.jaxpr, closed.consts), step.constants.hexdigest()]),
+        "step": _hash([step.program(closed.jaxpr, closed.consts, hoisted), step.constants.hexdigest()]),
         "jax": jax.__version__,
     }
 
@@ -91,14 +94,18 @@ class _Digest:
         self.constants = hashlib.sha256()
         self._known: dict[int, str] = {}
 
-    def program(self, jaxpr: Any, consts: Any = ()) -> str:
-        """Returns the digest of what a jaxpr computes; variables are numbered as they appear."""
+    def program(self, jaxpr: Any, consts: Any = (), hoisted: Any = ()) -> str:
+        """Returns the digest of what a jaxpr computes; variables are numbered as they appear.
+
+        Its first arguments are constants, too, where their values are given (`hoisted`).
+        """
         if id(jaxpr) not in self._known:
-            self._known[id(jaxpr)] = _hash(self._lines(jaxpr, dict(zip(jaxpr.constvars, consts, strict=False))))
+            values = dict(zip(jaxpr.constvars, consts, strict=False)) | dict(zip(jaxpr.invars, hoisted, strict=False))
+            self._known[id(jaxpr)] = _hash(self._lines(jaxpr, values))
         return self._known[id(jaxpr)]
 
     def _lines(self, jaxpr, values):
-        numbers = {v: i for i, v in enumerate(jaxpr.invars)}
+        numbers = {v: i for i, v in enumerate(jaxpr.invars) if v not in values}
 
         def atom(x):
             if isinstance(x, jex.Literal):

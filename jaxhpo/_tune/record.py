@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxhpo._core.errors import JaxhpoError
+from jaxhpo._core.processes import on_any, whole
 from jaxhpo._core.record import LinearSolve
 from jaxhpo._core.types import LinearStatus, PyTree
 from jaxhpo._tune.history import summary, to_numpy
 from jaxhpo._tune.inputs import convert
 from jaxhpo._tune.population import Compiled, member
-from jaxhpo._tune.processes import on_any, whole
 from jaxhpo._tune.program import changes, digests
 from jaxhpo._tune.run_dir import RunDir, is_spread
 from jaxhpo._tune.settings import described
@@ -136,7 +136,7 @@ class Record:
     def identify(self, state: OuterState) -> None:
         """Notes digests of the step that was taken from the first state."""
         if self.run_dir is not None and not self.loss:
-            self.loss = digests(self.compiled.trace(state), state)
+            self.loss = digests(*self.compiled.trace(state), state)
 
     def accept(self, after: OuterState, report: OuterReport, active, finite, halvings, min_delta: float) -> TuneStep:
         """Records a step: the next state, the best so far, and a history row; arrays are those of `_row`."""
@@ -245,7 +245,7 @@ class Record:
         if self.run_dir is None or not self.run_dir.begun:
             return
         after, report, traced = self.compiled.shapes(self.now.state, placed=isinstance(self.run_dir, ShardedDir))
-        self.loss = digests(traced, self.now.state)
+        self.loss = digests(*traced, self.now.state)
         zeros, mask = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), report), self.now.failed
         row = self._row(zeros, mask, mask, mask, self.now.best, 0.0, self.solves)
         like = self.now._replace(state=after, best_hparams=report.hparams)

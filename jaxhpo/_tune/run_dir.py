@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxhpo._core.errors import JaxhpoError
+from jaxhpo._core.processes import from_first
 from jaxhpo._core.tree import named_leaves
 from jaxhpo._core.types import PyTree
 from jaxhpo._tune.history import decode, encode, is_key, key_data
-from jaxhpo._tune.processes import from_first
 
 try:
     import fcntl

@@ -17,6 +17,7 @@ import numpy as np
 import optax
 
 from jaxhpo._core.errors import JaxhpoError, NonFiniteError, ZeroHypergradientWarning
+from jaxhpo._core.processes import on_any, whole
 from jaxhpo._core.progress import Progress
 from jaxhpo._core.record import recording
 from jaxhpo._core.tree import names
@@ -25,7 +26,6 @@ from jaxhpo._diagnostics.health import named_members, raise_if_zero, what_is_not
 from jaxhpo._tune.diagnosis import diagnosis, structure
 from jaxhpo._tune.inputs import check_callbacks, check_choice, check_policies, check_record, check_settings, convert
 from jaxhpo._tune.population import Compiled, member
-from jaxhpo._tune.processes import on_any, whole
 from jaxhpo._tune.record import LoopState, Record, TuneStep
 from jaxhpo._tune.remedies import NO_REMEDIES, Remedies
 from jaxhpo._tune.settings import described, fingerprint

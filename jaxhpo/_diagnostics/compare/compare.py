@@ -1,5 +1,6 @@
 """`compare`: error, time and memory of hypergradient methods on the user's own problem, and a recommendation."""
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -130,8 +131,10 @@ def compare(
         directions = None if flat.size <= num_directions else num_directions
         differences = central_differences(make_loss(plain.rule), hparams, directions, None, direction_key)
         bar.update("central differences")
-        programs = [measured.program for measured in (plain, *found.values()) if measured.error is None]
-        seconds = iter(fastest(programs, flat, repeats=repeats or 5, seconds=0.0 if repeats else 3.0))
+        programs = [functools.partial(m.program, *m.args) for m in (plain, *found.values()) if m.error is None]
+        # By its clock one process would call oftener than another, which then waits for it.
+        at_least = 0.0 if repeats or jax.process_count() > 1 else 3.0
+        seconds = iter(fastest(programs, repeats=repeats or 5, seconds=at_least))
         bar.update("times")
     against = standard(short_name(exact), of_exact, differences)
     problem = _size(plain, flat.size, next(seconds))

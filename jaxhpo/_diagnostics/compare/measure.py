@@ -5,11 +5,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from jaxhpo._core.cost import available_bytes, human_bytes, temporary_bytes
 from jaxhpo._core.errors import JaxhpoError
-from jaxhpo._core.record import LinearSolve, SolveLog, recording
+from jaxhpo._core.processes import from_first, whole
+from jaxhpo._core.record import InnerRun, LinearSolve, SolveLog, recording
+from jaxhpo._core.trace import compilable
+from jaxhpo._core.types import LinearStatus
 from jaxhpo._inner.problem import Adjoint
 
 
@@ -22,6 +24,7 @@ class Measured(NamedTuple):
       log: the `SolveLog` of the inner solves that were traced.
       linear_solves: the iterative linear solves that were run.
       program: the compiled program, without callbacks that report.
+      args: its arguments.
       warnings: the warnings raised while tracing.
       error: the exception raised, in words; the other fields after `rule` are then empty.
     """
@@ -31,6 +34,7 @@ class Measured(NamedTuple):
     log: Any = None
     linear_solves: tuple[LinearSolve, ...] = ()
     program: Any = None
+    args: tuple = ()
     warnings: tuple[Warning, ...] = ()
     error: str | None = None
 
@@ -50,7 +54,8 @@ def run_once(make: Callable[[Adjoint], Callable], rule: Adjoint, flat: jax.Array
     """
     linear_solves, log = [], SolveLog(runs)
     with recording(linear_solves=linear_solves, solves=log):
-        traced = jax.jit(make(rule)).trace(flat)
+        program, args = compilable(make(rule), flat)
+        traced = program.trace(*args)
         if rule not in log.adjoints:
             met = f"only with {log.adjoints[0]!r}" if log.adjoints else "not at all"
             raise RuleNotUsed(
@@ -58,11 +63,15 @@ def run_once(make: Callable[[Adjoint], Callable], rule: Adjoint, flat: jax.Array
                 "the same: pass the argument on, `solve(..., adjoint=adjoint)`."
             )
         program = compiled_if_it_fits(traced)
-        result = jax.block_until_ready(program(flat))
+        result = jax.block_until_ready(program(*args))
+    log.runs[:] = [InnerRun(*run) for run in from_first(lambda: log.runs)]  # callbacks report to process 0 alone
+    rows = from_first(lambda: linear_solves)
+    linear_solves = [LinearSolve(LinearStatus(status), *rest) for status, *rest in rows]
     if traced.jaxpr.effects:  # callbacks, which would be timed too
         with warnings.catch_warnings(action="ignore"):  # already raised above
-            program = compiled_if_it_fits(jax.jit(make(rule)).trace(flat))
-    return Measured(rule, result, log, tuple(linear_solves), program)
+            program, args = compilable(make(rule), flat)
+            program = compiled_if_it_fits(program.trace(*args))
+    return Measured(rule, result, log, tuple(linear_solves), program, args)
 
 
 def measure(make_loss: Callable[[Adjoint], Callable], rule: Adjoint, flat: jax.Array) -> Measured:
@@ -76,7 +85,7 @@ def measure(make_loss: Callable[[Adjoint], Callable], rule: Adjoint, flat: jax.A
         return Measured(rule, error=first_words(f"{type(error).__name__}: {error}"))
     value, grad = measured.result
     messages = tuple(w.message for w in caught if isinstance(w.message, Warning))
-    return measured._replace(result=(float(value), np.asarray(grad, float)), warnings=messages)
+    return measured._replace(result=(float(value), whole(grad).astype(float)), warnings=messages)
 
 
 def first_words(text: str, limit: int = 300) -> str:

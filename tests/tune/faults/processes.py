@@ -3,6 +3,7 @@
 As a script, one of them: `python processes.py ID PORT FOLDER SCENARIO...`. It prints what its runs ended with.
 """
 
+import contextlib
 import datetime
 import fcntl
 import json
@@ -47,12 +48,37 @@ def outer_loss(h, carry, key):
     return jnp.mean((sol.params - 1.5 + noise) ** 2), sol.state, {"params": sol.params}
 
 
+def spread(x) -> jax.Array:
+    """The array, a part of it on each device of all processes."""
+    mesh = jax.make_mesh((jax.device_count(),), ("all",), axis_types=(AxisType.Auto,))
+    return jax.make_array_from_callback(x.shape, NamedSharding(mesh, PartitionSpec("all")), lambda i: x[i])
+
+
+def regression(place):
+    """`make_outer_loss` of a ridge regression whose data are closed over, as `place` puts them on devices."""
+    rng = np.random.default_rng(0)
+    x, y = place(rng.normal(size=(SIZE, 3))), place(rng.normal(size=SIZE))
+    solver = jaxhpo.from_optax(lambda w, h, b: jnp.mean((x @ w - y) ** 2) + jnp.sum(h * w**2), optax.sgd(0.1))
+
+    def make_outer_loss(adjoint):
+        def outer_loss(h):
+            sol = jaxhpo.solve(solver, solver.init(jnp.zeros(3), h), h, num_steps=10, adjoint=adjoint)
+            return jnp.mean((x @ sol.params - y) ** 2)
+
+        return outer_loss
+
+    return make_outer_loss
+
+
+def search(make_outer_loss, start=0.1):
+    """Runs `tune` on the regression, without a folder."""
+    loss = make_outer_loss(jaxhpo.Unroll())
+    return jaxhpo.tune(loss, jnp.full(3, start), optax.adam(0.1), num_steps=3, progress=False)
+
+
 def tune(folder, steps=STEPS, first=0.1, **settings):
     """Runs `tune`; hyperparameters and moments are sharded from the start, the carry after one step."""
-    mesh = jax.make_mesh((jax.device_count(),), ("all",), axis_types=(AxisType.Auto,))
-    goal = np.linspace(first, 0.8, SIZE)
-    goal = jax.make_array_from_callback(goal.shape, NamedSharding(mesh, PartitionSpec("all")), lambda i: goal[i])
-    start = {"goal": goal, "rate": jnp.asarray(0.02)}
+    start = {"goal": spread(np.linspace(first, 0.8, SIZE)), "rate": jnp.asarray(0.02)}
     return jaxhpo.tune(
         outer_loss,
         start,
@@ -83,6 +109,18 @@ def told(result) -> dict:
 def undisturbed(folder):
     """Without interruption, and without a folder."""
     return [tune(None)]
+
+
+def closed_over(folder):
+    """Losses close over data that are spread over the processes."""
+    make_outer_loss = regression(spread)
+    result = search(make_outer_loss)
+    check = jaxhpo.check_hypergradient(make_outer_loss(jaxhpo.Unroll()), result.hparams)
+    comparison = jaxhpo.compare(make_outer_loss, result.hparams, [jaxhpo.Implicit()], repeats=1, progress=False)
+    with contextlib.redirect_stdout(None):
+        plan = jaxhpo.memory_plan(make_outer_loss(jaxhpo.Unroll()), result.hparams)
+    told = [*result.history["value"].tolist(), check.relative_error, comparison.rows[0].relative_error, len(plan.rows)]
+    return [json.dumps(told), refusal(lambda: search(make_outer_loss, 1e200))]
 
 
 def continued(folder):
@@ -164,18 +202,18 @@ def full(folder):
 def refused(folder):
     """Another start, a folder in use, a run of one process: all processes raise, although 0 alone reads the folder."""
     tune(folder, 1)
-    told = [refusal(folder, first=0.2)]
+    told = [refusal(lambda: tune(folder, first=0.2))]
     lock = open(os.path.join(folder, "lock"), "rb")  # noqa: SIM115
     first_alone(lambda: fcntl.flock(lock, fcntl.LOCK_EX))
-    told.append(refusal(folder))
+    told.append(refusal(lambda: tune(folder)))
     lone = pathlib.Path(folder, "alone")
     first_alone(lambda: (lone.mkdir(), (lone / "state-00000001-0.npz").touch()))
-    return [*told, refusal(lone)]
+    return [*told, refusal(lambda: tune(lone))]
 
 
-def refusal(folder, **settings) -> str:
+def refusal(run) -> str:
     try:
-        tune(folder, **settings)
+        run()
     except jaxhpo.JaxhpoError as error:
         return str(error)
     raise AssertionError("not refused")

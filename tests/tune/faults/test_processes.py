@@ -18,7 +18,7 @@ import pytest
 import jaxhpo
 
 ORBAX = pytest.mark.skipif(importlib.util.find_spec("orbax") is None, reason="needs orbax-checkpoint")
-SCENARIOS = ["undisturbed", "continued", "damaged", "preempted", "timed", "full", "refused"]
+SCENARIOS = ["undisturbed", "closed_over", "continued", "damaged", "preempted", "timed", "full", "refused"]
 
 
 def start(folder, *scenarios) -> list[subprocess.Popen]:
@@ -85,6 +85,21 @@ def test_resume_is_bit_identical(ended, folder):
     assert more["end"] == whole["end"] != stopped["end"]
     assert checkpoints(folder / "continued") == ["state-00000005.orbax", "state-00000006.orbax"]
     assert len((folder / "continued" / "history.jsonl").read_text().splitlines()) == processes.STEPS
+
+
+@ORBAX
+@pytest.mark.slow
+def test_data_closed_over_are_spread_over_processes(ended):
+    told, diverged = (told["refusal"] for told in ended["closed_over"])
+    *values, checked, compared, num_rows = json.loads(told)
+    make_outer_loss = processes.regression(jnp.asarray)
+    alone = processes.search(make_outer_loss)
+    comparison = jaxhpo.compare(make_outer_loss, alone.hparams, [jaxhpo.Implicit()], repeats=1, progress=False)
+    # Sums over devices are rounded in another order: a few units in the last place.
+    np.testing.assert_allclose(values, alone.history["value"], rtol=1e-13)
+    np.testing.assert_allclose(compared, comparison.rows[0].relative_error, rtol=1e-8)
+    assert checked < 1e-8 and num_rows == 5  # the differences' error; the schedules of a `MemoryPlan`
+    assert "The inner run diverges" in diverged
 
 
 @ORBAX
