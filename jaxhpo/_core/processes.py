@@ -1,6 +1,8 @@
 """Multi-host agreement; a no-op with one process."""
 
+import hashlib
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +16,55 @@ from jaxhpo._core.errors import JaxhpoError
 def on_any(yes: bool) -> bool:
     """Returns whether the argument is True on any process: clocks differ, and a signal may reach one process only."""
     return yes if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.asarray(yes)).any())
+
+
+def check_same(arguments: dict[str, Any]) -> None:
+    """Raises on all processes where an argument is another on one of them.
+
+    Arrays of which each process holds a part are compared by type and sharding, all others by their values.
+    """
+    if jax.process_count() == 1:
+        return
+    digests = np.stack([np.frombuffer(_digest(argument), np.uint8) for argument in arguments.values()])
+    every = multihost_utils.process_allgather(digests)  # (processes, arguments, 32)
+    same = (every == every[0]).all((0, 2))
+    if not same.all():
+        differing = "`, `".join(name for name, s in zip(arguments, same, strict=True) if not s)
+        raise JaxhpoError(
+            f"The {jax.process_count()} JAX processes were given different `{differing}`, so each would compute "
+            "something else, or wait for the others without end: make the same call on all of them. (What is drawn at "
+            "random, or read from the clock: `jax.experimental.multihost_utils.broadcast_one_to_all(value)`.)"
+        )
+
+
+def check_same_value(value: Any) -> None:
+    """Raises on all processes where the outer loss, shape () or (members,), is another on one of them."""
+    if jax.process_count() == 1:
+        return
+    every = multihost_utils.process_allgather(whole(value))
+    # Hosts of two kinds may round differently.
+    if not np.allclose(every, every[0], rtol=float(np.finfo(every.dtype).eps) ** 0.5, atol=0, equal_nan=True):
+        raise JaxhpoError(
+            f"The outer loss of the first step is {every.tolist()} on processes 0 to {len(every) - 1}: their losses "
+            "close over different values. If each process holds a part of the data, make one array of the parts: "
+            "`jax.make_array_from_process_local_data(sharding, part)`."
+        )
+
+
+def _digest(tree) -> bytes:
+    digest = hashlib.sha256(re.sub(" at 0x[0-9a-f]+", "", str(jax.tree.structure(tree))).encode())
+    leaves: list[Any] = jax.tree.leaves(tree)
+    for leaf in leaves:
+        if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+            digest.update(f"{leaf.dtype}{leaf.shape}{leaf.sharding.shard_shape(leaf.shape)}".encode())
+        elif isinstance(leaf, jax.Array | np.ndarray | np.generic):
+            array: Any = leaf
+            is_key = jax.numpy.issubdtype(array.dtype, jax.dtypes.prng_key)
+            values = np.asarray(jax.random.key_data(array) if is_key else array)
+            digest.update(f"{array.dtype}{array.shape}".encode() + values.tobytes())
+        else:
+            digest.update(repr(leaf).encode())
+    return digest.digest()
 
 
 def from_first(fn: Callable[[], Any]) -> Any:

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 
 from jaxhpo._core.errors import JaxhpoError, NonFiniteError, ZeroHypergradientWarning
-from jaxhpo._core.processes import on_any, whole
+from jaxhpo._core.processes import check_same, check_same_value, on_any, whole
 from jaxhpo._core.progress import Progress
 from jaxhpo._core.record import recording
 from jaxhpo._core.tree import names
@@ -248,6 +248,27 @@ def tune(
     check_settings(num_steps, population, patience, min_delta, save_every, max_seconds, max_inner_steps, progress)
     check_policies(remedies, outer_loss, gradient, on_not_finite, monitor)
     check_choice("resume", resume, "warn", "continue")
+    check_same(
+        {
+            "hparams": hparams,
+            "carry": carry,
+            "key": key,
+            "optimizer": fingerprint(optimizer),
+            "transforms": described(transforms),
+            "projections": described(projections),
+            "remedies": repr(remedies),
+            "monitor": described(monitor),
+            "num_steps": num_steps,
+            "population": population,
+            "on_not_finite": on_not_finite,
+            "patience": (patience, min_delta),
+            "max_inner_steps": max_inner_steps,
+            "max_seconds": max_seconds is None,  # clocks may differ
+            "save_every": save_every if isinstance(save_every, int) else None,
+            "record": extras,
+            "run_dir": run_dir is None,
+        }
+    )
     compiled = Compiled(Step(outer_loss, optimizer, transforms, projections, remedies, gradient), population)
     state = compiled.init(hparams, carry, key)
     limits = _Limits(num_steps, patience, min_delta, max_seconds, max_inner_steps)
@@ -375,6 +396,7 @@ def _check_resumption(record, limits, resume):
 def _loop(record, limits, on_not_finite, callbacks, save_every, preempted, bar) -> tuple[str, str]:
     """Takes the outer steps; returns status and message of the end."""
     problem = "`callbacks`: one returned {}, but a true value stops the run: return True, or nothing."
+    begun, called = record.now.rows, on_any(bool(callbacks))  # perhaps a logger of one process alone
     while (reached := limits.reached(record)) is None:
         step, now = record.now.rows, record.now
         if step and on_any(preempted()):
@@ -383,6 +405,8 @@ def _loop(record, limits, on_not_finite, callbacks, save_every, preempted, bar) 
         traced = (now.failures < step).any()  # a step has been finite: the traced program has been checked
         after, report = compiled.update(state) if traced else _first_step(compiled, state)
         record.identify(state)
+        if step == begun:
+            check_same_value(report.value)
         record.save(save_every)  # of the step before, while the device takes this one
         bad, halvings = active & ~whole(report.finite), np.zeros(compiled.shape, np.int32)
         while on_not_finite == "backtrack" and step and (again := bad & (halvings < MOST_FAILURES)).any():
@@ -403,7 +427,7 @@ def _loop(record, limits, on_not_finite, callbacks, save_every, preempted, bar) 
         step_info = record.accept(after, report, active, taken, halvings, limits.min_delta)
         bar.update(_progress_line(step_info, active) if taken.any() else "skipped")
         stop = [convert(bool, callback(step_info), problem) for callback in callbacks if taken.any()]
-        if callbacks and on_any(any(stop)):
+        if called and on_any(any(stop)):
             return "callback", f"a callback stopped the run after outer step {step}"
     return reached
 

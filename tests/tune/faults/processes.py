@@ -123,6 +123,21 @@ def closed_over(folder):
     return [json.dumps(told), refusal(lambda: search(make_outer_loss, 1e200))]
 
 
+def disagreeing(folder):
+    """Each process has another start, key, rate or number of steps, or its own part of the data; one has a callback."""
+    first, steps = jax.process_index() == 0, []
+    loss = lambda h, data=0.0: jnp.sum((h - data) ** 2)  # noqa: E731
+
+    def run(loss=loss, h=1.0, rate=0.1, **settings):
+        return jaxhpo.tune(loss, jnp.full(3, h), optax.sgd(rate), progress=False, **({"num_steps": 2} | settings))
+
+    run(callbacks=[steps.append] if first else [])
+    key, data = jax.random.key(jax.process_index()), float(first)
+    runs = [{"h": 1.0 + first}, {"key": key, "num_steps": 2 + first}, {"rate": 0.1 + 0.1 * first}]
+    runs += [{"loss": lambda h: loss(h, data)}]
+    return [refusal(lambda settings=settings: run(**settings)) for settings in runs]
+
+
 def continued(folder):
     """Stopped after three steps, and resumed."""
     return [tune(folder, 3), tune(folder)]

@@ -18,7 +18,17 @@ import pytest
 import jaxhpo
 
 ORBAX = pytest.mark.skipif(importlib.util.find_spec("orbax") is None, reason="needs orbax-checkpoint")
-SCENARIOS = ["undisturbed", "closed_over", "continued", "damaged", "preempted", "timed", "full", "refused"]
+SCENARIOS = [
+    "undisturbed",
+    "closed_over",
+    "disagreeing",
+    "continued",
+    "damaged",
+    "preempted",
+    "timed",
+    "full",
+    "refused",
+]
 
 
 def start(folder, *scenarios) -> list[subprocess.Popen]:
@@ -100,6 +110,17 @@ def test_data_closed_over_are_spread_over_processes(ended):
     np.testing.assert_allclose(compared, comparison.rows[0].relative_error, rtol=1e-8)
     assert checked < 1e-8 and num_rows == 5  # the differences' error; the schedules of a `MemoryPlan`
     assert "The inner run diverges" in diverged
+
+
+@ORBAX
+@pytest.mark.slow
+def test_processes_that_disagree_are_refused(ended):
+    start, key_and_steps, rate, data = (told["refusal"] for told in ended["disagreeing"])
+    assert "were given different `hparams`, so" in start
+    assert "were given different `key`, `num_steps`, so" in key_and_steps
+    assert "were given different `optimizer`, so" in rate
+    # Σ (h − data)² at h = 1, with three entries: 0 on process 0, whose data are 1, and 3 on process 1.
+    assert data.startswith("The outer loss of the first step is [0.0, 3.0] on processes 0 to 1")
 
 
 @ORBAX
