@@ -14,14 +14,25 @@ from jaxhpo._core.tree import named_leaves
 from jaxhpo._core.types import PyTree
 
 EXTRAS = ("hparams", "hypergradient", "linear_solves")  # columns that `record` adds
-LARGE = 1024  # entries: larger leaves are kept as their extremes, quartiles and norm
+ROW = 4096  # numbers that the hyperparameters of a row, or of a member's, take at most
+LARGE = 1024  # entries: larger leaves are summed up, whatever there is room for
+SUMMARY = 6  # numbers of a summary
 SAMPLE = 2048  # evenly spaced entries, from which quartiles are taken: those of all would cost milliseconds a step
 
 
-def summary(leaf: Any) -> np.ndarray:
-    """Returns a small leaf as it is; minimum, quartiles, maximum and norm of a large one."""
+def largest_whole(sizes: Iterable[int]) -> int:
+    """Returns L, where leaves of at most L entries are kept whole: as large as `LARGE` and `ROW` allow."""
+    ordered = np.sort(np.asarray(list(sizes)))
+    # With L = ordered[i], leaves up to the last one of that size are whole, and those after it summed up.
+    last = np.searchsorted(ordered, ordered, side="right") - 1
+    numbers = np.cumsum(ordered)[last] + SUMMARY * (len(ordered) - 1 - last)
+    return int(np.max(ordered[(numbers <= ROW) & (ordered <= LARGE)], initial=SUMMARY))
+
+
+def summary(leaf: Any, largest: int) -> np.ndarray:
+    """Returns a leaf as it is; minimum, quartiles, maximum and norm of one of more than `largest` entries."""
     leaf = whole(leaf)
-    if leaf.size <= LARGE:
+    if leaf.size <= largest:
         return leaf.copy()
     flat = leaf.ravel()
     ordered = np.sort(flat[:: -(-flat.size // SAMPLE)])

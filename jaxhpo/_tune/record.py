@@ -3,6 +3,7 @@
 import datetime
 import functools
 import hashlib
+import math
 import os
 import sys
 import time
@@ -17,7 +18,7 @@ from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.processes import on_any, whole
 from jaxhpo._core.record import LinearSolve
 from jaxhpo._core.types import LinearStatus, PyTree
-from jaxhpo._tune.history import summary, to_numpy
+from jaxhpo._tune.history import largest_whole, summary, to_numpy
 from jaxhpo._tune.inputs import convert
 from jaxhpo._tune.population import Compiled, member
 from jaxhpo._tune.program import changes, digests
@@ -126,7 +127,8 @@ class Record:
         self.origin, self.notes = "started", list[str]()
         self.loss: dict[str, str] = {}  # digests; empty before the first trace
         self.changed, self.another_loss = "", False
-        self.started = self.saved = time.perf_counter()
+        self.started = time.perf_counter()
+        self.tried = 0, self.started  # rows and time of the last checkpoint, whether or not the disk took it
 
     @property
     def seconds(self) -> float:
@@ -194,7 +196,8 @@ class Record:
           solves: linear solves of the step; None where they are not recorded.
         """
         counts = {**report.remedies, "halvings": halvings, "skipped_steps": active & ~finite}
-        small = to_numpy if "hparams" in self.extras else summary
+        largest = largest_whole(math.prod(x.shape[len(self.shape) :]) for x in jax.tree.leaves(report.hparams))
+        small = to_numpy if "hparams" in self.extras else functools.partial(summary, largest=largest)
         kept = (lambda x: np.stack([small(own) for own in whole(x)])) if self.shape else small
         row = {
             "score": np.asarray(score, float),
@@ -236,9 +239,10 @@ class Record:
             return
         for row in self.rows[self.run_dir.num_rows :]:
             self.run_dir.append(row)
-        if every is None or _is_due(every, self.now.rows - self.run_dir.saved_rows, time.perf_counter() - self.saved):
+        rows, saved = self.tried
+        if every is None or _is_due(every, self.now.rows - rows, time.perf_counter() - saved):
             self.run_dir.save(self._tree(self.now), {**self._settings(), "seconds": self.seconds})
-            self.saved = time.perf_counter()
+            self.tried = self.now.rows, time.perf_counter()
 
     def resume(self) -> None:
         """Continues from the checkpoint in `run_dir`, if there is one."""
@@ -251,6 +255,7 @@ class Record:
         like = self.now._replace(state=after, best_hparams=report.hparams)
         tree, self.rows, before, notes = self.run_dir.resume(self._tree(like), row, "run['fixed']")
         tree |= {"state": _placed(tree["state"], self.now.state), "rows": len(self.rows)}
+        self.tried = len(self.rows), self.started
         tree["best_hparams"] = jax.tree.map(jnp.asarray, tree["best_hparams"])
         self.now = LoopState(**{name: tree[name] for name in LoopState._fields})
         # Includes the time of callbacks after the last row: a run that had spent its seconds has spent them.

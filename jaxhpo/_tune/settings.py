@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import re
 import types
 from collections.abc import Iterator
@@ -11,14 +12,17 @@ import jax
 import numpy as np
 
 from jaxhpo._tune.history import distinct, key_data
+from jaxhpo._tune.processes import whole
 
+SHORT = 8  # entries of arrays and lists: of longer ones a digest is told
 DEEPEST = 16  # nesting of optax's own optimisers and schedules; a bound, as a function may close over itself
 
 
 def fingerprint(optimizer: Any) -> dict[str, str]:
     """Returns every number and name in the closures of the optimiser's update, by the function that holds it.
 
-    Enough to tell a user that another learning rate is in use; two different optimisers may have the same fingerprint.
+    Of more than eight numbers in a list there is a digest. Enough to tell a user that another learning rate is in use;
+    two different optimisers may have the same fingerprint.
 
     Example:
       >>> import optax
@@ -38,6 +42,9 @@ def _settings(value, name, depth) -> Iterator[tuple[str, str]]:
         yield f"{name}()" if name else "update", owner
         cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
         parts = [(f"{owner}.{variable}", _content(cell)) for variable, cell in cells]
+    elif isinstance(value, (tuple, list, dict)) and len(value) > SHORT and _is_table(value):
+        parts = []
+        yield name, f"{len(value)} numbers, {_hash(repr(value).encode())}"
     elif isinstance(value, (tuple, list)):
         parts = [(name, item) for item in value]
     elif isinstance(value, dict):
@@ -56,8 +63,19 @@ def _text(value) -> str:
         return repr(value)
     if not isinstance(value, (np.ndarray, jax.Array)):
         return type(value).__name__
-    value = key_data(value)
-    return str(np.asarray(value)) if value.size <= 8 else f"{value.dtype}{list(value.shape)}"
+    value = whole(key_data(value))
+    if value.size > SHORT:
+        return f"{value.dtype}{list(value.shape)}, {_hash(value.tobytes())}"
+    return np.array2string(value, floatmode="unique")
+
+
+def _hash(data: bytes) -> str:
+    return f"SHA-256 {hashlib.sha256(data).hexdigest()[:12]}"
+
+
+def _is_table(value) -> bool:
+    values = value.values() if isinstance(value, dict) else value
+    return all(isinstance(x, (int, float, complex, np.generic)) for x in values)
 
 
 def _content(cell):

@@ -18,9 +18,9 @@ from jaxhpo._tune.tune import SHARED, TuneResult
 def history_table(source: TuneResult | str | os.PathLike) -> Any:
     """The history of a run, one row per outer step: a pandas `DataFrame`, or a dict of arrays without pandas.
 
-    A hyperparameter of several entries has a column for each, `hparams['rate'][0]`; one of more than 1024 has its
-    minimum, quartiles and maximum. In a population the first index is that of the member, as in `value[3]`; the table
-    of one member is `history_table(result.member(3))`.
+    A hyperparameter of several entries has a column for each, `hparams['rate'][0]`; one that `tune` has summed up, of
+    more than 1024 entries or one of many, has its minimum, quartiles, maximum and norm. In a population the first
+    index is that of the member, as in `value[3]`; the table of one member is `history_table(result.member(3))`.
 
     **Cost and bias**: reads one file.
 

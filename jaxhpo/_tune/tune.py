@@ -59,10 +59,11 @@ class TuneResult(NamedTuple):
       best_value: that score, a float.
       history: a dict of NumPy arrays with one row per outer step: `value`, `score`, `hypergradient_norm` (in
         unconstrained units, those of the search, before any remedy), `seconds`, `peak_bytes` (so far: of the
-        accelerator, or of the process's resident set), `hparams` (a tree; leaves of more than 1024 entries are kept as
-        minimum, quartiles, of every k-th entry, maximum and Euclidean norm), `info`, `remedies`, counts of what each
-        did, and what `record` asks for. In a population all but `seconds`, `peak_bytes` and `linear_solves` have a
-        second axis of members; `value`, `score` and `hypergradient_norm` of a member that has ended are NaN.
+        accelerator, or of the process's resident set), `hparams` (a tree; leaves of more than L entries are kept as
+        minimum, quartiles, of every k-th entry, maximum and Euclidean norm, where L is as large as 4096 numbers in all
+        allow, from 6 to 1024), `info`, `remedies`, counts of what each did, and what `record` asks for. In a population
+        all but `seconds`, `peak_bytes` and `linear_solves` have a second axis of members; `value`, `score` and
+        `hypergradient_norm` of a member that has ended are NaN.
       status: "finished", "patience", "overfitting", "budget", "callback", "interrupted", "preempted" or "not_finite";
         "mixed" where all members of a population have ended, for different reasons.
       message: why it stopped, in words.
@@ -210,7 +211,7 @@ def tune(
         included; None never does.
       max_inner_steps: stop before the inner steps of all outer steps (those of `solve`, the most that a `tol` allows)
         would exceed this number; None never does.
-      record: extra columns: "hparams", large leaves whole; "hypergradient", its leaves, in the units of the search;
+      record: extra columns: "hparams", all leaves whole; "hypergradient", its leaves, in the units of the search;
         "linear_solves", for which the device calls back: of the linear solves of implicit rules (of all members) the
         largest `residual`, the `num_iterations`, and how many were `not_converged`. (An inner solve's optimality is
         recorded where the info holds its `sol.info`.)
@@ -278,7 +279,7 @@ def tune(
         "projections": described(projections),
         "on_not_finite": on_not_finite,
         "monitor": described(monitor),
-        "optimizer": fingerprint(optimizer),
+        "optimizer": {} if run_dir is None else fingerprint(optimizer),
     }
     with contextlib.ExitStack() as stack:
         folder = None if run_dir is None else stack.enter_context(open_run_dir(run_dir))

@@ -72,6 +72,36 @@ def test_large_leaves_are_kept_as_quantiles_and_norm():
     np.testing.assert_array_equal(result.history["hypergradient"][0], 2 * np.arange(n + 1.0))
 
 
+@pytest.mark.parametrize(
+    ("sizes", "whole"),
+    [
+        ([1000] * 4, [1000] * 4),  # 4000 numbers
+        ([1000] * 5, [6] * 5),  # equal leaves are treated alike
+        ([1000] * 200, [6] * 200),
+        ([2000, 1024, 1000, 3], [6, 1024, 1000, 3]),
+        ([600, 700, 800, 900, 1000, 1024], [600, 700, 800, 900, 1000, 6]),  # 5024 without the last, 4018 + 6 with it
+        ([5] * 1000, [5] * 1000),  # no summary is shorter
+        ([0, 7], [0, 7]),
+        ([], []),
+    ],
+)
+def test_a_row_has_4096_numbers(sizes, whole):
+    largest = history.largest_whole(sizes)
+    assert [history.summary(np.zeros(size), largest).size for size in sizes] == whole
+
+
+def test_many_leaves_are_summed_up(tmp_path):
+    """Five leaves of 1000 are more than 4096 numbers; with `record="hparams"` they are whole."""
+    start = {i: jnp.zeros(1000) for i in range(5)}
+    settings = {"optimizer": optax.sgd(0.1), "num_steps": 1, "progress": False}
+    loss = lambda h: sum(jnp.sum((x - 1.0) ** 2) for x in h.values())  # noqa: E731
+    small = jaxhpo.tune(loss, start, run_dir=tmp_path, **settings)
+    assert {x.shape for x in small.history["hparams"].values()} == {(1, 6)}
+    assert (tmp_path / "history.jsonl").stat().st_size < 2_000
+    whole = jaxhpo.tune(loss, start, record="hparams", **settings)
+    assert {x.shape for x in whole.history["hparams"].values()} == {(1, 1000)}
+
+
 @pytest.mark.parametrize("run_dir", [False, True])
 def test_record(tmp_path, run_dir):
     """Each step solves once by CG, for a quadratic of curvatures 2, 4 and 6; in memory and on disk."""

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import chex
 import jax
@@ -16,6 +17,7 @@ import pytest
 import jaxhpo
 from jaxhpo import JaxhpoError, Remedies
 from jaxhpo._tune.history import decode, encode
+from jaxhpo._tune.run_dir import RunDir
 from jaxhpo._tune.table import standing
 
 START = jnp.array([1.0, 2.0])
@@ -152,6 +154,18 @@ def test_resume_keeps_the_spent_seconds(tmp_path):
     settings = {"max_seconds": 1.0, "callbacks": [lambda step: time.sleep(0.6)], "resume": "continue"}
     runs = [run(tmp_path, 50, **settings) for _ in range(3)]
     assert runs[0].status == "budget" and len({len(r.history["value"]) for r in runs}) == 1
+
+
+def test_a_full_disk_warns_at_every_checkpoint_that_is_due(tmp_path, monkeypatch):
+    def full(self, *args):
+        raise OSError("no space")
+
+    monkeypatch.setattr(RunDir, "_commit", full)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run(tmp_path, 10, save_every=4)
+    assert len(caught) == 3  # after steps 4 and 8, and at the end
+    assert all("could not be saved" in str(w.message) for w in caught)
 
 
 def test_status_in_the_folder(tmp_path):
