@@ -23,7 +23,7 @@ from jaxhpo._tune.inputs import convert
 from jaxhpo._tune.population import Compiled, member
 from jaxhpo._tune.program import changes, digests
 from jaxhpo._tune.run_dir import RunDir, is_spread
-from jaxhpo._tune.settings import described
+from jaxhpo._tune.settings import described, retaken
 from jaxhpo._tune.sharded_dir import ShardedDir
 from jaxhpo._tune.step import OuterReport, OuterState
 
@@ -256,6 +256,8 @@ class Record:
         tree, self.rows, before, notes = self.run_dir.resume(self._tree(like), row, "run['fixed']")
         tree |= {"state": _placed(tree["state"], self.now.state), "rows": len(self.rows)}
         self.tried = len(self.rows), self.started
+        opt_state, held_back = retaken(tree["state"].opt_state, self.now.state.opt_state, before["optimizer"])
+        tree["state"] = tree["state"]._replace(opt_state=opt_state)
         tree["best_hparams"] = jax.tree.map(jnp.asarray, tree["best_hparams"])
         self.now = LoopState(**{name: tree[name] for name in LoopState._fields})
         # Includes the time of callbacks after the last row: a run that had spent its seconds has spent them.
@@ -263,8 +265,13 @@ class Record:
         self.origin = f"resumed from {os.fspath(self.run_dir.folder)!r} after {len(self.rows)} outer steps"
         here = self._settings()
         before["inner_steps"] = before["inner_steps"] or here["inner_steps"]  # 0: none was counted
+        step = before["loss"]["step"], here["loss"]["step"]
         self.changed, self.another_loss = changes(before.pop("loss"), here.pop("loss"))
-        self.notes = [*notes, *_differences(before, here)]
+        unnamed = step[0] != step[1] and not self.changed
+        unnamed &= all(before[name] == here[name] for name in ("optimizer", "remedies", "projections"))
+        self.notes = [*notes, *_differences(before, here), *held_back]
+        if unnamed:
+            self.notes.append("the optimiser or a projection is another, in a number that its code holds")
         if self.changed:
             self.notes.append(self.changed)
         if before["inner_steps"] != here["inner_steps"]:

@@ -1,8 +1,9 @@
-"""Settings of an optax transformation, read from the closures of its functions."""
+"""Settings of an optax transformation, read from its functions and its first state."""
 
 import dataclasses
 import functools
 import hashlib
+import inspect
 import re
 import types
 from collections.abc import Iterator
@@ -11,8 +12,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxhpo._core.tree import named_leaves
+from jaxhpo._core.types import PyTree
 from jaxhpo._tune.history import distinct, key_data
 from jaxhpo._tune.processes import whole
+from jaxhpo._tune.program import digest
+from jaxhpo._tune.run_dir import is_spread
 
 SHORT = 8  # entries of arrays and lists: of longer ones a digest is told
 DEEPEST = 16  # nesting of optax's own optimisers and schedules; a bound, as a function may close over itself
@@ -29,14 +34,17 @@ def fingerprint(optimizer: Any) -> dict[str, str]:
       >>> fingerprint(optax.sgd(0.5))["scale.step_size"]
       '-0.5'
     """
-    return distinct(_settings(optimizer.update, "", 0))
+    return distinct(_settings(optimizer.update, "", ()))
 
 
-def _settings(value, name, depth) -> Iterator[tuple[str, str]]:
-    if depth > DEEPEST:
+def _settings(value, name, path) -> Iterator[tuple[str, str]]:
+    if len(path) > DEEPEST or id(value) in path:
         return
+    path = (*path, id(value))
     if isinstance(value, functools.partial):
         value = (value.func, value.args, value.keywords)
+    elif callable(value) and not isinstance(value, (types.FunctionType, type)):
+        value = inspect.unwrap(value)  # of a function that was jitted
     if isinstance(value, types.FunctionType):
         owner = value.__qualname__.split(".<locals>")[0].rpartition(".")[2]
         yield f"{name}()" if name else "update", owner
@@ -51,11 +59,54 @@ def _settings(value, name, depth) -> Iterator[tuple[str, str]]:
         parts = [(f"{name}[{key!r}]", value[key]) for key in sorted(value, key=str)]
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         parts = [(f"{name}[{f.name!r}]", getattr(value, f.name)) for f in dataclasses.fields(value)]
+    elif isinstance(value, types.MethodType):
+        parts = [(name, value.__func__), *_fields(value.__self__)]
+    elif callable(value) and not isinstance(value, type):
+        yield name or "update", type(value).__name__
+        parts = _fields(value)
     else:
         parts = []
         yield name, _text(value)
     for part, content in parts:
-        yield from _settings(content, part, depth + 1)
+        yield from _settings(content, part, path)
+
+
+def _fields(value) -> list[tuple[str, Any]]:
+    return [(f"{type(value).__name__}.{field}", x) for field, x in sorted(getattr(value, "__dict__", {}).items())]
+
+
+def held(opt_state: PyTree) -> dict[str, str]:
+    """Returns the entries of an optimiser's first state, where settings such as those of `inject_hyperparams` lie."""
+    return {name: _held(x) for name, x in _leaves(opt_state).items() if not is_spread(x)}
+
+
+def retaken(opt_state: PyTree, first: PyTree, before: dict[str, str]) -> tuple[PyTree, list[str]]:
+    """Returns the state of a resumed run with the settings of this call, and notes on those that it has left behind.
+
+    All else that an optimiser's first state depends on is the same in both calls: what differs is a setting. It is
+    taken where the run has never changed it.
+
+    Args:
+      opt_state: of the checkpoint.
+      first: the first state of this call.
+      before: `held(...)` of the call that saved.
+    """
+    starts, here, leaves, notes = _leaves(first), held(first), _leaves(opt_state), []
+    for name, leaf in leaves.items():
+        if before.get(name) != here.get(name):
+            if _held(leaf) == before.get(name):
+                leaves[name] = starts[name]
+            else:
+                notes.append(f"{name} goes on from {_held(leaf)}")
+    return jax.tree.unflatten(jax.tree.structure(opt_state), leaves.values()), notes
+
+
+def _leaves(opt_state) -> dict[str, Any]:
+    return distinct(named_leaves(opt_state, "opt_state"))
+
+
+def _held(x) -> str:
+    return _text(x) if x.size <= SHORT else f"{x.dtype}{list(x.shape)}, {digest(x)[:12]}"
 
 
 def _text(value) -> str:
@@ -66,7 +117,7 @@ def _text(value) -> str:
     value = whole(key_data(value))
     if value.size > SHORT:
         return f"{value.dtype}{list(value.shape)}, {_hash(value.tobytes())}"
-    return np.array2string(value, floatmode="unique")
+    return np.array2string(value, floatmode="unique") if value.shape else str(value[()])
 
 
 def _hash(data: bytes) -> str:

@@ -28,7 +28,7 @@ from jaxhpo._tune.inputs import check_callbacks, check_choice, check_policies, c
 from jaxhpo._tune.population import Compiled, member
 from jaxhpo._tune.record import LoopState, Record, TuneStep
 from jaxhpo._tune.remedies import NO_REMEDIES, Remedies
-from jaxhpo._tune.settings import described, fingerprint
+from jaxhpo._tune.settings import described, fingerprint, held
 from jaxhpo._tune.sharded_dir import open_run_dir
 from jaxhpo._tune.step import Step, backtracked
 
@@ -193,8 +193,9 @@ def tune(
       run_dir: a folder that keeps the run: the state in its two newest checkpoints, each checked when it is read, and
         the history as `history.jsonl`, one line per step. The same call with the same folder continues from the last
         checkpoint, with results equal to the bit, or, with a warning, returns at once if the run had ended. More steps
-        or another setting of the optimiser are accepted, and the difference is printed; another start, key, transform,
-        population or tree, other columns of history (`record`, `accumulate`), or a `monitor`
+        or another setting of the optimiser are accepted, and the difference is printed (of one in its state, as those
+        of `optax.inject_hyperparams`, the new value is taken unless the run has changed the old one); another start,
+        key, transform, population or tree, other columns of history (`record`, `accumulate`), or a `monitor`
         where there was none, are refused, and so is a folder in use. A full disk causes a warning, and does not end the
         run. SIGTERM ends it after the step in progress, with status "preempted"; `sys.exit(result.exit_code)` informs
         the scheduler. Several JAX processes, each with the same call on a folder that all of them see, keep their
@@ -279,7 +280,7 @@ def tune(
         "projections": described(projections),
         "on_not_finite": on_not_finite,
         "monitor": described(monitor),
-        "optimizer": {} if run_dir is None else fingerprint(optimizer),
+        "optimizer": {} if run_dir is None else fingerprint(optimizer) | held(state.opt_state),
     }
     with contextlib.ExitStack() as stack:
         folder = None if run_dir is None else stack.enter_context(open_run_dir(run_dir))

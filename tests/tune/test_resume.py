@@ -91,6 +91,56 @@ def test_resume_reports_accepted_changes(tmp_path):
         assert said in message
 
 
+class Decay:
+    """A schedule that is an object."""
+
+    def __init__(self, rate):
+        self.rate = rate
+
+    def __call__(self, count):
+        return self.rate / (1 + count)
+
+
+def injected(rate):
+    return optax.inject_hyperparams(optax.sgd)(learning_rate=rate)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        (injected(0.1), injected(0.0), "opt_state.hyperparams['learning_rate'] is 0.0, was 0.1;"),
+        (
+            optax.chain(optax.clip(1.0), optax.MultiSteps(injected(0.1), 1)),
+            optax.chain(optax.clip(1.0), optax.MultiSteps(injected(0.0), 1)),
+            "opt_state[1].inner_opt_state.hyperparams['learning_rate'] is 0.0, was 0.1;",
+        ),
+        (optax.MultiSteps(optax.sgd(0.1), 1), optax.MultiSteps(optax.sgd(0.0), 2), "every_k_schedule is 2, was 1;"),
+        (optax.sgd(Decay(0.1)), optax.sgd(Decay(0.0)), "Decay.rate is 0.0, was 0.1;"),
+        (optax.sgd(jax.jit(Decay(0.1))), optax.sgd(jax.jit(Decay(0.0))), "Decay.rate is 0.0, was 0.1;"),
+        (optax.sgd(lambda count: 0.1), optax.sgd(lambda count: 0.0), "is another, in a number that its code holds;"),
+    ],
+    ids=["injected", "injected into a chain", "an object", "a schedule", "a jitted schedule", "code"],
+)
+def test_another_setting_of_the_optimiser_is_taken_and_said(before, after, said, tmp_path):
+    run(tmp_path, 2, optimizer=before)
+    result = run(tmp_path, 5, optimizer=after)
+    assert said in result.message
+    assert len(set(result.history["value"][2:])) == 1  # the rate is zero
+
+
+def test_a_setting_that_the_run_has_changed_is_said(tmp_path):
+    """The rate follows its schedule; the seed's key has drawn numbers, and is that of the checkpoint."""
+
+    def optimizer(rate, seed):
+        return optax.chain(optax.add_noise(0.0, 0.0, seed), injected(optax.linear_schedule(rate, 0.0, 4)))
+
+    run(tmp_path, 2, optimizer=optimizer(0.1, 0))
+    message = run(tmp_path, 3, optimizer=optimizer(0.2, 1)).message
+    assert "opt_state[1].hyperparams['learning_rate'] goes on from 0.075" in message
+    assert "polynomial_schedule.init_value is 0.2, was 0.1" in message
+    assert "opt_state[0].rng_key goes on from" in message
+
+
 @pytest.mark.parametrize("kind", ["weak", "rbg", "unsafe_rbg", "threefry2x32"])
 def test_resume_is_bit_identical_for_weak_types_and_keys(kind, tmp_path):
     """Files store neither weak types, which promote differently, nor the implementation of a key."""
