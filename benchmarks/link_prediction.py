@@ -504,11 +504,7 @@ def draw_ranks(axis, task: Task, rows: dict[str, list]) -> None:
     series = {}
     for column, label in {"valid_mrr": validation, "test_mrr": "the test part"}.items():
         series[label] = tuple(zip(*(interval([row[column] for row in found]) for found in rows.values()), strict=True))
-    plot.bars(axis, list(rows), series)
-    if task.seeds == 1:
-        for bars in list(axis.containers):
-            if not hasattr(bars, "patches"):  # errors of length zero, but with caps
-                bars.remove()
+    plot.dots(axis, list(rows), series)
     low, high = axis.get_xlim()
     axis.set_xlim(max(low, 0.0), min(high, 1.0))
     intervals = f"means of {task.seeds} seeds, with 95 % intervals" if task.seeds > 1 else "one seed"

@@ -288,8 +288,8 @@ def draw_picture(runs, path):
         part: tuple([summary[name][part][kind] for name in NAMES] for kind in ("mean", "standard_error"))
         for part in ("validation", "test")
     }
-    plot.bars(axes[0, 1], [NAMES[name].replace(", ", ",\n") for name in NAMES], series)
-    axes[0, 1].set(xlabel=f"final loss, mean of {len(runs)} seeds (the axis does not start at 0)")
+    plot.dots(axes[0, 1], [NAMES[name].replace(", ", ",\n") for name in NAMES], series)
+    axes[0, 1].set(xlabel=f"final loss, mean of {len(runs)} seeds")
     axes[0, 1].legend(frameon=False)
 
     for axis, name, label in ((axes[1, 0], "dropout", "dropout rate"), (axes[1, 1], "decay", "weight decay")):

@@ -1,16 +1,25 @@
 """Plots of comparisons and runs, and the matplotlib helpers they share; pyplot's global state is never touched."""
 
+import functools
 import os
-from collections.abc import Sequence
+import pathlib
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from jaxhpo import Comparison, TuneResult
+from jaxhpo import Comparison, JaxhpoError, TuneResult
 from jaxhpo._core.extra import needs_extra
 from jaxhpo._tune import table
+from jaxhpo._tune.history import Summary
 
-FEW = 8  # a hyperparameter with at most as many entries has a line for each
+FEW = 10  # lines in a panel: more entries are drawn as bands between their quantiles
+PANELS = 6  # at most so many of large hyperparameters, and of metrics
+# Distinct to the colour-blind: Okabe and Ito, Color Universal Design, 2008, jfly.uni-koeln.de/color
+BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
+PALETTE = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
+STRIP = 0.1  # of the height of `comparison`'s axes: where there is no error
 
 
 def figure(rows: int = 1, columns: int = 1, *, width: float = 11.0, height: float = 8.0) -> tuple[Any, np.ndarray]:
@@ -40,6 +49,7 @@ def figure(rows: int = 1, columns: int = 1, *, width: float = 11.0, height: floa
     axes = canvas.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
+        axis.set_prop_cycle(color=PALETTE)
     return canvas, axes
 
 
@@ -48,15 +58,21 @@ def save(figure: Any, path: str | os.PathLike, *, dpi: int = 150) -> None:
 
     Args:
       figure: what `figure` returned.
-      path: such as `"demo.png"` or `"demo.pdf"`.
+      path: such as `"demo.png"` or `"demo.pdf"`; without an extension it is a PNG.
       dpi: dots per inch, for raster formats.
+
+    Raises:
+      JaxhpoError: a format that matplotlib does not write.
 
     Example:
       >>> from jaxhpo import plot
       >>> figure, axes = plot.figure()
       >>> plot.save(figure, "empty.png")  # doctest: +SKIP
     """
-    figure.savefig(path, dpi=dpi)
+    form = pathlib.Path(path).suffix[1:].lower() or "png"
+    if form not in (known := figure.canvas.get_supported_filetypes()):
+        raise JaxhpoError(f"`path` got {os.fspath(path)!r}: end it in one of .{', .'.join(sorted(known))}.")
+    figure.savefig(path, dpi=dpi, format=form)
 
 
 def band(axis: Any, x, mean, sem, *, label: str, color: Any = None, **style: Any) -> None:
@@ -107,44 +123,57 @@ def image(axis: Any, values, *, label: str, mask=None, center: float | None = No
     if center is not None and shown.count():
         reach = float(np.abs(shown - center).max()) or 1.0
         limits = {"vmin": center - reach, "vmax": center + reach}
-    drawn = axis.imshow(shown, cmap=colormap, interpolation="nearest", **limits)
+    long = max(shown.shape) > 4 * min(shown.shape)
+    drawn = axis.imshow(shown, cmap=colormap, interpolation="nearest", aspect="auto" if long else "equal", **limits)
     axis.set_facecolor("0.85")
     axis.spines[:].set_visible(False)
     axis.set(xticks=[], yticks=[])
     axis.figure.colorbar(drawn, ax=axis, label=label, shrink=0.9)
 
 
-def bars(
-    axis: Any, names: Sequence[str], series: dict, *, colors: Sequence = ("#34495e", "#a9b8c9"), format: str = "{:.3f}"
+def dots(
+    axis: Any,
+    names: Sequence[str],
+    series: dict,
+    *,
+    colors: Sequence[str] | None = None,
+    format: str = "{:.3f}",
 ) -> None:
-    """Draws grouped bars with error bars and their numbers, one group of bars per name.
+    """Draws means as dots with an interval of plus and minus one standard error, one row per name.
 
-    The axis starts just below the lowest bar, not at zero, to show the differences: say so in its label.
+    The dots of the first label are filled, those of the others hollow.
 
     Args:
       axis: matplotlib axes.
-      names: one per group, from top to bottom.
-      series: label -> (means, standard errors), each with one number per group.
-      colors: one per label.
-      format: the format of the numbers.
+      names: of the rows, from top to bottom.
+      series: label -> (means, standard errors), each with one number per row.
+      colors: one per row; None takes blue for all.
+      format: the format of the numbers beside the dots.
 
     Example:
       >>> from jaxhpo import plot
       >>> figure, axes = plot.figure()
-      >>> plot.bars(axes[0, 0], ["grid", "random"], {"test": ([0.92, 0.93], [0.01, 0.01])})
+      >>> plot.dots(axes[0, 0], ["grid", "random"], {"test": ([0.92, 0.93], [0.01, 0.01])})
     """
-    means, errors = np.moveaxis(np.asarray(list(series.values()), float), 1, 0)  # (labels, groups) each
-    errors, positions, height = np.nan_to_num(errors), np.arange(len(names)), 0.8 / len(series)
-    whisker = {"lw": 1, "capsize": 2, "ecolor": "0.1"}
-    for row, label in enumerate(series):
-        at, color = positions + (row - (len(series) - 1) / 2) * height, colors[row % len(colors)]
-        drawn = axis.barh(at, means[row], height * 0.92, xerr=errors[row], label=label, color=color, error_kw=whisker)
-        axis.bar_label(drawn, [format.format(mean) for mean in means[row]], padding=4, fontsize=8)
-    lowest, highest = np.min(means - errors), np.max(means + errors)
-    span = max(highest - lowest, 1e-3)
-    axis.set_xlim(lowest - 0.25 * span, highest + 0.25 * span)
-    axis.set_yticks(positions, names)
-    axis.invert_yaxis()
+    means, errors = np.moveaxis(np.asarray(list(series.values()), float), 1, 0)  # (labels, rows) each
+    errors, apart = np.nan_to_num(errors), 0.3
+    for i, label in enumerate(series):
+        for row, (mean, error) in enumerate(zip(means[i], errors[i], strict=True)):
+            at, color = row + (i - (len(series) - 1) / 2) * apart, colors[row] if colors else BLUE
+            style = {"color": color, "mfc": "white" if i else color, "ms": 6, "elinewidth": 1.6, "capsize": 3}
+            axis.errorbar(mean, at, xerr=error or None, fmt="o", **style)
+            axis.annotate(format.format(mean), (mean + error, at), (5, 0), **BESIDE)
+        axis.plot([], [], "o", color="0.3", mfc="white" if i else "0.3", label=label)
+    low, high = np.nanmin(means - errors), np.nanmax(means + errors)
+    span = max(high - low, 1e-3)
+    axis.set_xlim(low - 0.06 * span, high + 0.25 * span)  # room for the numbers
+    axis.set_yticks(np.arange(len(names)), [_plain(name) for name in names])
+    axis.set_ylim(len(names) - 0.4, -0.6)
+    axis.grid(axis="x", color="0.9")
+    axis.set_axisbelow(True)
+
+
+BESIDE = {"textcoords": "offset points", "va": "center", "fontsize": 8}
 
 
 def _saved(figure, path) -> Any:
@@ -176,7 +205,8 @@ def comparison(comparison: Comparison, path: str | os.PathLike | None = None) ->
     """Plots error against time of every method in a `Comparison`; marker areas grow with the logarithm of memory.
 
     Methods that are accurate on this problem have filled markers, the recommended one in blue; the others are hollow.
-    Above the dotted line a hypergradient is not accurate. Methods without numbers are listed in the legend alone.
+    Above the dotted line a hypergradient is not accurate; in the grey strip there is no error, which the logarithmic
+    axis has no place for. Methods without numbers are listed in the legend alone.
 
     Args:
       comparison: from `jaxhpo.compare`.
@@ -192,50 +222,66 @@ def comparison(comparison: Comparison, path: str | os.PathLike | None = None) ->
       >>> from jaxhpo import plot
       >>> plot.comparison(jaxhpo.compare(make_outer_loss, hparams), "comparison.png")  # doctest: +SKIP
     """
-    canvas, axes = figure(width=10.0, height=5.5)
+    canvas, axes = figure(width=10.0, height=5.0)
     axis = axes[0, 0]
     errors = [row.relative_error for row in comparison.rows if row.relative_error]
-    floor = min([1.0, *errors]) / 10  # stands for an error of zero: the reference itself
     axis.set(xscale="log", yscale="log", ylabel="relative error of the hypergradient")
     axis.set_xlabel("time of one hypergradient, in inner steps")
     best = [row.accurate for row in comparison.rows if row.name == comparison.recommended]
     verdict = "nearest, but not accurate" if best == [False] else "recommended here"
-    axis.set_title(f"{verdict}: {comparison.recommended or 'none of these'}", fontsize=11)
-    axis.set_ylim(floor / 5, 10 * max([1.0, *errors]))
+    axis.set_title(f"{verdict}: {_plain(comparison.recommended or 'none of these')}", fontsize=12)
+    low, high = min([1e-2, *errors]) / 3, 10 * max([1.0, *errors])
+    strip = STRIP * any(row.relative_error == 0 for row in comparison.rows)
+    axis.set_ylim(low * (low / high) ** (strip / (1 - strip)), high)
+    axis.set_yticks([tick for tick in axis.get_yticks() if low <= tick <= high])
+    axis.minorticks_off()
     axis.axhline(1e-2, color="0.6", linestyle=":", zorder=0)
+    if strip:
+        axis.fill_between([0, 1], 0, strip, transform=axis.transAxes, color="0.93", linewidth=0, zorder=0)
+        axis.text(0.01, strip / 2, "no error", transform=axis.transAxes, va="center", color="0.4", fontsize=9)
+    numbers = []
     for number, row in enumerate(comparison.rows, 1):
-        color = "tab:blue" if row.name == comparison.recommended else "0.4"
+        is_best, error = row.name == comparison.recommended, row.relative_error
+        color, area = BLUE if is_best else "0.4", 140 * (1 + np.log10(1 + (row.copies or 0.0)))
         style = {"color": color if row.accurate else "white", "edgecolors": color, "linewidths": 1.4}
-        area, error = 120 * (1 + np.log10(1 + (row.copies or 0.0))), row.relative_error
-        at = (np.nan, np.nan) if error is None else (row.gradients, max(error, floor))
-        axis.scatter(*at, s=area, label=f"{number}  {_caption(row)}", alpha=0.9, zorder=3, **style)
-        if error is not None:
-            text = {"color": "white" if row.accurate else "0.2", "ha": "center", "va": "center", "zorder": 4}
-            axis.annotate(str(number), at, fontsize=8, **text)
-    plain_log_ticks(axis.xaxis)
-    axis.margins(x=0.1)
-    legend = axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), labelspacing=0.9)
+        where = axis.get_xaxis_transform() if error == 0 else axis.transData
+        at = (np.nan, np.nan) if error is None else (row.gradients or np.nan, error or strip / 2)
+        label = f"{number}  {_caption(row)}"
+        axis.scatter(*at, s=area, label=label, alpha=0.9, zorder=3 + is_best, transform=where, **style)
+        same = [text for text in numbers if np.allclose(np.log(at), np.log(text.get_position()), atol=0.05)]
+        if same:  # a marker hides the other: it has both numbers
+            same[0].set_text(f"{same[0].get_text()}, {number}")
+        elif error is not None:
+            text = {"color": "white" if row.accurate else "0.2", "ha": "center", "va": "center", "zorder": 5}
+            numbers.append(axis.text(*at, str(number), fontsize=9, transform=where, **text))
+    times = [row.gradients or np.nan for row in comparison.rows if row.relative_error is not None]
+    if times:
+        axis.set_xlim(min(times) / 1.3, max(times) * 1.3)
+        plain_log_ticks(axis.xaxis)
+    legend = axis.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5), labelspacing=0.9)
     for handle in legend.legend_handles:
         handle.set_sizes([60.0])
     return _saved(canvas, path)
 
 
 def _caption(row) -> str:
+    name = _plain(row.name)
     if row.error is not None:
-        return f"{row.name}: raised an error"
+        return f"{name}: raised an error"
     if not row.finite:
-        return f"{row.name}: not finite"
+        return f"{name}: not finite"
     memory = "" if row.copies is None else f", {row.copies:.3g} copies"
-    blind = f",\nblind to {', '.join(row.blind)}" if row.blind else ""
-    return f"{row.name}{' = the reference' if row.relative_error == 0 else ''}{memory}{blind}"
+    blind = f",\nblind to {_plain(', '.join(row.blind))}" if row.blind else ""
+    return f"{name}{' = the reference' if row.relative_error == 0 else ''}{memory}{blind}"
 
 
 def run(source: TuneResult | str | os.PathLike, path: str | os.PathLike | None = None) -> Any:
-    """Plots a run of `tune`: its convergence, the hypergradient's norm, the paths of the hyperparameters.
+    """Plots a run of `tune`: its convergence, the hypergradient's norm, the hyperparameters, the metrics of its info.
 
-    Of a population, it shows the best member. A hyperparameter of up to eight entries has a line for each, a larger one
-    its median, quartiles and extremes. At most six panels more show a vector with 9 to 1024 entries (a schedule) over
-    its index at the first, the middle and the last step, or a matrix at the last step as a heat map.
+    Of a population, it shows the best member. A leaf of up to ten entries has a line for each, a larger one its median,
+    and bands between its quartiles and its extremes. At most six panels more show a large hyperparameter: a matrix at
+    the last step as a heat map; other leaves at the first, the middle and the last step, over their index where they
+    follow a curve (a schedule, say), else sorted. At most six show a metric.
 
     Args:
       source: the result of `tune`, or its `run_dir`, also during the run.
@@ -246,84 +292,181 @@ def run(source: TuneResult | str | os.PathLike, path: str | os.PathLike | None =
 
     Raises:
       ImportError: without matplotlib.
-      JaxhpoError: a folder without a history.
+      JaxhpoError: a folder without a history; a format that matplotlib does not write.
 
     Example:
       >>> from jaxhpo import plot
       >>> plot.run("runs/1", "run.png")  # doctest: +SKIP
     """
     columns, which = table.columns_of_best(source)
-    hparams = {name: values for name, values in columns.items() if name.startswith("hparams")}
-    large = [name for name, x in hparams.items() if x.ndim > 1 and x[0].size > FEW][:6]
-    lines = 1 + -(-len(large) // 3)
-    canvas, axes = figure(lines, 3, width=14.0, height=4.0 * lines)
-    first, second, third, *others = axes.flat
-    _convergence(first, columns)
-    _norms(second, columns)
-    _paths(third, hparams)
-    for axis, name in zip(others, large, strict=False):
-        _values(axis, name, hparams[name])
-    for axis in others[len(large) :]:
-        axis.set_visible(False)
+    hparams, quantiles = _leaves(columns, "hparams")
+    info, _ = _leaves(columns, "info")
+    large = [name for name, x in hparams.items() if x[0].size > FEW][:PANELS]
+    panels: list[Callable] = [
+        lambda axis: _convergence(axis, columns),
+        lambda axis: _norms(axis, columns),
+        lambda axis: _paths(axis, hparams, quantiles),
+        *(functools.partial(_values, name=name, values=hparams[name]) for name in large),
+        *(functools.partial(_metric, name=name, values=info[name]) for name in list(info)[:PANELS]),
+    ]
+    rows = -(-len(panels) // 2)
+    canvas, axes = figure(rows, 2, width=10.0, height=3.4 * rows)
+    for axis, draw in zip(axes.flat, panels, strict=False):
+        axis.set_xlabel("outer step")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        draw(axis)
+        if len(columns["value"]) == 1 and axis.get_xlabel() == "outer step":
+            axis.set(xlim=(-0.5, 0.5), xticks=[0])
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(frameon=False, fontsize=8)
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
     canvas.suptitle(which)
     return _saved(canvas, path)
 
 
+def _leaves(columns, root) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Returns what is below a root, by name: the leaves, and the quantiles (steps, 5) of those that are summed up."""
+    found = {name: x for name, x in columns.items() if re.match(rf"{root}($|[\[.])", name)}
+    quantiles, last = {}, f".{Summary._fields[-1]}"
+    for leaf in [name.removesuffix(last) for name in found if name.endswith(last)]:
+        fields = [f"{leaf}.{field}" for field in Summary._fields]
+        if found.keys() >= set(fields):
+            quantiles[leaf] = np.stack([found.pop(field) for field in fields], axis=-1)[:, :5]
+    short = lambda name: _plain(name.removeprefix("hparams") or name)  # noqa: E731
+    whole, summed_up = ({short(name): _real(x) for name, x in part.items() if x.size} for part in (found, quantiles))
+    return whole, summed_up
+
+
+def _real(values) -> np.ndarray:
+    """Returns floats, with NaN in place of infinities; of complex numbers both parts."""
+    values = np.stack([values.real, values.imag], -1) if np.iscomplexobj(values) else values.astype(float)
+    return np.where(np.isfinite(values), values, np.nan)
+
+
+def _plain(text: str, most: int = 40) -> str:
+    """Returns a name to be drawn as it is, without a formula between two dollars; a long one without its middle."""
+    text = text if len(text) <= most else f"{text[: most // 2]}...{text[-most // 2 :]}"
+    return text.replace("$", r"\$")
+
+
+def _change(name, values) -> str:
+    """Returns a title: the first and the last finite value."""
+    ends = values[np.isfinite(values)][[0, -1]] if np.isfinite(values).any() else ()
+    return f"{name}: {' to '.join(dict.fromkeys(f'{x:.4g}' for x in ends)) or 'no finite value'}"
+
+
+def _line(axis, values, label="_", **style) -> None:
+    """Draws values over the outer steps, with a point where there is no neighbour to draw a line to."""
+    known = np.isfinite(np.pad(values, 1, constant_values=np.nan))
+    alone = np.flatnonzero(known[1:-1] & ~known[:-2] & ~known[2:])
+    points = {"marker": "o", "ms": 5, "markevery": alone.tolist()} if alone.size else {}
+    axis.plot(values, label=label, lw=1.3, **points, **style)
+
+
+def _entries(axis, values, color, label="_", extremes=True) -> None:
+    """Draws a line for each of a few entries, else their quantiles."""
+    flat = values.reshape(len(values), -1)
+    if flat.shape[1] > FEW:
+        label = f"{label}, {flat.shape[1]} entries".removeprefix("_, ")
+        return _bands(axis, np.quantile(flat, [0, 0.25, 0.5, 0.75, 1], axis=1).T, color, label, extremes)
+    for i, entry in enumerate(flat.T):
+        _line(axis, entry, "_" if i else label, color=color)
+    return None
+
+
+def _bands(axis, quantiles, color, label, extremes=True) -> None:
+    """Draws the median over bands between the quartiles and, unless others would be hidden, between the extremes."""
+    low, first, median, third, high = quantiles.T
+    _line(axis, median, f"{label}: median, quartiles{', extremes' * extremes}", color=color)
+    at = np.arange(len(median)) if len(median) > 1 else np.array([-0.3, 0.3])  # a band of one step has a width too
+    for lower, upper, alpha in ((first, third, 0.3), (low, high, 0.15))[: 1 + extremes]:
+        axis.fill_between(at, lower, upper, color=color, alpha=alpha, linewidth=0)
+
+
 def _convergence(axis, columns) -> None:
-    value, score = columns["value"], columns["score"]
-    axis.plot(value, lw=1, color="tab:blue", label="outer loss")
-    if not np.array_equal(value, score, equal_nan=True):
-        axis.plot(score, lw=1, color="tab:orange", label="monitored")
+    value, score = _real(columns["value"]), _real(columns["score"])
     best = np.fmin.accumulate(score)
-    axis.plot(best, lw=1, color="0.3", ls="--", label="best so far")
-    skipped = np.flatnonzero(columns["remedies['skipped_steps']"])
-    if skipped.size:
-        axis.plot(skipped, best[skipped], "x", color="tab:red", label="skipped")
-    _log_if_wide(axis, value)
-    axis.set(xlabel="outer step", title="Convergence")
-    axis.legend(frameon=False)
+    _line(axis, value, "outer loss", color=BLUE)
+    if not np.array_equal(value, score, equal_nan=True):
+        _line(axis, score, "monitored", color=ORANGE)
+    _line(axis, best, "best so far", color="0.3", ls="--")
+    if (skipped := np.flatnonzero(columns["remedies['skipped_steps']"])).size:
+        at_the_bottom = axis.get_xaxis_transform()
+        axis.plot(skipped, np.full(skipped.size, 0.03), "x", color=VERMILION, label="skipped", transform=at_the_bottom)
+    _log(axis, value, 20.0)
+    at = f", at step {np.nanargmin(score)}" if np.isfinite(score).any() else ""
+    axis.set(ylabel="loss", title=_change("Best loss", best) + at)
 
 
 def _norms(axis, columns) -> None:
     """The hypergradient's norm, with a row of marks for every remedy that acted."""
-    axis.semilogy(columns["hypergradient_norm"], lw=1, color="tab:blue")
+    norm = _real(columns["hypergradient_norm"])
+    norm = np.where(norm > 0, norm, np.nan)  # of a step without a score, in a logarithmic axis
+    _line(axis, norm, color=BLUE)
     counts = {name[len("remedies['") : -2]: x for name, x in columns.items() if name.startswith("remedies") and x.any()}
     for i, (name, x) in enumerate(counts.items()):
         at, label = np.flatnonzero(x), f"{name.replace('_', ' ')}: {int(x.sum())}"
-        style = {"ms": 8, "color": f"C{i + 1}", "transform": axis.get_xaxis_transform()}
+        style = {"ms": 8, "color": PALETTE[(i + 1) % len(PALETTE)], "transform": axis.get_xaxis_transform()}
         axis.plot(at, np.full(at.size, 0.03 + 0.05 * i), "|", label=label, **style)
-    if counts:
-        axis.legend(frameon=False)
-    axis.set(xlabel="outer step", title="Norm of the hypergradient")
+    _log(axis, norm)
+    axis.set(ylabel="norm, in the search's units", title=_change("Norm of the hypergradient", norm))
 
 
-def _paths(axis, hparams) -> None:
-    for i, (name, values) in enumerate(hparams.items()):
-        short, flat = name.removeprefix("hparams") or "hparams", values.reshape(len(values), -1)
-        if flat.shape[1] <= FEW:
-            axis.plot(flat, lw=1, color=f"C{i}")[0].set_label(short)
-            continue
-        low, first, median, third, high = np.quantile(flat, [0, 0.25, 0.5, 0.75, 1], axis=1)
-        axis.plot(median, lw=1, color=f"C{i}", label=f"{short}, {flat.shape[1]} entries")
-        for bounds, alpha in (((first, third), 0.3), ((low, high), 0.12)):
-            axis.fill_between(np.arange(len(flat)), *bounds, color=f"C{i}", alpha=alpha, linewidth=0)
-    _log_if_wide(axis, np.concatenate([x.ravel() for x in hparams.values()]))
-    axis.set(xlabel="outer step", title="Hyperparameters")
-    axis.legend(frameon=False, fontsize=8)
+def _paths(axis, leaves, quantiles) -> None:
+    small = {name: x for name, x in leaves.items() if x[0].size <= FEW}
+    if len(small) > FEW:
+        pooled = np.concatenate([x.reshape(len(x), -1) for x in small.values()], axis=1)
+        leaves = {f"{len(small)} small leaves": pooled} | {n: x for n, x in leaves.items() if n not in small}
+    drawn = [(_entries, item) for item in leaves.items()] + [(_bands, item) for item in quantiles.items()]
+    alone = len(quantiles) + sum(x[0].size > FEW for x in leaves.values()) == 1
+    for i, (draw, (name, values)) in enumerate(drawn[:FEW]):
+        draw(axis, values, PALETTE[i % len(PALETTE)], name, alone)
+    if drawn[FEW:]:
+        axis.plot([], [], " ", label=f"and {len(drawn) - FEW} more leaves")
+    values = [x.reshape(len(x), -1) for x in (*leaves.values(), *quantiles.values())]
+    if not values:
+        axis.set_title("No hyperparameters")
+        return
+    everything = np.concatenate(values, axis=1)
+    _log(axis, everything, 20.0)
+    axis.set(ylabel="value, in natural units", title=_range("Hyperparameters", everything[-1]))
 
 
-def _log_if_wide(axis, values) -> None:
-    if np.nanmin(values) > 0 and np.nanmax(values) > 20 * np.nanmin(values):
+def _range(name, values) -> str:
+    """Returns a title: the lowest and the highest of the last values."""
+    known = values[np.isfinite(values)]
+    ends = dict.fromkeys(f"{x:.4g}" for x in (known.min(), known.max())) if known.size else ("no finite value",)
+    return f"{name}: {' to '.join(ends)} in the end"
+
+
+def _log(axis, values, least: float = 1.0) -> None:
+    """Makes the axis logarithmic if the values are positive, and the largest at least so many times the smallest."""
+    known = values[np.isfinite(values)]
+    if known.size and known.min() > 0 and known.max() >= least * known.min():
         axis.set_yscale("log")
+        if known.max() < 100 * known.min():
+            plain_log_ticks(axis.yaxis)
 
 
 def _values(axis, name, values) -> None:
+    """One large leaf (steps, ...): a matrix as a heat map, others as curves at three steps."""
+    values = values.reshape(len(values), *(n for n in values.shape[1:] if n > 1))
+    axis.set_title(_range(f"{name}, {values[0].size} entries", values[-1]), fontsize=10)
     if values.ndim == 3:
-        image(axis, values[-1], label=name, colormap="viridis")
-        axis.set_title(f"{name} at the last step")
+        image(axis, values[-1], label="value", colormap="viridis")
+        axis.set(xlabel=f"{values.shape[2]} columns", ylabel=f"{values.shape[1]} rows")
         return
-    for step in sorted({0, len(values) // 2, len(values) - 1}):
-        axis.plot(values[step].ravel(), lw=1, label=f"step {step}")
-    axis.set(xlabel="index", title=name)
-    axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.legend(frameon=False)
+    flat = values.reshape(len(values), -1)
+    is_curve = np.abs(np.diff(flat[-1])).sum() <= 4 * np.ptp(flat[-1])
+    steps = sorted({0, len(flat) // 2, len(flat) - 1})
+    for step, color in zip(steps, ("0.65", SKY, BLUE)[-len(steps) :], strict=True):
+        axis.plot(flat[step] if is_curve else np.sort(flat[step]), color=color, lw=1.5, label=f"step {step}")
+    axis.set(xlabel="index" if is_curve else "rank: entries are sorted", ylabel="value, in natural units")
+
+
+def _metric(axis, name, values) -> None:
+    _entries(axis, values, BLUE)
+    _log(axis, values, 20.0)
+    title = _change(name, values) if values.ndim == 1 else _range(name, values[-1])
+    axis.set(ylabel=name, title=title)

@@ -154,7 +154,7 @@ def check_symmetric(rule: Any, solver: Solver) -> None:
     """Raises if a rule needs a symmetric Jacobian, and that of the solver's condition is another."""
     if not solver.symmetric:
         raise JaxhpoError(
-            f"{rule!r} needs a symmetric matrix, but the Jacobian of `{solver.name}`'s condition θ − Φ(θ) is not "
+            f"{rule!r} needs a symmetric matrix, but the Jacobian of `{solver.name}`'s condition p - step(p) is not "
             "symmetric in general: use `Neumann(num_terms, 1.0)` or `Direct()` within `Implicit`, or give "
             "`fixed_point` a `condition` that is the gradient of an objective."
         )

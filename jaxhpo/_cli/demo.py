@@ -1,6 +1,6 @@
 """`jaxhpo demo`: about 5000 hyperparameters tuned by their gradient, compared with a grid and random search.
 
-It prints a table and sentences, and writes `report.json` and a picture of four panels.
+It prints a table and sentences, and writes `report.json` and a picture of two panels.
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ import json
 import math
 import pathlib
 import platform
+import sys
 import textwrap
 import time
 from typing import Any
@@ -20,6 +21,7 @@ import numpy as np
 from jaxhpo import plot
 from jaxhpo._cli import demo_experiment
 from jaxhpo._cli.demo_experiment import BASELINES, OURS, TUNED, Settings
+from jaxhpo._core.progress import write
 
 COLUMNS = {
     "test_loss": "loss as selected",
@@ -27,8 +29,13 @@ COLUMNS = {
     "refit_test_loss": "loss refitted",
     "refit_test_accuracy": "accuracy refitted",
 }
-NAMES = (*BASELINES, *TUNED)
-COLORS = dict(zip(NAMES, ("0.45", "tab:green", "tab:orange", "tab:blue", "tab:purple", "tab:brown"), strict=True))
+COLORS = dict(
+    zip(
+        (*BASELINES, *TUNED),
+        ("0.45", plot.GREEN, plot.VERMILION, plot.BLUE, plot.PURPLE, plot.SKY),
+        strict=True,
+    )
+)
 
 
 def run(settings: Settings, out: pathlib.Path) -> None:
@@ -48,11 +55,11 @@ def run(settings: Settings, out: pathlib.Path) -> None:
     selected = {name: result.best_hparams for name, result in results.items()}
     scores = demo_experiment.score(selected, tasks, test, settings.momentum)
     report = _report(settings, results, scores, cost)
-    print(render(report), flush=True)
-    _draw(report, results, scores, tasks, out / "demo.png")
+    _draw(report, results, scores, out / "demo.png")
     report["seconds"] = round(time.perf_counter() - began, 1)
     (out / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    print(f"\nWritten: {out / 'report.json'}, {out / 'demo.png'}. Took {report['seconds']:.0f} s.")
+    write(render(report), sys.stdout)
+    write(f"\nWritten: {out / 'report.json'}, {out / 'demo.png'}. Took {report['seconds']:.0f} s.", sys.stdout)
 
 
 # --- report.json ------------------------------------------------------------------------------------------------------
@@ -233,10 +240,10 @@ def render(report: dict) -> str:
 
 
 def _table(rows: list[dict]) -> list[str]:
-    rule = f"{'─' * 28}┼{'─' * 31}┼{'─' * 38}┼{'─' * 15}"
+    rule = f"{'-' * 28}+{'-' * 31}+{'-' * 38}+{'-' * 15}"
     lines = [
-        f"\n{'':17}validation │{'test, as selected':^31}│{'test, refitted on train + validation':^38}│  inner",
-        f"{'method':23}loss │{'loss':^15} {'accuracy':^15}│{'loss':^18} {'accuracy':^19}│  steps seconds",
+        f"\n{'':17}validation |{'test, as selected':^31}|{'test, refitted on train + validation':^38}|  inner",
+        f"{'method':23}loss |{'loss':^15} {'accuracy':^15}|{'loss':^18} {'accuracy':^19}|  steps seconds",
         rule,
     ]
     for row in rows:
@@ -244,8 +251,8 @@ def _table(rows: list[dict]) -> list[str]:
             lines.append(rule)
         loss, accuracy, refit_loss, refit_accuracy = (_mean_in_words(row, column) for column in COLUMNS)
         lines.append(
-            f"{row['name']:16}{_number(row['validation_loss']):>11} │{loss:^15} {accuracy:^15}│"
-            f"{refit_loss:^18} {refit_accuracy:^19}│{row['inner_steps']:>7}{row['seconds']:>8.1f}"
+            f"{row['name']:16}{_number(row['validation_loss']):>11} |{loss:^15} {accuracy:^15}|"
+            f"{refit_loss:^18} {refit_accuracy:^19}|{row['inner_steps']:>7}{row['seconds']:>8.1f}"
         )
     return lines
 
@@ -253,70 +260,40 @@ def _table(rows: list[dict]) -> list[str]:
 # --- the picture ------------------------------------------------------------------------------------------------------
 
 
-def _draw(report: dict, results: dict, scores: dict, tasks, path: pathlib.Path) -> None:
-    """Draw the four panels into a file."""
-    figure, axes = plot.figure(2, 2, width=12.5, height=9.5)
-    _progress(axes[0, 0], results, report["cost"]["hypergradient_in_trainings"])
-    _penalties(axes[0, 1], results[OURS], tasks, report["settings"])
-    _schedule(axes[1, 0], results, report["settings"])
-    _accuracy(axes[1, 1], scores)
+def _draw(report: dict, results: dict, scores: dict, path: pathlib.Path) -> None:
+    """Draw the two panels into a file."""
+    figure, ((left, right),) = plot.figure(1, 2, width=10.0, height=4.6)
+    _accuracy(left, scores)
+    _schedule(right, results, report["settings"])
+    found = {row["name"]: row["test_accuracy_mean"] for row in report["methods"]}
     figure.suptitle(
-        f"Digits: {report['num_hyperparameters']} hyperparameters by gradient, {len(report['seeds'])} seeds "
-        "(bands and bars: ± 1 standard error)"
+        f"{report['num_hyperparameters']} hyperparameters by gradient: test accuracy {_number(found[OURS])}; "
+        f"grid {_number(found['grid'])}, random {_number(found['random'])}\n"
+        f"The searches take at least as many training steps. Mean and standard error of {len(report['seeds'])} seeds"
     )
     plot.save(figure, path)
 
 
-def _progress(axis, results, ratio) -> None:
-    untuned = lowest = results["untuned"].history["value"].mean()
-    axis.axhline(untuned, color=COLORS["untuned"], linestyle=":", label="untuned")
-    for name in NAMES[1:]:
-        values = results[name].history["value"]
-        best = np.minimum.accumulate(np.where(np.isfinite(values), values, np.inf), axis=0)
-        each = 1.0 if name in BASELINES else ratio
-        mean, sem = _mean_and_sem(best, axis=1)
-        style = {"color": COLORS[name], "linestyle": "-" if name in (*BASELINES, OURS) else "--"}
-        plot.band(axis, each * np.arange(1, len(best) + 1), mean, sem, label=name, **style)
-        lowest = min(lowest, (mean - sem).min())
-    axis.set_yscale("log")
-    axis.set_ylim(0.85 * lowest, 1.5 * untuned)  # the first trials of a search can be far above
-    plot.plain_log_ticks(axis.yaxis)
-    axis.set(xlabel="cost, in trainings", ylabel="validation loss, best so far", title="Validation loss against cost")
-    axis.legend(frameon=False, fontsize=9)
-
-
-def _penalties(axis, result, tasks, settings) -> None:
-    images = np.asarray(tasks.train.inputs)
-    constant = images.std(axis=1) == 0
-    weights = np.asarray(result.best_hparams["log_penalty"]["Dense_0"])
-    factor = ((weights - np.log(settings["penalty"])) / np.log(2)).mean(axis=-1)
-    varying = np.maximum((~constant).sum(axis=0), 1)
-    mean = np.where(constant, 0.0, factor).sum(axis=0) / varying
-    label = "log2 (learned / initial penalty)"
-    plot.image(axis, mean.reshape(8, 8), mask=constant.all(axis=0).reshape(8, 8), center=0.0, label=label)
-    axis.set_title("Learned penalties, first layer: mean of each pixel's weights")
-    low, high = np.exp([weights.min(), weights.max()]) / settings["penalty"]
-    axis.set_xlabel(f"single weights: from ×{low:.2f} to ×{high:.1f}; grey: pixels that never vary")
+def _accuracy(axis, scores) -> None:
+    columns = {"as selected": "test_accuracy", "refitted on train + validation": "refit_test_accuracy"}
+    series = {
+        label: _mean_and_sem(np.stack([score[column] for score in scores.values()]), axis=1)
+        for label, column in columns.items()
+    }
+    plot.dots(axis, list(scores), series, colors=[COLORS[name] for name in scores])
+    axis.set(xlabel="test accuracy")
+    axis.legend(fontsize=9, loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=2, frameon=False)
 
 
 def _schedule(axis, results, settings) -> None:
     steps = np.arange(settings["num_steps"])
     rates = jax.vmap(lambda knots: demo_experiment.learning_rate(knots, steps, settings["num_steps"]))
-    for name in (OURS, "random"):
+    for name in ("untuned", "grid", "random", OURS):
         mean, sem = _mean_and_sem(np.asarray(rates(results[name].best_hparams["log_rate"])), axis=0)
         plot.band(axis, steps + 1, mean, sem, label=name, color=COLORS[name])
-    axis.axhline(settings["rate"], color=COLORS["untuned"], linestyle=":", label="untuned")
-    axis.set_ylim(0, 1.25 * axis.get_ylim()[1])  # room for the legend
-    axis.set(xlabel="inner step", ylabel="learning rate", title="Learned schedule")
-    axis.legend(frameon=False, fontsize=9, loc="upper center", ncols=3)
-
-
-def _accuracy(axis, scores) -> None:
-    columns = {"as selected": "test_accuracy", "refitted": "refit_test_accuracy"}
-    series = {
-        label: _mean_and_sem(np.stack([score[column] for score in scores.values()]), axis=1)
-        for label, column in columns.items()
-    }
-    plot.bars(axis, list(scores), series)
-    axis.set(xlabel="test accuracy (the axis does not start at zero)", title="Test accuracy")
-    axis.legend(frameon=False, fontsize=9, loc="lower center", bbox_to_anchor=(0.5, -0.28), ncols=2)
+        if name == OURS:
+            ends = (f"{rate:.2g}" for rate in (mean[0], mean.max(), mean[-1]))
+            axis.set_title("Rate found: {}, at most {}, {} at the end".format(*ends), fontsize=11)
+    axis.set_ylim(0, 1.3 * axis.get_ylim()[1])  # room for the legend
+    axis.set(xlabel="training step", ylabel="learning rate")
+    axis.legend(frameon=False, fontsize=9, loc="upper center", ncols=2)

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import os
 import pathlib
 import shutil
 import sys
@@ -14,9 +15,10 @@ import numpy as np
 import jaxhpo
 from jaxhpo import plot
 from jaxhpo._cli import demo, problems
+from jaxhpo._core.progress import say, write
 from jaxhpo._tune import table
 
-QUICK = {"seeds": 2, "outer_steps": 3, "num_steps": 30}
+QUICK = {"seeds": 2, "ablations": False}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,11 +42,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         parsed.command(parsed)
         return 0
+    except BrokenPipeError:  # as of `jaxhpo show runs/1 | head -1`: what is left goes nowhere, also at the exit
+        with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        return 1
     except (ImportError, OSError, jaxhpo.JaxhpoError) as error:
-        print(f"jaxhpo {parsed.name}: {error}", file=sys.stderr)
+        say(f"jaxhpo {parsed.name}: {error}")
         return 1
     except KeyboardInterrupt:
-        print(f"\njaxhpo {parsed.name}: interrupted.", file=sys.stderr)
+        say(f"\njaxhpo {parsed.name}: interrupted.")
         return 130
 
 
@@ -72,8 +78,8 @@ def _parser() -> argparse.ArgumentParser:
         text = f"{text} (default: {getattr(demo.Settings, name)})"
         _add_count(of_demo, f"--{name.replace('_', '-')}", text, minimum, argparse.SUPPRESS, reason)
     _add_out(of_demo, "jaxhpo-demo")
-    short = "{seeds} seeds, {outer_steps} outer and {num_steps} inner steps".format(**QUICK)
-    of_demo.add_argument("--quick", action="store_true", help=f"a few seconds, to check that it runs: {short}")
+    text = f"half the work: {QUICK['seeds']} seeds, without penalties and schedule alone"
+    of_demo.add_argument("--quick", action="store_true", help=text)
 
     of_compare = add(_compare, epilog="methods: " + ", ".join(problems.METHODS))
     of_compare.add_argument("--problem", required=True, choices=list(problems.PROBLEMS), help="mlp needs scikit-learn")
@@ -144,12 +150,15 @@ def _compare(parsed: argparse.Namespace) -> None:
     problem = problems.PROBLEMS[parsed.problem](parsed.seed, *steps)
     rules = [problems.METHODS[name](problem) for name in parsed.methods]
     comparison = jaxhpo.compare(problem.make_outer_loss, problem.hparams, rules)
-    print(f"{parsed.problem}: {problem.title}.\n{comparison}", flush=True)
     report = {"problem_name": parsed.problem, "title": problem.title, "seed": parsed.seed} | comparison.to_dict()
     text = json.dumps(report, indent=2, allow_nan=False)
     (parsed.out / "comparison.json").write_text(text + "\n", encoding="utf-8")
     plot.comparison(comparison, parsed.out / "comparison.png")
-    print(f"\nWritten: {parsed.out / 'comparison.json'}, {parsed.out / 'comparison.png'}.")
+    _print(
+        f"{parsed.problem}: {problem.title}.",
+        comparison,
+        f"\nWritten: {parsed.out / 'comparison.json'}, {parsed.out / 'comparison.png'}.",
+    )
 
 
 def _show(parsed: argparse.Namespace) -> None:
@@ -158,20 +167,26 @@ def _show(parsed: argparse.Namespace) -> None:
     Prints the last outer steps of a run, its best one, and the counts of remedies.
     """
     columns, which = table.columns_of_best(parsed.run_dir)
-    steps, best = len(columns["value"]), int(np.nanargmin(columns["score"]))
+    steps, score = len(columns["value"]), columns["score"]
     shown = _fitting({name: x for name, x in columns.items() if x.ndim == 1 and not name.startswith("remedies")})
-    print(f"{'step':>6}" + "".join(f"  {name:>{_width(name)}}" for name in shown))
+    lines = [f"{'step':>6}" + "".join(f"  {name:>{_width(name)}}" for name in shown)]
     for step in range(max(0, steps - parsed.rows), steps):
-        print(f"{step:6}" + "".join(f"  {x[step]:{_width(name)}.6g}" for name, x in shown.items()))
-    if which:
-        print(f"\n{which}")
-    print(f"\n{steps} outer steps in {columns['seconds'][-1]:.3g} s; best: {columns['score'][best]:.6g} at step {best}")
-    print(table.standing(parsed.run_dir, steps))
+        lines.append(f"{step:6}" + "".join(f"  {float(x[step]):{_width(name)}.6g}" for name, x in shown.items()))
+    lines += [f"\n{which}"] * bool(which)
+    best = int(np.nanargmin(score)) if not np.isnan(score).all() else None
+    found = "no step had a score" if best is None else f"best: {score[best]:.6g} at step {best}"
+    lines.append(f"\n{steps} outer steps in {columns['seconds'][-1]:.3g} s; {found}")
+    lines.append(table.standing(parsed.run_dir, steps))
     if len(shown) < len(columns):
-        print(f"{len(columns) - len(shown)} further columns: jaxhpo.history_table({str(parsed.run_dir)!r})")
+        lines.append(f"{len(columns) - len(shown)} further columns: jaxhpo.history_table({str(parsed.run_dir)!r})")
     counts = {name[len("remedies['") : -2]: int(x.sum()) for name, x in columns.items() if name.startswith("remedies")}
     if any(counts.values()):
-        print("remedies: " + ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in counts.items() if n))
+        lines.append("remedies: " + ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in counts.items() if n))
+    _print(*lines)
+
+
+def _print(*lines) -> None:
+    write("\n".join(map(str, lines)), sys.stdout)
 
 
 def _fitting(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -200,7 +215,7 @@ def _plot(parsed: argparse.Namespace) -> None:
     """
     path = parsed.out or parsed.run_dir / "run.png"
     plot.run(parsed.run_dir, path)
-    print(f"Written: {path}.")
+    _print(f"Written: {path}.")
 
 
 def _make_folder(path: pathlib.Path, files: str) -> None:

@@ -1,16 +1,35 @@
-"""Progress on stderr: a bar in a terminal or a notebook with tqdm, else one plain line every few seconds."""
+"""Lines of text for any stream; progress on stderr, which never ends the work that it shows."""
 
 import contextlib
 import sys
 import time
+from typing import Any
 
 EVERY = 5.0  # seconds between plain lines
+FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"  # without tqdm's estimate, which counts compilation
+
+
+def write(text: str, stream) -> None:
+    """Prints a line, with escapes for the characters that the stream's encoding lacks; None takes nothing."""
+    if stream is None:  # of a process without a console
+        return
+    try:
+        print(text, file=stream, flush=True)
+    except UnicodeEncodeError:
+        print(text.encode(stream.encoding, "backslashreplace").decode(stream.encoding), file=stream, flush=True)
+
+
+def say(text: str) -> None:
+    """Prints a line on stderr; where that is closed, broken or full, does without."""
+    with contextlib.suppress(Exception):
+        write(text, sys.stderr)
 
 
 class Progress(contextlib.ExitStack):
     """Shows the progress of a loop. A context manager that runs on the host, outside compiled code.
 
-    In a terminal or a notebook it draws a bar, where tqdm is installed.
+    In a terminal or a notebook it draws a bar, where tqdm is installed; else it prints a line every few seconds. Either
+    has an estimate of the time that remains, by the mean of the steps but the first, which compiles.
 
     Args:
       total: number of steps.
@@ -22,21 +41,50 @@ class Progress(contextlib.ExitStack):
     def __init__(self, total: int, label: str = "step", enabled: bool = True, done: int = 0):
         super().__init__()
         self.total, self.label, self.enabled, self.done = total, label, enabled, done
-        self.shown, self.bar = time.perf_counter(), None
-        ipython = sys.modules.get("IPython")
-        if enabled and (sys.stderr.isatty() or (ipython and ipython.get_ipython())):
-            with contextlib.suppress(ImportError):
+        self.shown, self.first = time.perf_counter(), None
+        self.bar: Any = None
+        self.callback(self._close)
+        with contextlib.suppress(Exception):  # tqdm is absent, or stderr is None, closed, or no terminal
+            ipython = sys.modules.get("IPython")
+            if enabled and ((ipython and ipython.get_ipython()) or sys.stderr.isatty()):
                 from tqdm.auto import tqdm
 
-                self.bar = self.enter_context(tqdm(total=total, initial=done, desc=label))
+                self.bar = tqdm(total=total, initial=done, desc=label, bar_format=FORMAT)
+
+    def note(self, text: str) -> None:
+        """Shows at once what is going on before the next step ends."""
+        self._show("", text, 0)
 
     def update(self, text: str = "") -> None:
         """Counts one step; `text` describes its result."""
         self.done += 1
+        now, left = time.perf_counter(), ""
+        before, since = self.first = self.first or (self.done, now)
+        if before < self.done < self.total:
+            left = f"{_duration((self.total - self.done) * (now - since) / (self.done - before))} left"
+        self._show(left, text, 1)
+
+    def _show(self, left: str, text: str, steps: int) -> None:
+        """Shows a text after so many more steps: in the bar, or, at the end, after a while or without a step, alone."""
         if self.bar is not None:
-            self.bar.set_postfix_str(text, refresh=False)
-            self.bar.update()
-        elif self.enabled and (self.done == self.total or time.perf_counter() - self.shown >= EVERY):
+            try:
+                self.bar.set_postfix_str(", ".join(filter(None, (left, text))), refresh=not steps)
+                self.bar.update(steps)
+                return
+            except Exception:
+                self._close()  # and goes on with lines
+        if self.enabled and (not steps or self.done == self.total or time.perf_counter() - self.shown >= EVERY):
             self.shown = time.perf_counter()
-            line = f"{self.label} {self.done}/{self.total}"
-            print(f"{line}: {text}" if text else line, file=sys.stderr, flush=True)
+            line = f"{self.label} {self.done}/{self.total}{f' ({left})' * bool(left)}"
+            say(f"{line}: {text}" if text else line)
+
+    def _close(self) -> None:
+        with contextlib.suppress(Exception):  # also of None
+            self.bar.close()
+        self.bar = None
+
+
+def _duration(seconds: float) -> str:
+    """Returns a rough duration in one unit."""
+    unit, size = next((unit for unit in (("h", 3600), ("min", 60)) if seconds >= 1.5 * unit[1]), ("s", 1))
+    return f"about {max(1, round(seconds / size))} {unit}"

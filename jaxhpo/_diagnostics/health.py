@@ -74,7 +74,7 @@ def zero_entries(leaf: Any, reason: ZeroHypergradientWarning | None) -> str:
 def named_members(indices: np.ndarray) -> str:
     """Names members of a population: `member 3`, `members 0, 2, 5`; at most ten of them."""
     shown = ", ".join(str(int(i)) for i in indices[:10])
-    return f"member{'s' * (len(indices) > 1)} {shown}{', …' * (len(indices) > 10)}"
+    return f"member{'s' * (len(indices) > 1)} {shown}{', ...' * (len(indices) > 10)}"
 
 
 def raise_unless_finite(value: jax.Array, hypergrad: PyTree, diagnosis: Callable[[], str]) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import sys
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 from jaxhpo._adjoint.checkpointing import describe_schedule
 from jaxhpo._core.cost import SAFE_PART, available_bytes, count_and_peak, count_arithmetic, human_bytes
 from jaxhpo._core.errors import JaxhpoError
+from jaxhpo._core.progress import write
 from jaxhpo._core.record import SolveLog, UnrolledSolve, recording
 from jaxhpo._core.types import PyTree
 from jaxhpo._core.validate import check_callable, check_params, check_positive, short_name
@@ -80,7 +82,7 @@ class MemoryPlan:
         return tuple(sorted((row for row in self.rows if row.bytes <= self.limit), key=lambda row: row.time))
 
     def __str__(self) -> str:
-        lines = [f"{'schedule':34} {'memory':>10} {'copies of θ':>12} {'trainings':>10}  keeps"]
+        lines = [f"{'schedule':34} {'memory':>10} {'param copies':>12} {'trainings':>10}  keeps"]
         for row in dict.fromkeys((*self.rows, self.asked)):
             copies = row.bytes / max(self.param_bytes, 1)
             fits = "" if row.bytes <= self.limit else "  (does not fit)"
@@ -162,7 +164,7 @@ def memory_plan(
     population = shape.shape[0] if shape.shape else 1
     reasons = tuple(dict.fromkeys(map(_reason, log.schedules)))
     plan = MemoryPlan(asked, tuple(rows), limit, log.param_bytes, population, reasons)
-    print(plan)
+    write(str(plan), sys.stdout)
     if asked.bytes > limit:
         raise JaxhpoError(_does_not_fit(plan))
     return plan

@@ -3,7 +3,7 @@
 import collections
 import json
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,27 @@ from jaxhpo._core.types import PyTree
 EXTRAS = ("hparams", "hypergradient", "linear_solves")  # columns that `record` adds
 ROW = 4096  # numbers that the hyperparameters of a row, or of a member's, take at most
 LARGE = 1024  # entries: larger leaves are summed up, whatever there is room for
-SUMMARY = 6  # numbers of a summary
 SAMPLE = 2048  # evenly spaced entries, from which quartiles are taken: those of all would cost milliseconds a step
+
+
+class Summary(NamedTuple):
+    """What the history keeps of a large leaf.
+
+    Attributes:
+      minimum: of all entries.
+      lower_quartile: of every k-th entry, as are median and upper quartile.
+      median: half of the entries are below.
+      upper_quartile: three quarters of the entries are below.
+      maximum: of all entries.
+      norm: Euclidean, of all entries.
+    """
+
+    minimum: np.ndarray
+    lower_quartile: np.ndarray
+    median: np.ndarray
+    upper_quartile: np.ndarray
+    maximum: np.ndarray
+    norm: np.ndarray
 
 
 def largest_whole(sizes: Iterable[int]) -> int:
@@ -25,12 +44,12 @@ def largest_whole(sizes: Iterable[int]) -> int:
     ordered = np.sort(np.asarray(list(sizes)))
     # With L = ordered[i], leaves up to the last one of that size are whole, and those after it summed up.
     last = np.searchsorted(ordered, ordered, side="right") - 1
-    numbers = np.cumsum(ordered)[last] + SUMMARY * (len(ordered) - 1 - last)
-    return int(np.max(ordered[(numbers <= ROW) & (ordered <= LARGE)], initial=SUMMARY))
+    numbers = np.cumsum(ordered)[last] + len(Summary._fields) * (len(ordered) - 1 - last)
+    return int(np.max(ordered[(numbers <= ROW) & (ordered <= LARGE)], initial=len(Summary._fields)))
 
 
-def summary(leaf: Any, largest: int) -> np.ndarray:
-    """Returns a leaf as it is; minimum, quartiles, maximum and norm of one of more than `largest` entries."""
+def summary(leaf: Any, largest: int) -> np.ndarray | Summary:
+    """Returns a leaf as it is; the summary of one of more than `largest` entries."""
     leaf = whole(leaf)
     if leaf.size <= largest:
         return leaf.copy()
@@ -38,7 +57,8 @@ def summary(leaf: Any, largest: int) -> np.ndarray:
     ordered = np.sort(flat[:: -(-flat.size // SAMPLE)])
     quartiles = ordered[np.arange(1, 4) * (len(ordered) - 1) // 4]
     wide = flat.astype(np.float32) if flat.dtype.itemsize < 4 else flat  # squares of float16 overflow
-    return np.array([flat.min(), *quartiles, flat.max(), np.sqrt(np.dot(wide, wide))], wide.dtype)
+    numbers = (flat.min(), *quartiles, flat.max(), np.sqrt(np.dot(wide, wide)))
+    return Summary(*(np.asarray(x, wide.dtype) for x in numbers))
 
 
 def is_key(x: Any) -> bool:
@@ -58,20 +78,21 @@ def to_numpy(x: Any) -> np.ndarray:
 
 def encode(step: int, row: dict[str, Any]) -> bytes:
     """Returns the row as one line of JSON; NaN and infinities, which JSON lacks, as the strings "nan" and "inf"."""
-    fields = {name: _plain(leaf) for name, leaf in _named(row).items()}
+    fields = {name: _plain(leaf) for name, leaf in columns(row).items()}
     return (json.dumps({"step": step, **fields}, allow_nan=False) + "\n").encode()
 
 
 def decode(line: bytes | str, like: PyTree) -> PyTree:
     """Inverts `encode`, with the structure and the types of `like`; raises ValueError where they differ."""
-    fields, columns = json.loads(line), _named(like)
-    if other := fields.keys() ^ {"step", *columns}:
+    fields, wanted = json.loads(line), columns(like)
+    if other := fields.keys() ^ {"step", *wanted}:
         raise ValueError(f"{sorted(other)[0]!r} is in one of them only")
-    leaves = [_array(name, fields[name], leaf) for name, leaf in columns.items()]
+    leaves = [_array(name, fields[name], leaf) for name, leaf in wanted.items()]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
-def _named(row) -> dict[str, Any]:
+def columns(row: dict[str, Any]) -> dict[str, Any]:
+    """Returns the leaves of a row, or of a whole history, by the name of their column."""
     # A dictionary's leaves are in the order of its sorted keys.
     return distinct(pair for key in sorted(row) for pair in named_leaves(row[key], key))
 

@@ -198,7 +198,7 @@ class Record:
         counts = {**report.remedies, "halvings": halvings, "skipped_steps": active & ~finite}
         largest = largest_whole(math.prod(x.shape[len(self.shape) :]) for x in jax.tree.leaves(report.hparams))
         small = to_numpy if "hparams" in self.extras else functools.partial(summary, largest=largest)
-        kept = (lambda x: np.stack([small(own) for own in whole(x)])) if self.shape else small
+        kept = (lambda x: jax.tree.map(lambda *own: np.stack(own), *map(small, whole(x)))) if self.shape else small
         row = {
             "score": np.asarray(score, float),
             "remedies": {name: np.array(whole(x), np.int32) for name, x in counts.items()},

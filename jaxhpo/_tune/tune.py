@@ -6,7 +6,6 @@ import contextlib
 import datetime
 import os
 import signal
-import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -18,7 +17,7 @@ import optax
 
 from jaxhpo._core.errors import JaxhpoError, NonFiniteError, ZeroHypergradientWarning
 from jaxhpo._core.processes import check_same, check_same_value, on_any, whole
-from jaxhpo._core.progress import Progress
+from jaxhpo._core.progress import Progress, say
 from jaxhpo._core.record import recording
 from jaxhpo._core.tree import names
 from jaxhpo._core.types import PyTree
@@ -59,11 +58,12 @@ class TuneResult(NamedTuple):
       best_value: that score, a float.
       history: a dict of NumPy arrays with one row per outer step: `value`, `score`, `hypergradient_norm` (in
         unconstrained units, those of the search, before any remedy), `seconds`, `peak_bytes` (so far: of the
-        accelerator, or of the process's resident set), `hparams` (a tree; leaves of more than L entries are kept as
-        minimum, quartiles, of every k-th entry, maximum and Euclidean norm, where L is as large as 4096 numbers in all
-        allow, from 6 to 1024), `info`, `remedies`, counts of what each did, and what `record` asks for. In a population
-        all but `seconds`, `peak_bytes` and `linear_solves` have a second axis of members; `value`, `score` and
-        `hypergradient_norm` of a member that has ended are NaN.
+        accelerator, or of the process's resident set), `hparams` (a tree; in place of a leaf of more than L entries
+        stands a tuple of its `minimum`, `lower_quartile`, `median`, `upper_quartile`, `maximum` and Euclidean `norm`,
+        the quartiles of every k-th entry, where L is as large as 4096 numbers in all allow, from 6 to 1024), `info`,
+        `remedies`, counts of what each did, and what `record` asks for. In a population all but `seconds`, `peak_bytes`
+        and `linear_solves` have a second axis of members; `value`, `score` and `hypergradient_norm` of a member that
+        has ended are NaN.
       status: "finished", "patience", "overfitting", "budget", "callback", "interrupted", "preempted" or "not_finite";
         "mixed" where all members of a population have ended, for different reasons.
       message: why it stopped, in words.
@@ -273,7 +273,8 @@ def tune(
     )
     compiled = Compiled(Step(outer_loss, optimizer, transforms, projections, remedies, gradient), population)
     state = compiled.init(hparams, carry, key)
-    limits = _Limits(num_steps, patience, min_delta, max_seconds, max_inner_steps)
+    given: Any = (num_steps, patience, min_delta, max_seconds, max_inner_steps)
+    limits = _Limits(*(x.item() if isinstance(x, np.generic) else x for x in given))  # the run folder holds JSON
     settings = {
         **limits._asdict(),
         "remedies": repr(remedies),
@@ -295,7 +296,7 @@ def tune(
             _check_budget(run, max_inner_steps)
         _check_resumption(run, limits, resume)
         if progress and run.rows:
-            print("; ".join([run.origin, *run.notes, "another folder starts anew"]), file=sys.stderr)
+            say("; ".join([run.origin, *run.notes, "another folder starts anew"]))
         bar = stack.enter_context(Progress(num_steps, "step", progress, done=run.now.rows))
         status, message, alone = "", "", jax.process_count() == 1
         try:
@@ -403,6 +404,8 @@ def _loop(record, limits, on_not_finite, callbacks, save_every, preempted, bar) 
         step, now = record.now.rows, record.now
         if step and on_any(preempted()):
             return "preempted", f"SIGTERM came; stopped after {step} outer steps"
+        if step == begun:
+            bar.note("compiling ...")
         compiled, state, active = record.compiled, now.state, limits.active(now)
         traced = (now.failures < step).any()  # a step has been finite: the traced program has been checked
         after, report = compiled.update(state) if traced else _first_step(compiled, state)

@@ -16,13 +16,15 @@ from jaxhpo._cli import demo, demo_experiment
 from jaxhpo._cli.main import QUICK, main
 from jaxhpo._core import cost
 
+SMALL = {"seeds": 2, "outer_steps": 3, "num_steps": 30}
 METHODS = ["untuned", "grid", "random", "hypergradient", "penalties-only", "schedule-only"]
 FIGURES = ["test_accuracy", "test_loss", "refit_test_loss", "refit_test_accuracy"]
 
 
 def test_report_of_the_demo_is_complete_and_consistent(tmp_path, capsys):
-    out = tmp_path / "new" / "folder"  # one test, as several workers would each repeat a fixture
-    assert main(["demo", "--quick", "--out", str(out)]) == 0
+    out = tmp_path / "folder"  # one test, as several workers would each repeat a fixture
+    out.mkdir()
+    demo.run(demo.Settings(**SMALL), out)
     printed = capsys.readouterr().out
     report = json.loads((out / "report.json").read_text())
     check_names(report)
@@ -32,6 +34,18 @@ def test_report_of_the_demo_is_complete_and_consistent(tmp_path, capsys):
     check_the_gradient_lowers_the_validation_loss(report)
     check_text(report, printed, out)
     check_picture(out / "demo.png")
+
+
+@pytest.mark.slow
+def test_quick_demo_is_a_win(tmp_path, capsys):
+    """In test loss, it beats the searches of the same cost in each of its seeds."""
+    assert main(["demo", "--quick", "--out", str(tmp_path)]) == 0
+    assert "is worse than" not in capsys.readouterr().out
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["settings"]["outer_steps"] == demo.Settings().outer_steps  # the full budget
+    assert [row["name"] for row in report["methods"]] == METHODS[:4]
+    for difference in report["paired_differences"]:
+        assert difference["test_loss_seeds_better"] == difference["seeds"] == QUICK["seeds"]
 
 
 def check_names(report):
@@ -49,11 +63,11 @@ def check_names(report):
 
 
 def check_means_and_standard_errors(report):
-    assert report["seeds"] == list(range(QUICK["seeds"]))
+    assert report["seeds"] == list(range(SMALL["seeds"]))
     for row in report["methods"]:
         for figure in FIGURES:
             values = np.array(row["per_seed"][figure])
-            assert values.shape == (QUICK["seeds"],)
+            assert values.shape == (SMALL["seeds"],)
             assert row[f"{figure}_mean"] == pytest.approx(values.mean(), abs=2e-6)  # the report has six decimals
             assert row[f"{figure}_sem"] == pytest.approx(values.std(ddof=1) / math.sqrt(len(values)), abs=2e-6)
 
@@ -71,8 +85,8 @@ def check_equal_inner_steps(report):
     steps = {row["name"]: row["inner_steps"] for row in report["methods"]}
     cost = report["cost"]["hypergradient_in_trainings"]
     assert 2 < cost < 6  # per step: forward, recomputed once or twice, and one Hessian product: about four
-    assert steps["untuned"] == QUICK["num_steps"]
-    assert steps["hypergradient"] == round(QUICK["outer_steps"] * cost * QUICK["num_steps"])
+    assert steps["untuned"] == SMALL["num_steps"]
+    assert steps["hypergradient"] == round(SMALL["outer_steps"] * cost * SMALL["num_steps"])
     assert steps["penalties-only"] == steps["schedule-only"] == steps["hypergradient"]
     for name in ("grid", "random"):  # rounded up, so never fewer
         assert steps["hypergradient"] <= steps[name] <= 1.5 * steps["hypergradient"]

@@ -295,8 +295,7 @@ def test_callbacks_progress_and_table(tmp_path, monkeypatch, capsys):
 def test_large_leaves_are_summed_up_by_member():
     start = jnp.stack([jnp.ones(2000), jnp.arange(2000.0)])
     result = population(lambda h: jnp.sum(h**2), start, None, KEYS[:2], population=2, transforms=None, num_steps=1)
-    assert result.history["hparams"].shape == (1, 2, 6)
-    np.testing.assert_array_equal(result.history["hparams"][0, :, 4], [1.0, 1999.0])  # the maximum
+    np.testing.assert_array_equal(result.history["hparams"].maximum, [[1.0, 1999.0]])
 
 
 def test_members_spread_over_devices():

@@ -3,6 +3,7 @@
 import builtins
 import pathlib
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +53,7 @@ def test_table(result, monkeypatch):
     for name, column in plain.items():
         np.testing.assert_array_equal(column, frames[0][name])
         np.testing.assert_array_equal(column, frames[1][name])
-    assert {"value", "hparams['vector'][11]", "hparams['matrix'][3, 4]", "hparams['many'][4]"} <= set(plain)
+    assert {"value", "hparams['vector'][11]", "hparams['matrix'][3, 4]", "hparams['many'].maximum"} <= set(plain)
     assert np.isnan(plain["value"]).sum() == plain["remedies['skipped_steps']"].sum() > 0
 
 
@@ -68,7 +69,7 @@ def test_large_leaves_are_kept_as_quantiles_and_norm():
         progress=False,
     )
     want = [0, n // 4, n // 2, 3 * n // 4, n, (n * (n + 1) * (2 * n + 1) / 6) ** 0.5]
-    np.testing.assert_allclose(result.history["hparams"][0], want, rtol=1e-14)
+    np.testing.assert_allclose([x[0] for x in result.history["hparams"]], want, rtol=1e-14)
     np.testing.assert_array_equal(result.history["hypergradient"][0], 2 * np.arange(n + 1.0))
 
 
@@ -144,12 +145,112 @@ def test_table_refuses_a_folder_without_a_history(tmp_path):
 
 
 def test_picture(result, tmp_path):
-    """Three panels, and one each for the vector and the matrix; larger leaves are drawn in the paths only."""
+    """Three panels, and one each for the vector, the matrix and the metric; larger leaves are in the paths only."""
     figure = plot.run(result[0], tmp_path / "run.png")
-    titles = [axis.get_title() for axis in figure.axes if axis.get_visible()]
-    assert titles[:3] == ["Convergence", "Norm of the hypergradient", "Hyperparameters"]
-    assert "hparams['vector']" in titles and "hparams['matrix'] at the last step" in titles
+    axes = [axis for axis in figure.axes if axis.get_title()]
+    starts = [
+        "Best loss: ",
+        "Norm of the hypergradient: ",
+        "Hyperparameters: ",
+        "['matrix'], 20",
+        "['vector'], 12",
+        "info",
+    ]
+    assert all(axis.get_title().startswith(start) for axis, start in zip(axes, starts, strict=True))
+    assert all(axis.get_xlabel() and axis.get_ylabel() for axis in axes)
+    end = f"to {result[0].best_value:.4g}, at step 19"
+    assert axes[0].get_title() == f"Best loss: 2034 {end}"  # squares of 2033 ones, and one more
     assert (tmp_path / "run.png").stat().st_size > 10_000
+
+
+def made(hparams, steps=1):
+    """A result as of a run that stood still, whose monitor was NaN."""
+    constant = {"value": 1.0, "score": np.nan, "hypergradient_norm": 0.0, "seconds": 1.0, "peak_bytes": 1}
+    row = constant | {"hparams": jax.tree.map(history.summary, hparams), "info": {"metric": 3, "inf": np.inf}}
+    row |= {"remedies": {"skipped_steps": 0}}
+    stacked = jax.tree.map(lambda x: np.stack([x] * steps), row)
+    return jaxhpo.TuneResult(hparams, None, hparams, np.inf, stacked, "finished", "")
+
+
+ODD = {"$\\bad$": np.zeros(()), "$5 to $9": np.zeros(2), "empty": np.zeros((0, 3)), "_": np.full(1, 0.2)}
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_picture_of_an_odd_run(tmp_path, steps):
+    """A score that is NaN, a norm of zero; one step; names that are no formula; a leaf without entries."""
+    figure = plot.run(made(ODD, steps), tmp_path / "run.png")
+    titles = [axis.get_title() for axis in figure.axes]
+    assert titles[0] == "Best loss: no finite value" and titles[-2:] == [
+        "info['inf']: no finite value",
+        "info['metric']: 3",
+    ]
+    drawn = [line for axis in figure.axes for line in axis.lines if np.isfinite(line.get_ydata()).any()]
+    assert len(drawn) == 6 and {line.get_marker() for line in drawn} == {"o" if steps == 1 else "None"}
+    labels = [text.get_text() for text in figure.axes[2].get_legend().get_texts()]
+    assert labels == [r"['\$5 to \$9']", r"['\$\\bad\$']", "['_']"]
+
+
+def test_picture_of_a_run_without_hyperparameters(tmp_path):
+    figure = plot.run(made(()), tmp_path / "run.png")
+    assert figure.axes[2].get_title() == "No hyperparameters"
+
+
+def test_picture_draws_many_entries_as_bands():
+    """500 unordered numbers are bands, and a sorted curve; a schedule is drawn over its index; no norm is drawn."""
+    start = {"large": np.full(20000, 0.2), "noise": np.random.default_rng(0).normal(size=500), "rate": np.arange(50.0)}
+    _, _, paths, noise, rate, *_ = plot.run(made(start)).axes
+    assert len(paths.lines) == 3 and len(paths.collections) == 3  # medians, and the bands between quartiles
+    assert [line.get_ydata()[0] for line in paths.lines] == [np.median(start["noise"]), 24.5, 0.2]
+    assert (np.diff(noise.lines[0].get_ydata()) >= 0).all() and "sorted" in noise.get_xlabel()
+    np.testing.assert_array_equal(rate.lines[0].get_ydata(), start["rate"])
+
+
+def test_picture_of_many_leaves_is_one_band():
+    figure = plot.run(made({f"layer{i}": np.asarray(float(i)) for i in range(24)}))
+    (label,) = [text.get_text() for text in figure.axes[2].get_legend().get_texts()]
+    assert label == "24 small leaves, 24 entries: median, quartiles, extremes"
+
+
+@pytest.fixture(scope="module")
+def folder_of_nan(tmp_path_factory):
+    """A run whose monitor is NaN, in a folder; its integer settings are NumPy's."""
+    folder, settings = tmp_path_factory.mktemp("nan"), {"num_steps": np.int64(2), "min_delta": np.float32(0)}
+
+    def loss(h, carry, key):
+        return sum(jnp.sum((x - 0.1) ** 2) for x in jax.tree.leaves(h)), carry, {"nan": jnp.nan}
+
+    settings |= {"monitor": lambda info: info["nan"], "progress": False, "run_dir": folder}
+    for _ in range(2):
+        result = jaxhpo.tune(loss, ODD, optax.adam(0.001), **settings)
+    assert "is 2" not in result.message  # no setting is said to differ
+    return result, folder
+
+
+def test_table_and_show_of_an_odd_run(folder_of_nan, capsys):
+    result, folder = folder_of_nan
+    assert list(jaxhpo.history_table(result)) == list(jaxhpo.history_table(folder))
+    assert main(["show", str(folder)]) == 0 and "no step had a score" in capsys.readouterr().out
+
+
+def test_picture_is_written_to_the_file_that_is_named(folder_of_nan, tmp_path, capsys):
+    _, folder = folder_of_nan
+    for name in ("picture", "picture.SVG"):
+        assert main(["plot", str(folder), "--out", str(tmp_path / name)]) == 0
+        assert capsys.readouterr().out == f"Written: {tmp_path / name}.\n" and (tmp_path / name).stat().st_size
+    assert main(["plot", str(folder), "--out", str(tmp_path / "a.xyz")]) == 1
+    assert "a.xyz': end it in one of" in capsys.readouterr().err
+
+
+def test_damaged_folder_is_named(folder_of_nan, tmp_path, capsys):
+    """Bytes that are not UTF-8, in the history and in the status; a file of the user's beside the checkpoints."""
+    folder = shutil.copytree(folder_of_nan[1], tmp_path / "run")
+    (folder / "state-new-mine.npz").touch()
+    (folder / "status.json").write_bytes(b"[\xff]")
+    assert main(["show", str(folder)]) == 0 and "unknown" in capsys.readouterr().out
+    history = folder / "history.jsonl"
+    history.write_bytes(history.read_bytes().replace(b"seconds", b"s\xffconds", 1))
+    assert main(["show", str(folder)]) == 1 == main(["plot", str(folder)])
+    assert "history.jsonl is no history of a run, or damaged (UnicodeDecodeError" in capsys.readouterr().err
 
 
 def test_show_and_plot(result, capsys):

@@ -91,7 +91,7 @@ def measure(make_loss: Callable[[Adjoint], Callable], rule: Adjoint, flat: jax.A
 def first_words(text: str, limit: int = 300) -> str:
     """The text on one line, cut at a space where it is too long."""
     text = " ".join(text.split())
-    return text if len(text) <= limit else f"{text[:limit].rsplit(' ', 1)[0]} …"
+    return text if len(text) <= limit else f"{text[:limit].rsplit(' ', 1)[0]} ..."
 
 
 def compiled_if_it_fits(traced: Any) -> Any:

@@ -151,11 +151,11 @@ def _table(rows) -> list[str]:
     width = min(max(len(row.name) for row in rows), 29)
     head = f"{'method':{width}}  rel. error   cosine  norm ratio  gradients   copies  finite  linear solve"
     legend = "gradients: time of the hypergradient in inner steps; copies: its peak memory in copies of the parameters"
-    return [head, "─" * WIDTH, *(_line(row, width) for row in rows), legend]
+    return [head, "-" * WIDTH, *(_line(row, width) for row in rows), legend]
 
 
 def _line(row: MethodRow, width: int) -> str:
-    name = row.name if len(row.name) <= width else row.name[: width - 1] + "…"
+    name = row.name if len(row.name) <= width else row.name[: width - 3] + "..."
     if row.error is not None:
         return f"{name:{width}}  raised: see below"
     linear = f"{row.linear_status} {row.linear_iterations}, {_number(row.linear_residual, '.1e')}"

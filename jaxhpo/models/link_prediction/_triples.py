@@ -93,7 +93,7 @@ def check_triples(triples, sizes: tuple[int, int], what: str, least: int = 1):
     is_array = isinstance(triples, (np.ndarray, jnp.ndarray)) and jnp.issubdtype(triples.dtype, np.integer)
     if not is_array or triples.shape[1:] != (3,) or len(triples) < least:
         raise JaxhpoError(
-            f"`{what}` got {describe(triples)}: give integers (n, 3), n ≥ {least}: subjects, relations, objects."
+            f"`{what}` got {describe(triples)}: give integers (n, 3), n at least {least}: subjects, relations, objects."
         )
     if not isinstance(triples, Tracer):  # traced triples that are out of range score NaN
         host, bounds = np.asarray(triples), np.array([sizes[0], sizes[1], sizes[0]])
