@@ -1,4 +1,59 @@
-"""Hypergradients in JAX: tune the hyperparameters of anything that JAX can train, by their gradient."""
+"""Hypergradients in JAX: tune the hyperparameters of anything that JAX can train, by their gradient.
+
+    solver = jaxhpo.from_optax(train_loss, optax.sgd(0.1))       # train_loss(params, hparams, batch)
+
+    def outer_loss(hparams):                                     # the validation loss of the trained model
+        start = solver.init(params, hparams)
+        return val_loss(jaxhpo.solve(solver, start, hparams, num_steps=100, adjoint=jaxhpo.Unroll()).params)
+
+    hypergradient = jax.grad(outer_loss)(hparams)                # or: jaxhpo.tune(outer_loss, hparams, ...)
+
+`help(jaxhpo.solve)`, and so on, has the details. The names by what they are for:
+
+Train, differentiably
+    from_optax, momentum_sgd, fixed_point: make a solver of a train loss, or of your own update
+    solve: trains; implicit: attaches a derivative to what another library found
+    Solver, InnerState, Solution, Info: what they take and return
+
+Choose how the derivative is taken (`adjoint=`)
+    Unroll, Reversible, Forward: exact, by the training itself
+    Implicit: exact where training converges, by a linear solve
+    DrMAD, FiniteDifference, SAMA, ForwardGradient, Smoothing: approximate, cheap, or random
+
+Choose the linear solver of `Implicit`
+    CG, NormalCG, GMRES, BiCGStab, from_lineax: iterative
+    Neumann, Identity, Nystrom: approximate; Direct: exact, for small models
+    gauss_newton, outer_product: matrices in the Hessian's place
+    LinearInfo, LinearStatus: how a solve ended
+
+Tune
+    tune, TuneResult, TuneStep, Member, history_table: the outer loop, and what it reports
+    positive, unit_interval, box, simplex: keep hyperparameters in range
+    Remedies: clips, averages or shrinks the hypergradient
+    outer_step, OuterStep, OuterState, OuterReport: the step alone, for a loop of your own
+
+Tune by methods that carry state
+    hypergradient, Hypergradient, HypergradientInfo, from_pair: make them, and run them under `tune`
+    HOAG, hoag_step, RealTime: hypergradients while training goes on
+    EvolutionStrategies, PersistentES: without derivatives
+    Hypernetwork, affine_response, AffineResponse, self_response, Perturbed: a learned best response
+
+Find out whether to trust it, and what it costs
+    check_hypergradient, HypergradientCheck: against central differences
+    compare, Comparison, MethodRow: error, time and memory of each method on your problem
+    memory_plan, MemoryPlan, PlanRow: memory and time of each schedule, before the run
+    JaxhpoError, NonFiniteError, ZeroHypergradientError, ZeroHypergradientWarning: what is raised or warned of
+
+Write your own
+    Adjoint, LinearSolver, StatefulMethod, Transform: the protocols; Problem: what a rule is given
+
+Modules, imported when they are first used
+    jaxhpo.data, jaxhpo.models, jaxhpo.plot, jaxhpo.testing
+"""
+
+import importlib as _importlib
+import pkgutil as _pkgutil
+import typing as _typing
 
 from jaxhpo._adjoint.drmad import DrMAD as DrMAD
 from jaxhpo._adjoint.implicit import Implicit as Implicit
@@ -78,3 +133,16 @@ from jaxhpo._tune.tune import TuneResult as TuneResult
 from jaxhpo._tune.tune import tune as tune
 
 __version__ = "0.1.0"
+
+if not _typing.TYPE_CHECKING:  # a type checker reads the imports above, and would take any name for granted
+    __all__ = [name for name in dir() if not name.startswith("_")]
+    _MODULES = [module.name for module in _pkgutil.iter_modules(__path__) if not module.name.startswith("_")]
+
+    def __getattr__(name):
+        """Imports a module where it is first used: `jaxhpo.models` needs flax, for one."""
+        if name in _MODULES:
+            return _importlib.import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__():
+        return [*globals(), *_MODULES]

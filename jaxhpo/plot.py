@@ -53,7 +53,7 @@ def figure(rows: int = 1, columns: int = 1, *, width: float = 11.0, height: floa
     return canvas, axes
 
 
-def save(figure: Any, path: str | os.PathLike, *, dpi: int = 150) -> None:
+def save(figure: Any, path: str | os.PathLike, *, dpi: int = 180) -> None:
     """Writes a figure to a file, in the format of its extension.
 
     Args:

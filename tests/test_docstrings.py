@@ -137,6 +137,17 @@ def test_the_searches_find_names_and_examples():
         assert any(test.examples for test in doctest.DocTestFinder().find(getattr(jaxhpo, name), name))
 
 
+def test_help_names_everything_by_what_it_is_for():
+    """Each name stands once, in the list of a group."""
+    lines = [line for line in (jaxhpo.__doc__ or "").split("The names by")[1].splitlines() if line.startswith("    ")]
+    modules = lines.pop()
+    listed = [name for line in lines for part in line.split(";") for name in part.split(":")[0].split(",")]
+    assert sorted(map(str.strip, listed)) == sorted(jaxhpo.__all__)
+    assert set(re.findall(r"jaxhpo\.(\w+)", modules)) == set(dir(jaxhpo)) & {
+        info.name for info in pkgutil.iter_modules(jaxhpo.__path__) if is_public(info.name)
+    }
+
+
 # --- these checks can fail -------------------------------------------------------------------------------------------
 
 

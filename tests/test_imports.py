@@ -217,3 +217,24 @@ def test_importing_the_library_is_light():
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent, timeout=300)
     assert run.returncode == 0, run.stderr
     assert json.loads(run.stdout) == []
+
+
+def test_modules_are_imported_where_they_are_used():
+    code = """if True:
+        import sys, jaxhpo
+        assert not {"matplotlib", "flax", "jaxhpo.plot", "jaxhpo.models"} & sys.modules.keys()
+        assert {"plot", "models", "data", "testing", "solve"} <= set(dir(jaxhpo))
+        jaxhpo.plot.run, jaxhpo.testing.ridge, jaxhpo.data.digits
+        assert "matplotlib" not in sys.modules and "flax" not in sys.modules
+        jaxhpo.models.MLP
+    """
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent, timeout=300)
+    with pytest.raises(AttributeError, match="'jaxhpo' has no attribute 'sovle'"):
+        _ = jaxhpo.sovle
+
+
+def test_all_public_names_are_exported():
+    """`__all__` is made of the imports in `__init__`, which all are `from ... import name as name`."""
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+    assert sorted(jaxhpo.__all__) == sorted(alias.asname for node in imports for alias in node.names)
