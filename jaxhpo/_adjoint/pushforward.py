@@ -102,7 +102,7 @@ class ForwardGradient:
         def tangent(fn, z, dz, key):
             # θ̇ = Θ'(z) ż = E[Θ'(z) v (v·ż)], since E[v vᵀ] = I; the estimate is the mean over K samples of v.
             v = jax.random.normal(key, (self.num_directions, z.size), z.dtype)
-            return weighted_sum(v @ dz / self.num_directions, push(fn, z, v, None))
+            return weighted_sum(jnp.matmul(v, dz, precision="highest") / self.num_directions, push(fn, z, v, None))
 
         return run_with_tangent(problem, self, tangent, random=True)
 
@@ -154,7 +154,7 @@ class Smoothing:
                 pair = fn(z + self.sigma * e), fn(z - self.sigma * e)
                 return jax.tree.map(lambda plus, minus: (plus - minus) / (2 * self.sigma), *pair)
 
-            return weighted_sum(noise @ dz / self.num_pairs, jax.vmap(slope)(noise))
+            return weighted_sum(jnp.matmul(noise, dz, precision="highest") / self.num_pairs, jax.vmap(slope)(noise))
 
         return run_with_tangent(problem, self, tangent, random=True)
 
@@ -219,4 +219,4 @@ def push(fn: Callable, z: jax.Array, directions: jax.Array, chunk_size: int | No
 
 def weighted_sum(weights: jax.Array, columns: list) -> list:
     """Σ_k weights[k] columns[k], which is linear in the weights."""
-    return [jnp.tensordot(weights.astype(c.dtype), c, axes=1) for c in columns]
+    return [jnp.tensordot(weights.astype(c.dtype), c, axes=1, precision="highest") for c in columns]

@@ -257,7 +257,11 @@ class PersistentES(StatefulMethod):
             solution, value, metrics = train(hparams, state.centre)
             each = jax.random.split(key, self.num_pairs), state.perturbations, state.particles
             total, particles, slopes = map_in_chunks(advance, each, self.chunk_size)
-            grad = jax.tree.map(lambda xi: jnp.tensordot(slopes.astype(xi.dtype), xi, axes=1) / self.num_pairs, total)
+
+            def mean(xi):
+                return jnp.tensordot(slopes.astype(xi.dtype), xi, axes=1, precision="highest") / self.num_pairs
+
+            grad = jax.tree.map(mean, total)
             count = (jnp.where(anew, 0, state.count) + steps) % self.horizon
             after = PersistentState(state.start, solution.state, particles, total, count)
             grad = _in_natural_units(self.transforms, hparams, grad)

@@ -1,6 +1,7 @@
 """Hypernetworks: hypergradients through a learned best response θ*(h)."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -79,7 +80,8 @@ class _Affine:
         vector, _ = ravel(hparams)  # u − u₀
         # A train loss quadratic in θ and bilinear in (θ, u) has an affine best response, which b + U (u − u₀) fits
         # exactly. Elsewhere it is fitted at u + s ε: b to θ* and U to dθ*/du, each up to O(s²).
-        return jax.tree.map(lambda b, U: b + U @ vector.astype(U.dtype), phi.offset, phi.slope)
+        product = functools.partial(jnp.matmul, precision="highest")
+        return jax.tree.map(lambda b, U: b + product(U, vector.astype(U.dtype)), phi.offset, phi.slope)
 
     def __repr__(self):
         return "affine_response"

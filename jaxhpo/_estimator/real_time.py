@@ -91,7 +91,8 @@ class RealTime(StatefulMethod):
             # dF/dh = ∂_h F + Zᵀ ∂_s F, summed over the leaves of s.
             grad, unravel = ravel(direct)
             for z, v in zip(*upcast((jacobian, pull)), strict=True):
-                grad += jnp.tensordot(z, v, axes=v.ndim, out_sharding=everywhere(v)).astype(grad.dtype)
+                product = jnp.tensordot(z, v, axes=v.ndim, precision="highest", out_sharding=everywhere(v))
+                grad += product.astype(grad.dtype)
             return unravel(grad), RealTimeState(inner, jacobian), HypergradientInfo(value, metrics, info)
 
         return Hypergradient(init, update)
