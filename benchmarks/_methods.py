@@ -248,6 +248,16 @@ METHODS = (
         "[van der Vorst 1992](https://doi.org/10.1137/0913035)",
     ),
     Method(
+        "Implicit(General(maxiter=10))",
+        ("General",),
+        LOSS + ", fixed points, any root",
+        "2 products an iteration",
+        "8 P; P² for P ≤ 1000",
+        "converged, H invertible",
+        "ill-conditioned, P > 1000",
+        "[van der Vorst 1992](https://doi.org/10.1137/0913035)",
+    ),
+    Method(
         "Implicit(NormalCG(maxiter=10))",
         ("NormalCG",),
         LOSS + ", fixed points",

@@ -69,6 +69,7 @@ from jaxhpo._core.errors import JaxhpoError as JaxhpoError
 from jaxhpo._core.errors import NonFiniteError as NonFiniteError
 from jaxhpo._core.errors import ZeroHypergradientError as ZeroHypergradientError
 from jaxhpo._core.errors import ZeroHypergradientWarning as ZeroHypergradientWarning
+from jaxhpo._core.record import debug_solves as debug_solves
 from jaxhpo._core.transforms import box as box
 from jaxhpo._core.transforms import positive as positive
 from jaxhpo._core.transforms import simplex as simplex
@@ -114,6 +115,7 @@ from jaxhpo._linear.cg import CG as CG
 from jaxhpo._linear.curvature import gauss_newton as gauss_newton
 from jaxhpo._linear.curvature import outer_product as outer_product
 from jaxhpo._linear.direct import Direct as Direct
+from jaxhpo._linear.general import General as General
 from jaxhpo._linear.gmres import GMRES as GMRES
 from jaxhpo._linear.identity import Identity as Identity
 from jaxhpo._linear.lineax import from_lineax as from_lineax

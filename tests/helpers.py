@@ -25,6 +25,7 @@ from jaxhpo import (
     DrMAD,
     FiniteDifference,
     Forward,
+    General,
     Identity,
     Implicit,
     Neumann,
@@ -125,6 +126,7 @@ MORE_RULES = [
     Case("gmres", lambda p: Implicit(GMRES()), EXACT, implicit=True),
     Case("bicgstab", lambda p: Implicit(BiCGStab()), EXACT, implicit=True),
     Case("normal-cg", lambda p: Implicit(NormalCG()), EXACT, implicit=True),
+    Case("general", lambda p: Implicit(General()), EXACT, implicit=True),
     Case("lineax", lambda p: Implicit(from_lineax(lineax.GMRES(rtol=1e-7, atol=1e-12))), EXACT, implicit=True),
     Case(
         "nystrom",

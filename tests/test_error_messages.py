@@ -1007,6 +1007,36 @@ MISTAKES = [
         r"`linear_solver` got Implicit\(",
         r"`CG\(\)`",
     ),
+    Mistake(
+        "implicit-function-without-like",
+        lambda h: implicit(lambda p, a: p, lambda a: PARAMS["w"], h),
+        "`params` got the function.*not known before it runs",
+        r"`like=jnp\.zeros\(10\)`",
+    ),
+    Mistake(
+        "implicit-like-without-function",
+        lambda h: implicit(lambda p, a: p, 1.0, h, like=jnp.zeros(3)),
+        "`params` got 1.0",
+        r"give a function `params\(args\)`",
+    ),
+    Mistake(
+        "implicit-on-failure",
+        lambda h: implicit(lambda p, a: p, PARAMS, h, on_failure=None),
+        r"`implicit\(on_failure=\.\.\.\)` got None",
+        "'nan'.*or 'keep'",
+    ),
+    Mistake(
+        "implicit-rule-on-failure",
+        lambda h: Implicit(on_failure="raise"),
+        r"`Implicit\(on_failure=\.\.\.\)` got 'raise'",
+        "'nan'.*or 'keep'",
+    ),
+    Mistake(
+        "cg-fallback",
+        lambda h: CG(fallback="gmres"),
+        r"`CG\(fallback=\.\.\.\)` got 'gmres'",
+        "give a function `fallback",
+    ),
     # --- transforms ---
     Mistake("positive-zero", lambda h: positive.inverse(0.0), r"`positive\.inverse`.*got 0", r"such as 1e-6"),
     Mistake("positive-integer", lambda h: positive.inverse(1), r"`positive\.inverse` got", r"Write `1\.0`"),

@@ -31,6 +31,7 @@ METHODS = {"_linear", "_adjoint", "_estimator"}
 SHARED = {
     f"jaxhpo.{m}"
     for m in (
+        "_linear.corrections",
         "_linear.iteration",
         "_linear.report",
         "_linear.system",

@@ -1,5 +1,6 @@
 """A rule, a linear solver, a stateful method and a transform of a user's, each in a file outside the package."""
 
+import functools
 import pathlib
 import re
 import sys
@@ -12,7 +13,7 @@ import pytest
 from helpers import PROBLEMS, outer_loss, partial_sum, relative_error
 
 import jaxhpo
-from jaxhpo import CG, Identity, Implicit, JaxhpoError, Unroll
+from jaxhpo import GMRES, Identity, Implicit, JaxhpoError, LinearInfo, LinearStatus, Unroll
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent / "own"))
 from own_linear_solver import Richardson  # noqa: E402
@@ -107,10 +108,32 @@ def test_a_transform_is_searched_through():
 
 def test_a_function_is_a_linear_solver():
     def exact(matvec, b, x0=None):
-        return CG()(matvec, b, x0)
+        return GMRES()(matvec, b, x0)
 
-    got, want = (jax.grad(make_outer_loss(rule))(H) for rule in (Implicit(exact), Implicit(CG())))
+    got, want = (jax.grad(make_outer_loss(rule))(H) for rule in (Implicit(exact), Implicit(GMRES())))
     np.testing.assert_array_equal(got, want)
+
+
+def test_a_linear_solver_need_not_be_linear():
+    """Steepest descent until the residual is small; where its report says that it failed, the hypergradient is NaN."""
+
+    def descent(status, matvec, b):
+        def step(x):
+            r = b - matvec(x)
+            return x + (r @ r) / (r @ matvec(r)) * r
+
+        x = jax.lax.while_loop(lambda x: jnp.linalg.norm(b - matvec(x)) > 1e-13 * jnp.linalg.norm(b), step, 0 * b)
+        residual = jnp.linalg.norm(b - matvec(x)) / jnp.linalg.norm(b)
+        return x, LinearInfo(residual, jnp.asarray(0), status)
+
+    def value(status, on_failure="nan"):
+        rule = Implicit(functools.partial(descent, status), on_failure=on_failure)
+        return jax.grad(make_outer_loss(rule))(H)
+
+    want = jax.grad(make_outer_loss(Implicit(GMRES())))(H)
+    assert relative_error(value(LinearStatus.CONVERGED), want) < 1e-9
+    assert jnp.isnan(value(LinearStatus.INDEFINITE)).all()
+    assert relative_error(value(LinearStatus.INDEFINITE, "keep"), want) < 1e-9
 
 
 def test_a_randomised_rule_of_a_user_is_called_random():

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import scipy.optimize
 from helpers import PROBLEMS, grad, outer_loss, relative_error, rows
 
 import jaxhpo
@@ -538,16 +539,79 @@ def test_model_state_under_implicit_warns():
         grad(loss)(1.0)
 
 
-def test_indefinite_hessian_is_reported_and_not_zero():
-    """At the top of a double well the Hessian is −1: CG stops at its first direction, and the check reports why."""
+def test_indefinite_hessian():
+    """At the top of a double well the Hessian is −1: CG fails at its first direction; by default another goes on."""
     solver = jaxhpo.from_optax(lambda p, t, b: jnp.sum((p**2 - 1) ** 2) / 4 + t * jnp.sum(p), optax.sgd(0.1))
 
-    def loss(t):
-        return jaxhpo.solve(solver, solver.init(jnp.full(2, 0.05), t), t, num_steps=5, adjoint=Implicit()).params.sum()
+    def loss(t, adjoint, start=0.05):
+        return jaxhpo.solve(solver, solver.init(jnp.full(2, start), t), t, num_steps=5, adjoint=adjoint).params.sum()
 
-    assert grad(loss)(0.0) != 0
-    check = jaxhpo.check_hypergradient(loss, jnp.asarray(0.0))
+    failing, keeping = Implicit(CG()), Implicit(CG(), on_failure="keep")
+    starts = jnp.array([0.05, 0.9])  # where the Hessian 3p² − 1 is negative, and where it is positive
+    both = jax.vmap(jax.value_and_grad(lambda t, start: loss(t, Implicit(), start)), (None, 0))
+    value, hypergrad = jax.jit(both)(0.0, starts)
+    np.testing.assert_allclose(hypergrad, -2 / (3 * (value / 2) ** 2 - 1), rtol=1e-12)
+    assert jnp.isnan(grad(lambda t: loss(t, failing))(0.0))
+    with pytest.raises(jaxhpo.NonFiniteError, match=r"linear solve .* failed: it ended INDEFINITE.*General\(\)"):
+        jaxhpo.check_hypergradient(lambda t: loss(t, failing), jnp.asarray(0.0))
+    check = jaxhpo.check_hypergradient(lambda t: loss(t, keeping), jnp.asarray(0.0))
+    assert check.analytic[0] != 0  # the iterate reached
     assert check.linear_statuses == (jaxhpo.LinearStatus.INDEFINITE,) and "INDEFINITE" in str(check)
+
+
+def test_implicit_around_a_solver_that_is_not_jax():
+    """Newton's method of SciPy, which converts its arguments to Python numbers: under jit, grad, vmap and twice."""
+    scale = np.arange(1.0, 4.0)
+
+    def fit(args):
+        target, rate = float(args["target"]), args["rate"]
+        assert isinstance(rate, np.ndarray)
+        return {"w": scipy.optimize.newton(lambda w: scale * w + rate * w**3 - target, np.ones(3))}
+
+    def outer(target, rate=0.5):
+        condition = lambda p, a: {"w": scale * p["w"] + a["rate"] * p["w"] ** 3 - a["target"]}  # noqa: E731
+        args = {"target": target, "rate": jnp.full(3, rate)}
+        return jnp.sum(jaxhpo.implicit(condition, fit, args, like={"w": jnp.zeros(3)})["w"])
+
+    targets = jnp.array([0.5, 2.0])
+    value, slope = jax.jit(jax.vmap(jax.value_and_grad(outer)))(targets)
+    w = np.stack([fit({"target": t, "rate": np.full(3, 0.5)})["w"] for t in targets])
+    curvature = scale + 1.5 * w**2
+    np.testing.assert_allclose(value, w.sum(1), rtol=1e-12)
+    np.testing.assert_allclose(slope, (1 / curvature).sum(1), rtol=1e-9)  # Newton's tolerance is 1.5e-8, squared
+    with pytest.raises(
+        Exception, match=r"returned float64\[2\], but `like` is float64\[3\]: give `like` its structure"
+    ):
+        jaxhpo.implicit(lambda w, a: w - a, lambda a: np.zeros(2), 1.0, like=jnp.zeros(3)).block_until_ready()
+    second = jax.jit(jax.grad(jax.grad(outer)))(2.0)
+    np.testing.assert_allclose(second, (-3 * w[1] / curvature[1] ** 3).sum(), rtol=1e-9)
+
+
+ROOTS = {
+    "negative slope": lambda w, a: 1 - a * w,  # of JAXopt's issues: dw/da = −1/a²
+    "fixed point": lambda w, a: jnp.cos(a * w[::-1]) / 2 - w,
+    "maximum": lambda w, a: -4 * w**3 + a,
+    "saddle point": lambda w, a: w[::-1] - a,
+    "KKT conditions": lambda w, a: jnp.stack([w[0] + w[1] - a, w[0] - a**2]),  # of min x²/2 with x = a²
+    "not symmetric": lambda w, a: jnp.array([[1.0, -3.0], [3.0, 1.0]]) @ w - a,
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if i else []) for i, n in enumerate(ROOTS)])
+def test_implicit_derivative_of_any_root(name):
+    """By default right, in both modes; under CG right or NaN. Newton's steps find and check the root."""
+
+    def newton(a):
+        w = jnp.array([0.7, 0.8])
+        for _ in range(30):
+            w = w - jnp.linalg.solve(jax.jacfwd(ROOTS[name])(w, a), ROOTS[name](w, a))
+        return w
+
+    a = jnp.asarray(0.6)
+    root, want = jax.jit(newton)(a), jax.jit(jax.jacfwd(newton))(a)
+    for mode, linear_solver in ((jax.jacrev, None), (jax.jacfwd, None), (jax.jacrev, CG())):
+        got = jax.jit(mode(lambda a, s=linear_solver: jaxhpo.implicit(ROOTS[name], root, a, s)))(a)
+        assert relative_error(got, want) < 1e-9 or (linear_solver is not None and jnp.isnan(got).all()), linear_solver
 
 
 def test_cg_reports():

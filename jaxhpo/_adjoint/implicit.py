@@ -7,8 +7,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxhpo._adjoint.implicit_function import Root, attach
+from jaxhpo._adjoint.implicit_function import Root, attach, declared
 from jaxhpo._adjoint.pullback import closed_over_names, not_entering
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.stop_gradient import stop_gradient_with_warning
@@ -21,6 +22,7 @@ from jaxhpo._inner.loop import run
 from jaxhpo._inner.problem import Adjoint, Problem
 from jaxhpo._linear.cg import CG
 from jaxhpo._linear.curvature import GaussNewton
+from jaxhpo._linear.general import General
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +42,13 @@ class Implicit:
 
     Args:
       linear_solver: `CG()`, `Neumann(num_terms, step_size)`, `Identity(scale)`, `Direct()`, any other `LinearSolver`,
-        or any function `(matvec, b, x0=None) -> (x, LinearInfo)`.
+        or any function `(matvec, b, x0=None) -> (x, LinearInfo)`. By default `CG()`, and where that fails because the
+        matrix is not positive definite, `General()` in the same program.
       curvature: `"hessian"`, the Jacobian of the condition itself, or a positive semi-definite matrix in its place:
         `gauss_newton(...)`, `outer_product(...)`.
+      on_failure: where the linear solve failed (`LinearInfo.failed`: an indefinite matrix under `CG`, one that is not
+        finite, an answer that its own residual contradicts), "nan" makes the hypergradient NaN, and "keep" keeps what
+        the solver returned. An answer that was stopped early, as by `maxiter`, has not failed.
 
     Raises:
       JaxhpoError: not a linear solver, or one that does not suit the condition.
@@ -57,11 +63,13 @@ class Implicit:
       arXiv:1911.02590
     """
 
-    linear_solver: LinearSolver | Callable = CG()
+    linear_solver: LinearSolver | Callable = CG(fallback=General())
     curvature: str | GaussNewton = "hessian"
+    on_failure: str = "nan"
 
     def __post_init__(self):
         check_linear_solver(self.linear_solver)
+        check_on_failure("Implicit", self.on_failure)
         if self.curvature != "hessian" and not isinstance(self.curvature, GaussNewton):
             raise JaxhpoError(
                 f"`Implicit(curvature=...)` got {describe(self.curvature)}, which is not a curvature: write 'hessian', "
@@ -109,7 +117,7 @@ class Implicit:
             leaves, closed_over = [*leaves, *jax.lax.stop_gradient(consts)], [*closed_over, *consts]
         remedy = not_entering(f"the condition of `{problem.solver.name}`", repr(method))
         every_name = (*leaf_names, *closed_over_names(closed_over))
-        return Root(condition, self.linear_solver, product, every_name, remedy), leaves
+        return Root(condition, self.linear_solver, product, every_name, remedy, self.on_failure), leaves
 
     def _as_constants(self, problem):
         """The problem with all inputs constant, and a warning for each input whose derivative is lost entirely."""
@@ -191,7 +199,14 @@ def warn_of_untrusted_rule(rule: Any, problem: Problem) -> None:
         )
 
 
-def implicit(condition: Callable, params: PyTree, args: Any, linear_solver: LinearSolver | None = None) -> PyTree:
+def implicit(
+    condition: Callable,
+    params: PyTree,
+    args: Any,
+    linear_solver: LinearSolver | Callable | None = None,
+    on_failure: str = "nan",
+    like: PyTree = None,
+) -> PyTree:
     r"""Attaches an implicit derivative to a solution found by any solver.
 
     Returns `params` unchanged, but with
@@ -204,10 +219,16 @@ def implicit(condition: Callable, params: PyTree, args: Any, linear_solver: Line
 
     Args:
       condition: `(params, args) -> pytree like params`, zero at `params`; for a minimum, the gradient of the objective.
-      params: the solution, a pytree of floating-point arrays. No derivative flows into how it was found.
+      params: the solution, a pytree of floating-point arrays; or a plain Python function `args -> solution`, which is
+        called with NumPy arrays when the program runs, also under `jit`, and one member at a time under `vmap`. No
+        derivative flows into how the solution is found.
       args: any pytree that the condition depends on; integer, boolean and key leaves are allowed.
-      linear_solver: solves with the condition's Jacobian in `params`; `CG()` when None, which needs that Jacobian to be
-        symmetric positive definite, as a Hessian at a minimum is. Otherwise take `Direct()`, or `Neumann`.
+      linear_solver: solves with the condition's Jacobian in `params`; `General()` when None, which is right for any
+        invertible one: roots of either sign, saddle points, maxima. `CG()` is cheaper for many parameters, where the
+        Jacobian is symmetric positive definite, as a Hessian at a minimum is.
+      on_failure: "nan" for a derivative of NaN where the linear solve failed, "keep" for what it returned; see
+        `Implicit`.
+      like: arrays of the solution's shapes and dtypes, where `params` is a function.
 
     Returns:
       `params`, differentiable.
@@ -224,18 +245,30 @@ def implicit(condition: Callable, params: PyTree, args: Any, linear_solver: Line
       ...     return jaxhpo.implicit(condition, w, log_penalty)
       >>> print(jax.grad(lambda h: jnp.sum(ridge(h)))(0.0).round(3))
       -0.412
+      >>> import scipy.optimize
+      >>> def fit(log_penalty):  # by SciPy, which JAX cannot trace
+      ...     return scipy.optimize.root(lambda w: np.asarray(condition(w, log_penalty)), np.zeros(2)).x
+      >>> def by_scipy(log_penalty):
+      ...     return jaxhpo.implicit(condition, fit, log_penalty, like=jnp.zeros(2))
+      >>> print(jax.jit(jax.grad(lambda h: jnp.sum(by_scipy(h))))(0.0).round(3))
+      -0.412
 
     References:
       Blondel et al. Efficient and Modular Implicit Differentiation. 2022. arXiv:2105.15183
     """
-    solver = CG() if linear_solver is None else check_linear_solver(linear_solver)
+    solver = General() if linear_solver is None else check_linear_solver(linear_solver)
+    check_on_failure("implicit", on_failure)
     if declared(solver).needs_key:
         instead = "`functools.partial(solver, key=key)`"
         raise JaxhpoError(f"{solver!r} draws random numbers, and `implicit` has no key to give it: pass {instead}.")
     check_callable("condition", condition, "condition(params, args)", 2)
-    params = check_params(params, "params")
+    found_outside = callable(params) or like is not None
+    if not found_outside:
+        params = check_params(params, "params")
     check_finite(check_arrays(args, "args"), "args", allow_infinite=True)
     args = jax.tree.map(jnp.asarray, args)
+    if found_outside:
+        params = _found_outside(params, args, like)
     pure, consts = closure_convert(lambda p, a: check_residual(condition(p, a), p), upcast(params), upcast(args))
     leaves, structure = jax.tree.flatten(args)
 
@@ -245,8 +278,31 @@ def implicit(condition: Callable, params: PyTree, args: Any, linear_solver: Line
 
     remedy = "does not enter the condition: its derivative is zero. Put it into the condition, or hold it constant."
     closed_over = [f"a {describe(c)} that the condition closes over" for c in consts]
-    root = Root(residual, solver, None, (*closed_over, *names(args, "args")), remedy)
+    root = Root(residual, solver, None, (*closed_over, *names(args, "args")), remedy, on_failure)
     return attach(root, jax.lax.stop_gradient(params), [*consts, *leaves], None)
+
+
+def _found_outside(solver: Any, args: Any, like: PyTree) -> PyTree:
+    """The solution that a plain Python function finds when the program runs."""
+    check_callable("params", solver, "params(args)", 1)
+    if like is None:
+        raise JaxhpoError(
+            f"`params` got the function {describe(solver)}, whose result has shapes that are not known before it runs: "
+            "pass `like=`, arrays of these shapes and dtypes (`like=jnp.zeros(10)`), or pass the solution itself."
+        )
+    shapes = jax.eval_shape(lambda: check_params(like, "like"))
+
+    def call(args):
+        out = solver(jax.tree.map(lambda x: np.asarray(x) if isinstance(x, jax.Array) else x, args))
+        found = jax.tree.map(np.asarray, out)
+        if jax.tree.map(np.shape, found) != jax.tree.map(lambda x: x.shape, shapes):
+            raise JaxhpoError(
+                f"`params`, a function, returned {describe(found)}, but `like` is {describe(like)}: give `like` its "
+                "structure and shapes."
+            )
+        return jax.tree.map(lambda x, s: x.astype(s.dtype), found, shapes)
+
+    return jax.pure_callback(call, shapes, jax.lax.stop_gradient(args), vmap_method="sequential")
 
 
 def check_linear_solver(linear_solver: Any) -> Any:
@@ -268,6 +324,10 @@ def check_linear_solver(linear_solver: Any) -> Any:
     return linear_solver
 
 
-def declared(linear_solver: Any) -> Any:
-    """The object on which to read `needs_key` and `needs_symmetry`: the protocol's defaults for a plain function."""
-    return linear_solver if isinstance(linear_solver, LinearSolver) else LinearSolver
+def check_on_failure(who: str, on_failure: Any) -> None:
+    """Raises unless this says what a derivative is where the linear solve failed."""
+    if on_failure not in ("nan", "keep"):
+        raise JaxhpoError(
+            f"`{who}(on_failure=...)` got {describe(on_failure)}: write 'nan' for a derivative of NaN where the linear "
+            "solve failed, or 'keep' for what the solver returned."
+        )

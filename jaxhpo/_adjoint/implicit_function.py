@@ -24,6 +24,7 @@ from jaxhpo._core.trace import differentiable_inputs, primitives, trust
 from jaxhpo._core.tree import cast_like, is_inexact, partition, scaled, upcast, zeros_like
 from jaxhpo._core.types import LinearInfo, LinearSolver, PyTree
 from jaxhpo._core.validate import check_residual, describe
+from jaxhpo._linear.system import run_solver, solve_equation
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,6 +37,7 @@ class Root:
       curvature: `(params, leaves, v) -> product of v with an approximation of that Jacobian`, or None.
       names: the name of every leaf, for warnings.
       remedy: the end of the warning about a leaf that does not enter the condition.
+      on_failure: "nan" for a derivative of NaN where the linear solve failed, "keep" for what it returned.
     """
 
     condition: Callable[[PyTree, list], PyTree]
@@ -43,6 +45,7 @@ class Root:
     curvature: Callable[[PyTree, list, PyTree], PyTree] | None
     names: tuple[str, ...]
     remedy: str
+    on_failure: str
 
 
 @trust
@@ -71,8 +74,11 @@ def _attach_jvp(root, primals, tangents):
     # perturbed leaf may reach only some of them, so a zero that depends on all tangents is added.
     zero = sum(jnp.sum(d) * 0 for d in dots)
     rhs = jax.tree.map(lambda r: r + jnp.asarray(zero).astype(r.dtype), rhs)
-    solve = root.linear_solver if key is None else functools.partial(root.linear_solver, key=key)
-    params_dot, _ = _solved(solve, matvec, scaled(-1.0, rhs))  # θ̇ = H⁻¹ (−∂g/∂a ȧ)
+    linear_solver = root.linear_solver if key is None else functools.partial(root.linear_solver, key=key)
+    symmetric = declared(root.linear_solver).needs_symmetry
+    # θ̇ = H⁻¹ (−∂g/∂a ȧ)
+    equation = functools.partial(solve_equation, symmetric=symmetric, on_failure=root.on_failure)
+    params_dot, _ = _solved(equation, linear_solver, matvec, scaled(-1.0, rhs), None)
     return params, cast_like(params_dot, params)
 
 
@@ -102,11 +108,9 @@ def pull_back(
     values, linearised = _linearised(root, point, leaves, perturbed)
     _, pull, matvec = jax.vjp(linearised, values, has_aux=True)
     _check_products(matvec, point)
-    solve: Any = root.linear_solver
-    if x0 is not None and _takes_start(solve):
-        solve = functools.partial(solve, x0=x0)
-    q, info = _solved(solve, matvec if symmetric else _transposed(matvec, point), rhs)  # Hᵀ q = v
-    q = cast_like(q, rhs)
+    product = matvec if symmetric else _transposed(matvec, point)
+    run = functools.partial(run_solver, on_failure=root.on_failure)
+    q, info = _solved(run, root.linear_solver, product, rhs, x0)  # Hᵀ q = v
     return scaled(-1.0, pull(q)[0]), q, info  # −(∂g/∂a)ᵀ q
 
 
@@ -154,20 +158,35 @@ def _takes_start(linear_solver) -> bool:
         return False
 
 
-def _solved(linear_solver: Any, matvec: Callable, rhs: PyTree) -> tuple[PyTree, LinearInfo | None]:
-    """The solution and report of a linear solve; raises unless the solver returned both.
+def _solved(equation: Callable, linear_solver: Any, matvec: Callable, b: PyTree, x0: PyTree) -> tuple[PyTree, Any]:
+    """`equation(matvec, b, x0, solve)` on mesh axes that are `Auto`, where `solve` is the linear solver.
 
     Arrays that the solver needs beside the matrix and b are keywords of a `functools.partial`.
     """
-    solve = functools.partial(linear_solver)
-    arrays = {k: x for k, x in solve.keywords.items() if all(isinstance(v, jax.Array) for v in jax.tree.leaves(x))}
+    given = functools.partial(linear_solver).keywords.items()
+    arrays = {k: x for k, x in given if all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(x))}
 
-    def checked(matvec, b, arrays):
-        out = solve(matvec, b, **arrays)
+    def solved(matvec, b, arguments):
+        x0, arrays = arguments
+        return equation(matvec, b, x0, _checked(functools.partial(linear_solver, **arrays)))
+
+    return on_auto_axes(solved, matvec, b, (x0, arrays))
+
+
+def declared(linear_solver: Any) -> Any:
+    """The object on which to read `needs_key` and `needs_symmetry`: the protocol's defaults for a plain function."""
+    return linear_solver if isinstance(linear_solver, LinearSolver) else LinearSolver
+
+
+def _checked(linear_solver: Any) -> Callable:
+    """The linear solver as `(matvec, b, x0) -> (x, report)`; raises unless it returns both."""
+
+    def solve(matvec, b, x0):
+        start = {} if x0 is None or not _takes_start(linear_solver) else {"x0": x0}
+        out: Any = linear_solver(matvec, b, **start)
         if not (isinstance(out, tuple) and len(out) == 2):
-            raise JaxhpoError(
-                f"`linear_solver` returned {describe(out)}: write `return x, info`, a `LinearInfo` or None."
-            )
-        return check_residual(out[0], rhs, "linear_solver", "b"), out[1]
+            text = f"`linear_solver` returned {describe(out)}: write `return x, info`, a `LinearInfo` or None."
+            raise JaxhpoError(text)
+        return cast_like(check_residual(out[0], b, "linear_solver", "b"), b), out[1]
 
-    return on_auto_axes(checked, matvec, rhs, arrays)
+    return solve

@@ -134,12 +134,14 @@ class Recording(NamedTuple):
       solves: the solves that are traced.
       steps: what is not finite in inner steps.
       schedule: `(checkpoint, memory_limit)` that every unrolled solve takes, whatever it asked for.
+      prints: whether linear solves are printed as they run.
     """
 
     linear_solves: list[LinearSolve] | None = None
     solves: SolveLog | None = None
     steps: StepLog | None = None
     schedule: tuple[int | str | None, float | None] | None = None
+    prints: bool = False
 
 
 _active: contextvars.ContextVar[Recording] = contextvars.ContextVar("jaxhpo_recording", default=Recording())  # noqa: B039
@@ -173,13 +175,41 @@ def traced_anew() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def debug_solves() -> Iterator[None]:
+    """Prints the linear solves of implicit rules as they run: status, relative residual, products.
+
+    For a hypergradient that is NaN, or not trusted: under `jax.grad` the report of a linear solve reaches nobody
+    otherwise. A pair has it in `info.linear`, and so has the history of `tune` with that pair; `check_hypergradient`
+    has it in `linear_statuses`, and any history of `tune(record="linear_solves")`.
+
+    **Cost and bias**: one call back to the host a solve; what was jitted before is traced anew inside the block.
+
+    Example:
+      >>> solver = jaxhpo.from_optax(lambda p, h, batch: jnp.sum((p - h) ** 2), optax.sgd(0.1))
+      >>> def outer_loss(h):
+      ...     sol = jaxhpo.solve(solver, solver.init(jnp.zeros(2), h), h, num_steps=50, adjoint=jaxhpo.Implicit())
+      ...     return jnp.sum(sol.params**2)
+      >>> with jaxhpo.debug_solves():
+      ...     hypergrad = jax.grad(outer_loss)(jnp.ones(2))
+      linear solve: CONVERGED at a relative residual of 0.0e+00 after 1 products
+    """
+    with recording(prints=True):
+        yield
+
+
 def report_linear_solve(info: LinearInfo) -> None:
     """Reports a linear solve, when it runs."""
-    solves = active().linear_solves
-    if solves is not None:
+    solves, prints = active().linear_solves, active().prints
+    if solves is not None or prints:
 
         def append(status, residual, num_iterations):
-            solves.append(LinearSolve(LinearStatus(int(status)), float(residual), int(num_iterations)))
+            solve = LinearSolve(LinearStatus(int(status)), float(residual), int(num_iterations))
+            if solves is not None:
+                solves.append(solve)
+            if prints:
+                name, residual, count = solve.status.name, solve.residual, solve.num_iterations
+                print(f"linear solve: {name} at a relative residual of {residual:.1e} after {count} products")
 
         jax.debug.callback(append, info.status, info.residual, info.num_iterations)
 

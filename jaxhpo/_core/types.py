@@ -199,7 +199,8 @@ class LinearStatus(enum.IntEnum):
       INDEFINITE: the method needs a positive definite matrix and found a direction of negative curvature.
       NOT_FINITE: products, right-hand side or answer are not finite; the answer is NaN, never zero.
       STALLED: the residual is above the tolerance and no longer falls: rounding, a breakdown, a singular matrix, or a
-        series that does not converge. The answer is the best iterate.
+        series that does not converge. Where no tolerance was given also: the residual is small, but the matrix so
+        ill-conditioned that the answer may be wrong by more than 1 %. The answer is the best iterate.
     """
 
     CONVERGED = 0
@@ -216,11 +217,16 @@ class LinearInfo(NamedTuple):
       residual: ‖b − A x‖ / ‖b‖ (0 where b = 0), measured at the answer.
       num_iterations: products with A, without those that only measure a residual.
       status: a `LinearStatus` value, int32.
+      failed: whether the answer is no solution, not even a rough one: indefinite, not finite, no better than x = 0, or
+        of a dense solver whose residual is above √ε. `Implicit` then gives NaN. An answer that was stopped early has
+        not failed. None, in a solver of your own, leaves it to the others: INDEFINITE, NOT_FINITE, or CONVERGED at a
+        residual of 1 or more.
     """
 
     residual: jax.Array
     num_iterations: jax.Array
     status: jax.Array
+    failed: Any = None
 
 
 @runtime_checkable
@@ -228,10 +234,11 @@ class LinearSolver(Protocol):
     """Solver of a linear system A x = b, where A is given by its products.
 
     Any function `(matvec, b, x0=None) -> (x, LinearInfo)` is one. A class that inherits from `LinearSolver` can also
-    declare its needs. `Implicit` calls it once for every derivative, while tracing, with A the Jacobian of the
-    condition in the parameters (for `from_optax` the Hessian of the train loss) and b a pytree like the parameters, in
-    float32 or float64. Reverse mode transposes the solver, so x must be linear in b as far as JAX can see: dense
-    algebra, a scan of fixed length, or `jax.lax.custom_linear_solve` around an iteration that ends by a tolerance.
+    declare its needs. `Implicit` calls it while tracing, with A the Jacobian of the condition in the parameters (for
+    `from_optax` the Hessian of the train loss) and b a pytree like the parameters, in float32 or float64. It is never
+    differentiated: derivatives, reverse mode and second ones too, are those of the equation A x = b, each by one more
+    call, with Aᵀ for A where reverse mode transposes it. So any algorithm will do, also an iteration that ends by a
+    tolerance.
 
     Attributes:
       needs_key: whether the solver is called with `key=`, the key given to `solve`.
@@ -243,7 +250,7 @@ class LinearSolver(Protocol):
       ...     def __call__(self, matvec, b, x0=None):
       ...         matrix = jax.vmap(matvec, out_axes=1)(jnp.eye(b.size, dtype=b.dtype))
       ...         x = jnp.linalg.solve(matrix, b)
-      ...         residual = jnp.linalg.norm(b - matrix @ x) / jnp.linalg.norm(b)
+      ...         residual = jnp.linalg.norm(b - matvec(x)) / jnp.linalg.norm(b)
       ...         status = jnp.asarray(jaxhpo.LinearStatus.CONVERGED, jnp.int32)
       ...         return x, jaxhpo.LinearInfo(residual, jnp.asarray(b.size, jnp.int32), status)
       >>> solver = jaxhpo.from_optax(lambda p, h, batch: jnp.sum(jnp.array([1.0, 2.0]) * (p - h) ** 2), optax.sgd(0.2))

@@ -32,7 +32,7 @@ class HypergradientCheck:
       analytic: directional derivatives by the rule, shape (directions,).
       numeric: the same by central differences.
       coordinates: the name of each direction where they are coordinates, else None (random directions).
-      linear_statuses: how the iterative linear solves of the hypergradient ended, as `LinearStatus`.
+      linear_statuses: how the linear solves of the hypergradient ended, as `LinearStatus`.
     """
 
     relative_error: float

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.flatten_util import ravel_pytree
 
 from jaxhpo._adjoint.implicit import Implicit, check_symmetric, warn_of_untrusted_rule
 from jaxhpo._core.errors import JaxhpoError
@@ -22,7 +21,7 @@ from jaxhpo._inner.loop import run
 from jaxhpo._inner.problem import make_problem
 from jaxhpo._linear.iteration import conjugate_gradients
 from jaxhpo._linear.report import default_tolerance
-from jaxhpo._linear.system import damped, solve_scaled
+from jaxhpo._linear.system import damped, solve_system
 
 _SCHEDULES = ("quadratic", "cubic", "exponential", "exact")
 
@@ -123,7 +122,7 @@ class HOAG(StatefulMethod):
             tolerance = _tolerance(self.tolerance, self.initial_tolerance, self.decay, state.count, scale.dtype)
             ended = run(problem._replace(tol=tolerance * scale))  # until ‖g‖ ≤ ε_k ‖g_0‖
             # until ‖∂_θ F − H q‖ ≤ ε_k ‖∂_θ F‖
-            rule = Implicit(functools.partial(self._conjugate_gradients, tolerance=tolerance))
+            rule = Implicit(functools.partial(self._conjugate_gradients, tolerance=tolerance), on_failure="keep")
             grad, q, info = implicit_product(rule, self, problem, ended, outer_loss, outer_batch, state.linear_solution)
             inner, q = (ended[0], q) if warm_start else (state.inner, None)
             return grad, HOAGState(inner, q, state.count + 1, scale), info._replace(tolerance=tolerance)
@@ -136,10 +135,7 @@ class HOAG(StatefulMethod):
         def solve(operator, b, x0):
             return conjugate_gradients(operator, b, x0, self.maxiter, tolerance)
 
-        b, unravel = ravel_pytree(b)
-        operator = damped(lambda v: ravel_pytree(matvec(unravel(v)))[0], self.damping)
-        x, info = solve_scaled(solve, operator, b, None if x0 is None else ravel_pytree(x0)[0])
-        return unravel(x), info
+        return solve_system(damped(matvec, self.damping), b, x0, solve, symmetric=True)
 
 
 def _scale(problem, state):

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxhpo._adjoint.implicit import Implicit, declared
+from jaxhpo._adjoint.implicit import Implicit
+from jaxhpo._adjoint.implicit_function import declared
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.mesh import varying_axes
 from jaxhpo._core.tree import upcast, zeros_like

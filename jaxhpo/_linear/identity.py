@@ -4,7 +4,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from jaxhpo._core.tree import scaled
+from jaxhpo._core.tree import all_finite, scaled
 from jaxhpo._core.types import LinearSolver
 from jaxhpo._core.validate import check_settings
 from jaxhpo._linear.report import report, residual_of, series_status
@@ -45,4 +45,4 @@ class Identity(LinearSolver):
         """Return `(scale * b, LinearInfo)`; `x0` is not used."""
         x = scaled(self.scale, b)
         residual = residual_of(matvec, x, b)
-        return x, report(residual, 0, series_status(jnp.ones_like(residual), residual))
+        return x, report(residual, 0, series_status(jnp.ones_like(residual), residual), failed=~all_finite(x))

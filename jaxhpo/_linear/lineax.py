@@ -1,14 +1,16 @@
 """Adapter for solvers of the lineax library."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxhpo._core.errors import JaxhpoError
+from jaxhpo._core.tree import norm
 from jaxhpo._core.types import LinearSolver, LinearStatus
-from jaxhpo._linear.report import default_tolerance, epsilon, report, residual_of
+from jaxhpo._linear.report import default_tolerance, epsilon, is_accurate, report, residual_of
 from jaxhpo._linear.system import solve_system
 
 
@@ -62,16 +64,24 @@ class from_lineax(LinearSolver):  # noqa: N801  (reads, and prints, as the funct
         def solve(operator, b, x0):
             wrapped = lineax.FunctionLinearOperator(operator, jax.eval_shape(lambda: b), tags)
             options = {} if x0 is None else {"y0": x0}
-            solution = lineax.linear_solve(wrapped, b, self.solver, options=options, throw=False)
+            state = self.solver.init(wrapped, options)
+            run = functools.partial(lineax.linear_solve, wrapped, solver=self.solver, state=state, throw=False)
+            solution = run(b, options=options)
             x, result = solution.value, solution.result
             exhausted = result == lineax.RESULTS.max_steps_reached
             ended = jnp.where(exhausted, LinearStatus.MAX_ITERATIONS, LinearStatus.STALLED)
             # A success of an iteration is one by its own tolerances, if the residual is below that of x = 0. A
-            # factorisation, which counts no steps, always reports success.
-            half = epsilon(b.dtype) ** 0.5
-            accepted = 1 - half if "num_steps" in solution.stats else half
+            # factorisation, which counts no steps, always reports success: the errors of b and of a second right-hand
+            # side without structure, by the residual and by the growth from A to A⁻¹, tell if it was one.
+            half, residual = epsilon(b.dtype) ** 0.5, residual_of(operator, x, b)
+            accepted, refused = 1 - half, 1 - half
+            if "num_steps" not in solution.stats:
+                u = jnp.cos(jnp.arange(b.size, dtype=b.dtype))
+                size, inverse = norm(operator(u)) / norm(u), norm(run(u).value) / norm(u)
+                accepted, refused = jnp.where(is_accurate(residual * norm(b), x, size, inverse), half, -1), half
             limit = jnp.where(result == lineax.RESULTS.successful, accepted, 2 * default_tolerance(b.dtype))
-            info = report(residual_of(operator, x, b), solution.stats.get("num_steps", b.size), ended, limit)
+            steps = solution.stats.get("num_steps", b.size)
+            info = report(residual, steps, ended, limit, failed=~exhausted & ~(residual <= refused))
             # lineax's `CG` reports success on NaN products, at the zeros it started from.
             return jnp.where(info.status == LinearStatus.NOT_FINITE, jnp.nan, x), info
 

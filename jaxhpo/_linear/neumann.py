@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 
-from jaxhpo._core.tree import add_scaled, scaled
+from jaxhpo._core.tree import add_scaled, all_finite, scaled
 from jaxhpo._core.types import LinearSolver
 from jaxhpo._core.validate import check_settings
 from jaxhpo._linear.report import relative_norm, report, residual_of, series_status
@@ -60,4 +60,5 @@ class Neumann(LinearSolver):
         (last, total), _ = jax.lax.scan(add_term, (b, b), length=self.num_terms - 1)
         x = scaled(self.step_size, total)
         residual = residual_of(matvec, x, b)  # b − A x = t_K: the sum telescopes
-        return x, report(residual, self.num_terms - 1, series_status(relative_norm(last, b), residual))
+        ended = series_status(relative_norm(last, b), residual)
+        return x, report(residual, self.num_terms - 1, ended, failed=~all_finite(x))

@@ -44,6 +44,22 @@ def residual_of(matvec, x, b) -> jax.Array:
     return relative_norm(add_scaled(b, -1.0, matvec(x)), b)
 
 
+def is_accurate(residual, x, size, inverse) -> jax.Array:
+    """Return whether the relative error of x is below 1 %, as far as can be told.
+
+    The error is A⁻¹ r, and r itself is known up to the rounding of A x only: ‖e‖ ≤ ‖A⁻¹‖ (‖r‖ + ε ‖A‖ ‖x‖). As the
+    norms are bounds from below, this estimate must be below half of that.
+
+    Args:
+      residual: ‖r‖ = ‖b − A x‖.
+      x: the answer.
+      size: a lower bound of ‖A‖.
+      inverse: a lower bound of ‖A⁻¹‖; 0 where nothing is known of it.
+    """
+    length = norm(x)
+    return inverse * (residual + epsilon(x.dtype) * size * length) <= 0.005 * length
+
+
 def first_of(*cases, otherwise) -> jax.Array:
     """Return the status of the first `(condition, status)` whose condition holds, as int32."""
     status = otherwise
@@ -52,7 +68,7 @@ def first_of(*cases, otherwise) -> jax.Array:
     return status.astype(jnp.int32)
 
 
-def report(residual, num_iterations, ended, threshold=None) -> LinearInfo:
+def report(residual, num_iterations, ended, threshold=None, *, failed) -> LinearInfo:
     """Return the diagnostics of a solve.
 
     Args:
@@ -60,10 +76,22 @@ def report(residual, num_iterations, ended, threshold=None) -> LinearInfo:
       num_iterations: products taken to get `x`.
       ended: the status where the residual is finite and above the threshold.
       threshold: residual up to which the status is CONVERGED; twice `default_tolerance` when None.
+      failed: whether the answer is no solution.
     """
     limit = 2 * default_tolerance(residual.dtype) if threshold is None else threshold
     cases = (~jnp.isfinite(residual), LinearStatus.NOT_FINITE), (residual <= limit, LinearStatus.CONVERGED)
-    return LinearInfo(residual, jnp.asarray(num_iterations, jnp.int32), first_of(*cases, otherwise=ended))
+    status = first_of(*cases, otherwise=ended)
+    return LinearInfo(residual, jnp.asarray(num_iterations, jnp.int32), status, failed)
+
+
+def completed(info: LinearInfo) -> LinearInfo:
+    """Return the diagnostics as arrays, with `failed` where a user's solver left it out."""
+    residual, num_iterations, status, failed = info
+    if failed is None:
+        failed = (status == LinearStatus.INDEFINITE) | (status == LinearStatus.NOT_FINITE)
+        failed |= (status == LinearStatus.CONVERGED) & ~(residual < 1)
+    num_iterations, status = (jnp.asarray(n, jnp.int32) for n in (num_iterations, status))
+    return LinearInfo(jnp.asarray(residual), num_iterations, status, jnp.asarray(failed, bool))
 
 
 def still_falls(before, after) -> jax.Array:

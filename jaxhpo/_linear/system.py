@@ -1,18 +1,29 @@
-"""Differentiable solution of A x = b, shared by the iterative solvers."""
+"""Differentiable solution of A x = b: the one place where a solve is transposed, reports, and fails."""
 
+import contextvars
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from jaxhpo._core.mesh import cast_varying, drop_varying, varying_axes
-from jaxhpo._core.record import report_linear_solve
+from jaxhpo._core.record import report_fault, report_linear_solve
 from jaxhpo._core.trace import closure_convert
-from jaxhpo._core.tree import add_scaled
-from jaxhpo._core.types import LinearInfo, PyTree
-from jaxhpo._linear.report import largest
+from jaxhpo._core.tree import add_scaled, all_finite
+from jaxhpo._core.types import LinearInfo, LinearStatus, PyTree
+from jaxhpo._linear.report import completed, largest
+
+_FAILED = (
+    "The linear solve of an implicit rule failed: it ended {} at a relative residual of {{residual:.1e}}. The Hessian, "
+    "or the Jacobian of the condition, may be indefinite (`CG` and `Nystrom` need a positive definite one), singular, "
+    "or not finite: train the inner problem further, or use `Implicit(General())`, or a solver with `damping`. "
+    "`on_failure='keep'` keeps what the solver returned."
+)
+
+_inside: contextvars.ContextVar[bool] = contextvars.ContextVar("jaxhpo_inside_a_linear_solve", default=False)
 
 
 def damped(matvec: Callable, damping: float) -> Callable:
@@ -35,7 +46,7 @@ def solve_scaled(solve: Callable, operator: Callable, b: jax.Array, x0: PyTree) 
 def solve_system(
     matvec: Callable, b: PyTree, x0: PyTree, solve: Callable, symmetric: bool = False
 ) -> tuple[PyTree, LinearInfo]:
-    """Solve A x = b by `solve`, and differentiate the equation instead of the iteration.
+    """Solve A x = b by an algorithm for vectors; what the linear solvers are made of.
 
     Args:
       matvec: products with A.
@@ -47,13 +58,37 @@ def solve_system(
     Returns:
       x and the diagnostics.
     """
-    # A `while_loop` has no transpose, and the iterate it stops at is not linear in b. `custom_linear_solve` replaces
-    # its derivative by that of the equation, with one more solve in either mode:
+    if not _inside.get():
+        return solve_equation(matvec, b, x0, functools.partial(solve_system, solve=solve), symmetric)
+    b, unravel = ravel_pytree(b)
+    x0 = None if x0 is None else ravel_pytree(x0)[0]
+    x, info = solve_scaled(solve, lambda v: ravel_pytree(matvec(unravel(v)))[0], b, x0)
+    return unravel(x), info
+
+
+def solve_equation(
+    matvec: Callable, b: PyTree, x0: PyTree, solve: Callable, symmetric: bool, on_failure: str = "keep"
+) -> tuple[PyTree, Any]:
+    """Solve A x = b by `solve(matvec, b, x0)`, and differentiate the equation instead of the solve.
+
+    Args:
+      matvec: products with A.
+      b: the right-hand side.
+      x0: where to start, or None.
+      solve: `(matvec, b, x0) -> (x, LinearInfo)`; the latter may be None.
+      symmetric: A is its own transpose.
+      on_failure: as in `run_solver`.
+
+    Returns:
+      x and the diagnostics.
+    """
+    # An iteration that ends by a tolerance has no transpose, and its answer is not linear in b. `custom_linear_solve`
+    # replaces its derivative by that of the equation, with one more solve in either mode:
     #     A ẋ = ḃ − Ȧ x   (tangent),        Aᵀ b̄ = x̄,  Ā = −b̄ xᵀ   (cotangent).
     # b is made one vector because the transpose of `custom_linear_solve` needs every leaf of b to be perturbed, but a
     # hyperparameter may reach some leaves only (a penalty on kernels and not on biases).
     b, unravel = ravel_pytree(b)
-    x0 = None if x0 is None else jax.lax.stop_gradient(ravel_pytree(x0)[0])
+    x0 = jax.lax.stop_gradient(x0)
     pure, consts = closure_convert(lambda v: ravel_pytree(matvec(unravel(v)))[0], b)
     # Under `shard_map`, `custom_linear_solve` needs one varying-axes type for all that it touches. A data-parallel A
     # reads varying data, but maps vectors that are equal on all devices to such vectors: cast them on the way in and
@@ -66,9 +101,8 @@ def solve_system(
         return cast_varying(pure(consts, drop_varying(v, axes - own)), axes)
 
     def run(x0, operator, b):
-        x, info = solve_scaled(solve, operator, b, x0)
-        report_linear_solve(info)
-        return x, info
+        x, info = run_solver(lambda v: unravel(operator(ravel_pytree(v)[0])), unravel(b), x0, solve, on_failure)
+        return ravel_pytree(x)[0], info
 
     start = cast_varying(x0, axes)
     forward, transposed = functools.partial(run, start), functools.partial(run, None)  # x0 is near A⁻¹b, not near A⁻ᵀx̄
@@ -76,3 +110,29 @@ def solve_system(
         operator, cast_varying(b, axes), forward, transposed, symmetric=symmetric, has_aux=True
     )
     return unravel(drop_varying(x, axes - own)), info
+
+
+def run_solver(
+    matvec: Callable, b: PyTree, x0: PyTree, solve: Callable, on_failure: str
+) -> tuple[PyTree, LinearInfo | None]:
+    """Call `solve(matvec, b, x0)`, not differentiable, and report; where it failed, x is NaN if `on_failure` is "nan".
+
+    This cannot be done to the result of a differentiable solve: x must be linear in b.
+    """
+    token = _inside.set(True)
+    try:
+        x, info = solve(matvec, b, x0)
+    finally:
+        _inside.reset(token)
+    if info is not None:
+        # Under `shard_map` a constant among the results of `custom_linear_solve`, as a number of products, would be an
+        # argument of another type than the others: it is made a result.
+        finite = all_finite(b)
+        info = jax.tree.map(lambda leaf: jnp.where(finite, leaf, leaf), completed(info))
+        report_linear_solve(info)
+        if on_failure == "nan":
+            for status in LinearStatus:
+                happened = info.failed & (info.status == status) & finite
+                report_fault(happened, _FAILED.format(status.name), residual=info.residual)
+            x = jax.tree.map(lambda leaf: jnp.where(info.failed, jnp.nan, leaf), x)
+    return x, info

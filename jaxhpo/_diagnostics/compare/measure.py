@@ -22,7 +22,7 @@ class Measured(NamedTuple):
       rule: the method.
       result: the program's result: of `measure`, the value and the (m,) hypergradient.
       log: the `SolveLog` of the inner solves that were traced.
-      linear_solves: the iterative linear solves that were run.
+      linear_solves: the linear solves that were run.
       program: the compiled program, without callbacks that report.
       args: its arguments.
       warnings: the warnings raised while tracing.
