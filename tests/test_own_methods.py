@@ -114,6 +114,7 @@ def test_a_function_is_a_linear_solver():
     np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.slow
 def test_a_linear_solver_need_not_be_linear():
     """Steepest descent until the residual is small; where its report says that it failed, the hypergradient is NaN."""
 
