@@ -12,10 +12,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxhpo._core.processes import whole
 from jaxhpo._core.tree import named_leaves
 from jaxhpo._core.types import PyTree
 from jaxhpo._tune.history import distinct, key_data
-from jaxhpo._tune.processes import whole
 from jaxhpo._tune.program import digest
 from jaxhpo._tune.run_dir import is_spread
 
