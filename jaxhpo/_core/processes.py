@@ -12,10 +12,27 @@ from jax.experimental import multihost_utils
 
 from jaxhpo._core.errors import JaxhpoError
 
+MOST_BYTES = 200  # of an exception's text, as it is told to other processes
 
-def on_any(yes: bool) -> bool:
-    """Returns whether the argument is True on any process: clocks differ, and a signal may reach one process only."""
-    return yes if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.asarray(yes)).any())
+
+def on_any(fn: Callable[[], bool]) -> bool:
+    """Returns whether `fn()` is True on any process, as clocks and signals differ; what one raises ends all of them."""
+    if jax.process_count() == 1:
+        return fn()
+    yes, text, own = False, b"", None
+    try:
+        yes = fn()
+    except (Exception, KeyboardInterrupt) as error:
+        own, text = error, f"{type(error).__name__}: {error}".encode()[:MOST_BYTES]
+    told = np.frombuffer(bytes([yes]) + text.ljust(MOST_BYTES, b"\0"), np.uint8)
+    every = multihost_utils.process_allgather(told)
+    if own is not None:
+        raise own
+    for index, (_, *others) in enumerate(every.tolist()):
+        if any(others):
+            text = bytes(others).rstrip(b"\0").decode(errors="replace")
+            raise JaxhpoError(f"The run ends on all processes, as process {index} raised {text}")
+    return bool(every[:, 0].any())
 
 
 def check_same(arguments: dict[str, Any]) -> None:

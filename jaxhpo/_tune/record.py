@@ -322,7 +322,9 @@ def _summed_up(solves) -> dict[str, np.ndarray]:
 def _is_due(every, steps, seconds) -> bool:
     if not steps:
         return False
-    return on_any(seconds >= every.total_seconds()) if isinstance(every, datetime.timedelta) else steps >= every
+    if isinstance(every, datetime.timedelta):
+        return on_any(lambda: seconds >= every.total_seconds())
+    return steps >= every
 
 
 def _placed(state, like):

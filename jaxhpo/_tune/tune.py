@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import os
 import signal
 import threading
@@ -250,6 +251,7 @@ def tune(
     check_settings(num_steps, population, patience, min_delta, save_every, max_seconds, max_inner_steps, progress)
     check_policies(remedies, outer_loss, gradient, on_not_finite, monitor)
     check_choice("resume", resume, "warn", "continue")
+    compiled = Compiled(Step(outer_loss, optimizer, transforms, projections, remedies, gradient), population)
     check_same(
         {
             "hparams": hparams,
@@ -271,7 +273,6 @@ def tune(
             "run_dir": run_dir is None,
         }
     )
-    compiled = Compiled(Step(outer_loss, optimizer, transforms, projections, remedies, gradient), population)
     state = compiled.init(hparams, carry, key)
     given: Any = (num_steps, patience, min_delta, max_seconds, max_inner_steps)
     limits = _Limits(*(x.item() if isinstance(x, np.generic) else x for x in given))  # the run folder holds JSON
@@ -285,7 +286,9 @@ def tune(
     }
     with contextlib.ExitStack() as stack:
         folder = None if run_dir is None else stack.enter_context(open_run_dir(run_dir))
-        preempted = stack.enter_context(noting_sigterm(folder is not None))
+        preempted = stack.enter_context(noting(signal.SIGTERM, folder is not None))
+        # Alone, Ctrl-C raises wherever it comes; of several, no process may leave the others between two steps.
+        interrupted = stack.enter_context(noting(signal.SIGINT, jax.process_count() > 1))
         solves = [] if "linear_solves" in extras else None
         if solves is not None:
             stack.enter_context(recording(linear_solves=solves))
@@ -300,7 +303,7 @@ def tune(
         bar = stack.enter_context(Progress(num_steps, "step", progress, done=run.now.rows))
         status, message, alone = "", "", jax.process_count() == 1
         try:
-            status, message = _loop(run, limits, on_not_finite, callbacks, save_every, preempted, bar)
+            status, message = _loop(run, limits, on_not_finite, callbacks, save_every, preempted, interrupted, bar)
         except KeyboardInterrupt:
             if not run.now.rows or not alone:
                 raise
@@ -348,7 +351,8 @@ class _Limits(NamedTuple):
                 return status, f"every member has ended: {_counted(ended)}"
             more = ", while the outer loss still fell" if status == "overfitting" else ""
             return status, f"no improvement of more than {self.min_delta} in {self.patience} outer steps{more}"
-        if self.max_seconds is not None and rows and on_any(record.seconds >= self.max_seconds):
+        max_seconds = self.max_seconds
+        if max_seconds is not None and rows and on_any(lambda: record.seconds >= max_seconds):
             return "budget", f"{record.seconds:.3g} of {self.max_seconds} seconds are spent"
         if self.max_inner_steps is not None and (rows + 1) * steps > self.max_inner_steps:
             taken = rows * steps
@@ -396,14 +400,20 @@ def _check_resumption(record, limits, resume):
     warnings.warn(f"`run_dir`: {message}", RuntimeWarning, stacklevel=3)
 
 
-def _loop(record, limits, on_not_finite, callbacks, save_every, preempted, bar) -> tuple[str, str]:
+def _loop(record, limits, on_not_finite, callbacks, save_every, preempted, interrupted, bar) -> tuple[str, str]:
     """Takes the outer steps; returns status and message of the end."""
     problem = "`callbacks`: one returned {}, but a true value stops the run: return True, or nothing."
-    begun, called = record.now.rows, on_any(bool(callbacks))  # perhaps a logger of one process alone
+    begun, called = record.now.rows, on_any(lambda: bool(callbacks))  # perhaps a logger of one process alone
+
+    def stops(step_info):
+        return any([convert(bool, callback(step_info), problem) for callback in callbacks])
+
     while (reached := limits.reached(record)) is None:
         step, now = record.now.rows, record.now
-        if step and on_any(preempted()):
-            return "preempted", f"SIGTERM came; stopped after {step} outer steps"
+        if step and on_any(lambda: preempted() or interrupted()):
+            if on_any(preempted):
+                return "preempted", f"SIGTERM came; stopped after {step} outer steps"
+            return "interrupted", f"interrupted after {step} outer steps"
         if step == begun:
             bar.note("compiling ...")
         compiled, state, active = record.compiled, now.state, limits.active(now)
@@ -431,8 +441,7 @@ def _loop(record, limits, on_not_finite, callbacks, save_every, preempted, bar) 
         after = compiled.select(taken, after, held)
         step_info = record.accept(after, report, active, taken, halvings, limits.min_delta)
         bar.update(_progress_line(step_info, active) if taken.any() else "skipped")
-        stop = [convert(bool, callback(step_info), problem) for callback in callbacks if taken.any()]
-        if called and on_any(any(stop)):
+        if called and taken.any() and on_any(functools.partial(stops, step_info)):
             return "callback", f"a callback stopped the run after outer step {step}"
     return reached
 
@@ -502,19 +511,26 @@ def _not_finite(record, state, report, after, ends, halvings, alive) -> str:
 
 
 @contextlib.contextmanager
-def noting_sigterm(enabled: bool) -> Iterator[Callable[[], bool]]:
-    """SIGTERM handling for preemption: while active, SIGTERM is noted; yields a function that says whether it came.
+def noting(number: int, enabled: bool) -> Iterator[Callable[[], bool]]:
+    """While active, a signal is noted the first time, and left to the handler before at the second.
 
-    The previous handler is restored. Only the main thread of Python may set one: in another thread, and where the
-    handler was not set by Python, nothing is noted.
+    Yields a function that says whether it came. The previous handler is restored. Only the main thread of Python may
+    set one: in another thread, and where the handler was not set by Python, nothing is noted.
     """
     noted: list[int] = []
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(number)
     if not enabled or before is None or threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
-    signal.signal(signal.SIGTERM, lambda number, frame: noted.append(number))
+
+    def note(number, frame):
+        if noted:
+            signal.signal(number, before)
+            signal.raise_signal(number)
+        noted.append(number)
+
+    signal.signal(number, note)
     try:
         yield lambda: bool(noted)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(number, before)

@@ -138,6 +138,27 @@ def disagreeing(folder):
     return [refusal(lambda settings=settings: run(**settings)) for settings in runs]
 
 
+def struck(folder):
+    """A callback of process 1 raises, or it alone gets Ctrl-C: both processes end after the same step."""
+
+    def raising(step):
+        if step.step == 1 and jax.process_index() == 1:
+            raise RuntimeError("the logger failed")
+
+    def interrupting(step):
+        if step.step == 1 and jax.process_index() == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    ends = []
+    try:
+        tune(folder, callbacks=[raising])
+    except (RuntimeError, jaxhpo.JaxhpoError) as error:
+        ends.append(f"the logger failed: {'the logger failed' in str(error)}")
+    first_alone(lambda: None)  # which writes the status
+    ends.append(json.loads(pathlib.Path(folder, "status.json").read_text())["status"])
+    return [*ends, tune(folder, callbacks=[interrupting]), tune(folder)]
+
+
 def continued(folder):
     """Stopped after three steps, and resumed."""
     return [tune(folder, 3), tune(folder)]

@@ -22,6 +22,7 @@ SCENARIOS = [
     "undisturbed",
     "closed_over",
     "disagreeing",
+    "struck",
     "continued",
     "damaged",
     "preempted",
@@ -121,6 +122,15 @@ def test_processes_that_disagree_are_refused(ended):
     assert "were given different `optimizer`, so" in rate
     # Σ (h − data)² at h = 1, with three entries: 0 on process 0, whose data are 1, and 3 on process 1.
     assert data.startswith("The outer loss of the first step is [0.0, 3.0] on processes 0 to 1")
+
+
+@ORBAX
+@pytest.mark.slow
+def test_an_exception_or_interrupt_of_one_process_ends_all(ended):
+    failed, status, interrupted, more = ended["struck"]
+    assert failed["refusal"] == "the logger failed: True" and status["refusal"] == "raised"
+    assert interrupted["status"] == "interrupted"
+    assert more["status"] == "finished" and more["end"] == ended["undisturbed"][0]["end"]
 
 
 @ORBAX
