@@ -23,6 +23,7 @@ ARCHIVES = {
     "fb15k-237": ("FB15k-237.tar.gz", "311df7930f842a02979eaa7a802484a6afe62303c07f915f1e6edbc30cbe05e8"),
 }
 FILES = ("train.txt", "valid.txt", "test.txt")
+KEPT = "They are kept, but"
 
 
 class KnowledgeGraph(NamedTuple):
@@ -72,10 +73,11 @@ def knowledge_graph(source: str | os.PathLike) -> KnowledgeGraph:
     read from `<JAXHPO_DATA_DIR>/kg/<archive>` if that environment variable is set and the file exists. Otherwise it is
     downloaded once (at most 4 MB), into pooch's cache. Its sha256 is verified either way.
 
-    It keeps the following triples, and warns with their number and the first line:
+    A triple that stands in a part twice is read once, with a warning. It keeps the following triples, and warns with
+    their number and the first line:
 
     - names that begin or end with a blank, which differ from those without;
-    - triples of the validation or test part that `train.txt` also contains;
+    - triples of the validation or test part that `train.txt` also contains, and of the test part that `valid.txt` does;
     - triples with an entity or a relation that `train.txt` lacks. Such an embedding is never trained towards an answer,
       and is ranked with the others by the scores it has.
 
@@ -109,13 +111,14 @@ def knowledge_graph(source: str | os.PathLike) -> KnowledgeGraph:
             f"The graph {source} lacks {', '.join(missing)}: add it, one head, relation and tail a line, between tabs."
         )
     parts = {path: _parse(path, content) for path, content in (files[name] for name in FILES)}
+    _warn_of_suspicious(parts)
+    parts = {path: list(dict.fromkeys(part)) for path, part in parts.items()}
     triples = [triple for part in parts.values() for triple in part]
     entities = {name: i for i, name in enumerate(dict.fromkeys(name for s, _, o in triples for name in (s, o)))}
     relations = {name: i for i, name in enumerate(dict.fromkeys(p for _, p, _ in triples))}
     train, validation, test = (
         np.array([(entities[s], relations[p], entities[o]) for s, p, o in part], np.int32) for part in parts.values()
     )
-    _warn_of_suspicious(parts)
     return KnowledgeGraph(train, validation, test, tuple(entities), tuple(relations))
 
 
@@ -164,32 +167,41 @@ def _parse(path, content) -> list[tuple[str, ...]]:
 
 
 def _warn_of_suspicious(parts) -> None:
-    """Warn of blanks around names, of names that train lacks, and of triples that train contains too."""
-    first, *others = parts
-    trained = set(parts[first])
-    trained_names = {name for triple in trained for name in _names(triple)}
+    """Warn of triples that stand twice, in a part or in two, of blanks around names, and of names that train lacks."""
+    first, second, third = parts
+    lines = {path: {triple: i for i, triple in reversed([*enumerate(part, 1)])} for path, part in parts.items()}
+    trained_names = {name for triple in lines[first] for name in _names(triple)}
 
-    def blanks(triple):
+    def repeated(path, line, triple):
+        return [reprlib.repr(triple)] if lines[path][triple] < line else []
+
+    def blanks(path, line, triple):
         return [reprlib.repr(name) for name in triple if name != name.strip()]
 
-    def untrained(triple):
+    def untrained(path, line, triple):
         return [f"{kind} {reprlib.repr(name)}" for kind, name in _names(triple) if (kind, name) not in trained_names]
 
-    def shared(triple):
-        return [reprlib.repr(triple)] if triple in trained else []
+    def in_train(path, line, triple):
+        return [reprlib.repr(triple)] if triple in lines[first] else []
+
+    def in_validation(path, line, triple):
+        return [reprlib.repr(triple)] if triple in lines[second] else []
 
     for paths, find, problem, consequence in (
-        (parts, blanks, "hold names that begin or end with a blank", "'a ' and 'a' are different names"),
-        (others, untrained, "hold an entity or a relation that train.txt lacks", "its embedding is ranked untrained"),
-        (others, shared, "are in train.txt too", "what is measured on them says nothing about new facts"),
+        (parts, repeated, "stand there before", "Each is read once, so that no mean counts it twice"),
+        (parts, blanks, "hold names that begin or end with a blank", f"{KEPT} 'a ' and 'a' are different names"),
+        ((second, third), untrained, "hold a name that train.txt lacks", f"{KEPT} its embedding is ranked untrained"),
+        ((second, third), in_train, "are in train.txt too", f"{KEPT} what is measured there says nothing of new facts"),
+        ((third,), in_validation, "are in valid.txt too", f"{KEPT} the hyperparameters have been chosen by them"),
     ):
         for path in paths:
-            found = [(line, culprits[0]) for line, triple in enumerate(parts[path], 1) if (culprits := find(triple))]
+            triples = enumerate(parts[path], 1)
+            found = [(line, culprits[0]) for line, triple in triples if (culprits := find(path, line, triple))]
             if found:
                 line, culprit = found[0]
                 warnings.warn(
                     f"{path}: {len(found)} of {len(parts[path])} triples {problem}, the first at line {line} "
-                    f"({culprit}). They are kept, but {consequence}.",
+                    f"({culprit}). {consequence}.",
                     stacklevel=3,
                 )
 

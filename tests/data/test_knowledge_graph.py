@@ -105,6 +105,21 @@ def test_warns_of_names_with_blanks_and_of_triples_in_two_parts(tmp_path):
     assert graph.entities == ("b", "a", "a ")
     with pytest.warns(UserWarning, match=r"test\.txt: 3 of 3 triples are in train\.txt too, the first at line 1"):
         knowledge_graph(write_folder(tmp_path, test=TRAIN))
+    with pytest.warns(UserWarning, match=r"test\.txt: 1 of 3 triples are in valid\.txt too, the first at line 3"):
+        graph = knowledge_graph(write_folder(tmp_path, test=TEST + VALID))
+    assert len(graph.test) == 3  # kept
+
+
+@pytest.mark.parametrize(("part", "text"), [("train", TRAIN), ("validation", VALID), ("test", TEST)])
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+def test_a_triple_that_stands_in_a_part_twice_is_read_once(tmp_path, part, text, ending):
+    plain = knowledge_graph(write_folder(tmp_path))
+    again, file = text.splitlines()[-1] + ending, {"validation": "valid"}.get(part, part)
+    lines = text.count("\n")
+    says = rf"{file}\.txt: 2 of {lines + 2} triples stand there before, the first at line {lines + 1}.*read once"
+    with pytest.warns(UserWarning, match=says):
+        graph = knowledge_graph(write_folder(tmp_path, **{file: text + 2 * again}))
+    assert all(np.array_equal(a, b) for a, b in zip(graph, plain, strict=True))
 
 
 def test_long_line_is_abbreviated_in_the_message(tmp_path):
@@ -131,7 +146,7 @@ def test_names_missing_in_train_are_kept_and_counted(tmp_path, valid, says):
 def test_halves_are_disjoint_and_seeded(tmp_path):
     lines = [f"a\tis\t{i}\n" for i in range(7)]
     train = "".join(f"{i}\tis\ta\n" for i in range(7))
-    graph = knowledge_graph(write_folder(tmp_path, train, "".join(lines), lines[1]))
+    graph = knowledge_graph(write_folder(tmp_path, train, "".join(lines), "0\tis\t1\n"))
     tuned, reported = graph.halves(1)
     assert (len(tuned), len(reported)) == (3, 4)
     assert sorted([*tuned.tolist(), *reported.tolist()]) == sorted(graph.validation.tolist())
