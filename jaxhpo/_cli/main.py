@@ -127,7 +127,7 @@ def _methods(text: str) -> tuple[str, ...]:
 
 
 def _demo(parsed: argparse.Namespace) -> None:
-    """Tune about 5000 hyperparameters of a digit classifier by their gradient, and compare (under two minutes).
+    """Tune about 5000 hyperparameters of a digit classifier by their gradient, and compare (about a minute).
 
     Trains a small network on scikit-learn's handwritten digits (no download). Tunes one penalty per weight and a
     learning-rate schedule by the gradient of the validation loss through training. Compares with untuned defaults, a
