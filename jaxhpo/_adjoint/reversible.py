@@ -1,6 +1,7 @@
 """`Reversible`: reverse mode for momentum that runs the training backwards exactly, instead of storing it."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -29,6 +30,17 @@ TRACED_BITS = 1.0  # bits per weight and step if the momentum is traced: enough 
 LANE_BITS = 192  # target for the bits of a lane: its word and stack waste 16 to 32 and up to 16 bits
 WINDOWS = 7  # windows of num_steps steps, up to 64 runs ahead, in which a momentum schedule is evaluated
 LANES = 256  # minimal number of lanes, so that arithmetic is vectorised
+
+
+def _mixing(fn):
+    """`fn`, which may mix types of numbers also where `jax_numpy_dtype_promotion` forbids it to the user."""
+
+    @functools.wraps(fn)
+    def mixing(*args):
+        with jax.numpy_dtype_promotion("standard"):  # the user's functions are traced already
+            return fn(*args)
+
+    return mixing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +117,7 @@ class Reversible:
             report_fault(fits & held & ~recovered, _NOT_RECOVERED)
             return [jnp.where(fits & held & recovered, c, jnp.nan) for c in pulled]
 
-        return Pullback(self, forward, pull).run(problem, consts)
+        return Pullback(self, _mixing(forward), _mixing(pull)).run(problem, consts)
 
     def _check(self, problem):
         if problem.solver.rates is None:
@@ -223,6 +235,7 @@ def make_plan(problem: Problem, buffer_bits: float | None) -> tuple[Plan, Proble
     return plan, problem._replace(inputs=(hparams, [])), (consts, rate_consts)
 
 
+@_mixing
 def _bits_per_step(rates, consts, hparams, start, num_steps) -> float:
     """Mean over the steps of log2(d/n) for the lowest momentum, or TRACED_BITS if it depends on more than the step."""
 

@@ -708,3 +708,20 @@ def test_empty_leaf():
     h = jnp.ones(3)
     final = jaxhpo.solve(solver, solver.init(params, h), h, num_steps=3, adjoint=Reversible()).params
     assert final["none"].shape == (0, 2) and (final["a"] > 0).all()
+
+
+def test_strict_promotion_of_types_is_for_the_user_alone():
+    """The library's integers of 16 and 32 bits mix, whatever `jax_numpy_dtype_promotion` says."""
+    momenta = jnp.array([0.5, 0.6, 0.7])
+    train_loss = lambda w, h, batch: jnp.sum((w - h["c"]) ** 2)  # noqa: E731
+    solver = jaxhpo.momentum_sgd(train_loss, lambda h, step: h["r"], lambda h, step: momenta[step])
+
+    def loss(h):
+        solution = jaxhpo.solve(solver, solver.init(jnp.zeros(2), h), h, num_steps=3, adjoint=Reversible())
+        return jnp.sum(solution.params**2)
+
+    h = {"c": jnp.ones(2), "r": jnp.array(0.1)}
+    want = jax.grad(loss)(h)
+    with jax.numpy_dtype_promotion("strict"):
+        got = jax.grad(loss)(h)
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, got, want))
