@@ -271,7 +271,8 @@ def _caption(row) -> str:
     if not row.finite:
         return f"{name}: not finite"
     memory = "" if row.copies is None else f", {row.copies:.3g} copies"
-    blind = f",\nblind to {_plain(', '.join(row.blind))}" if row.blind else ""
+    unseen = [f"part of {leaf}" if leaf in row.partly_blind else leaf for leaf in row.blind]
+    blind = f",\nblind to {_plain(', '.join(unseen))}" if unseen else ""
     return f"{name}{' = the reference' if row.relative_error == 0 else ''}{memory}{blind}"
 
 

@@ -3,9 +3,11 @@
 import argparse
 import contextlib
 import dataclasses
+import difflib
 import json
 import os
 import pathlib
+import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -57,8 +59,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 # --- arguments --------------------------------------------------------------------------------------------------------
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser that names the choice nearest to a misspelt one."""
+
+    def error(self, message):
+        """Prints the message and exits with code 2."""
+        found = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message)
+        near = difflib.get_close_matches(found[1], re.findall(r"[\w-]+", found[2]), 1) if found else []
+        super().error(f"{message}. Did you mean {near[0]}?" if near else message)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="jaxhpo", description="Gradient-based hyperparameter optimisation in JAX.")
+    parser = _Parser(prog="jaxhpo", description="Gradient-based hyperparameter optimisation in JAX.")
     parser.add_argument("--version", action="version", version=f"jaxhpo {jaxhpo.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, dest="name")
 

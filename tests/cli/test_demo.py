@@ -206,6 +206,7 @@ def test_outliers_are_pointed_out():
     [
         ([], ["COMMAND"]),
         (["trial"], ["demo"]),
+        (["shwo", "run"], ["'shwo'", "Did you mean show?"]),
         (["demo", "--seeds", "0"], ["--seeds", "got '0'", "2 or more"]),
         (["demo", "--seeds", "1"], ["--seeds", "standard errors", "2 or more"]),
         (["demo", "--seeds", "six"], ["--seeds", "'six'", "integer"]),

@@ -177,6 +177,7 @@ def fixed(adjoint):
         pytest.param(no_solve, {}, "calls `solve` not at all", marks=pytest.mark.slow),
         pytest.param(fixed, {"adjoints": [Forward()]}, "only with Unroll", marks=pytest.mark.slow),
         (lambda adjoint: jnp.ones(3), {}, r"outer_loss\(hparams\)"),
+        (lambda h: jnp.sum(h**2), {}, r"the outer loss itself.*`lambda adjoint: lambda hparams"),
         (no_solve, {"adjoints": []}, "nothing to compare"),
         (no_solve, {"adjoints": Unroll()}, "a list of rules"),
         (no_solve, {"adjoints": [Unroll]}, "the class Unroll"),
@@ -391,6 +392,8 @@ def test_diverging_and_blind_methods_are_named():
     assert found["blind"].blind == found["half"].blind == ("hparams['rate']",)
     assert found["blind"].leaf_errors["hparams['rate']"] == 1.0
     assert "It cannot see `hparams['rate']`." in found["blind"].notes
+    assert found["half"].partly_blind == ("hparams['rate']",) and not found["blind"].partly_blind
+    assert "It sees only some entries of `hparams['rate']`." in found["half"].notes
     assert "NO" in str(found) and "-" in str(found)
     # Along fewer random directions than hyperparameters the leaf is known only from the rule's own warning.
     found = compare(make, h, rules, reference="differences", num_directions=3)

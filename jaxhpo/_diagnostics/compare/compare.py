@@ -112,8 +112,17 @@ def compare(
     flat, unravel = ravel(hparams)
 
     def make_loss(rule):
-        outer_loss = make_outer_loss(rule)
-        check_callable("make_outer_loss(adjoint)", outer_loss, "outer_loss(hparams)", 1)
+        try:
+            outer_loss = make_outer_loss(rule)
+            check_callable("make_outer_loss(adjoint)", outer_loss, "outer_loss(hparams)", 1)
+        except Exception as error:
+            if not _is_outer_loss(make_outer_loss, hparams):
+                raise
+            raise RuleNotUsed(
+                "`make_outer_loss` got the outer loss itself, a function of the hyperparameters, but `compare` must "
+                "pass a rule on to `solve`: write `lambda adjoint: lambda hparams: ...`, with "
+                "`solve(..., adjoint=adjoint)` inside."
+            ) from error
         return lambda flat: check_scalar(outer_loss(unravel(flat)), "make_outer_loss(adjoint)")
 
     plain = _run_plain(make_loss, [exact or Unroll(), *given.values(), Implicit()], flat)
@@ -143,6 +152,14 @@ def compare(
     parts = {name: slice(*ends[i : i + 2]) for i, name in enumerate(names(hparams, "hparams"))}
     rows = tuple(_row(name, measured, against, parts, seconds, problem, plain) for name, measured in found.items())
     return Comparison(rows, against.reference, problem, *recommend(rows, against.reference, problem))
+
+
+def _is_outer_loss(function, hparams) -> bool:
+    """Returns whether a function takes hyperparameters to one number."""
+    try:
+        return jax.eval_shape(function, hparams).shape == ()
+    except Exception:  # whatever a function raises that was made for something else
+        return False
 
 
 def _named(adjoints) -> dict[str, Adjoint]:

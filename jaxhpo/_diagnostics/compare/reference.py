@@ -31,7 +31,9 @@ class Standard(NamedTuple):
             errors = {name: _leaf_error(grad[part], want[part]) for name, part in leaves.items()}
         else:
             found, errors = agreement(self.differences.along(grad), self.differences.numeric), None
-        return {**found._asdict(), "leaf_errors": errors, "blind": self._blind(grad, leaves, warnings)}
+        blind = self._blind(grad, leaves, warnings)
+        partly = tuple(name for name in blind if grad[leaves[name]].any())
+        return {**found._asdict(), "leaf_errors": errors, "blind": blind, "partly_blind": partly}
 
     def _blind(self, grad, leaves, warnings) -> tuple[str, ...]:
         """The leaves that are wrongly zero: throughout, or in entries that the method says it cuts off."""

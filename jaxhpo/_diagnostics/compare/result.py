@@ -29,6 +29,7 @@ class MethodRow(NamedTuple):
       linear_residual: the largest relative residual among them.
       linear_iterations: the largest number of products.
       blind: leaves whose hypergradient is exactly zero, in whole or in part, because the method cannot see them.
+      partly_blind: those of them of which it sees some entries, as a truncated rule the last rates of a schedule.
       error: the exception that the method raised, in which case nothing else was measured.
       notes: the method's faults on this problem, in words.
     """
@@ -47,6 +48,7 @@ class MethodRow(NamedTuple):
     linear_residual: float | None = None
     linear_iterations: int | None = None
     blind: tuple[str, ...] = ()
+    partly_blind: tuple[str, ...] = ()
     error: str | None = None
     notes: tuple[str, ...] = ()
 

@@ -22,7 +22,9 @@ def failures(row: MethodRow, problem: ProblemSize) -> tuple[str, ...]:
         if isinstance(solver, Neumann):
             return ("its series diverges to NaN: `step_size` is above 2 / the largest curvature",)
         return ("its hypergradient is not finite",)
-    found = [f"it cannot see {_and([f'`{leaf}`' for leaf in row.blind])}"] if row.blind else []
+    unseen = [leaf for leaf in row.blind if leaf not in row.partly_blind]
+    words = {"it cannot see": unseen, "it sees only some entries of": row.partly_blind}
+    found = [f"{begin} {_and([f'`{leaf}`' for leaf in leaves])}" for begin, leaves in words.items() if leaves]
     seen = [error for leaf, error in (row.leaf_errors or {}).items() if leaf not in row.blind]
     if row.accurate or (row.blind and seen and max(seen) <= 1e-2):
         return tuple(found)
