@@ -79,11 +79,6 @@ class Compiled:
         """Returns the members of `new` where the mask is True, those of `old` elsewhere."""
         if mask.all() or not mask.any():
             return new if mask.all() else old
-        if jax.tree.structure(new) != jax.tree.structure(old):
-            raise JaxhpoError(
-                "`outer_loss` returned a carry of another structure than it was given, so that members cannot be held "
-                "while others go on: give `tune` a `carry` of the structure that `outer_loss` returns."
-            )
         return self._where(mask, new, old)
 
     def shapes(self, state: OuterState, placed: bool = False) -> tuple[OuterState, OuterReport, tuple[Any, tuple]]:

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.record import SolveLog, recording
 from jaxhpo._core.transforms import to_natural, to_unconstrained
 from jaxhpo._core.tree import add_scaled, all_finite, is_inexact, norm, upcast, without_weak_types
 from jaxhpo._core.types import Info, PyTree
-from jaxhpo._core.validate import check_arrays, check_key, check_params
+from jaxhpo._core.validate import check_arrays, check_key, check_params, describe
 from jaxhpo._tune.inputs import check_optimizer, check_policies, in_one_form
 from jaxhpo._tune.remedies import NO_REMEDIES, Remedies, check_projections, clipped, projected, shrunk
 
@@ -204,6 +205,7 @@ class Step:
         with recording(solves=log):
             out = self._value_and_grad(point, carry, key)
         self.inner_steps = self.remedies.accumulate * log.num_steps
+        _check_carry(carry, out[2])
         return out
 
     def _accumulated(self, point, carry, key):
@@ -220,6 +222,16 @@ class Step:
         zeros = jax.tree.map(jnp.zeros_like, shapes[:2])
         (value, grad), (carries, infos) = jax.lax.scan(body, zeros, jax.random.split(key, times))
         return value, grad, jax.tree.map(lambda x: x[-1], carries), infos
+
+
+def _check_carry(before, after):
+    """Raises where an outer step changes the tree of the carry, or the shape or type of a leaf."""
+    want, got = (jax.tree.map(lambda x: describe(jnp.asarray(x)), carry) for carry in (before, after))
+    if got != want:
+        raise JaxhpoError(
+            f"An outer step changed the carry from {want} to {got}, but every step must take what the last one "
+            "returned: start from a `carry` of the structure, shapes and types that the outer loss returns."
+        )
 
 
 def with_constants(after: OuterState, state: OuterState) -> OuterState:

@@ -330,12 +330,23 @@ def test_a_leaf_without_the_leading_axis_is_refused(settings, match):
         population(**settings)
 
 
-def test_a_carry_of_another_structure_cannot_be_held():
-    def loss(h, carry, key):
-        return jnp.where(h > 1.5, jnp.nan, h), {"h": h}, None
+@pytest.mark.parametrize(
+    "change", [lambda h: {"h": h}, lambda h: jnp.stack([h, h]), lambda h: h.astype(jnp.float32), lambda h: None]
+)
+def test_a_carry_that_changes_is_refused(change):
+    """Of structure, shape, type, or to nothing, by one run, a population, a scan, and where several are averaged."""
+    loss = lambda h, carry, key: (h, change(h), None)  # noqa: E731
+    settings, refused = {"transforms": None}, pytest.raises(JaxhpoError, match="a `carry` of the structure")
+    with refused:
+        population(loss, jnp.array([1.0, 2.0]), jnp.ones(2), KEYS[:2], population=2, **settings)
+    with refused:
+        alone(0, loss, jnp.ones(1), jnp.ones(1), remedies=jaxhpo.Remedies(accumulate=2), **settings)
+    step = jaxhpo.outer_step(loss, optax.sgd(0.1))
+    with refused:
+        jax.lax.scan(lambda state, _: step.update(state), step.init(1.0, 1.0), length=2)
 
-    with pytest.warns(RuntimeWarning), pytest.raises(JaxhpoError, match="a `carry` of the structure"):
-        population(loss, jnp.array([1.0, 2.0]), None, KEYS[:2], population=2, transforms=None)
+
+def test_members_need_a_population():
     with pytest.raises(JaxhpoError, match="needs the result of a population"):
         alone(0).member(0)
 
