@@ -35,7 +35,8 @@ def solve(
     Args:
       solver: the inner problem, from `from_optax`, `momentum_sgd` or `fixed_point`.
       state: the initial state: `solver.init(params, hparams)`, or an earlier solution's `.state` (warm start).
-      hparams: pytree of floating-point hyperparameters, passed to the loss and to `tx`; None if all are closed over.
+      hparams: pytree of floating-point hyperparameters, passed to the loss and to `tx`; None or `{}` if all are closed
+        over.
       batches: a pytree whose leaves have a leading axis of length `num_steps`, or a pure function of the step index
         (`lambda t: data[jax.random.randint(jax.random.fold_in(key, t), ...)]`), which makes memory independent of T;
         with None the loss gets `batch=None`.

@@ -449,8 +449,15 @@ MISTAKES = [
         "params-integer", lambda h: SOLVER.init({"w": np.arange(3)}, h), r"`params\['w'\]` is int64\[3\]", "astype"
     ),
     Mistake(
-        "params-complex", lambda h: SOLVER.init({"w": np.ones(3) * 1j}, h), r"`params\['w'\]` is complex128", "closing"
+        "params-complex",
+        lambda h: SOLVER.init({"w": np.ones(3) * 1j}, h),
+        r"`params\['w'\]` is complex128",
+        "imaginary part as two",
     ),
+    Mistake(
+        "params-key", lambda h: SOLVER.init({"w": jax.random.key(0)}, h), r"`params\['w'\]` is key<fry>", "closing over"
+    ),
+    Mistake("hparams-complex", lambda h: SOLVER.init(PARAMS, 1j), "`hparams` is 1j", "imaginary part as two"),
     Mistake(
         "params-string", lambda h: SOLVER.init({"w": "init"}, h), r"`params\['w'\]` is 'init'", "give floating-point"
     ),
@@ -506,7 +513,7 @@ MISTAKES = [
         "hparams-bool", lambda h: SOLVER.init(PARAMS, {"nesterov": True}), r"`hparams\['nesterov'\]`", "closing over it"
     ),
     Mistake("hparams-string", lambda h: SOLVER.init(PARAMS, {"lr": "0.1"}), r"`hparams\['lr'\]` is '0.1'", "or floats"),
-    Mistake("hparams-empty", lambda h: SOLVER.init(PARAMS, {}), "`hparams` got {}", "give a pytree of floating-point"),
+    Mistake("tune-nothing", lambda h: search(hparams={}), "`hparams` got {}", "give a pytree of floating-point"),
     Mistake(
         "hparams-key",
         lambda h: SOLVER.init(PARAMS, {"target": np.ones(3), "key": jax.random.key(0)}),

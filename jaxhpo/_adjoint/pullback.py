@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from jaxhpo._core.mesh import as_array, cast_varying, drop_varying, varying_axes
-from jaxhpo._core.stop_gradient import first_order, warn_perturbed
+from jaxhpo._core.stop_gradient import first_order, reverse_only, warn_perturbed
 from jaxhpo._core.trace import differentiable_inputs, trust, used_inputs
 from jaxhpo._core.tree import Flags, cast_like, is_inexact, names, partition
 from jaxhpo._core.types import InnerState, PyTree
@@ -66,7 +66,8 @@ class Pullback:
           consts: the values that the rule's own functions close over.
         """
         refuse_tol(problem, self.adjoint)
-        state: Any = _run(self, Inputs(problem.state, problem.inputs, problem.xs, consts))
+        given = Inputs(problem.state, problem.inputs, problem.xs, consts)
+        state: Any = _run(self, reverse_only(given, f"`{self.adjoint!r}`"))
         return state, jnp.asarray(problem.num_steps, jnp.int32)
 
 

@@ -16,12 +16,14 @@ from jax.extend import core as jex
 from jax.interpreters.partial_eval import dce_jaxpr
 
 from jaxhpo._core.errors import JaxhpoError
+from jaxhpo._core.stop_gradient import REVERSE_ONLY
 from jaxhpo._core.trace import scan_layout, subprograms
 from jaxhpo._core.tree import is_inexact, partition
 
 SAFE_PART = 0.8  # of the memory that is free, since a prediction may be 20 % too low
 # Operations that a compiler writes into their consumer: always, or where one operation alone uses the result.
 _LAYOUT = {"reshape", "squeeze", "expand_dims", "broadcast_in_dim", "iota", "convert_element_type", "copy"}
+_LAYOUT |= {REVERSE_ONLY}
 _ELEMENTWISE = {
     *("add", "sub", "mul", "div", "neg", "max", "min", "select_n", "add_any", "integer_pow", "square", "sqrt", "rsqrt"),
     *("eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not", "sign", "abs", "exp", "log", "tanh", "logistic", "erf"),
@@ -164,7 +166,7 @@ def _count(program, known, unknown_length, elementwise) -> float:
             (contracted, _), _ = equation.params["dimension_numbers"]
             length = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
             total += 2.0 * length * _size(equation.outvars[0])
-        elif elementwise:
+        elif elementwise and name != REVERSE_ONLY:
             total += sum(_size(out) for out in equation.outvars if hasattr(out.aval, "dtype") and is_inexact(out.aval))
     return total
 

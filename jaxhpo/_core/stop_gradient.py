@@ -1,4 +1,4 @@
-"""Inputs that a rule treats as constants: `stop_gradient` with a warning, and an error for a second derivative."""
+"""What a derivative rule cannot do: inputs that it treats as constants, second derivatives, forward mode."""
 
 import functools
 import sys
@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
+from jax.extend import core as jex
+from jax.interpreters import ad, batching, mlir
 
 from jaxhpo._core.errors import JaxhpoError, ZeroHypergradientWarning
 from jaxhpo._core.trace import trust
-from jaxhpo._core.tree import is_inexact
+from jaxhpo._core.tree import is_inexact, partition
 from jaxhpo._core.types import PyTree
 
 
@@ -86,3 +88,45 @@ def _first_order_jvp(rule, primals, tangents):
         f"A second derivative was asked of `{rule!r}` (a Hessian, or a solve nested in another's train loss), but its "
         "backward pass is not differentiable: use `Unroll()` or `Implicit(CG())` there."
     )
+
+
+# --- forward mode -----------------------------------------------------------------------------------------------------
+#
+# A `custom_vjp` hands its tangents to a linear operation that JAX transposes in reverse mode and evaluates in forward
+# mode, where it raises an error of its own. An operation of ours before it is transposed, or evaluated first, alike.
+
+REVERSE_ONLY = "jaxhpo_reverse_only"
+_identity, _tangent = jex.Primitive(REVERSE_ONLY), jex.Primitive("jaxhpo_reverse_only_tangent")
+
+
+def reverse_only(tree: PyTree, what: str) -> PyTree:
+    """Identity that raises in forward mode, for the arguments of a `custom_vjp`; `what` is named in the message."""
+    leaves, combine = partition(tree, jax.tree.map(is_inexact, tree))
+    return combine(_identity.bind(*leaves, what=what))
+
+
+def _identity_jvp(primals, tangents, what):
+    # The values are not guarded again: forward over reverse mode, as in a Hessian, is right.
+    dots = [dot if isinstance(dot, ad.Zero) else _tangent.bind(dot, what=what) for dot in tangents]
+    return list(primals), dots
+
+
+def _refuse(*_, what: str):
+    raise JaxhpoError(
+        f"Forward mode (`jax.jvp`, `jax.linearize`, `jax.jacfwd`) was asked of {what}, which has reverse mode alone: "
+        "write `adjoint=Forward()`, or `jax.grad`. (`jax.jacfwd(jax.grad(f))` takes reverse mode first.)"
+    )
+
+
+_identity.multiple_results = True
+_identity.def_impl(lambda *xs, what: xs)
+_identity.def_abstract_eval(lambda *xs, what: xs)
+ad.primitive_jvps[_identity] = _identity_jvp
+batching.primitive_batchers[_identity] = lambda xs, axes, what: (_identity.bind(*xs, what=what), axes)
+mlir.register_lowering(_identity, lambda context, *xs, what: xs)
+
+_tangent.def_impl(_refuse)
+_tangent.def_abstract_eval(lambda x, what: x)
+ad.deflinear2(_tangent, lambda cotangent, x, what: [cotangent])
+batching.primitive_batchers[_tangent] = _refuse
+mlir.register_lowering(_tangent, _refuse)

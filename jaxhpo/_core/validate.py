@@ -76,7 +76,7 @@ def check_traceable_number(what: str, value) -> None:
 def describe(leaf) -> str:
     """`float32[3]` for an array, the value and its type for anything else."""
     if hasattr(leaf, "dtype"):
-        return f"{leaf.dtype}{list(leaf.shape)}"
+        return f"{leaf.dtype}{list(getattr(leaf, 'shape', ()))}"  # a traced Python number has no shape
     return f"{reprlib.repr(leaf)} ({type(leaf).__name__})"
 
 
@@ -110,32 +110,37 @@ def check_finite(tree: PyTree, what: str, allow_infinite: bool = False) -> None:
             )
 
 
-def check_params(params: PyTree, what: str) -> PyTree:
+def check_params(params: PyTree, what: str, may_be_empty: bool = False) -> PyTree:
     """Raises unless every leaf is a finite, real, floating-point array; returns the tree as JAX arrays."""
     if isinstance(params, InnerState | Solution):
         instead = "pass its `.params`" if what == "params" else "write `solve(solver, state, hparams, batches)`"
         raise JaxhpoError(f"`{what}` got a whole {type(params).__name__}, which holds more than that: {instead}.")
-    if not jax.tree.leaves(params):
+    if not jax.tree.leaves(params) and not may_be_empty:
         raise JaxhpoError(f"`{what}` got {params!r}, which has no leaves: give a pytree of floating-point arrays.")
     for name, leaf in named_leaves(params, what):
         if not is_array(leaf):
             raise JaxhpoError(f"`{name}` is {describe(leaf)}, not an array: give floating-point arrays or floats.")
         if not is_real_float(leaf):
+            close_over = "keep it out of the tree by closing over it (also under `jax.grad(..., allow_int=True)`)"
+            instead = f"write a float (`1.0`, `.astype(float)`), or {close_over}"
+            if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key):
+                instead = close_over
+            elif jnp.iscomplexobj(leaf):
+                instead = "hold the real and the imaginary part as two leaves, and write `re + 1j * im` in the loss"
             raise JaxhpoError(
-                f"`{name}` is {describe(leaf)}, but only real floating-point values have a gradient: write a float "
-                "(`1.0`, `.astype(float)`), or keep it out of the tree by closing over it."
+                f"`{name}` is {describe(leaf)}, but only real floating-point values have a gradient here: {instead}."
             )
     check_finite(params, what)  # before the conversion, which makes tracers of constants while tracing
     # With an explicit dtype nothing is weakly typed: a weak type would change after the first update, and trace again.
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), params)
-    if not any(leaf.size for leaf in jax.tree.leaves(params)):
+    if not may_be_empty and not any(leaf.size for leaf in jax.tree.leaves(params)):
         raise JaxhpoError(f"`{what}` has no entries, only empty arrays: give arrays of at least one number.")
     return params
 
 
 def check_hparams(hparams: PyTree) -> PyTree:
-    """Raises unless these are finite hyperparameters, or None; returns them as JAX arrays."""
-    return None if hparams is None else check_params(hparams, "hparams")
+    """Raises unless these are finite hyperparameters, or none at all (None, `{}`); returns them as JAX arrays."""
+    return check_params(hparams, "hparams", may_be_empty=True)
 
 
 def check_arrays(tree: PyTree, what: str) -> PyTree:
@@ -174,6 +179,8 @@ def check_scalar(value, what: str) -> jax.Array:
         problem = f"shape {value.shape}, but a gradient needs a scalar: take `.mean()` or `.sum()`"
     elif jnp.issubdtype(value.dtype, jnp.floating):
         return value
+    elif jnp.iscomplexobj(value):
+        problem = f"{describe(value)}, which has no least value: return a real floating-point scalar, `jnp.abs(x)`, say"
     else:
         problem = (
             f"{describe(value)}, which has no gradient: return a real floating-point scalar, such as a cross-entropy "

@@ -11,6 +11,7 @@ from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.mesh import as_array, cast_varying, varying_axes
+from jaxhpo._core.stop_gradient import reverse_only
 from jaxhpo._core.trace import closure_convert, trust, untrusted_rule
 from jaxhpo._core.tree import Flags, cast_like, is_inexact, partition
 from jaxhpo._core.types import PyTree
@@ -75,7 +76,8 @@ def mixed_value_and_grad(
     if part is not None:
         pure_part, part_consts = closure_convert(lambda p, h, b, state: loss(p, h, part(b), state), params, *rest)
         on_part = lambda params, given: pure_part(given[1], params, *given[2])  # noqa: E731
-    out, grad = _mixed((on_all, on_part), params, (consts, part_consts, rest))
+    given = reverse_only((params, (consts, part_consts, rest)), "a schedule of `Unroll` that keeps inner gradients")
+    out, grad = _mixed((on_all, on_part), *given)
     # NaN is added before the name: if the gradient is stored, the loss is not recomputed.
     return out, checkpoint_name(_spread_nan(out[0], cast_like(grad, params)), GRADIENT)
 

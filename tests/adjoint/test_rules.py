@@ -419,3 +419,37 @@ def test_settings_are_values():
         assert make() == make() and hash(make()) == hash(make())
         names = {n: getattr(jaxhpo, n) for n in ("Implicit", "CG", "Neumann", "Unroll")}
         assert eval(repr(make()), names) == make()
+
+
+FORWARD_MODE = {
+    "jvp": lambda f, h: jax.jvp(f, (h,), (h,)),
+    "linearize": lambda f, h: jax.linearize(f, h)[1](h),
+    "jacfwd": lambda f, h: jax.jacfwd(f)(h),
+    "jit": lambda f, h: jax.jit(lambda h: jax.jvp(f, (h,), (h,)))(h),
+}
+ONE_STEP = {"checkpoint": 1}, {"checkpoint": "sqrt"}, {"checkpoint": "binomial"}, {"checkpoint": 1, "truncate": 2}
+REVERSE_ONLY = [Unroll(**s) for s in ONE_STEP] + [jaxhpo.DrMAD(), jaxhpo.SAMA(), jaxhpo.FiniteDifference(0.1)]
+REVERSE_ONLY += [jaxhpo.Reversible()]
+
+
+@pytest.mark.parametrize("i", range(len(REVERSE_ONLY)), ids=lambda i: type(REVERSE_ONLY[i]).__name__)
+def test_forward_mode_names_the_rule_that_has_it(i):
+    """A `custom_vjp` would raise JAX's own error, which names neither the rule nor `Forward()`."""
+    mode = list(FORWARD_MODE.values())[i % 4]
+    solver = jaxhpo.momentum_sgd(lambda w, h, batch: jnp.sum((w - h) ** 2), 0.1, 0.5)
+
+    def loss(h):
+        start = solver.init(jnp.zeros(2), h)
+        return jnp.sum(jaxhpo.solve(solver, start, h, num_steps=3, adjoint=REVERSE_ONLY[i]).params)
+
+    with pytest.raises(jaxhpo.JaxhpoError, match=r"Forward mode .* `adjoint=Forward\(\)`"):
+        mode(loss, jnp.ones(2))
+
+
+@pytest.mark.parametrize("nothing", [{}, jnp.zeros(0)], ids=str)
+def test_an_empty_tree_of_hyperparameters_is_as_good_as_none(nothing):
+    def trained(rate, h):
+        solver = jaxhpo.from_optax(lambda w, h, batch: (w - 1.0) ** 2, optax.sgd(rate))
+        return jaxhpo.solve(solver, solver.init(0.0, h), h, num_steps=2, adjoint=jaxhpo.Forward()).params
+
+    assert jax.grad(trained)(0.1, nothing) == jax.grad(trained)(0.1, None)
