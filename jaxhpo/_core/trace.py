@@ -1,6 +1,8 @@
 """Traced programs: conversion of closures, equations, dependence of results on inputs, trust of derivative rules."""
 
+import functools
 import inspect
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -111,27 +113,53 @@ def differentiable_inputs(fn: Callable, tree: PyTree) -> list[bool]:
     return dependent_results(backward, jnp.ones(()))
 
 
-def _reached(jaxpr, marked: list[bool]) -> list[bool]:
-    """For each result of a jaxpr, whether it depends on a marked input."""
+def flat_by(fn: Callable, tree: PyTree) -> list[list[str]]:
+    """For each leaf on which `fn(tree)` depends through piecewise constant operations alone, their names; else none."""
+    jaxpr = jax.make_jaxpr(fn)(tree).jaxpr
+    found = []
+    for v in jaxpr.invars:
+        marked, met = [v is other for other in jaxpr.invars], []
+        is_flat = any(_reached(jaxpr, marked)) and not any(_reached(jaxpr, marked, lambda name: not met.append(name)))  # noqa: B023
+        # Those that alone keep the leaf from the result; none where several lie in a row.
+        names = sorted(set(met)) if is_flat else []
+        alone = [name for name in names if any(_reached(jaxpr, marked, functools.partial(operator.ne, name)))]
+        found.append(alone or names)
+    return found
+
+
+FLAT = {"floor", "ceil", "round", "sign"}  # piecewise constant operations whose result is floating-point
+
+
+def _reached(jaxpr, marked: list[bool], cut: Callable[[str], bool] | None = None) -> list[bool]:
+    """For each result of a jaxpr, whether it depends on a marked input.
+
+    With `cut`, not through piecewise constant operations for whose names it is true.
+    """
     reached = {v for v, m in zip(jaxpr.invars, marked, strict=True) if m}
     for eqn in jaxpr.eqns:
         ins = [not isinstance(v, jex.Literal) and v in reached for v in eqn.invars]
         if any(ins):
-            reached.update(v for v, m in zip(eqn.outvars, _reached_by(eqn, ins), strict=True) if m)
+            out = {v for v, m in zip(eqn.outvars, _reached_by(eqn, ins, cut), strict=True) if m}
+            flat = {v for v in out if eqn.primitive.name in FLAT or not is_inexact(v.aval)}
+            of_floats = any(m and is_inexact(v.aval) for v, m in zip(eqn.invars, ins, strict=True))
+            is_call = bool(subprograms(list(eqn.params.values())))
+            if cut and flat and of_floats and not is_call and cut(eqn.primitive.name):
+                out -= flat
+            reached |= out
     return [not isinstance(v, jex.Literal) and v in reached for v in jaxpr.outvars]
 
 
-def _reached_by(eqn, marked: list[bool]) -> list[bool]:
+def _reached_by(eqn, marked: list[bool], cut: Callable[[str], bool] | None) -> list[bool]:
     """`_reached` for an equation: exact where it runs one jaxpr on its operands, else True for all its results."""
     bodies = [getattr(value, "jaxpr", value) for value in subprograms(list(eqn.params.values()))]
     if len(bodies) != 1 or (len(bodies[0].invars), len(bodies[0].outvars)) != (len(marked), len(eqn.outvars)):
         return [True] * len(eqn.outvars)
     if eqn.primitive.name != "scan":
-        return _reached(bodies[0], marked)
+        return _reached(bodies[0], marked, cut)
     start, num_carry = scan_layout(eqn)
     end = start + num_carry
     while True:  # a carried value that depends on a marked one after an iteration is marked in the next
-        out = _reached(bodies[0], marked)
+        out = _reached(bodies[0], marked, cut)
         carried = [a or b for a, b in zip(marked[start:end], out, strict=False)]
         if carried == marked[start:end]:
             return out

@@ -11,7 +11,7 @@ from jaxhpo._core.errors import ZeroHypergradientWarning
 from jaxhpo._core.mesh import ravel
 from jaxhpo._core.processes import from_first
 from jaxhpo._core.record import recording
-from jaxhpo._core.trace import compilable, differentiable_inputs
+from jaxhpo._core.trace import compilable
 from jaxhpo._core.types import LinearStatus, PyTree
 from jaxhpo._core.validate import check_callable, check_count, check_key, check_params, check_positive, check_scalar
 from jaxhpo._diagnostics.differences import UNRELIABLE, agreement, central_differences
@@ -136,7 +136,7 @@ def check_hypergradient(
 
     tried = None if num_directions is None and flat.size <= 64 else num_directions or 16
     differences = central_differences(loss, hparams, tried, step_size, direction_key)
-    raise_if_zero(unravel(grad), [w.message for w in caught], lambda: differentiable_inputs(outer_loss, hparams))
+    raise_if_zero(unravel(grad), [w.message for w in caught], (outer_loss, hparams))
     for w in caught:
         if not isinstance(w.message, ZeroHypergradientWarning):
             warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)

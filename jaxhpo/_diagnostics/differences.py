@@ -68,8 +68,9 @@ class Differences(NamedTuple):
             )
         if not self.valid:
             raise ZeroHypergradientError(
-                "The outer loss does not change along any direction tried: no hyperparameter affects it. Pass the "
-                "hyperparameters on to `solve`, and use them in the train loss or the optimiser."
+                "The outer loss does not change along any direction tried: no hyperparameter affects it, or it is "
+                "piecewise constant, as an accuracy is. Pass the hyperparameters on to `solve`, and use them in the "
+                "train loss or the optimiser; take a smooth loss, or `EvolutionStrategies`."
             )
 
     def __str__(self) -> str:

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxhpo._core.errors import NonFiniteError, ZeroHypergradientError, ZeroHypergradientWarning
+from jaxhpo._core.trace import differentiable_inputs, flat_by
 from jaxhpo._core.tree import all_finite, named_leaves
 from jaxhpo._core.types import PyTree
 
 
 def raise_if_zero(
-    hypergrad: PyTree, messages: list, structure: Callable | None, members: np.ndarray | None = None
+    hypergrad: PyTree, messages: list, program: tuple[Callable, PyTree] | None, members: np.ndarray | None = None
 ) -> None:
     """Raises for a leaf that is structurally zero, in whole, or in part where a rule cuts it off.
 
@@ -24,15 +25,14 @@ def raise_if_zero(
     Args:
       hypergrad: the hypergradient, concrete, a tree like the hyperparameters.
       messages: the warnings raised while tracing it.
-      structure: returns for each leaf whether its derivative can be non-zero at all; called only when needed. None if
-        that is not known.
+      program: the outer loss and its argument, traced only when needed. None if its derivative is not JAX's.
       members: indices of the members of a population to look at, the leading axis of every leaf; None without one.
 
     Raises:
       ZeroHypergradientError: names the leaf and, where a rule gave one, the reason.
     """
     reasons = reasons_for_zero(messages)
-    can_be_nonzero = functools.cache(structure) if structure else None
+    can_be_nonzero = functools.cache(lambda: differentiable_inputs(*program or ()))
     for i, (name, leaf) in enumerate(named_leaves(hypergrad, "hparams")):
         reason = reasons.get(name)
         found = [zero_entries(x, reason) for x in ([leaf] if members is None else leaf[members])]
@@ -45,7 +45,13 @@ def raise_if_zero(
         begin = f"The hypergradient of {who} is exactly zero in {entries}"
         if reason:
             raise ZeroHypergradientError(f"{begin}: {reason}")
-        if can_be_nonzero and not can_be_nonzero()[i]:
+        if program and not can_be_nonzero()[i]:
+            if flat := flat_by(*program)[i]:
+                raise ZeroHypergradientError(
+                    f"{begin}: the outer loss is piecewise constant in it, through `{'`, `'.join(flat)}` (comparison, "
+                    "argmax or rounding), whose derivative is zero. Take a smooth loss, as the cross-entropy in "
+                    "place of the accuracy, or `EvolutionStrategies`, which needs no derivative."
+                )
             others = "".join(f" ({w})" for w in reasons.values())
             raise ZeroHypergradientError(
                 f"{begin}: nothing that the outer loss sees depends on it, or a rule of your own drops its derivative. "

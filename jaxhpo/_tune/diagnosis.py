@@ -6,18 +6,17 @@ import jax
 import jax.numpy as jnp
 
 from jaxhpo._core.errors import JaxhpoError
-from jaxhpo._core.trace import compilable, differentiable_inputs
+from jaxhpo._core.trace import compilable
 from jaxhpo._core.tree import all_finite
+from jaxhpo._core.types import PyTree
 from jaxhpo._diagnostics.not_finite import diagnose
 from jaxhpo._diagnostics.origin import find_origin
 from jaxhpo._tune.step import OuterState, Step, has_nan, solves_finite
 
 
-def structure(step: Step, state: OuterState) -> Callable[[], list[bool]] | None:
-    """Returns a function: for each leaf, whether its derivative can be non-zero; None where that is unknown."""
-    if step.gradient is not None:
-        return None
-    return lambda: differentiable_inputs(lambda u: step.objective(u, state.carry, state.key)[0], state.point)
+def program(step: Step, state: OuterState) -> tuple[Callable, PyTree] | None:
+    """The function that a step differentiates, and its argument; None under a `gradient` of the user's."""
+    return None if step.gradient else (lambda u: step.objective(u, state.carry, state.key)[0], state.point)
 
 
 def diagnosis(step: Step, state: OuterState) -> str:

@@ -23,7 +23,7 @@ from jaxhpo._core.record import recording
 from jaxhpo._core.tree import names
 from jaxhpo._core.types import PyTree
 from jaxhpo._diagnostics.health import named_members, raise_if_zero, what_is_not_finite
-from jaxhpo._tune.diagnosis import diagnosis, structure
+from jaxhpo._tune.diagnosis import diagnosis, program
 from jaxhpo._tune.inputs import check_callbacks, check_choice, check_policies, check_record, check_settings, convert
 from jaxhpo._tune.population import Compiled, member
 from jaxhpo._tune.record import LoopState, Record, TuneStep
@@ -483,7 +483,7 @@ def _first_step(compiled, state):
     if compiled.shape:
         state, hypergrad, members = member(state, 0), jax.tree.map(whole, hypergrad), np.flatnonzero(finite)
     if finite.any():
-        raise_if_zero(hypergrad, [w.message for w in caught], structure(compiled.step, state), members)
+        raise_if_zero(hypergrad, [w.message for w in caught], program(compiled.step, state), members)
     return after, report
 
 

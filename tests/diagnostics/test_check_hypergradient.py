@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from helpers import PROBLEMS, outer_loss
 
@@ -58,3 +59,26 @@ def test_wrong_custom_vjp_is_found():
 def test_leaf_without_effect_is_refused():
     with pytest.raises(jaxhpo.ZeroHypergradientError, match=r"hparams\['b'\].*Remove it"):
         jaxhpo.check_hypergradient(lambda h: h["a"] ** 2, {"a": 1.0, "b": 2.0})
+
+
+X, LABELS = jnp.array([[1.0, 2.0], [3.0, 1.0], [0.5, 2.0]]), jnp.array([1, 0, 0])
+FLAT = {
+    "argmax": lambda w: jnp.mean(jnp.argmax(X * w[None], 1) == LABELS),
+    "gt": lambda w: jax.lax.scan(lambda c, x: (c + jnp.where(jnp.sum(x * w) > 1, 1.0, 0.0), None), 0.0, X)[0],
+    "round": lambda w: jnp.round(jnp.sum(X @ w)),
+    "sort": lambda w: jnp.sum(jnp.argsort(X @ w) * 1.0),
+}
+
+
+@pytest.mark.parametrize("name", FLAT)
+def test_a_piecewise_constant_outer_loss_is_named(name):
+    """JAX's derivative of an accuracy is zero, but the accuracy depends on the hyperparameters."""
+
+    def outer_loss(h):
+        # A train loss with comparisons and signs of its own, which are not at fault.
+        solver = jaxhpo.from_optax(lambda w, h, batch: jnp.sum(jnp.abs(w - h) + jax.nn.relu(w * h)), optax.sgd(0.1))
+        return FLAT[name](jaxhpo.solve(solver, solver.init(jnp.ones(2), h), h, num_steps=2).params)
+
+    words = f"piecewise constant in it, through `{name}` .*smooth loss.*`EvolutionStrategies`"
+    with pytest.raises(jaxhpo.ZeroHypergradientError, match=words):
+        jaxhpo.check_hypergradient(outer_loss, jnp.ones(2))
