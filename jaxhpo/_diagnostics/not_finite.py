@@ -123,7 +123,9 @@ def measure_growth(advance: Callable, state: PyTree, inputs: PyTree, x: PyTree) 
     Its magnitude is the step's spectral radius, by power iteration :math:`v \leftarrow J^\top v` on its Jacobian in the
     state. It is negative where the error changes its sign, as with too large a learning rate, and 0 where it cannot be
     measured. Its drivers are the leaves h of the hyperparameters with the largest
-    :math:`|h\, \partial_h \log \|J^\top v\||`, down to half of the largest, with their values where they are numbers.
+    :math:`|h\, \partial_h \log \|J^\top v\||`, down to half of the largest, with their values where they are numbers;
+    but only those whose change by no more than their own size (a rate or penalty down to zero) would, by that slope,
+    bring the factor below one.
     """
     floats = jax.tree.map(is_inexact, state)
     perturbed, combine = partition(state, floats)
@@ -153,10 +155,12 @@ def measure_growth(advance: Callable, state: PyTree, inputs: PyTree, x: PyTree) 
     # Σ |h ∂ log ‖Jᵀ v‖ / ∂h| over a leaf: the relative change of the factor for a relative change of the leaf.
     slopes = jax.grad(lambda h: jnp.log(_norm(pulled(h, v))))(inputs[0])
     shares = jax.tree.leaves(jax.tree.map(lambda h, slope: float(jnp.sum(jnp.abs(h * slope))), inputs[0], slopes))
+    # A change of h by its size changes the factor f by f · share, to below one if f (1 − share) < 1.
+    least = max(max(shares, default=0.0) / 2, 1 - 1 / factor if factor > 1 else 0.0)
     drivers = [
         f"`{name}` = {h.item():.3g}" if h.size == 1 and jnp.issubdtype(h.dtype, jnp.floating) else f"`{name}`"
         for (name, h), share in zip(named_leaves(inputs[0], "hparams"), shares, strict=True)
-        if share > 0 and share >= max(shares) / 2
+        if share > 0 and share >= least
     ]
     return -factor if products[-1] < 0 else factor, drivers
 

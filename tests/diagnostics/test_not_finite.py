@@ -138,6 +138,14 @@ def test_divergence_names_curvature_and_driver(adjoint):
 
 
 @slow
+def test_divergence_does_not_blame_what_could_not_prevent_it():
+    """Rate 10 and curvature 2 (1 + 1e-6): without the penalty a step would still multiply an error by 1 - 20."""
+    fn = training(lambda p, h, b: jnp.sum((p - h["shift"]) ** 2) + h["penalty"] * jnp.sum(p**2), optax.sgd(10.0), 500)
+    said = diagnose(fn, QUADRATIC | {"penalty": jnp.asarray(1e-6)})
+    assert "by -19 " in said and "driven by" not in said
+
+
+@slow
 def test_divergence_names_a_tuned_rate_too():
     fn = training(
         lambda p, h, b: h["penalty"] * jnp.sum(p**2) + jnp.sum(h["shift"] * p), lambda h: optax.sgd(h["rate"]), 500
