@@ -427,8 +427,8 @@ FORWARD_MODE = {
     "jacfwd": lambda f, h: jax.jacfwd(f)(h),
     "jit": lambda f, h: jax.jit(lambda h: jax.jvp(f, (h,), (h,)))(h),
 }
-ONE_STEP = {"checkpoint": 1}, {"checkpoint": "sqrt"}, {"checkpoint": "binomial"}, {"checkpoint": 1, "truncate": 2}
-REVERSE_ONLY = [Unroll(**s) for s in ONE_STEP] + [jaxhpo.DrMAD(), jaxhpo.SAMA(), jaxhpo.FiniteDifference(0.1)]
+SCHEDULES = {"checkpoint": 1}, {"checkpoint": 2}, {"checkpoint": "binomial"}, {"checkpoint": 1, "truncate": 2}
+REVERSE_ONLY = [Unroll(**s) for s in SCHEDULES] + [jaxhpo.DrMAD(), jaxhpo.SAMA(), jaxhpo.FiniteDifference(0.1)]
 REVERSE_ONLY += [jaxhpo.Reversible()]
 
 
