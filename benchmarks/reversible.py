@@ -110,15 +110,18 @@ def trained_plain(h, data):
     batches = batches_of(data, len(h["log_rate"]), start[0][0].dtype)
 
     def step(carry, t):
-        weights, velocity = carry
+        weights, velocity, left = carry  # what has been rounded away, and a half: n = ⌊left + m d⌋
         rate, m = schedules(h, t, weights)
         d = 2**16
-        used = jax.tree.map(lambda m: m + jax.lax.stop_gradient((jnp.floor(m * d) + 1) / d - m), m)
+        sums = jax.tree.map(lambda r, m: r + jax.lax.stop_gradient(m) * d, left, m)
+        used = jax.tree.map(lambda m, s: m + jax.lax.stop_gradient(jnp.floor(s) / d - m), m, sums)
+        left = jax.tree.map(lambda s: s - jnp.floor(s), sums)
         grad = jax.grad(train_loss)(weights, h, batches(t))
         velocity = jax.tree.map(lambda r, m, v, g: r * v - (1 - m) * g, used, m, velocity, grad)
-        return (jax.tree.map(lambda w, a, v: w + a * v, weights, rate, velocity), velocity), None
+        return (jax.tree.map(lambda w, a, v: w + a * v, weights, rate, velocity), velocity, left), None
 
-    carry = start, jax.tree.map(jnp.zeros_like, start)
+    halves = jax.tree.map(lambda m: jnp.full_like(m, 0.5), schedules(h, 0, start)[1])
+    carry = start, jax.tree.map(jnp.zeros_like, start), halves
     return val_loss(jax.lax.scan(jax.checkpoint(step), carry, jnp.arange(len(h["log_rate"])))[0][0], data)
 
 
@@ -161,7 +164,7 @@ def recovery(data, momentum) -> dict[str, Any]:
     return {
         "recovered": all(same) and bool(arithmetic.is_empty(back.buffer)),
         "bits": held / numbers / STEPS,
-        "expected_bits": float(-np.log2((np.floor(momentum * 2**16) + 1) / 2**16)),
+        "expected_bits": float(-np.log2(momentum)),
         "times_less_than_32_bits": 32 * STEPS * numbers / held,
         "allocated": 8 * sum(x.nbytes for x in end.buffer) / held,
     }
@@ -255,7 +258,7 @@ def table(report) -> str:
     for momentum, row in report["momenta"].items():
         lines.append(
             f"momentum {momentum}: recovered bit for bit: {row['recovered']}; {row['bits']:.5f} bits a weight and step "
-            f"(log2(d/n) = {row['expected_bits']:.5f}), {row['times_less_than_32_bits']:.0f} times less than 32; "
+            f"(log2(1/m) = {row['expected_bits']:.5f}), {row['times_less_than_32_bits']:.0f} times less than 32; "
             f"allocated {row['allocated']:.2f} times that\n  hypergradient, relative error: int64 "
             f"{row['errors']['int64']:.1e}, int32 {row['errors']['int32']:.1e} (plain reverse mode in float32 "
             f"{row['errors']['plain_float32']:.1e})"

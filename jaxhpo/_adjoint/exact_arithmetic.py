@@ -22,6 +22,7 @@ DIGIT = 16  # bits of a digit: d = 2^16
 D = 2**DIGIT
 LOW = D - 1  # bit mask of the lowest digit
 BLOCKS = 8  # number of blocks of rows, if it divides the number of rows
+HALF = 2**31  # the phase of a first numerator: one half, so that it is rounded to the nearest
 EMPTY = D  # initial word of a lane; below it, rounding would make i grow by more than d/n
 
 
@@ -109,10 +110,24 @@ def information(buffer: Buffer) -> jax.Array:
     return DIGIT * buffer.size + jnp.mean(jnp.log2(buffer.words.astype(jnp.float32))) - np.log2(EMPTY)
 
 
-def numerator(momentum: jax.Array) -> jax.Array:
-    """The n of the rational number n/d that stands for a momentum: rounded up by at most 2^-16, and never 0."""
-    wide = momentum.astype(current_format().real)
-    return jnp.clip(jnp.floor(wide * D) + 1, 1, D).astype(jnp.uint32)
+def whole_and_part(momentum: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """⌊m d⌋ and the fraction m d − ⌊m d⌋ in units of 2^-32, both uint32."""
+    wide = momentum.astype(current_format().real) * D
+    whole = jnp.floor(wide)
+    return jnp.clip(whole, 0, D).astype(jnp.uint32), ((wide - whole) * 2.0**32).astype(jnp.uint32)
+
+
+def numerator(momentum: jax.Array, phase: jax.Array) -> jax.Array:
+    """The n of the rational number n/d that stands for a momentum in one step: m d rounded down or up, and never 0.
+
+    The phase is the sum of the fractions of all earlier steps, modulo 2^32, and n is rounded up where it overflows:
+
+        n_t = ⌊½ + Σ_{s ≤ t} m_s d⌋ − ⌊½ + Σ_{s < t} m_s d⌋
+
+    So the sum of the momenta, and the logarithm of their product, are right at every step, to 2^-17.
+    """
+    whole, part = whole_and_part(momentum)
+    return jnp.clip(whole + (phase + part < part).astype(jnp.uint32), 1, D)
 
 
 def multiply(v: Velocity, n: jax.Array, buffer: Buffer, step: jax.Array) -> tuple[Velocity, Buffer]:

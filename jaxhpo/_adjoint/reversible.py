@@ -52,8 +52,9 @@ class Reversible:
     .. math:: v \leftarrow m_t v - (1 - m_t) g, \qquad \theta \leftarrow \theta + \alpha_t v
 
     are taken in fixed point (int64 with 52 fractional bits where x64 is on, else int32 with 28). An addition in fixed
-    point can be undone. The product :math:`m_t v` is taken with the rational number :math:`n/d`, :math:`d = 2^{16}`,
-    :math:`n = \lfloor m_t d \rfloor + 1`, and the bits that it loses are kept in a buffer. The backward pass recovers
+    point can be undone. The product :math:`m_t v` is taken with a rational number :math:`n_t/d`, :math:`d = 2^{16}`,
+    where :math:`n_t` is :math:`m_t d` rounded down or up, so that :math:`\sum_{s \le t} n_s` is
+    :math:`\sum_{s \le t} m_s d` rounded, and the bits that it loses are kept in a buffer. The backward pass recovers
     each state bit for bit, and at each state pulls the cotangent back through one step, as `Unroll()` does. It sees the
     loss, data, initial weights and velocity, and the schedules of rates and momenta. The value is that of the
     fixed-point run. Reverse mode and first order only.
@@ -62,15 +63,15 @@ class Reversible:
     gradient is not finite, or if a momentum is outside [0, 1]. The hypergradient is NaN if the buffer is too small, or
     if the reversal does not end where the run began (because a gradient differs when it is computed again: it is
     random, or summed in no fixed order). `tune` and `check_hypergradient` report which of these happened. As a function
-    of a momentum the value is a step function with steps of 2⁻¹⁶, so central differences must be wider. Changes smaller
-    than the spacing of the numbers (2⁻⁵², or 4e-9 in 32 bits) are lost without a message: if the gradients are that
-    small, scale the loss up and the rate down.
+    of a momentum the value is a step function with steps of 2⁻¹⁶/T, so central differences must be wider. Changes
+    smaller than the spacing of the numbers (2⁻⁵², or 4e-9 in 32 bits) are lost without a message: if the gradients are
+    that small, scale the loss up and the rate down.
 
     **Cost and bias**: 3.9 plain trainings (matrix products counted on an MLP 784-256-256-10, T = 1000; several more in
     wall time, since the exact products are not counted); memory of about thirteen copies of θ there, and
     :math:`\log_2(d/n)` bits per weight and inner step: 0.15 at a momentum of 0.9, 0.029 at 0.98, where
-    `Unroll(checkpoint=1)` stores 64; but 16 at a momentum of 0. Exact for the fixed-point run, in which a momentum is
-    rounded up by at most 2⁻¹⁶.
+    `Unroll(checkpoint=1)` stores 64; but 16 at a momentum of 0. Exact for the fixed-point run, in which the sum of the
+    momenta of the steps so far is off by at most 2⁻¹⁷.
 
     Args:
       buffer_bits: memory for the buffer, in bits per weight and inner step: the mean over the steps of log2(1/m), with
@@ -184,6 +185,7 @@ class Plan(NamedTuple):
       rates: `(shared, count) -> (learning rates, momenta)`, like the parameters.
       layout: of the weights, the velocity and the buffer.
       depth: number of digits that a lane of the buffer can hold in addition to its word.
+      momenta: shapes and dtypes of the momenta of a step.
       num_steps: inner steps.
       counts: which of the data are step indices, as in `Problem`.
       format: of the fixed-point numbers.
@@ -193,6 +195,7 @@ class Plan(NamedTuple):
     rates: Callable[[Inputs, jax.Array], tuple[PyTree, PyTree]]
     layout: Layout
     depth: int
+    momenta: PyTree
     num_steps: int
     counts: PyTree
     format: exact.Format
@@ -231,7 +234,8 @@ def make_plan(problem: Problem, buffer_bits: float | None) -> tuple[Plan, Proble
     # A word starts at 16 bits and spills 16 at 32, so a lane spills ⌊bits rows / 16⌋ times. One bit for rounding.
     depth = max(1, math.floor((bits * rows + 1) / exact.DIGIT))
     layout = Layout(params, rows, math.ceil(size / rows))
-    plan = Plan(gradient, rates, layout, depth, problem.num_steps, problem.counts, exact.current_format())
+    momenta = jax.eval_shape(rates, Inputs(None, problem.inputs, None, (consts, rate_consts)), state.opt_state.count)[1]
+    plan = Plan(gradient, rates, layout, depth, momenta, problem.num_steps, problem.counts, exact.current_format())
     return plan, problem._replace(inputs=(hparams, [])), (consts, rate_consts)
 
 
@@ -241,7 +245,8 @@ def _bits_per_step(rates, consts, hparams, start, num_steps) -> float:
 
     def bits(consts, hparams, count):
         momenta = jax.tree.leaves(rates(consts, hparams, count)[1])
-        return jnp.max(jnp.stack([jnp.max(-jnp.log2(_ratio(jnp.asarray(m))), initial=0) for m in momenta]))
+        least = [jnp.maximum(exact.whole_and_part(jnp.asarray(m))[0], 1) / exact.D for m in momenta]  # n/d
+        return jnp.max(jnp.stack([jnp.max(-jnp.log2(ratio), initial=0) for ratio in least]))
 
     closed = jax.make_jaxpr(bits)(consts, hparams, jax.ShapeDtypeStruct((), jnp.int32))
     jaxpr, used = dce_jaxpr(closed.jaxpr, [True])
@@ -278,6 +283,7 @@ class ExactState(NamedTuple):
       weights: fixed-point numbers, shape (rows, lanes).
       velocity: likewise, with guard bits.
       buffer: the digits that the products have lost.
+      phase: what the numerators have rounded away so far, for each momentum, as in `exact.numerator`.
       broken: the first step at which a number did not fit, int32; the number of steps if all did.
       checksum: of the initial weights and velocity.
     """
@@ -285,6 +291,7 @@ class ExactState(NamedTuple):
     weights: jax.Array
     velocity: exact.Velocity
     buffer: exact.Buffer
+    phase: PyTree
     broken: jax.Array
     checksum: jax.Array
 
@@ -323,7 +330,8 @@ def run_reversed(
         params, velocity = _floats(plan, now, inputs.state)
 
         def update(params, velocity, grad, shared):  # U_t
-            return _float_step(plan, params, velocity, grad, combine(shared), inputs.state.opt_state.count + t)
+            count = inputs.state.opt_state.count + t
+            return _float_step(plan, params, velocity, grad, combine(shared), count, now.phase)
 
         def gradient(params, shared, data):  # ∇_θ L_t
             return plan.gradient(combine(shared), params, combine_data(data))
@@ -364,14 +372,16 @@ def exact_start(plan: Plan, state: InnerState) -> ExactState:
     velocity = exact.Velocity(high, jnp.zeros_like(high, jnp.uint16))
     buffer = exact.empty_buffer(plan.layout.lanes, plan.depth)
     broken = jnp.where(fit & fits, plan.num_steps, 0).astype(jnp.int32)
-    start = ExactState(weights, velocity, buffer, broken, _checksum(weights, velocity))
+    phase = jax.tree.map(lambda m: jnp.full(m.shape, exact.HALF, jnp.uint32), plan.momenta)
+    start = ExactState(weights, velocity, buffer, phase, broken, _checksum(weights, velocity))
     return cast_varying(start, varying_axes(state))
 
 
 def _step(plan, now: ExactState, inputs, t, x) -> ExactState:
     alpha, m = _rates(plan, inputs, t)
     # v ← (n/d) v
-    velocity, buffer = exact.multiply(now.velocity, _numerators(plan, m), now.buffer, t)
+    velocity, buffer = exact.multiply(now.velocity, _numerators(plan, m, now.phase), now.buffer, t)
+    phase = jax.tree.map(lambda p, m: p + exact.whole_and_part(m)[1], now.phase, m)
     # v ← v − (1 − m) g
     grad = _gradient(plan, now.weights, inputs, t, x)
     high, fits = _added(plan.format, velocity.high, _kick(plan, m, grad))
@@ -379,7 +389,7 @@ def _step(plan, now: ExactState, inputs, t, x) -> ExactState:
     weights, fit = _added(plan.format, now.weights, _move(plan, high, alpha))
     allowed = jnp.all(jnp.stack([jnp.all((m >= 0) & (m <= 1)) for m in jax.tree.leaves(m)]))
     broken = jnp.where(allowed & fits & fit, now.broken, jnp.minimum(now.broken, t))
-    return now._replace(weights=weights, velocity=velocity._replace(high=high), buffer=buffer, broken=broken)
+    return ExactState(weights, velocity._replace(high=high), buffer, phase, broken, now.checksum)
 
 
 def undo_step(plan: Plan, now: ExactState, inputs: Inputs, t: jax.Array, x: PyTree) -> tuple[ExactState, PyTree]:
@@ -391,8 +401,9 @@ def undo_step(plan: Plan, now: ExactState, inputs: Inputs, t: jax.Array, x: PyTr
     grad = _gradient(plan, weights, inputs, t, x)
     high = now.velocity.high - plan.format.encode(_kick(plan, m, grad))
     # v ← (d/n) v
-    velocity, buffer = exact.divide(now.velocity._replace(high=high), _numerators(plan, m), now.buffer, t)
-    return now._replace(weights=weights, velocity=velocity, buffer=buffer), grad
+    phase = jax.tree.map(lambda p, m: p - exact.whole_and_part(m)[1], now.phase, m)
+    velocity, buffer = exact.divide(now.velocity._replace(high=high), _numerators(plan, m, phase), now.buffer, t)
+    return now._replace(weights=weights, velocity=velocity, buffer=buffer, phase=phase), grad
 
 
 def _shared(inputs):
@@ -415,9 +426,9 @@ def _gradient(plan, weights, inputs, t, x):
     return _isolated(gradient, t, weights, _shared(inputs), x)
 
 
-def _numerators(plan, m):
+def _numerators(plan, m, phase):
     """n for every weight; d, which changes nothing, for the padding."""
-    return plan.layout.pack(jax.tree.map(exact.numerator, m), exact.D)
+    return plan.layout.pack(jax.tree.map(exact.numerator, m, phase), exact.D)
 
 
 def _kick(plan, m, grad):
@@ -458,21 +469,16 @@ def _added(form, fixed, real):
     return fixed + form.encode(real), jnp.all(fits)
 
 
-def _float_step(plan, params, velocity, grad, shared, count):
+def _float_step(plan, params, velocity, grad, shared, count, phase):
     """U_t in floats, to be differentiated: v ← (n/d) v − (1 − m) g, θ ← θ + α v, with ∂(n/d)/∂m = 1."""
     alpha, m = plan.rates(shared, count)
 
-    def kicked(m, v, g):
-        used = m + jax.lax.stop_gradient(_ratio(m) - m)
+    def kicked(m, phase, v, g):
+        used = m + jax.lax.stop_gradient(exact.numerator(m, phase) / exact.D - m)
         return used * v - (1 - m) * g
 
-    velocity = cast_like(jax.tree.map(kicked, m, velocity, grad), velocity)
+    velocity = cast_like(jax.tree.map(kicked, m, phase, velocity, grad), velocity)
     return cast_like(jax.tree.map(lambda p, a, v: p + a * v, params, alpha, velocity), params), velocity
-
-
-def _ratio(m):
-    """n/d for a momentum m."""
-    return exact.numerator(m) / exact.D
 
 
 def _floats(plan, now, state):
