@@ -390,7 +390,7 @@ def _convergence(axis, columns) -> None:
     best = np.fmin.accumulate(score)
     _line(axis, value, "outer loss", color=BLUE)
     if not np.array_equal(value, score, equal_nan=True):
-        _line(axis, score, "monitored", color=ORANGE)
+        _line(axis, score, "score", color=ORANGE)
     _line(axis, best, "best so far", color="0.3", ls="--")
     if (skipped := np.flatnonzero(columns["remedies['skipped_steps']"])).size:
         at_the_bottom = axis.get_xaxis_transform()

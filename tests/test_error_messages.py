@@ -1270,6 +1270,7 @@ MISTAKES = [
         "return True, or nothing",
         jit=False,
     ),
+    Mistake("tune-window", lambda h: search(score_window=0), "`score_window` got 0", "write 1 or more", jit=False),
     Mistake("tune-resume", lambda h: search(resume=True), "`resume` got True", "'warn' or 'continue'", jit=False),
     Mistake("tune-progress", lambda h: search(progress="no"), "`progress` got 'no'", "write True or False", jit=False),
     Mistake(

@@ -313,6 +313,7 @@ RUNS = st.builds(
             "patience": st.integers(1, 3),
             "min_delta": st.sampled_from([0.0, 0.5]),
             "monitor": st.just(lambda info: np.sum(info["draw"])),
+            "score_window": st.integers(1, 3),
             "key": st.sampled_from([jax.random.key(1), jax.random.key(2, impl="rbg")]),
         },
     ),
@@ -360,7 +361,7 @@ def check_run(case):
     for result in (whole, ended):
         for column in ("seconds", "peak_bytes"):
             result.history.pop(column)
-    same = [(r.hparams, r.carry, r.best_hparams, r.best_value, r.history) for r in (whole, ended)]
+    same = [(r.hparams, r.carry, r.best_hparams, r.best_value, r.best_step, r.history) for r in (whole, ended)]
     assert jax.tree.structure(same[0]) == jax.tree.structure(same[1])
     for a, b in zip(*map(jax.tree.leaves, same), strict=True):
         assert np.asarray(a).dtype == np.asarray(b).dtype

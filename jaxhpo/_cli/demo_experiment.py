@@ -204,6 +204,7 @@ def descend(start: dict, tasks: Task, settings: Settings, tuned: tuple[str, ...]
         num_steps=settings.outer_steps,
         population=settings.seeds,
         carry=(fixed, tasks),
+        score_window=1,  # the loss does not depend on the key
     )
     return result._replace(best_hparams=fixed | result.best_hparams)
 
@@ -221,7 +222,7 @@ def try_points(evaluate: Callable, points: np.ndarray, tasks: Task, knots: int, 
     history = {"value": np.stack(values), "seconds": np.array(seconds)}
     best, seeds = best_steps(history["value"]), np.arange(points.shape[1])
     hparams = spread(tasks.params, points[best, seeds])
-    return jaxhpo.TuneResult(hparams, None, hparams, history["value"][best, seeds], history, "finished", name)
+    return jaxhpo.TuneResult(hparams, None, hparams, history["value"][best, seeds], best, history, "finished", name)
 
 
 def best_steps(values: np.ndarray) -> np.ndarray:

@@ -110,7 +110,7 @@ def check_policies(remedies, outer_loss, gradient, on_not_finite="stop", monitor
     check_choice("on_not_finite", on_not_finite, "stop", "skip", "backtrack")
     if monitor is not None:
         check_callable("monitor", monitor, "monitor(info)", 1)
-    if gradient is not None or outer_loss is None or takes_carry(outer_loss):
+    if outer_loss is None or not is_deterministic(outer_loss, gradient):
         return
     for is_wanted, problem, instead in (
         (remedies.accumulate > 1, f"`{remedies!r}` averages over keys, and all outer losses would be equal", ""),
@@ -130,12 +130,17 @@ def check_choice(what: str, value: Any, *choices: str) -> None:
         raise JaxhpoError(f"`{what}` got {describe(value)}: write {some}.")
 
 
-def check_settings(num_steps, population, patience, min_delta, save_every, max_seconds, max_inner_steps, progress):
+def is_deterministic(outer_loss, gradient) -> bool:
+    """Returns whether the outer loss has no key, so that it has one value."""
+    return gradient is None and not takes_carry(outer_loss)
+
+
+def check_settings(num_steps, progress, min_delta, save_every, max_seconds, **counts):
     """Raises for a setting of `tune` that is not valid."""
     check_count("num_steps", num_steps)
     check_nonnegative("min_delta", min_delta)
     check_switch("progress", progress)
-    for what, value in {"population": population, "patience": patience, "max_inner_steps": max_inner_steps}.items():
+    for what, value in counts.items():
         if value is not None:
             check_count(what, value)
     if max_seconds is not None:

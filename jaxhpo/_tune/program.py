@@ -1,7 +1,5 @@
 """Digests of a traced outer step, equal in every process that traces the same one."""
 
-from __future__ import annotations
-
 import dataclasses
 import enum
 import hashlib

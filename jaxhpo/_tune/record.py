@@ -45,7 +45,7 @@ class TuneStep(NamedTuple):
       hparams: the hyperparameters at which it was evaluated.
       hypergradient_norm: Euclidean norm in unconstrained units.
       info: what the outer loss reported, or None.
-      best_value: the lowest outer loss so far; with a `monitor`, the lowest of its numbers.
+      best_value: the lowest score so far, as in `TuneResult`; inf before the first one.
       seconds: since the start.
     """
 
@@ -66,8 +66,10 @@ class LoopState(NamedTuple):
     Attributes:
       state: of the next step.
       rows: history rows that belong to it.
-      best: lowest score so far.
+      best: lowest score so far; inf before the first one.
+      best_step: when that was; without a score the last finite step, and -1 before that.
       best_hparams: where that was.
+      score_window: the last numbers of which a score is the mean: (window, *shape), NaN where there are fewer.
       waited: steps since an improvement.
       failures: consecutive steps that were not finite, and were skipped.
       steps: rows that each member took part in.
@@ -78,7 +80,9 @@ class LoopState(NamedTuple):
     state: OuterState
     rows: int
     best: np.ndarray
+    best_step: np.ndarray
     best_hparams: PyTree
+    score_window: np.ndarray
     waited: np.ndarray
     failures: np.ndarray
     steps: np.ndarray
@@ -94,7 +98,8 @@ class Record:
       state: the first state.
       run_dir: the folder, or None.
       settings: of this call, to be compared with those of the call that resumes.
-      monitor: `info -> score`, or None, for which the outer loss is the score.
+      monitor: `info -> number`, or None, for which the outer loss is that number.
+      window: numbers of which the score is the mean.
       extras: extra columns, some of `EXTRAS`.
       solves: the list to which linear solves report, where they are recorded.
 
@@ -110,14 +115,15 @@ class Record:
         run_dir: RunDir | None,
         settings: dict[str, Any],
         monitor: Callable[[PyTree], Any] | None,
+        window: int,
         extras: tuple[str, ...] = (),
         solves: list[LinearSolve] | None = None,
     ):
         self.compiled, self.run_dir, self.settings, self.monitor = compiled, run_dir, settings, monitor
         self.extras, self.solves, self.shape = extras, solves, compiled.shape
         zeros = np.zeros(self.shape, np.int64)
-        best = np.full(self.shape, np.inf)
-        self.now = LoopState(state, 0, best, compiled.hparams(state), zeros, zeros, zeros, zeros > 0)
+        scores = self._no_scores(state, window)
+        self.now = LoopState(state, 0, **scores, failures=zeros, steps=zeros, failed=zeros > 0)
         # What must be the same when the run is resumed: the numbers on disk depend on it.
         text = described(compiled.step.transforms) or repr(None)
         transforms = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
@@ -144,10 +150,15 @@ class Record:
         """Records a step: the next state, the best so far, and a history row; arrays are those of `_row`."""
         now, seconds, value = self.now, self.seconds, whole(report.value)
         hparams, info = jax.tree.map(lambda x: x, (report.hparams, report.info))  # containers that a callback may edit
-        score = np.where(finite, value if self.monitor is None else self._scores(info, finite), np.nan)
-        improved = finite & (score < now.best)
+        number = np.where(finite, value if self.monitor is None else self._scores(info, finite), np.nan).astype(float)
+        window = np.concatenate([now.score_window[1:], number[None]])
+        window = np.where(np.isnan(number), now.score_window, window)
+        score = np.where(np.isnan(number), np.nan, _mean(window))
+        improved = score < now.best
         best = np.where(improved, score, now.best)
-        best_hparams = self.compiled.select(improved, report.hparams, now.best_hparams)
+        follow = improved | (finite & (best == np.inf))  # before there is any score
+        best_step = np.where(follow, now.rows, now.best_step)
+        best_hparams = self.compiled.select(follow, report.hparams, now.best_hparams)
         waited = np.where(active, np.where(score < now.best - min_delta, 0, now.waited + 1), now.waited)
         failures = np.where(active, np.where(finite, 0, now.failures + 1), now.failures)
         solves = None
@@ -157,7 +168,10 @@ class Record:
         row = functools.partial(self._row, report, active, finite, halvings, score, seconds, solves)
         self.flush()
         steps = now.steps + active
-        self.now = LoopState(after, now.rows + 1, best, best_hparams, waited, failures, steps, now.failed, row)
+        scores = {"best": best, "best_step": best_step, "best_hparams": best_hparams, "score_window": window}
+        self.now = LoopState(
+            after, now.rows + 1, **scores, waited=waited, failures=failures, steps=steps, failed=now.failed, pending=row
+        )
         value, grad_norm, best = (_number(x) for x in (value, whole(report.hypergradient_norm), best))
         return TuneStep(now.rows, value, hparams, grad_norm, info, best, seconds)
 
@@ -228,8 +242,13 @@ class Record:
         if self.monitor is None:
             return np.zeros(self.shape, bool)
         self.flush()
-        values = np.stack([row["value"] for row in self.rows])
-        values = np.where(np.isfinite(values), values, np.inf)
+        size = len(self.now.score_window)
+        values = np.stack([np.full(self.shape, np.nan)] * (size - 1) + [row["value"] for row in self.rows]).astype(
+            float
+        )
+        values = np.where(np.isfinite(values), values, np.nan)
+        windows = np.lib.stride_tricks.sliding_window_view(values, size, axis=0)
+        values = np.where(np.isnan(values[size - 1 :]), np.inf, _mean(np.moveaxis(windows, -1, 0)))
         return (values.argmin(0) >= self.now.steps - steps) & (values.min(0) < np.inf)
 
     def save(self, every: int | datetime.timedelta | None = None) -> None:
@@ -282,9 +301,14 @@ class Record:
 
     def begin_scores(self) -> None:
         """Forgets the best step, and who has ended: those scores are of another loss."""
-        none, best = np.zeros(self.shape, np.int64), np.full(self.shape, np.inf)
-        here = self.compiled.hparams(self.now.state)
-        self.now = self.now._replace(best=best, best_hparams=here, waited=none, failures=none, failed=none > 0)
+        none, scores = np.zeros(self.shape, np.int64), self._no_scores(self.now.state, len(self.now.score_window))
+        self.now = self.now._replace(**scores, failures=none, failed=none > 0)
+
+    def _no_scores(self, state, window) -> dict[str, Any]:
+        zeros, best = np.zeros(self.shape, np.int64), np.full(self.shape, np.inf)
+        empty = np.full((window, *self.shape), np.nan)
+        at = self.compiled.hparams(state)
+        return {"best": best, "best_step": zeros - 1, "best_hparams": at, "score_window": empty, "waited": zeros}
 
     def write_status(self, status: str, message: str) -> None:
         """Writes the run's status to `run_dir`."""
@@ -293,6 +317,12 @@ class Record:
 
     def _tree(self, now: LoopState):
         return now._replace(rows=None, pending=None)._asdict() | {"fixed": self.fixed}
+
+
+def _mean(window: np.ndarray) -> np.ndarray:
+    """Returns the mean over the first axis of what is not NaN; NaN where there is nothing."""
+    known = ~np.isnan(window)
+    return np.where(known, window, 0.0).sum(0) / np.where(known.any(0), known.sum(0), np.nan)
 
 
 def _number(x):

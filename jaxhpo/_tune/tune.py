@@ -24,7 +24,15 @@ from jaxhpo._core.tree import names
 from jaxhpo._core.types import PyTree
 from jaxhpo._diagnostics.health import named_members, raise_if_zero, what_is_not_finite
 from jaxhpo._tune.diagnosis import diagnosis, program
-from jaxhpo._tune.inputs import check_callbacks, check_choice, check_policies, check_record, check_settings, convert
+from jaxhpo._tune.inputs import (
+    check_callbacks,
+    check_choice,
+    check_policies,
+    check_record,
+    check_settings,
+    convert,
+    is_deterministic,
+)
 from jaxhpo._tune.population import Compiled, member
 from jaxhpo._tune.record import LoopState, Record, TuneStep
 from jaxhpo._tune.remedies import NO_REMEDIES, Remedies
@@ -33,6 +41,7 @@ from jaxhpo._tune.sharded_dir import open_run_dir
 from jaxhpo._tune.step import Step, backtracked
 
 TEN_SECONDS = datetime.timedelta(seconds=10)
+WINDOW = 10  # steps over which the score of a random outer loss is a mean
 MOST_FAILURES = 10  # consecutive ones: 2**-10 of a move is as good as none
 
 
@@ -54,9 +63,10 @@ class TuneResult(NamedTuple):
     Attributes:
       hparams: the last hyperparameters, after the last update.
       carry: the last carry.
-      best_hparams: the hyperparameters of lowest score: the outer loss, or what `monitor` makes of the info. (Where
-        that is random, the luckiest step.)
-      best_value: that score, a float.
+      best_hparams: the hyperparameters of the step of lowest score: the last of those over which the score is a mean.
+      best_value: that score, a float. A score is the outer loss, or what `monitor` makes of the info; where that may be
+        random, the mean over the last `score_window` steps, or over those so far.
+      best_step: that step, from 0.
       history: a dict of NumPy arrays with one row per outer step: `value`, `score`, `hypergradient_norm` (in
         unconstrained units, those of the search, before any remedy), `seconds`, `peak_bytes` (so far: of the
         accelerator, or of the process's resident set), `hparams` (a tree; in place of a leaf of more than L entries
@@ -75,6 +85,7 @@ class TuneResult(NamedTuple):
     carry: PyTree
     best_hparams: PyTree
     best_value: Any
+    best_step: Any
     history: dict[str, Any]
     status: str
     message: str
@@ -97,7 +108,7 @@ class TuneResult(NamedTuple):
         if not self.members:
             raise JaxhpoError("`member` needs the result of a population: write `tune(..., population=N)`.")
         status, num_steps = self.members[index]
-        hparams, carry, best_hparams, best_value = member(self[:4], index)
+        hparams, carry, best_hparams, best_value, best_step = member(self[:5], index)
         rows = {
             name: column if name in SHARED else jax.tree.map(lambda x: x[:, index], column)
             for name, column in self.history.items()
@@ -105,8 +116,9 @@ class TuneResult(NamedTuple):
         # A member that ended, and continued on a later call, has rows of NaN between.
         held = np.isnan(rows["value"]) & np.isnan(rows["score"]) & (rows["remedies"]["skipped_steps"] == 0)
         rows = jax.tree.map(lambda x: x[~held][:num_steps], rows)
+        best_step = int(best_step) - int(held[: max(best_step, 0)].sum())
         message = f"member {index} of {len(self.members)} took {num_steps} outer steps: {status}; {self.message}"
-        return TuneResult(hparams, carry, best_hparams, float(best_value), rows, status, message)
+        return TuneResult(hparams, carry, best_hparams, float(best_value), best_step, rows, status, message)
 
     def __repr__(self) -> str:
         steps, best = len(self.history["value"]), np.min(self.best_value)
@@ -137,6 +149,7 @@ def tune(
     patience: int | None = None,
     min_delta: float = 0.0,
     monitor: Callable[[PyTree], Any] | None = None,
+    score_window: int | None = None,
     max_seconds: float | None = None,
     max_inner_steps: int | None = None,
     record: str | tuple[str, ...] = (),
@@ -204,11 +217,15 @@ def tune(
         None keeps nothing.
       save_every: outer steps, or a `datetime.timedelta`, between checkpoints; the last state is always saved.
       callbacks: each is called with a `TuneStep` after every step; a true result stops the run.
-      patience: stop after this many steps without an improvement of more than `min_delta`; None never stops early.
+      patience: stop after this many steps without an improvement of the score of more than `min_delta`; None never
+        stops early.
       min_delta: the least improvement that counts for `patience`.
-      monitor: `info -> number`; the step of the lowest number is the best, and `patience` follows it: the loss on a
-        part of the validation set that the outer loss does not see, say. A run out of patience while the outer loss
-        still fell has the status "overfitting". None takes the outer loss.
+      monitor: `info -> number`, from which the score is made: the loss on a part of the validation set that the outer
+        loss does not see, say. NaN leaves the step without a score. A run out of patience while the outer loss still
+        fell has the status "overfitting". None takes the outer loss.
+      score_window: the score, whose lowest is the best and which `patience` follows, is the mean over so many of the
+        last steps that are finite, or all so far: of a random loss the lowest single value would be the luckiest. None
+        takes 1 for `outer_loss(hparams)`, which has one value, and 10 where there is a key, or `gradient`.
       max_seconds: stop after the first step that ends so late, compilation and earlier calls on the same `run_dir`
         included; None never does.
       max_inner_steps: stop before the inner steps of all outer steps (those of `solve`, the most that a `tol` allows)
@@ -248,7 +265,8 @@ def tune(
       Pedregosa. Hyperparameter optimization with approximate gradient. 2016. arXiv:1602.02355
     """
     callbacks, extras = check_callbacks(callbacks), check_record(record)
-    check_settings(num_steps, population, patience, min_delta, save_every, max_seconds, max_inner_steps, progress)
+    counts = {"population": population, "patience": patience, "max_inner_steps": max_inner_steps}
+    check_settings(num_steps, progress, min_delta, save_every, max_seconds, **counts, score_window=score_window)
     check_policies(remedies, outer_loss, gradient, on_not_finite, monitor)
     check_choice("resume", resume, "warn", "continue")
     compiled = Compiled(Step(outer_loss, optimizer, transforms, projections, remedies, gradient), population)
@@ -292,7 +310,8 @@ def tune(
         solves = [] if "linear_solves" in extras else None
         if solves is not None:
             stack.enter_context(recording(linear_solves=solves))
-        run = Record(compiled, state, folder, settings, monitor, extras, solves)
+        window = score_window or (1 if is_deterministic(outer_loss, gradient) else WINDOW)
+        run = Record(compiled, state, folder, settings, monitor, window, extras, solves)
         run.resume()
         run.write_status("running", "")
         if max_inner_steps is not None:
@@ -467,7 +486,8 @@ def _result(record, limits, status, message) -> TuneResult:
             message += f"; {early.size} of {ended.size} members ended before: {_counted(early)}"
     best = now.best if members else float(now.best)
     hparams = record.compiled.hparams(now.state)
-    return TuneResult(hparams, now.state.carry, now.best_hparams, best, history, status, message, members)
+    step = now.best_step if members else int(now.best_step)
+    return TuneResult(hparams, now.state.carry, now.best_hparams, best, step, history, status, message, members)
 
 
 def _first_step(compiled, state):

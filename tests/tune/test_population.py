@@ -59,6 +59,7 @@ def check_member(result, i, want, rtol=1e-10):
         chex.assert_trees_all_close(a, b, rtol=rtol, atol=rtol)
     chex.assert_trees_all_close(untimed(got.history), untimed(want.history), rtol=rtol, atol=rtol)
     np.testing.assert_allclose(got.best_value, want.best_value, rtol=rtol)
+    assert got.best_step == want.best_step
     assert got.status == want.status and result.members[i].num_steps == len(want.history["value"])
 
 
@@ -251,7 +252,7 @@ def test_resume_is_bit_identical(tmp_path, at):
     assert stopped.status == "interrupted" and "resumed" in got.message
     assert got.members == want.members and got.status == want.status
     chex.assert_trees_all_equal(untimed(got.history), untimed(want.history))
-    for name in ("hparams", "carry", "best_hparams", "best_value"):
+    for name in ("hparams", "carry", "best_hparams", "best_value", "best_step"):
         chex.assert_trees_all_equal(getattr(got, name), getattr(want, name))
 
 

@@ -232,6 +232,7 @@ def test_monitor_selects_the_best_step_and_stops():
         num_steps=100,
         monitor=lambda info: info["held_out"],
         patience=5,
+        score_window=1,
         progress=False,
     )
     assert result.status == "overfitting" and "still fell" in result.message

@@ -176,10 +176,10 @@ def test_callbacks_and_monitors_may_edit_their_containers(tmp_path):
 
     start = {"rate": jnp.asarray(1.0)}
     loss = lambda h, carry, key: (h["rate"] ** 2, carry, {"sum": h["rate"]})  # noqa: E731
-    result = run(tmp_path, 3, loss, start, callbacks=[callback], monitor=monitor)
+    result = run(tmp_path, 3, loss, start, callbacks=[callback], monitor=monitor, score_window=1)
     assert result.best_hparams.keys() == result.history["hparams"].keys() == {"rate"}
     np.testing.assert_array_equal(result.history["info"]["sum"], result.history["score"])
-    assert len(run(tmp_path, 5, loss, start, monitor=monitor).history["value"]) == 5
+    assert len(run(tmp_path, 5, loss, start, monitor=monitor, score_window=1).history["value"]) == 5
 
 
 def test_solves_in_functions_traced_before_are_recorded():

@@ -64,7 +64,56 @@ def test_best_is_the_evaluated_point():
     """The best hyperparameters are those at which the best value was measured, not those after the update."""
     result = run(num_steps=30, optimizer=optax.sgd(0.9), transforms=TRANSFORMS)  # oscillates
     assert result.best_value == result.history["value"].min()
+    assert result.best_step == result.history["value"].argmin()
+    np.testing.assert_array_equal(result.history["score"], result.history["value"])
     assert float(jax.jit(outer_loss)(result.best_hparams)) == pytest.approx(result.best_value, rel=1e-12)
+
+
+def noisy(h, carry, key):
+    noise = jax.random.normal(key)
+    return h**2 + noise, carry, {"noisy": h**2 - noise}
+
+
+@pytest.mark.parametrize("settings", [{}, {"score_window": 4}, {"monitor": lambda info: info["noisy"]}])
+def test_best_of_a_random_loss_is_that_of_the_best_window(settings):
+    """The luckiest of 60 single values is 2.3 below the loss on average, that of means over ten about 0.5."""
+    result = jaxhpo.tune(noisy, jnp.asarray(2.0), optax.sgd(0.03), num_steps=60, progress=False, **settings)
+    history, window = result.history, settings.get("score_window", 10)
+    numbers = history["info"]["noisy"] if "monitor" in settings else history["value"]
+    want = [numbers[max(0, i + 1 - window) : i + 1].mean() for i in range(60)]
+    np.testing.assert_allclose(history["score"], want, rtol=1e-12)
+    assert result.best_step == np.argmin(want) != np.argmin(numbers)
+    assert result.best_value == history["score"][result.best_step]
+    assert result.best_hparams == history["hparams"][result.best_step]
+
+
+def test_skipped_steps_are_not_in_the_window():
+    """A step in three, on average, is NaN; the loss falls by one with each of the others."""
+
+    def loss(h, carry, key):
+        return jnp.where(jax.random.bernoulli(key, 1 / 3), jnp.nan, h), carry, None
+
+    settings = {"on_not_finite": "skip", "score_window": 3, "num_steps": 20, "progress": False}
+    history = jaxhpo.tune(loss, jnp.asarray(20.0), optax.sgd(1.0), **settings).history
+    taken = np.isfinite(history["value"])
+    np.testing.assert_array_equal(np.isfinite(history["score"]), taken)
+    assert 0 < taken.sum() < 20
+    values = 20.0 - np.arange(taken.sum())
+    np.testing.assert_array_equal(
+        history["score"][taken], [values[max(0, i - 2) : i + 1].mean() for i in range(len(values))]
+    )
+
+
+@pytest.mark.parametrize(("score_window", "status"), [(1, "patience"), (4, "finished")])
+def test_patience_follows_the_mean(score_window, status):
+    """The loss falls by one a step, but for a peak in every fourth, of which each mean over four has one."""
+
+    def loss(h, carry, key):
+        return 1e-3 * h**2 - carry + 20.0 * (carry % 4 == 0), carry + 1, None
+
+    settings = {"carry": jnp.zeros(()), "num_steps": 12, "patience": 1, "progress": False}
+    result = jaxhpo.tune(loss, jnp.asarray(1.0), optax.sgd(0.1), score_window=score_window, **settings)
+    assert result.status == status
 
 
 def test_one_compilation():
