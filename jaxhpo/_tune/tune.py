@@ -66,7 +66,8 @@ class TuneResult(NamedTuple):
       best_hparams: the hyperparameters of the step of lowest score: the last of those over which the score is a mean.
       best_value: that score, a float. A score is the outer loss, or what `monitor` makes of the info; where that may be
         random, the mean over the last `score_window` steps, or over those so far.
-      best_step: that step, from 0.
+      best_step: that step, from 0. Where `monitor` gave NaN at every step, the last one, and `best_value` is nan; where
+        no step was finite, -1, and `best_value` is inf.
       history: a dict of NumPy arrays with one row per outer step: `value`, `score`, `hypergradient_norm` (in
         unconstrained units, those of the search, before any remedy), `seconds`, `peak_bytes` (so far: of the
         accelerator, or of the process's resident set), `hparams` (a tree; in place of a leaf of more than L entries
@@ -121,7 +122,7 @@ class TuneResult(NamedTuple):
         return TuneResult(hparams, carry, best_hparams, float(best_value), best_step, rows, status, message)
 
     def __repr__(self) -> str:
-        steps, best = len(self.history["value"]), np.min(self.best_value)
+        steps, best = len(self.history["value"]), np.fmin.reduce(np.ravel(self.best_value))
         population = f", population={len(self.members)}" * bool(self.members)
         return f"TuneResult(best_value={best:.6g}, steps={steps}{population}, status={self.status!r}: {self.message})"
 
@@ -486,6 +487,17 @@ def _result(record, limits, status, message) -> TuneResult:
             message += f"; {early.size} of {ended.size} members ended before: {_counted(early)}"
     best = now.best if members else float(now.best)
     hparams = record.compiled.hparams(now.state)
+    unscored = np.isposinf(now.best) & (now.best_step >= 0)  # finite steps, of which none has a score
+    if unscored.any():
+        who = f" for {named_members(np.flatnonzero(unscored))}" * bool(members)
+        warnings.warn(
+            f"`monitor(info)` gave NaN or infinity at every outer step{who}, so that none is the best: `best_value` is "
+            "nan, and `best_hparams` are those of the last step. Return a number from it, at one step in `patience` or "
+            "more often; or omit `monitor`, for the outer loss.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        best = np.where(unscored, np.nan, best) if members else float("nan")
     step = now.best_step if members else int(now.best_step)
     return TuneResult(hparams, now.state.carry, now.best_hparams, best, step, history, status, message, members)
 

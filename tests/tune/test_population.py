@@ -212,6 +212,18 @@ def test_the_warning_names_the_members():
     assert [member.status for member in result.members] == ["not_finite", "finished", "not_finite"]
 
 
+def test_a_monitor_that_fails_for_one_member_names_it():
+    settings = {"monitor": lambda info: info["held_out"][0], "num_steps": 2, "transforms": None, "hparams": jnp.ones(3)}
+
+    def loss(h, carry, key):
+        return (h - carry) ** 2, carry, {"held_out": jnp.stack([jnp.where(carry > 1, jnp.nan, h)])}
+
+    with pytest.warns(RuntimeWarning, match="gave NaN or infinity at every outer step for member 1, so that none"):
+        result = population(loss, carry=jnp.array([0.0, 2.0, 0.5]), **settings)
+    assert np.isnan(result.best_value).tolist() == [False, True, False] and result.best_step.tolist() == [1, 1, 1]
+    assert np.isfinite(float(repr(result).split("best_value=")[1].split(",")[0]))
+
+
 def test_all_members_end():
     settings = broken("stop") | {"patience": 3, "min_delta": 10.0, "num_steps": 50}
     settings["carry"] = (jnp.array([9.0, 0.2, 9.0]), jnp.zeros(3))

@@ -104,6 +104,29 @@ def test_skipped_steps_are_not_in_the_window():
     )
 
 
+@pytest.mark.parametrize("number", [jnp.nan, jnp.inf])
+def test_a_monitor_that_never_gives_a_number_is_said(number):
+    with pytest.warns(RuntimeWarning, match="gave NaN or infinity at every outer step, so that none is the best"):
+        result = jaxhpo.tune(
+            noisy, 2.0, optax.sgd(0.03), num_steps=3, monitor=lambda info: number, patience=9, progress=False
+        )
+    assert result.status == "finished" and np.isnan(result.best_value) and result.best_step == 2
+    assert result.best_hparams == result.history["hparams"][2]
+    assert "best_value=nan" in repr(result)
+
+
+def test_a_monitor_may_give_a_number_now_and_then():
+    """At steps 1, 4, 7; of the others none is the best."""
+
+    def loss(h, carry, key):
+        return h**2, carry + 1, {"held_out": jnp.where(carry % 3 == 1, h**2, jnp.nan)}
+
+    settings = {"monitor": lambda info: info["held_out"], "score_window": 2, "progress": False}
+    result = jaxhpo.tune(loss, 2.0, optax.sgd(0.1), num_steps=9, carry=0, **settings)
+    assert np.flatnonzero(np.isfinite(result.history["score"])).tolist() == [1, 4, 7] and result.best_step == 7
+    assert result.best_value == result.history["value"][[4, 7]].mean()
+
+
 @pytest.mark.parametrize(("score_window", "status"), [(1, "patience"), (4, "finished")])
 def test_patience_follows_the_mean(score_window, status):
     """The loss falls by one a step, but for a peak in every fourth, of which each mean over four has one."""
