@@ -210,11 +210,12 @@ def tune(
         checkpoint, with results equal to the bit, or, with a warning, returns at once if the run had ended. More steps
         or another setting of the optimiser are accepted, and the difference is printed (of one in its state, as those
         of `optax.inject_hyperparams`, the new value is taken unless the run has changed the old one); another start,
-        key, transform, population or tree, other columns of history (`record`, `accumulate`), or a `monitor`
-        where there was none, are refused, and so is a folder in use. A full disk causes a warning, and does not end the
-        run. SIGTERM ends it after the step in progress, with status "preempted"; `sys.exit(result.exit_code)` informs
-        the scheduler. Several JAX processes, each with the same call on a folder that all of them see, keep their
-        arrays there with Orbax (`jaxhpo[orbax]`); what that cannot write, or an exception in one of them, ends the run.
+        key, transform, population, tree or `score_window`, other columns of history (`record`, `accumulate`), or a
+        `monitor` where there was none, are refused, and so is a folder in use. A full disk causes a warning, and does
+        not end the run. SIGTERM ends it after the step in progress, with status "preempted";
+        `sys.exit(result.exit_code)` informs the scheduler. Several JAX processes, each with the same call on a folder
+        that all of them see, keep their arrays there with Orbax (`jaxhpo[orbax]`); what that cannot write, or an
+        exception in one of them, ends the run.
         None keeps nothing.
       save_every: outer steps, or a `datetime.timedelta`, between checkpoints; the last state is always saved.
       callbacks: each is called with a `TuneStep` after every step; a true result stops the run.
