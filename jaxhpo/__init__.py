@@ -21,13 +21,14 @@ Choose how the derivative is taken (`adjoint=`)
     DrMAD, FiniteDifference, SAMA, ForwardGradient, Smoothing: approximate, cheap, or random
 
 Choose the linear solver of `Implicit`
+    General: for any invertible matrix; Direct: exact, for small models
     CG, NormalCG, GMRES, BiCGStab, from_lineax: iterative
-    Neumann, Identity, Nystrom: approximate; Direct: exact, for small models
+    Neumann, Identity, Nystrom: approximate
     gauss_newton, outer_product: matrices in the Hessian's place
-    LinearInfo, LinearStatus: how a solve ended
+    LinearInfo, LinearStatus, debug_solves: how a solve ended
 
 Tune
-    tune, TuneResult, TuneStep, Member, history_table: the outer loop, and what it reports
+    tune, load, TuneResult, TuneStep, Member, history_table: the outer loop, and what it reports
     positive, unit_interval, box, simplex: keep hyperparameters in range
     Remedies: clips, averages or shrinks the hypergradient
     outer_step, OuterStep, OuterState, OuterReport: the step alone, for a loop of your own
@@ -123,6 +124,7 @@ from jaxhpo._linear.neumann import Neumann as Neumann
 from jaxhpo._linear.normal_cg import NormalCG as NormalCG
 from jaxhpo._linear.nystrom import Nystrom as Nystrom
 from jaxhpo._solve import solve as solve
+from jaxhpo._tune.load import load as load
 from jaxhpo._tune.record import TuneStep as TuneStep
 from jaxhpo._tune.remedies import Remedies as Remedies
 from jaxhpo._tune.step import OuterReport as OuterReport

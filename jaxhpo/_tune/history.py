@@ -2,7 +2,9 @@
 
 import collections
 import json
-from collections.abc import Iterable
+import re
+import zlib
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,12 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxhpo._core.processes import whole
-from jaxhpo._core.tree import named_leaves
+from jaxhpo._core.tree import is_inexact, named_leaves
 from jaxhpo._core.types import PyTree
 
 EXTRAS = ("hparams", "hypergradient", "linear_solves")  # columns that `record` adds
 ROW = 4096  # numbers that the hyperparameters of a row, or of a member's, take at most
 LARGE = 1024  # entries: larger leaves are summed up, whatever there is room for
+LINE = b'{"step": '  # begins each line
+NUMBER = re.compile(LINE + rb"([0-9]{1,18})[,}]")
 SAMPLE = 2048  # evenly spaced entries, from which quartiles are taken: those of all would cost milliseconds a step
 
 
@@ -89,6 +93,45 @@ def decode(line: bytes | str, like: PyTree) -> PyTree:
         raise ValueError(f"{sorted(other)[0]!r} is in one of them only")
     leaves = [_array(name, fields[name], leaf) for name, leaf in wanted.items()]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def blank(like: PyTree) -> PyTree:
+    """Returns the row that stands for a lost one: NaN where there can be, zeros and False elsewhere."""
+    return jax.tree.map(lambda x: np.full(x.shape, np.nan if is_inexact(x) else 0, x.dtype), like)
+
+
+def proven(texts: Iterable[bytes], sums: Sequence[int]) -> dict[int, bytes]:
+    """Returns, by their number, the lines of the texts whose CRC-32 is that of the row; stops when it has them all."""
+    found: dict[int, bytes] = {}
+    for text in texts:
+        if len(found) == len(sums):
+            break
+        for line in text.split(b"\n"):
+            line = line.strip()  # an editor may have written other line ends
+            if (number := NUMBER.match(line)) and (step := int(number[1])) < len(sums):
+                if zlib.crc32(line) == sums[step]:
+                    found[step] = line
+    return dict(sorted(found.items()))
+
+
+def printable(text: str) -> str:
+    """Returns a text of others' files as a terminal may have it: what it would obey is written as an escape."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Returns numbers in words.
+
+    Example:
+      >>> ranges([0, 3, 4, 5])
+      '0, 3-5'
+    """
+    runs: list[list[int]] = []
+    for n in numbers:
+        if not runs or n != runs[-1][-1] + 1:
+            runs.append([n, n])
+        runs[-1][-1] = n
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
 def columns(row: dict[str, Any]) -> dict[str, Any]:

@@ -18,11 +18,12 @@ from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.processes import on_any, whole
 from jaxhpo._core.record import LinearSolve
 from jaxhpo._core.types import LinearStatus, PyTree
-from jaxhpo._tune.history import largest_whole, summary, to_numpy
+from jaxhpo._tune.checkpoint import is_spread
+from jaxhpo._tune.history import largest_whole, printable, summary, to_numpy
 from jaxhpo._tune.inputs import convert
 from jaxhpo._tune.population import Compiled, member
 from jaxhpo._tune.program import changes, digests
-from jaxhpo._tune.run_dir import RunDir, is_spread
+from jaxhpo._tune.run_dir import RunDir
 from jaxhpo._tune.settings import described, retaken
 from jaxhpo._tune.sharded_dir import ShardedDir
 from jaxhpo._tune.step import OuterReport, OuterState
@@ -260,7 +261,8 @@ class Record:
             self.run_dir.append(row)
         rows, saved = self.tried
         if every is None or _is_due(every, self.now.rows - rows, time.perf_counter() - saved):
-            self.run_dir.save(self._tree(self.now), {**self._settings(), "seconds": self.seconds})
+            tree = self._tree(self.now, self.compiled.hparams(self.now.state))
+            self.run_dir.save(tree, {**self._settings(), "seconds": self.seconds})
             self.tried = self.now.rows, time.perf_counter()
 
     def resume(self) -> None:
@@ -272,7 +274,7 @@ class Record:
         zeros, mask = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), report), self.now.failed
         row = self._row(zeros, mask, mask, mask, self.now.best, 0.0, self.solves)
         like = self.now._replace(state=after, best_hparams=report.hparams)
-        tree, self.rows, before, notes = self.run_dir.resume(self._tree(like), row, "run['fixed']")
+        tree, self.rows, before, notes = self.run_dir.resume(self._tree(like, like.best_hparams), row, "run['fixed']")
         tree |= {"state": _placed(tree["state"], self.now.state), "rows": len(self.rows)}
         self.tried = len(self.rows), self.started
         opt_state, held_back = retaken(tree["state"].opt_state, self.now.state.opt_state, before["optimizer"])
@@ -280,7 +282,7 @@ class Record:
         tree["best_hparams"] = jax.tree.map(jnp.asarray, tree["best_hparams"])
         self.now = LoopState(**{name: tree[name] for name in LoopState._fields})
         # Includes the time of callbacks after the last row: a run that had spent its seconds has spent them.
-        self.started -= max(float(self.rows[-1]["seconds"]), before.pop("seconds", 0.0))
+        self.started -= max(before.pop("seconds", 0.0), float(self.rows[-1]["seconds"]))
         self.origin = f"resumed from {os.fspath(self.run_dir.folder)!r} after {len(self.rows)} outer steps"
         here = self._settings()
         before["inner_steps"] = before["inner_steps"] or here["inner_steps"]  # 0: none was counted
@@ -288,7 +290,7 @@ class Record:
         self.changed, self.another_loss = changes(before.pop("loss"), here.pop("loss"))
         unnamed = step[0] != step[1] and not self.changed
         unnamed &= all(before[name] == here[name] for name in ("optimizer", "remedies", "projections"))
-        self.notes = [*notes, *_differences(before, here), *held_back]
+        self.notes = [*notes, *map(printable, [*_differences(before, here), *held_back])]
         if unnamed:
             self.notes.append("the optimiser or a projection is another, in a number that its code holds")
         if self.changed:
@@ -315,8 +317,9 @@ class Record:
         if self.run_dir is not None:
             self.run_dir.write_status(status=status, message=message, num_steps=self.settings["num_steps"])
 
-    def _tree(self, now: LoopState):
-        return now._replace(rows=None, pending=None)._asdict() | {"fixed": self.fixed}
+    def _tree(self, now: LoopState, hparams: PyTree):
+        """Returns what a checkpoint holds; of the last hyperparameters in natural units `load` alone makes use."""
+        return now._replace(rows=None, pending=None)._asdict() | {"fixed": self.fixed, "hparams": hparams}
 
 
 def _mean(window: np.ndarray) -> np.ndarray:

@@ -15,9 +15,9 @@ import numpy as np
 from jaxhpo._core.processes import whole
 from jaxhpo._core.tree import named_leaves
 from jaxhpo._core.types import PyTree
+from jaxhpo._tune.checkpoint import is_spread
 from jaxhpo._tune.history import distinct, key_data
 from jaxhpo._tune.program import digest
-from jaxhpo._tune.run_dir import is_spread
 
 SHORT = 8  # entries of arrays and lists: of longer ones a digest is told
 DEEPEST = 16  # nesting of optax's own optimisers and schedules; a bound, as a function may close over itself

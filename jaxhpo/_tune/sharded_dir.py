@@ -4,14 +4,29 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 from typing import Any
 
 import jax
 import numpy as np
 
 from jaxhpo._core.extra import needs_extra
+from jaxhpo._tune.checkpoint import (
+    SEALS,
+    Check,
+    Header,
+    Leaves,
+    absolute,
+    checkpoints,
+    checksum,
+    from_orbax,
+    is_spread,
+    set_aside,
+)
 from jaxhpo._tune.history import key_data
-from jaxhpo._tune.run_dir import DamagedError, Leaves, RunDir, check_structure, checksum, is_spread
+from jaxhpo._tune.run_dir import RunDir
+
+OPEN = re.compile(r"state-[0-9]{8,18}\.orbax(\.orbax-checkpoint-tmp.*)?")
 
 
 class ShardedDir(RunDir):
@@ -40,56 +55,76 @@ class ShardedDir(RunDir):
         self.callback(self._checkpointer.close)
 
     def _checkpoints(self):
-        return [path for path in super()._checkpoints() if any(path.glob("sealed-*.json"))]
+        return [path for path in super()._checkpoints() if any(path.glob(SEALS))]
+
+    def _stale(self):
+        """Also what Orbax had not completed when it was interrupted."""
+        open_ = [path for path in self.folder.iterdir() if OPEN.fullmatch(path.name)]
+        return super()._stale() + [path for path in open_ if self._is_own(path) and not any(path.glob(SEALS))]
+
+    @staticmethod
+    def _is_own(path):
+        return not path.is_symlink() and (
+            "orbax-checkpoint-tmp" in path.name or (path / "_CHECKPOINT_METADATA").exists()
+        )
 
     def _write(self, leaves: Leaves, settings: dict[str, Any]) -> bool:
         path = self.folder / f"state-{self.num_rows:08d}.{self.FORM}"
-        arrays = {f"{i} {name}": _to_save(x) for i, (name, x) in enumerate(leaves)}
-        structs = {name: [str(x.dtype), x.shape] for name, x in arrays.items()}
+        arrays = [_to_save(x) for _, x in leaves]
         # If one process fails here the run ends: the others wait for it, and cannot be informed.
-        tree = {str(i): x for i, x in enumerate(arrays.values())}
-        self._checkpointer.save(path.absolute(), args=self._orbax.args.PyTreeSave(tree), force=True)
-        return self._succeeds(lambda: self._seal(path, structs, settings))
+        tree = {str(i): x for i, x in enumerate(arrays)}
+        if self._succeeds(lambda: self._make_room(path)) is False:
+            return False
+        self._checkpointer.save(path, args=self._orbax.args.PyTreeSave(tree), force=True)
+        structs = [[str(x.dtype), x.shape] for x in arrays]
+        return self._succeeds(lambda: self._seal(path, structs, self._header(leaves, settings))) is not False
 
-    def _seal(self, path, structs, settings) -> None:
+    def _make_room(self, path) -> None:
+        if os.path.lexists(path) and not self._is_own(path):
+            set_aside(path)
+
+    def _seal(self, path, structs, header) -> None:
         """Makes a checkpoint of what Orbax has written."""
         files = {str(file.relative_to(path)): checksum(file) for file in sorted(path.rglob("*")) if file.is_file()}
-        text = json.dumps({"header": self._header(settings), "leaves": structs, "files": files}).encode()
+        text = json.dumps({"header": header.texts(), "leaves": structs, "files": files}).encode()
         self._commit(path, "sealed-{}.json", lambda file: file.write(text))
 
-    def _read(self, path):
-        try:
-            (seal,) = path.glob("sealed-*.json")
-            if checksum(seal) not in seal.name:
-                raise DamagedError("the checksum of its seal does not match")
-            found = json.loads(seal.read_bytes())
-            for name, digest in found["files"].items():
-                if checksum(path / name) != digest:
-                    raise DamagedError(f"the checksum of {name} does not match")
-        except (OSError, ValueError) as error:
-            raise DamagedError(str(error)) from error
-        return found["header"], found["leaves"]
+    def _read(self, path, check):
+        return from_orbax(path, check)
 
     def _restored(self, found, leaves) -> list:
-        structs = {name: jax.ShapeDtypeStruct(s, np.dtype(d)) for name, (d, s) in found["leaves"].items()}
-        check_structure(self.folder, structs, leaves)
+        return _restore(self._checkpointer, self.folder / found["name"], found["leaves"], [x for _, x in leaves])
 
-        def how(struct, x):
-            if not is_spread(x):
-                return self._orbax.RestoreArgs(restore_type=np.ndarray)
-            return self._orbax.ArrayRestoreArgs(sharding=x.sharding, global_shape=struct.shape, dtype=struct.dtype)
 
-        hows = {str(i): how(s, x) for i, (s, (_, x)) in enumerate(zip(structs.values(), leaves, strict=True))}
-        args = self._orbax.args.PyTreeRestore(item=dict.fromkeys(hows, 0), restore_args=hows)
-        arrays = self._checkpointer.restore((self.folder / found["name"]).absolute(), args=args)
-        return [arrays[name] for name in hows]
+def _restore(checkpointer, path: pathlib.Path, structs, likes: list) -> list:
+    """Returns the arrays of a checkpoint, sharded as the leaves here are."""
+    import orbax.checkpoint as orbax
+
+    def how(struct, x):
+        if not is_spread(x):
+            return orbax.RestoreArgs(restore_type=np.ndarray)
+        return orbax.ArrayRestoreArgs(sharding=x.sharding, global_shape=struct.shape, dtype=struct.dtype)
+
+    structs = [jax.ShapeDtypeStruct(shape, np.dtype(dtype)) for dtype, shape in structs]
+    hows = {str(i): how(struct, x) for i, (struct, x) in enumerate(zip(structs, likes, strict=True))}
+    arrays = checkpointer.restore(path, args=orbax.args.PyTreeRestore(item=dict.fromkeys(hows, 0), restore_args=hows))
+    return [arrays[name] for name in hows]
+
+
+def arrays_of(path: pathlib.Path, check: Check) -> tuple[Header, list]:
+    """Returns header and arrays of a checkpoint, in one process; see `from_npz`."""
+    header, structs = from_orbax(path, check)
+    with needs_extra("a `run_dir` of several processes is kept by Orbax", "orbax"):
+        import orbax.checkpoint as orbax
+    with orbax.Checkpointer(orbax.PyTreeCheckpointHandler()) as checkpointer:
+        return header, _restore(checkpointer, path, structs, structs)
 
 
 def open_run_dir(path: str | os.PathLike) -> RunDir:
     """Returns the folder of a run: of several processes, or of one."""
     shared = jax.process_count() > 1
-    with contextlib.suppress(TypeError, OSError):  # opening the folder raises a better message
-        shared = shared or any(pathlib.Path(path).glob(f"state-*.{ShardedDir.FORM}"))
+    with contextlib.suppress(TypeError, OSError, RuntimeError):  # opening the folder raises a better message
+        shared = shared or bool(checkpoints(absolute(path), ShardedDir.FORM))
     return ShardedDir(path) if shared else RunDir(path)
 
 

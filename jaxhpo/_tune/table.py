@@ -10,8 +10,9 @@ import numpy as np
 
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.validate import describe
-from jaxhpo._tune.history import columns
-from jaxhpo._tune.run_dir import STATUS, in_use
+from jaxhpo._tune.checkpoint import NAMES, DamagedError, Header, absolute, checkpoints, header_of, rows_of
+from jaxhpo._tune.history import NUMBER, columns, printable
+from jaxhpo._tune.run_dir import HISTORY, STATUS, content, in_use, lines_of
 from jaxhpo._tune.tune import SHARED, TuneResult
 
 
@@ -58,24 +59,69 @@ def history_columns(source: TuneResult | str | os.PathLike) -> dict[str, np.ndar
     """Returns the history by the name of its leaves, each with a leading axis of outer steps."""
     if isinstance(source, TuneResult):
         return {name: np.asarray(leaf) for name, leaf in columns(source.history).items()}
+    folder = folder_of(source)
+    rows = _rows(folder)
+    path, last = folder / HISTORY, rows[max(rows)]
     try:
-        path = pathlib.Path(source) / "history.jsonl"
-        lines = path.read_bytes().split(b"\n")[:-1]  # a run in progress may have written half of the last line
-    except TypeError as error:
-        raise JaxhpoError(f"`source` got {describe(source)}: give the result of `tune`, or its `run_dir`.") from error
-    except OSError as error:
-        raise JaxhpoError(f"{source} holds no history of a run ({error}): name the `run_dir` of a `tune`.") from error
-    if not lines:
-        raise JaxhpoError(f"{path} is empty: no outer step has ended yet.")
-    try:
-        rows = [json.loads(line) for line in lines]
-        wanted = (*rows[0], "value", "score", "seconds")  # the last three are in every row
-        return {name: _numbers([row[name] for row in rows]) for name in wanted if name != "step"}
+        lost = {name: _blank(value) for name, value in last.items()}
+        complete = [rows.get(i, lost) for i in range(max(rows) + 1)]
+        wanted = (*last, "value", "score", "seconds")  # the last three are in every row
+        return {printable(name): _numbers([row[name] for row in complete]) for name in wanted if name != "step"}
     except (ValueError, KeyError, TypeError) as error:
-        raise JaxhpoError(
-            f"{path} is no history of a run, or damaged ({type(error).__name__}: {error}): the same `tune` repairs it, "
-            "from its checkpoint."
-        ) from error
+        raise JaxhpoError(f"{path} is no history of a run ({error!r}): name the `run_dir` of a `tune`.") from error
+
+
+def folder_of(source: Any) -> pathlib.Path:
+    """Returns the path of a folder, or raises where it is none."""
+    try:
+        return absolute(source)
+    except (TypeError, RuntimeError) as error:
+        raise JaxhpoError(f"`source` got {describe(source)}: give the result of `tune`, or its `run_dir`.") from error
+
+
+def _rows(folder: pathlib.Path) -> dict[int, dict[str, Any]]:
+    """Returns the rows by their number: of the newest checkpoint those that are proven, beyond it what can be read."""
+    header = newest_header(folder)
+    proven = {} if header is None else lines_of(folder, header)
+    try:
+        # A run in progress may have written half of the last line.
+        lines = [line for line in (folder / HISTORY).read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    except OSError as error:
+        if not proven:
+            message = f"{folder} holds no history of a run ({error}): name the `run_dir` of a `tune`."
+            raise JaxhpoError(message) from error
+        lines = []
+    if not lines and not proven:
+        raise JaxhpoError(f"{folder / HISTORY} is empty: no outer step has ended yet.")
+    beyond = ((NUMBER.match(line), line) for line in lines)
+    after = {int(n[1]): line for n, line in beyond if n and (header is None or int(n[1]) >= len(header.sums))}
+    rows = {}
+    for step, line in (proven | after).items():
+        with contextlib.suppress(ValueError):
+            rows[step] = json.loads(line)
+    if not rows:
+        raise JaxhpoError(f"{folder / HISTORY} is no history of a run: name the `run_dir` of a `tune`.")
+    return rows
+
+
+def newest_header(folder: pathlib.Path) -> Header | None:
+    """Returns the header of the newest checkpoint whose header can be read."""
+    for path in saved_in(folder):
+        with contextlib.suppress(DamagedError, JaxhpoError):
+            return header_of(path)
+    return None
+
+
+def saved_in(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Returns the checkpoints in a folder, of one process or of several, the newest first."""
+    with contextlib.suppress(OSError):
+        return [path for form in NAMES for path in checkpoints(folder, form)]
+    return []
+
+
+def _blank(value) -> Any:
+    """Returns what stands for a lost value: NaN for floats, zero for others."""
+    return np.full(np.shape(value), np.nan if np.asarray(value).dtype.kind in "fUO" else 0).tolist()
 
 
 def columns_of_best(source: TuneResult | str | os.PathLike) -> tuple[dict[str, np.ndarray], str]:
@@ -91,21 +137,27 @@ def columns_of_best(source: TuneResult | str | os.PathLike) -> tuple[dict[str, n
 
 def standing(folder: str | os.PathLike, steps: int) -> str:
     """Describes the status of a run in a folder after so many history rows, and where the same call continues."""
-    folder = pathlib.Path(folder)
-    fields: dict[str, Any] = {}
-    with contextlib.suppress(OSError, ValueError, TypeError):
-        fields = dict(json.loads((folder / STATUS).read_bytes()))
-    if running := in_use(folder):
-        return f"going on (process {running}): {steps} of {fields.get('num_steps', '?')} steps"
-    status = str(fields.get("status", "unknown"))
-    text = f"{status.replace('_', ' ')}: {fields.get('message', '')}"
+    folder = absolute(folder)
+    fields = status_of(folder)
+    status, message = (printable(str(fields.get(name, ""))) for name in ("status", "message"))
+    # Asked only where it can be: for the moment of asking, no other process can take the folder.
+    if status in ("", "running") and (running := in_use(folder)):
+        return f"going on (process {running}): {steps} of {printable(str(fields.get('num_steps', '?')))} steps"
+    text = f"{status.replace('_', ' ') or 'unknown'}: {message}"
     if status == "running":
         text = "cut off: it left no message, so it was killed"
-    numbers = (path.name[6:14] for path in folder.glob("state-????????*"))
-    saved = max((int(number) for number in numbers if number.isdecimal()), default=0)
+    saved = max(map(rows_of, saved_in(folder)), default=0)
     if 0 < saved < steps:
         text += f". The same call goes on after step {saved - 1}, from the last checkpoint"
     return text
+
+
+def status_of(folder: pathlib.Path) -> dict[str, Any]:
+    """Returns what the run wrote of its status; nothing where it did not."""
+    with contextlib.suppress(ValueError):
+        found = json.loads(content(folder / STATUS))
+        return found if isinstance(found, dict) else {}
+    return {}
 
 
 def _numbers(values: list) -> np.ndarray:

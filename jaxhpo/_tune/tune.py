@@ -94,8 +94,11 @@ class TuneResult(NamedTuple):
 
     @property
     def exit_code(self) -> int:
-        """For `sys.exit(result.exit_code)`: 143 if preempted, as shells and schedulers expect, 130 if interrupted."""
-        return {"preempted": 143, "interrupted": 130, "not_finite": 1}.get(self.status, 0)
+        """For `sys.exit(result.exit_code)`: 143 if preempted and 130 if interrupted, as shells and schedulers expect.
+
+        1 if not finite or, of what `load` found, raised; 0 otherwise.
+        """
+        return {"preempted": 143, "interrupted": 130, "not_finite": 1, "raised": 1}.get(self.status, 0)
 
     def member(self, index: int) -> TuneResult:
         """Returns the result of one member of a population, as if it had been tuned alone.
@@ -206,17 +209,20 @@ def tune(
       key: `jax.random.key(0)` when None. In a population, a key for each member, or one that is split into them.
       carry: the first carry.
       run_dir: a folder that keeps the run: the state in its two newest checkpoints, each checked when it is read, and
-        the history as `history.jsonl`, one line per step. The same call with the same folder continues from the last
-        checkpoint, with results equal to the bit, or, with a warning, returns at once if the run had ended. More steps
-        or another setting of the optimiser are accepted, and the difference is printed (of one in its state, as those
-        of `optax.inject_hyperparams`, the new value is taken unless the run has changed the old one); another start,
-        key, transform, population, tree or `score_window`, other columns of history (`record`, `accumulate`), or a
-        `monitor` where there was none, are refused, and so is a folder in use. A full disk causes a warning, and does
-        not end the run. SIGTERM ends it after the step in progress, with status "preempted";
-        `sys.exit(result.exit_code)` informs the scheduler. Several JAX processes, each with the same call on a folder
-        that all of them see, keep their arrays there with Orbax (`jaxhpo[orbax]`); what that cannot write, or an
-        exception in one of them, ends the run.
-        None keeps nothing.
+        the history as `history.jsonl`, one line per step, which is mended from the checkpoint (rows that are lost are
+        NaN, in integer columns 0). Files of other names stay as they are, and links are not followed. The path is
+        that of the moment of the call, and `~` the user's home. The same call with the same folder continues from the
+        last checkpoint, with results equal to the bit, or, with a warning, returns at once if the run had ended. More
+        steps or another setting of the optimiser are accepted, and the difference is printed (of one in its state, as
+        those of `optax.inject_hyperparams`, the new value is taken unless the run has changed the old one); another
+        start, key, transform, population, tree or `score_window`, other columns of history (`record`, `accumulate`), or
+        a `monitor` where there was none, are refused, and so is a folder in use. A full disk causes a warning, and does
+        not end the run. SIGTERM, unless the program ignores it, reaches the handler that was set before, and ends the
+        run after the step in progress, with status "preempted". A script then ends with `sys.exit(result.exit_code)`,
+        which informs the scheduler; in a loop over several runs, after each that is preempted, as the next would begin.
+        Several JAX processes, each with the same call on a folder that all of them see, keep their arrays there with
+        Orbax (`jaxhpo[orbax]`); what that cannot write, or an exception in one of them, ends the run. None keeps
+        nothing.
       save_every: outer steps, or a `datetime.timedelta`, between checkpoints; the last state is always saved.
       callbacks: each is called with a `TuneStep` after every step; a true result stops the run.
       patience: stop after this many steps without an improvement of the score of more than `min_delta`; None never
@@ -545,25 +551,30 @@ def _not_finite(record, state, report, after, ends, halvings, alive) -> str:
 
 @contextlib.contextmanager
 def noting(number: int, enabled: bool) -> Iterator[Callable[[], bool]]:
-    """While active, a signal is noted the first time, and left to the handler before at the second.
+    """While active, the first signal is noted: what it asks for is done after the step in progress.
 
-    Yields a function that says whether it came. The previous handler is restored. Only the main thread of Python may
-    set one: in another thread, and where the handler was not set by Python, nothing is noted.
+    The second is left to the handler that was set before. That of SIGTERM is called at the first, too, so that a run
+    inside of another stops both. It is restored, unless there is another by then. Yields a function that says whether
+    the signal came. Only the main thread of Python may set a handler: in another thread, where the handler was not set
+    by Python, and where the program ignores the signal, nothing is noted.
     """
     noted: list[int] = []
-    before = signal.getsignal(number)
-    if not enabled or before is None or threading.current_thread() is not threading.main_thread():
+    before, main = signal.getsignal(number), threading.current_thread() is threading.main_thread()
+    if not enabled or before in (None, signal.SIG_IGN) or not main:
         yield lambda: False
         return
 
     def note(number, frame):
-        if noted:
+        noted.append(number)
+        if len(noted) > 1:
             signal.signal(number, before)
             signal.raise_signal(number)
-        noted.append(number)
+        elif number == signal.SIGTERM and callable(before):
+            before(number, frame)
 
     signal.signal(number, note)
     try:
         yield lambda: bool(noted)
     finally:
-        signal.signal(number, before)
+        if signal.getsignal(number) is note:
+            signal.signal(number, before)

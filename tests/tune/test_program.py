@@ -71,7 +71,7 @@ def network(h, carry, key):
 def found(loss, optimizer=SGD, remedies=NO_REMEDIES):
     compiled = Compiled(Step(loss, optimizer, None, None, remedies, None), None)
     state = compiled.init(jnp.full(3, 0.1), None, None)
-    return program.digests(compiled.trace(state), state)
+    return program.digests(*compiled.trace(state), state)
 
 
 def closing_over(data, target=1.0):

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import jaxhpo
-from jaxhpo._tune import run_dir
+from jaxhpo._tune import checkpoint
 
 SOLVER = jaxhpo.from_optax(lambda p, h, b: jnp.sum((p - h["target"]) ** 2), lambda h: optax.sgd(h["lr"]))
 START = {"target": jnp.full(3, 0.1), "lr": jnp.asarray(0.02)}
@@ -345,10 +345,10 @@ def test_run_dir_of_empty_leaves(tmp_path):
 
 
 def test_run_dir_of_another_schema_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_dir, "SCHEMA", 99)
+    monkeypatch.setattr(checkpoint, "SCHEMA", 99)
     run(num_steps=2, run_dir=tmp_path)
     monkeypatch.undo()
-    with pytest.raises(jaxhpo.JaxhpoError, match=rf"schema 99, where this one reads {run_dir.SCHEMA}"):
+    with pytest.raises(jaxhpo.JaxhpoError, match=rf"schema 99, where this one reads {checkpoint.SCHEMA}"):
         run(num_steps=2, run_dir=tmp_path)
 
 

@@ -11,6 +11,7 @@ import os
 import pathlib
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -65,7 +66,7 @@ def end(folder) -> dict:
     """Returns state, key and history of the newest checkpoint, without times."""
     newest = sorted(pathlib.Path(folder).glob("state-*.npz"))[-1]
     with np.load(newest) as file:
-        found: dict = {name: file[name].tobytes() for name in file.files if name != "history"}
+        found: dict = {name: file[name].tobytes() for name in file.files if name not in ("sums", "tail")}
     found["settings"] = {name: x for name, x in json.loads(found["settings"]).items() if name not in TIMES}
     for i, line in enumerate((pathlib.Path(folder) / "history.jsonl").read_text().splitlines()):
         found[f"row {i}"] = {name: value for name, value in json.loads(line).items() if name not in TIMES}
@@ -191,7 +192,7 @@ def full_disk(folder, rng) -> None:
     assert result.status == "finished" and len(result.history["value"]) == STEPS
     told = [str(w.message) for w in caught if "could not be saved" in str(w.message)]
     assert at == STEPS - 1 or told, "nobody said that the disk was full"
-    assert unreadable(folder) == 0 and not (pathlib.Path(folder) / "state.tmp").exists()
+    assert unreadable(folder) == 0 and not list(pathlib.Path(folder).glob("*.tmp"))
 
 
 def read_only(folder, rng) -> None:
@@ -242,11 +243,13 @@ def garbled(folder, rng) -> None:
 
 
 def lost_history(folder, rng) -> None:
-    """The history loses its last line, which belongs to the newest checkpoint."""
-    tune(folder, steps=rng.randrange(2, STEPS))
+    """The history loses its last line: the newest checkpoint holds it, too, and no step is taken again."""
+    steps = rng.randrange(2, STEPS)
+    tune(folder, steps=steps)
     path = pathlib.Path(folder) / "history.jsonl"
     path.write_bytes(path.read_bytes()[: -rng.randrange(1, 50)])
-    assert "history.jsonl is not the one" in tune(folder).message
+    message = tune(folder).message
+    assert f"after {steps} outer steps" in message and "history.jsonl was changed" in message, message
 
 
 def two_processes(folder, rng) -> None:
@@ -285,7 +288,112 @@ def callback_raises(folder, rng) -> None:
         raise AssertionError("the exception was lost")
 
 
+def full_from_the_start(folder, rng) -> None:
+    """No file may have a byte, as on a full disk: the run warns and finishes, and its result is not lost."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+        try:
+            result = tune(folder, steps=rng.randrange(1, STEPS))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert result.status == "finished"
+
+
+def own_files(folder, rng) -> None:
+    """Files of the user's own are left as they are, whatever their names."""
+    at, words = rng.randrange(STEPS - 1), f"the user's own, {rng.random()}"
+    names = [
+        "state-best.npz",
+        "state-99999999.npz",
+        "state-00000001.npz.bak",
+        "state.tmp",
+        "history.json",
+        "state-1.npz",
+    ]
+    early = ["lock", "status.json"] if rng.random() < 0.5 else []
+    paths = [pathlib.Path(folder) / name for name in names + early]
+
+    def strike(step):
+        if step.step == at:
+            for path in paths[: len(names)]:
+                path.write_text(words)
+
+    for path in paths[len(names) :]:
+        path.write_text(words)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        tune(folder, steps=rng.randrange(at + 1, STEPS), callbacks=[strike])
+        tune(folder)
+    assert {path.read_text() for path in paths} == {words}
+    assert not early or "is not that of a run" in str(caught[0].message)
+    for path in paths:
+        path.unlink()
+
+
+def damage(path, rng) -> str:
+    """Changes a history in a random way; returns which."""
+    data = path.read_bytes()
+    lines = data.splitlines(keepends=True)
+    at = rng.randrange(len(data))
+    ways = {
+        "one bit": data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1 :],
+        "CRLF": data.replace(b"\n", b"\r\n"),
+        "a mark at the start": b"\xef\xbb\xbf" + data,
+        "lines shuffled": b"".join(rng.sample(lines, len(lines))),
+        "a part": data[: rng.randrange(len(data))],
+        "something else": rng.randbytes(rng.randrange(1, 3000)),
+        "lost": None,
+    }
+    way = rng.choice(list(ways))
+    path.unlink() if ways[way] is None else path.write_bytes(ways[way])
+    return way
+
+
+def garbled_history(folder, rng) -> None:
+    """The history is damaged between two calls: the newest checkpoint suffices, and mends it."""
+    steps = rng.randrange(2, STEPS)
+    tune(folder, steps=steps)
+    way = damage(pathlib.Path(folder) / "history.jsonl", rng)
+    assert f"after {steps} outer steps" in tune(folder).message, way
+
+
+def replaced_history(folder, rng) -> None:
+    """The history is damaged, or replaced as an editor does, while the run is going on."""
+    path, at = pathlib.Path(folder) / "history.jsonl", rng.randrange(1, STEPS - 1)
+
+    def strike(step):
+        if step.step == at:
+            if rng.random() < 0.5:
+                (path.parent / "copy").write_bytes(path.read_bytes())
+                os.replace(path.parent / "copy", path)
+            with contextlib.suppress(ValueError):  # an empty one
+                damage(path, rng)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tune(folder, callbacks=[strike])
+
+
+def removed_folder(folder, rng) -> None:
+    """The folder is removed while the run is going on, and in one case of two made again."""
+    at = rng.randrange(STEPS)
+
+    def strike(step):
+        if step.step == at:
+            shutil.rmtree(folder)
+            if rng.random() < 0.5:
+                os.mkdir(folder)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert tune(folder, callbacks=[strike]).status == "finished"
+    assert done(folder)
+
+
 FAULTS = [sigterm, ctrl_c, full_disk, read_only, truncated, garbled, lost_history, two_processes, callback_raises]
+FAULTS += [full_from_the_start, own_files, garbled_history, replaced_history, removed_folder]
 
 
 def survives(fault, reference, seed) -> None:

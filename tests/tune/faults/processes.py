@@ -243,7 +243,7 @@ def refused(folder):
     first_alone(lambda: fcntl.flock(lock, fcntl.LOCK_EX))
     told.append(refusal(lambda: tune(folder)))
     lone = pathlib.Path(folder, "alone")
-    first_alone(lambda: (lone.mkdir(), (lone / "state-00000001-0.npz").touch()))
+    first_alone(lambda: (lone.mkdir(), (lone / f"state-00000001-{'0' * 64}.npz").touch()))
     return [*told, refusal(lambda: tune(lone))]
 
 
