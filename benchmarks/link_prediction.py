@@ -338,6 +338,7 @@ def go_on(task: Task, method: str, kind: str, steps: int, run_dir) -> Found:
         gradient=gradient,
         carry=jax.lax.map(lambda x: task.solver.init(*x), (task.starts, start)),
         run_dir=run_dir,
+        resume="continue",  # of a search that had ended the result is read
         save_every=1,
         callbacks=[note],
         on_not_finite="skip",

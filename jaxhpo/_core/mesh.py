@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jax.flatten_util import ravel_pytree
@@ -44,8 +43,11 @@ def as_array(cotangent: Any, axes: frozenset) -> jax.Array:
     """A cotangent, or zeros where it is a symbolic zero, that varies over (at least) the given mesh axes."""
     if isinstance(cotangent, SymbolicZero):
         aval: Any = cotangent.aval
-        float0 = aval.dtype == jax.dtypes.float0
-        cotangent = np.zeros(aval.shape, aval.dtype) if float0 else jnp.zeros_like(aval)  # sharded as it is
+        if aval.dtype == jax.dtypes.float0:
+            cotangent = np.zeros(aval.shape, aval.dtype)
+        else:
+            sharding = aval.sharding if any(aval.sharding.spec) else None  # over `Explicit` mesh axes
+            cotangent = jax.lax.full(aval.shape, 0, aval.dtype, sharding=sharding)
     return cast_varying(cotangent, axes)
 
 

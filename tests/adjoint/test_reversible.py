@@ -154,11 +154,15 @@ def scalar_end(h, rule):
     return sol.params + 2 * sol.opt_state.velocity
 
 
-def scalar_closed_form(h):
-    """(x, v) ← M_t (x, v) with v' = r v − (1−m) a x, x' = x + α v', r = n/d, and ∂r/∂m = 1."""
+def scalar_closed_form(h, run=STEPS):
+    """Runs of so many steps, in each of which the rounding of the momenta begins anew.
+
+    (x, v) ← M_t (x, v) with v' = r v − (1−m) a x, x' = x + α v', r = n/d, and ∂r/∂m = 1.
+    """
     a, lr, m, x0, v0 = (np.asarray(h[k], float) for k in ("a", "lr", "m", "x0", "v0"))
+    rounded = np.concatenate([used(m[i : i + run]) for i in range(0, STEPS, run)])
     matrices = [
-        np.array([[1 - s * (1 - k) * a, s * r], [-(1 - k) * a, r]]) for s, k, r in zip(lr, m, used(m), strict=True)
+        np.array([[1 - s * (1 - k) * a, s * r], [-(1 - k) * a, r]]) for s, k, r in zip(lr, m, rounded, strict=True)
     ]
     states = [np.array([x0, v0])]
     for M in matrices:
@@ -687,7 +691,7 @@ def test_random_gradient_is_detected():
 
 @slow
 def test_two_warm_started_runs_equal_one():
-    """Two runs of six steps, the second from the state of the first, equal one of twelve up to the guard digits."""
+    """Two runs of six steps, the second from the state of the first, equal the closed form up to the guard digits."""
 
     def twice(h):
         start = SCALAR.init(h["x0"], h)
@@ -696,7 +700,7 @@ def test_two_warm_started_runs_equal_one():
             start = jaxhpo.solve(SCALAR, start, h, num_steps=STEPS // 2, adjoint=Reversible()).state
         return start.params + 2 * start.opt_state.velocity
 
-    assert relative_error(jax.jit(jax.grad(twice))(QUADRATIC), scalar_closed_form(QUADRATIC)[1]) < 1e-11
+    assert relative_error(jax.jit(jax.grad(twice))(QUADRATIC), scalar_closed_form(QUADRATIC, STEPS // 2)[1]) < 1e-11
 
 
 @slow

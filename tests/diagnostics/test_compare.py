@@ -307,7 +307,7 @@ def test_recommendation_agrees_with_independent_errors(name):
         pytest.importorskip("sklearn")
     problem = problems.PROBLEMS[name](0)
     # Of the network, whose programs take long to compile, one method of each kind; the others are held to it elsewhere.
-    methods = (*problems.USUAL, "gmres", "direct") if problem.num_params < 100 else ("unroll", "truncated", "cg")
+    methods = (*problems.USUAL, "gmres", "direct") if problem.num_params < 100 else ("unroll", "truncated", "neumann")
     rules = [problems.METHODS[method](problem) for method in methods]
     # What is asserted of times is asserted of the table's own, however noisy.
     found = compare(problem.make_outer_loss, problem.hparams, rules, repeats=2)
@@ -315,6 +315,9 @@ def test_recommendation_agrees_with_independent_errors(name):
     errors, cosines = {}, {}
     for line in found.rows:
         grad = flat(jax.jit(jax.grad(problem.make_outer_loss(line.rule)))(problem.hparams))
+        if not line.finite:  # a linear solve that failed
+            assert line.linear_status == "indefinite" and np.isnan(grad).any()
+            continue
         errors[line.name] = relative_error(grad, exact)
         cosines[line.name] = grad @ exact / (np.linalg.norm(grad) * np.linalg.norm(exact))
         # Rounding of an unstable run is all that may differ: 1e-9 of the reference.
@@ -561,7 +564,9 @@ def test_picture_shows_every_row(tmp_path):
         "5  raised: raised an error",
     ]
     assert [text.get_text() for text in axis.texts] == ["no error", "1", "2", "4"]
-    assert not any(np.isclose(points.get_offsets()[:, 1], 0).any() for points in axis.collections)
+    markers = [points for points in axis.collections if len(points.get_sizes())]
+    assert len(markers) == len(rows)
+    assert not any(np.isclose(points.get_offsets()[:, 1], 0).any() for points in markers)
     assert axis.get_title() == "recommended here: good"
     check_picture(tmp_path / "picture.png")
 
