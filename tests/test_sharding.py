@@ -177,6 +177,7 @@ def second_order(rule):
 
 EVERYTHING = {
     **{case.name: by_rule(case.make(START)) for case in ALL_RULES},
+    "cg": by_rule(Implicit(CG(), on_failure="keep")),  # of an indefinite Hessian: the iterate reached
     # To a residual below the figure of the test: two solves differ by as much as their tolerance allows.
     "gmres": by_rule(Implicit(GMRES(tol=1e-14))),
     "bicgstab": by_rule(Implicit(BiCGStab(tol=1e-14))),

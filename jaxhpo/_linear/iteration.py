@@ -156,8 +156,9 @@ def conjugate_gradients(
     accurate = is_accurate(residual * size, x, best.size, best.inverse)
     # By the recurrence, so that it takes no product. The residual of a good iterate may be above that of x = 0.
     unsolved = norm(r) > 2 * default_tolerance(b.dtype, tol) * size
+    skew &= norm(r) > epsilon(b.dtype) ** 0.5 * size  # at their rounding error residuals are not orthogonal
     useless = (status == LinearStatus.STALLED) & ~still_falls(size, best.bound)
-    failed = (unsolved & ((status == LinearStatus.INDEFINITE) | skew)) | useless | (status == LinearStatus.NOT_FINITE)
+    failed = (unsolved & (status == LinearStatus.INDEFINITE)) | skew | useless | (status == LinearStatus.NOT_FINITE)
     return x, _report(residual, k, status, tol, accurate, failed)
 
 
