@@ -44,17 +44,18 @@ def test_function_of_the_step_equals_stacked_batches(adjoint):
 
 @pytest.mark.codegen
 def test_function_of_the_step_takes_no_memory_for_batches():
-    """A million stacked batches of 1000 numbers would take 8 GB; compiled temporary memory stays below 11 MB."""
+    """A million stacked batches of 1000 numbers would take 8 GB, their indices 8 MB; CG takes some vectors of 8 kB."""
     solver = jaxhpo.from_optax(squared, optax.sgd(STEP))
     key = jax.random.key(0)
 
     def loss(h):
         batches = lambda t: jax.random.normal(jax.random.fold_in(key, t), (1000,))  # noqa: E731
-        sol = jaxhpo.solve(solver, solver.init(jnp.zeros(1000), h), h, batches, num_steps=10**6, adjoint=Implicit())
+        start = solver.init(jnp.zeros(1000), h)
+        sol = jaxhpo.solve(solver, start, h, batches, num_steps=10**6, adjoint=Implicit(CG()))
         return jnp.sum(sol.params)
 
     compiled = jax.jit(jax.grad(loss)).lower(jnp.zeros(1000)).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < 10**7 + 10**6  # the step indices (8 MB) and little else
+    assert compiled.memory_analysis().temp_size_in_bytes < 100 * 8 * 1000
 
 
 def test_data_are_differentiable():
