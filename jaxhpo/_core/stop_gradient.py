@@ -1,4 +1,4 @@
-"""What a derivative rule cannot do: inputs that it treats as constants, second derivatives, forward mode."""
+"""Limits of a derivative rule: inputs that it treats as constants, second derivatives, forward mode."""
 
 import functools
 import sys

@@ -41,7 +41,7 @@ class DamagedError(Exception):
 
 
 class Header(NamedTuple):
-    """What a checkpoint says of its run.
+    """Description of a run that its checkpoint holds.
 
     Attributes:
       names: of the leaves of the state.

@@ -24,7 +24,7 @@ SAMPLE = 2048  # evenly spaced entries, from which quartiles are taken: those of
 
 
 class Summary(NamedTuple):
-    """What the history keeps of a large leaf.
+    """Summary of a large leaf, kept in its place by the history.
 
     Attributes:
       minimum: of all entries.
