@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxhpo._adjoint.implicit_function import Root, attach, declared
+from jaxhpo._adjoint.implicit_function import Root, attach
 from jaxhpo._adjoint.pullback import closed_over_names, not_entering
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.stop_gradient import stop_gradient_with_warning
 from jaxhpo._core.trace import closure_convert, untrusted_rule
 from jaxhpo._core.tree import names, upcast
-from jaxhpo._core.types import InnerState, LinearSolver, PyTree, Solver
+from jaxhpo._core.types import InnerState, LinearSolver, PyTree, Solver, declared
 from jaxhpo._core.validate import check_arrays, check_callable, check_finite, check_params, check_residual, describe
 from jaxhpo._inner.gradient import train_loss_of
 from jaxhpo._inner.loop import run
@@ -102,7 +102,7 @@ class Implicit:
         size, product = structure.num_leaves, None
 
         def condition(params, leaves):
-            return problem.residual(params, *upcast(jax.tree.unflatten(structure, leaves[:size])))
+            return problem.residual(params, *jax.tree.unflatten(structure, leaves[:size]))
 
         if self.curvature != "hessian":
             matrix: Any = self.curvature

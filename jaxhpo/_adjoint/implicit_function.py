@@ -9,7 +9,6 @@ Transposed, a cotangent v of θ becomes the cotangent −(∂g/∂a)ᵀ q of a, 
 
 import dataclasses
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -18,13 +17,11 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from jaxhpo._core.errors import JaxhpoError
-from jaxhpo._core.mesh import on_auto_axes
 from jaxhpo._core.stop_gradient import warn_zero
 from jaxhpo._core.trace import differentiable_inputs, primitives, trust
 from jaxhpo._core.tree import cast_like, is_inexact, partition, scaled, upcast, zeros_like
-from jaxhpo._core.types import LinearInfo, LinearSolver, PyTree
-from jaxhpo._core.validate import check_residual, describe
-from jaxhpo._linear.system import run_solver, solve_equation
+from jaxhpo._core.types import LinearInfo, LinearSolver, PyTree, declared
+from jaxhpo._linear.system import run_solver, solve_by, solve_equation
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -78,7 +75,7 @@ def _attach_jvp(root, primals, tangents):
     symmetric = declared(root.linear_solver).needs_symmetry
     # θ̇ = H⁻¹ (−∂g/∂a ȧ)
     equation = functools.partial(solve_equation, symmetric=symmetric, on_failure=root.on_failure)
-    params_dot, _ = _solved(equation, linear_solver, matvec, scaled(-1.0, rhs), None)
+    params_dot, _ = solve_by(linear_solver, equation, matvec, scaled(-1.0, rhs), None)
     return params, cast_like(params_dot, params)
 
 
@@ -110,7 +107,7 @@ def pull_back(
     _check_products(matvec, point)
     product = matvec if symmetric else _transposed(matvec, point)
     run = functools.partial(run_solver, on_failure=root.on_failure)
-    q, info = _solved(run, root.linear_solver, product, rhs, x0)  # Hᵀ q = v
+    q, info = solve_by(root.linear_solver, run, product, rhs, x0)  # Hᵀ q = v
     return scaled(-1.0, pull(q)[0]), q, info  # −(∂g/∂a)ᵀ q
 
 
@@ -149,44 +146,3 @@ def _check_products(matvec, point):
             "no second derivative, so its products with a vector cannot be taken. Let the forward rule compute the "
             "value without that call, write the function with `jax.custom_jvp`, or use `Unroll()`."
         )
-
-
-def _takes_start(linear_solver) -> bool:
-    try:
-        return "x0" in inspect.signature(linear_solver).parameters
-    except (TypeError, ValueError):  # a builtin without a signature
-        return False
-
-
-def _solved(equation: Callable, linear_solver: Any, matvec: Callable, b: PyTree, x0: PyTree) -> tuple[PyTree, Any]:
-    """`equation(matvec, b, x0, solve)` on mesh axes that are `Auto`, where `solve` is the linear solver.
-
-    Arrays that the solver needs beside the matrix and b are keywords of a `functools.partial`.
-    """
-    given = functools.partial(linear_solver).keywords.items()
-    arrays = {k: x for k, x in given if all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(x))}
-
-    def solved(matvec, b, arguments):
-        x0, arrays = arguments
-        return equation(matvec, b, x0, _checked(functools.partial(linear_solver, **arrays)))
-
-    return on_auto_axes(solved, matvec, b, (x0, arrays))
-
-
-def declared(linear_solver: Any) -> Any:
-    """The object on which to read `needs_key` and `needs_symmetry`: the protocol's defaults for a plain function."""
-    return linear_solver if isinstance(linear_solver, LinearSolver) else LinearSolver
-
-
-def _checked(linear_solver: Any) -> Callable:
-    """The linear solver as `(matvec, b, x0) -> (x, report)`; raises unless it returns both."""
-
-    def solve(matvec, b, x0):
-        start = {} if x0 is None or not _takes_start(linear_solver) else {"x0": x0}
-        out: Any = linear_solver(matvec, b, **start)
-        if not (isinstance(out, tuple) and len(out) == 2):
-            text = f"`linear_solver` returned {describe(out)}: write `return x, info`, a `LinearInfo` or None."
-            raise JaxhpoError(text)
-        return cast_like(check_residual(out[0], b, "linear_solver", "b"), b), out[1]
-
-    return solve

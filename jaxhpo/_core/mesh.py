@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import ShapedArray
 from jax.custom_derivatives import SymbolicZero
 from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, auto_axes, explicit_axes, reshard
@@ -15,8 +16,8 @@ from jaxhpo._core.types import PyTree
 
 def varying_axes(tree: PyTree) -> frozenset:
     """Mesh axes of an enclosing `shard_map` over which any leaf varies."""
-    types = [x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x) for x in jax.tree.leaves(tree)]
-    return frozenset().union(*(t.manual_axis_type.varying for t in types if t.manual_axis_type is not None))
+    kinds = [_typeof(x).manual_axis_type for x in jax.tree.leaves(tree)]
+    return frozenset().union(*(kind.varying for kind in kinds if kind is not None))
 
 
 def cast_varying(tree: PyTree, axes: frozenset) -> PyTree:
@@ -76,7 +77,7 @@ def ravel(tree: PyTree) -> tuple[jax.Array, Callable[[jax.Array], PyTree]]:
     JAX refuses to join a sharded axis with another. So the vector lies whole on every device, and the inverse gives
     each leaf its sharding back.
     """
-    types = jax.eval_shape(lambda: tree)
+    types = jax.tree.map(jax.typeof, tree)
     flat, unravel = ravel_pytree(jax.tree.map(gathered, tree))
     return flat, lambda flat: jax.tree.map(sharded_like, unravel(flat), types)
 
@@ -110,6 +111,10 @@ def on_auto_axes(solve: Callable, matvec: Callable, b: PyTree, arrays: PyTree) -
     return untyped(b, arrays)
 
 
+def _typeof(x: Any) -> Any:
+    return x if isinstance(x, jax.ShapeDtypeStruct | ShapedArray) else jax.typeof(x)
+
+
 def _explicit(x):
-    sharding = (x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)).sharding
+    sharding = _typeof(x).sharding
     return sharding if sharding is not None and any(sharding.spec) else None

@@ -13,6 +13,7 @@ from jaxhpo._core.types import PyTree
 
 norm: Callable[[PyTree], jax.Array] = optax.tree.norm
 zeros_like: Callable[[PyTree], PyTree] = optax.tree.zeros_like
+where: Callable[[Any, PyTree, PyTree], PyTree] = optax.tree.where
 
 
 def vdot(a: PyTree, b: PyTree) -> jax.Array:

@@ -278,6 +278,11 @@ class LinearSolver(Protocol):
         ...
 
 
+def declared(linear_solver: Any) -> Any:
+    """The object on which to read `needs_key` and `needs_symmetry`: the protocol's defaults for a plain function."""
+    return linear_solver if isinstance(linear_solver, LinearSolver) else LinearSolver
+
+
 @runtime_checkable
 class Transform(Protocol):
     """Map between the natural values of a hyperparameter and the unconstrained values of the search.

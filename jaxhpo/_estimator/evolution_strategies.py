@@ -5,11 +5,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.transforms import to_natural, to_unconstrained
-from jaxhpo._core.tree import add_scaled, cast_like, map_in_chunks, normal, scaled, upcast, zeros_like
+from jaxhpo._core.tree import add_scaled, cast_like, map_in_chunks, normal, scaled, upcast, where, zeros_like
 from jaxhpo._core.types import Hypergradient, HypergradientInfo, InnerState, PyTree, StatefulMethod
 from jaxhpo._core.validate import check_settings, require_key
 from jaxhpo._estimator.pair import check_pair_state, check_warm_start, inner_start
@@ -234,7 +233,7 @@ class PersistentES(StatefulMethod):
             point = to_unconstrained(self.transforms, hparams)
 
             def train(hparams, inner):
-                start = optax.tree.where(anew, inner_start(solver, state.start, hparams, warm_start=False), inner)
+                start = where(anew, inner_start(solver, state.start, hparams, warm_start=False), inner)
                 solution = solve(solver, start, hparams, batches, num_steps=num_steps)
                 return solution, *outer_loss(solution, hparams, outer_batch)
 
@@ -248,7 +247,7 @@ class PersistentES(StatefulMethod):
                     return value, solution.state
 
                 (plus, minus), inner = jax.vmap(particle)(jnp.array([1.0, -1.0], jnp.float32), inner)
-                total = add_scaled(noise, 1.0, optax.tree.where(anew, zeros_like(past), past))  # ξ_k ← ξ_k + σ ε_k
+                total = add_scaled(noise, 1.0, where(anew, zeros_like(past), past))  # ξ_k ← ξ_k + σ ε_k
                 return total, inner, (plus - minus) / (2 * self.sigma**2)
 
             # With h_i the hyperparameters of update i, all equal to h, L is a function of (h_1, …, h_n) and

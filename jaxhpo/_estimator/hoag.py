@@ -12,7 +12,7 @@ import optax
 from jaxhpo._adjoint.implicit import Implicit, check_symmetric, warn_of_untrusted_rule
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.mesh import cast_varying, varying_axes
-from jaxhpo._core.tree import add_scaled, norm, upcast, zeros_like
+from jaxhpo._core.tree import add_scaled, norm, upcast, where, zeros_like
 from jaxhpo._core.types import Hypergradient, InnerState, PyTree, StatefulMethod
 from jaxhpo._core.validate import check_callable, check_positive, check_settings, check_traceable_number, describe
 from jaxhpo._estimator.implicit_product import implicit_product
@@ -21,7 +21,7 @@ from jaxhpo._inner.loop import run
 from jaxhpo._inner.problem import make_problem
 from jaxhpo._linear.iteration import conjugate_gradients
 from jaxhpo._linear.report import default_tolerance
-from jaxhpo._linear.system import damped, solve_system
+from jaxhpo._linear.system import solve_system
 
 _SCHEDULES = ("quadratic", "cubic", "exponential", "exact")
 
@@ -135,7 +135,7 @@ class HOAG(StatefulMethod):
         def solve(operator, b, x0):
             return conjugate_gradients(operator, b, x0, self.maxiter, tolerance)
 
-        return solve_system(damped(matvec, self.damping), b, x0, solve, symmetric=True)
+        return solve_system(matvec, b, x0, solve, symmetric=True, damping=self.damping)
 
 
 def _scale(problem, state):
@@ -278,7 +278,7 @@ def hoag_step(
         curvature = jnp.where(first, curvature_1, factor * state.curvature)
         # h ← h₀ − p₀ / L, from the last point that was not rejected: as an update to the present point, h₀ − h − p₀/L.
         kept = (state.value, state.hparams, state.gradient)
-        value, point, gradient = optax.tree.where(bad, kept, (value, params, updates))
+        value, point, gradient = where(bad, kept, (value, params, updates))
         updates = add_scaled(add_scaled(point, -1.0, params), -1 / curvature, gradient)
         return updates, HOAGStepState(state.count + 1, curvature, unit, value, point, gradient)
 

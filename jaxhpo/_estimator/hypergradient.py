@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxhpo._adjoint.implicit import Implicit
-from jaxhpo._adjoint.implicit_function import declared
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.mesh import varying_axes
 from jaxhpo._core.tree import upcast, zeros_like
-from jaxhpo._core.types import Hypergradient, HypergradientInfo, InnerState, PyTree, Solver, StatefulMethod
+from jaxhpo._core.types import Hypergradient, HypergradientInfo, InnerState, PyTree, Solver, StatefulMethod, declared
 from jaxhpo._core.validate import check_callable, check_count, check_key, check_params, check_scalar, describe
 from jaxhpo._estimator.implicit_product import implicit_product
 from jaxhpo._estimator.pair import check_pair_state, inner_start

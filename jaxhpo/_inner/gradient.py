@@ -85,6 +85,8 @@ def mixed_value_and_grad(
 def _cast_to_vary(loss, params, *rest):
     # Inside `shard_map`, the gradient of a device-varying loss at device-invariant parameters is summed over devices:
     # separate inner problems would silently become one. A loss with a `pmean` does not vary.
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return params
     value = jax.eval_shape(lambda: loss(params, *rest)[0])
     return cast_varying(params, varying_axes(value))
 

@@ -15,8 +15,8 @@ from jaxhpo._core.record import report_random
 from jaxhpo._core.trace import closure_convert
 from jaxhpo._core.tree import all_finite, cast_like, norm, upcast
 from jaxhpo._core.types import Info, InnerState, PyTree, Solver, StatefulMethod
-from jaxhpo._core.validate import check_hparams, check_key, check_residual, check_traceable_number, require_key
-from jaxhpo._inner.inputs import check_condition, check_same_state, check_start, check_state, check_steps, slices_of
+from jaxhpo._core.validate import check_key, check_residual, check_traceable_number, require_key
+from jaxhpo._inner.inputs import check_condition, check_same_state, check_start, check_steps, slices_of
 from jaxhpo._inner.watch import instrumented
 
 
@@ -115,9 +115,7 @@ def make_problem(
     solver, state, hparams, batches, *, num_steps=None, tol=None, condition_batch=None, key=None
 ) -> Problem:
     """Checks the arguments of `solve` and makes its `Problem`, whose steps report while that is recorded."""
-    check_start(solver, state)
-    hparams = check_hparams(hparams)
-    state = check_state(state, solver, hparams)
+    hparams, state = check_start(solver, state, hparams)
     num_steps = check_steps(batches, num_steps)
     check_key(key)
     if tol is not None:
@@ -195,7 +193,7 @@ def _closed_step(step, state, hparams, x):
         check_same_state(state, after)
         after = cast_like(after, state)
         grown.update(varying_axes(after))
-        types.append(jax.eval_shape(lambda: after))
+        types.append(jax.tree.map(jax.typeof, after))
         return after
 
     # A scan needs one type throughout, but a step may return another: under `shard_map` one that varies over more mesh
@@ -208,7 +206,7 @@ def _closed_step(step, state, hparams, x):
         if grown <= axes and all(map(operator.is_, *map(jax.tree.leaves, (placed, state)))):
             break
         state, axes = placed, axes | grown
-    like = jax.eval_shape(lambda: state)
+    like = jax.tree.map(jax.typeof, state)
 
     def advance(state, inputs, x):
         after = pure(inputs[1], state, inputs[0], x)

@@ -8,7 +8,7 @@ from typing import ClassVar
 from jaxhpo._core.types import LinearSolver
 from jaxhpo._core.validate import check_callable, check_settings
 from jaxhpo._linear.iteration import conjugate_gradients, in_turn
-from jaxhpo._linear.system import damped, solve_system
+from jaxhpo._linear.system import solve_system
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,4 +62,4 @@ class CG(LinearSolver):
         if self.fallback is not None:
             fallback = self.fallback
             solve = in_turn(solve, lambda operator, b, x0: fallback(operator, b), lambda info: info.failed)
-        return solve_system(damped(matvec, self.damping), b, x0, solve, symmetric=True)
+        return solve_system(matvec, b, x0, solve, symmetric=True, damping=self.damping)

@@ -9,7 +9,7 @@ from jaxhpo._core.validate import check_settings
 from jaxhpo._linear.corrections import factorised
 from jaxhpo._linear.iteration import in_rounds
 from jaxhpo._linear.report import epsilon
-from jaxhpo._linear.system import damped, solve_system
+from jaxhpo._linear.system import solve_system
 
 _ROUNDS = 10  # of refinement, at most; one is enough where products are as exact as the factors
 
@@ -47,7 +47,7 @@ class Direct(LinearSolver):
 
     def __call__(self, matvec, b, x0=None):
         """Return `(x, LinearInfo)`; `x0` is not used."""
-        return solve_system(damped(matvec, self.damping), b, None, _solve)
+        return solve_system(matvec, b, None, _solve, damping=self.damping)
 
 
 def _solve(operator, b, x0):

@@ -13,7 +13,7 @@ from jaxhpo._core.types import LinearSolver, LinearStatus
 from jaxhpo._core.validate import check_settings, require_key
 from jaxhpo._linear.iteration import in_rounds
 from jaxhpo._linear.report import epsilon, is_accurate, report, residual_of, series_status
-from jaxhpo._linear.system import damped, solve_system
+from jaxhpo._linear.system import solve_system
 
 _ROUNDS = 10  # of refinement, at most
 _product = functools.partial(jnp.matmul, precision="highest")
@@ -78,7 +78,11 @@ def _solve(rank, damping, key, operator, b, x0):
         rest = rest - _product(U, _product(U.T, rest))  # again, as 1/ρ multiplies what rounding left of U
         return _product(U, along / (eigenvalues + damping)) + rest / damping
 
-    system, whole = damped(operator, damping), rank == b.size
+    whole = rank == b.size
+
+    def system(v):
+        return operator(v) + damping * v
+
     curvatures = jnp.abs(eigenvalues + damping)
     bounds = jnp.max(curvatures), 1 / (jnp.min(curvatures) if whole else damping)
     # The eigenvalues of M are Ritz values, which lie between those of H: one at or below −ρ proves that H + ρI is not

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from jaxhpo._core.tree import add_scaled, norm
+from jaxhpo._core.tree import norm
 from jaxhpo._core.types import LinearInfo, LinearStatus
 
 
@@ -41,7 +41,7 @@ def relative_norm(a, b) -> jax.Array:
 
 def residual_of(matvec, x, b) -> jax.Array:
     """Return ‖b − A x‖ / ‖b‖. Costs one product with A; free under `jit` when the result is unused."""
-    return relative_norm(add_scaled(b, -1.0, matvec(x)), b)
+    return relative_norm(jax.tree.map(jnp.subtract, b, matvec(x)), b)
 
 
 def is_accurate(residual, x, size, inverse) -> jax.Array:

@@ -1,7 +1,8 @@
-"""Differentiable solution of A x = b: the one place where a solve is transposed, reports, and fails."""
+"""Differentiable solution of A x = b: the one place where a linear solver is called, transposed, reports, and fails."""
 
 import contextvars
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -9,11 +10,13 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from jaxhpo._core.mesh import cast_varying, drop_varying, varying_axes
+from jaxhpo._core.errors import JaxhpoError
+from jaxhpo._core.mesh import cast_varying, drop_varying, on_auto_axes, varying_axes
 from jaxhpo._core.record import report_fault, report_linear_solve
 from jaxhpo._core.trace import closure_convert
-from jaxhpo._core.tree import add_scaled, all_finite
+from jaxhpo._core.tree import all_finite, cast_like, where
 from jaxhpo._core.types import LinearInfo, LinearStatus, PyTree
+from jaxhpo._core.validate import check_residual, describe
 from jaxhpo._linear.report import completed, largest
 
 _FAILED = (
@@ -24,11 +27,6 @@ _FAILED = (
 )
 
 _inside: contextvars.ContextVar[bool] = contextvars.ContextVar("jaxhpo_inside_a_linear_solve", default=False)
-
-
-def damped(matvec: Callable, damping: float) -> Callable:
-    """Return v ↦ A v + δ v."""
-    return lambda v: add_scaled(matvec(v), damping, v)
 
 
 def solve_scaled(solve: Callable, operator: Callable, b: jax.Array, x0: PyTree) -> tuple[jax.Array, LinearInfo]:
@@ -44,9 +42,9 @@ def solve_scaled(solve: Callable, operator: Callable, b: jax.Array, x0: PyTree) 
 
 
 def solve_system(
-    matvec: Callable, b: PyTree, x0: PyTree, solve: Callable, symmetric: bool = False
+    matvec: Callable, b: PyTree, x0: PyTree, solve: Callable, symmetric: bool = False, damping: float = 0.0
 ) -> tuple[PyTree, LinearInfo]:
-    """Solve A x = b by an algorithm for vectors; what the linear solvers are made of.
+    """Solve (A + δI) x = b by an algorithm for vectors; what the linear solvers are made of.
 
     Args:
       matvec: products with A.
@@ -54,28 +52,35 @@ def solve_system(
       x0: where to start, or None.
       solve: `(operator, b, x0) -> (x, LinearInfo)` on vectors, b with a largest entry of one.
       symmetric: A is its own transpose.
+      damping: δ.
 
     Returns:
       x and the diagnostics.
     """
     if not _inside.get():
-        return solve_equation(matvec, b, x0, functools.partial(solve_system, solve=solve), symmetric)
+        again = functools.partial(solve_system, x0=None, solve=solve, damping=damping)
+        return solve_equation(matvec, b, x0, again, symmetric)
     b, unravel = ravel_pytree(b)
     x0 = None if x0 is None else ravel_pytree(x0)[0]
-    x, info = solve_scaled(solve, lambda v: ravel_pytree(matvec(unravel(v)))[0], b, x0)
+
+    def operator(v):
+        product = ravel_pytree(matvec(unravel(v)))[0]
+        return product + damping * v if damping else product
+
+    x, info = solve_scaled(solve, operator, b, x0)
     return unravel(x), info
 
 
 def solve_equation(
     matvec: Callable, b: PyTree, x0: PyTree, solve: Callable, symmetric: bool, on_failure: str = "keep"
 ) -> tuple[PyTree, Any]:
-    """Solve A x = b by `solve(matvec, b, x0)`, and differentiate the equation instead of the solve.
+    """Solve A x = b by a linear solver, and differentiate the equation instead of the solve.
 
     Args:
       matvec: products with A.
       b: the right-hand side.
       x0: where to start, or None.
-      solve: `(matvec, b, x0) -> (x, LinearInfo)`; the latter may be None.
+      solve: the linear solver.
       symmetric: A is its own transpose.
       on_failure: as in `run_solver`.
 
@@ -115,20 +120,26 @@ def solve_equation(
 def run_solver(
     matvec: Callable, b: PyTree, x0: PyTree, solve: Callable, on_failure: str
 ) -> tuple[PyTree, LinearInfo | None]:
-    """Call `solve(matvec, b, x0)`, not differentiable, and report; where it failed, x is NaN if `on_failure` is "nan".
+    """Call `solve(matvec, b, x0=x0)`, not differentiable, check what it returns, and report.
 
-    This cannot be done to the result of a differentiable solve: x must be linear in b.
+    Where it failed, x is NaN if `on_failure` is "nan". This cannot be done to the result of a differentiable solve: x
+    must be linear in b.
     """
+    start = {} if x0 is None or not _takes_start(solve) else {"x0": x0}
     token = _inside.set(True)
     try:
-        x, info = solve(matvec, b, x0)
+        out: Any = solve(matvec, b, **start)
     finally:
         _inside.reset(token)
+    if not (isinstance(out, tuple) and len(out) == 2):
+        raise JaxhpoError(f"`linear_solver` returned {describe(out)}: write `return x, info`, a `LinearInfo` or None.")
+    info = None if out[1] is None else completed(out[1])
+    x = cast_like(check_residual(out[0], b, "linear_solver", "b"), b)
     if info is not None:
         # Under `shard_map` a constant among the results of `custom_linear_solve`, as a number of products, would be an
         # argument of another type than the others: it is made a result.
         finite = all_finite(b)
-        info = jax.tree.map(lambda leaf: jnp.where(finite, leaf, leaf), completed(info))
+        info = where(finite, info, info)
         report_linear_solve(info)
         if on_failure == "nan":
             for status in LinearStatus:
@@ -136,3 +147,30 @@ def run_solver(
                 report_fault(happened, _FAILED.format(status.name), residual=info.residual)
             x = jax.tree.map(lambda leaf: jnp.where(info.failed, jnp.nan, leaf), x)
     return x, info
+
+
+def solve_by(linear_solver: Any, equation: Callable, matvec: Callable, b: PyTree, x0: PyTree) -> tuple[PyTree, Any]:
+    """`equation(matvec, b, x0, solve)`, where `solve` is the linear solver, on mesh axes that are `Auto`.
+
+    Args:
+      linear_solver: a `LinearSolver` or a function; arrays that it needs are keywords of a `functools.partial`.
+      equation: `solve_equation` or `run_solver`, with their settings.
+      matvec: products with A.
+      b: the right-hand side.
+      x0: where to start, or None.
+    """
+    given = functools.partial(linear_solver).keywords.items()
+    arrays = {k: x for k, x in given if all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(x))}
+
+    def solved(matvec, b, arguments):
+        x0, arrays = arguments
+        return equation(matvec, b, x0, functools.partial(linear_solver, **arrays))
+
+    return on_auto_axes(solved, matvec, b, (x0, arrays))
+
+
+def _takes_start(linear_solver) -> bool:
+    try:
+        return "x0" in inspect.signature(linear_solver).parameters
+    except (TypeError, ValueError):  # a builtin without a signature
+        return False
