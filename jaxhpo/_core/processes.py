@@ -11,6 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxhpo._core.errors import JaxhpoError
+from jaxhpo._core.types import PyTree
 
 MOST_BYTES = 200  # of an exception's text, as it is told to other processes
 
@@ -112,8 +113,12 @@ def _broadcast(message):
     return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(text)).tobytes())
 
 
-def whole(x: Any) -> np.ndarray:
-    """Returns the array in NumPy; gathers it where parts of it lie with other processes."""
-    if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
-        return np.asarray(x)
-    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+def whole(tree: PyTree) -> Any:
+    """Returns the arrays of a tree in NumPy, all fetched at once; gathers those that lie with several processes."""
+
+    def gathered(x):
+        if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+            return x
+        return multihost_utils.process_allgather(x, tiled=True)
+
+    return jax.tree.map(np.asarray, jax.device_get(jax.tree.map(gathered, tree)))

@@ -15,8 +15,14 @@ from jaxhpo._core.tree import all_finite, named_leaves
 from jaxhpo._core.types import PyTree
 
 
+def warn_again(caught: Iterable[Any]) -> None:
+    """Issues warnings that were caught, at the lines where they arose."""
+    for w in caught:
+        warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
+
+
 def raise_if_zero(
-    hypergrad: PyTree, messages: list, program: tuple[Callable, PyTree] | None, members: np.ndarray | None = None
+    hypergrad: PyTree, caught: list, program: tuple[Callable, PyTree] | None, members: np.ndarray | None = None
 ) -> None:
     """Raises for a leaf that is structurally zero, in whole, or in part where a rule cuts it off.
 
@@ -24,16 +30,18 @@ def raise_if_zero(
 
     Args:
       hypergrad: the hypergradient, concrete, a tree like the hyperparameters.
-      messages: the warnings raised while tracing it.
+      caught: what `warnings.catch_warnings(record=True)` caught while it was traced. Issued again, but for those by
+        which rules announce a zero in one of the leaves.
       program: the outer loss and its argument, traced only when needed. None if its derivative is not JAX's.
       members: indices of the members of a population to look at, the leading axis of every leaf; None without one.
 
     Raises:
       ZeroHypergradientError: names the leaf and, where a rule gave one, the reason.
     """
-    reasons = reasons_for_zero(messages)
+    reasons, leaves = reasons_for_zero(w.message for w in caught), named_leaves(hypergrad, "hparams")
+    warn_again(w for w in caught if getattr(w.message, "leaf", None) not in dict(leaves))
     can_be_nonzero = functools.cache(lambda: differentiable_inputs(*program or ()))
-    for i, (name, leaf) in enumerate(named_leaves(hypergrad, "hparams")):
+    for i, (name, leaf) in enumerate(leaves):
         reason = reasons.get(name)
         found = [zero_entries(x, reason) for x in ([leaf] if members is None else leaf[members])]
         entries = max(found, key=("", "some entries", "every entry").index)

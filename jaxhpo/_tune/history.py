@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxhpo._core.processes import whole
 from jaxhpo._core.tree import is_inexact, named_leaves
 from jaxhpo._core.types import PyTree
 
@@ -52,9 +51,8 @@ def largest_whole(sizes: Iterable[int]) -> int:
     return int(np.max(ordered[(numbers <= ROW) & (ordered <= LARGE)], initial=len(Summary._fields)))
 
 
-def summary(leaf: Any, largest: int) -> np.ndarray | Summary:
-    """Returns a leaf as it is; the summary of one of more than `largest` entries."""
-    leaf = whole(leaf)
+def summary(leaf: np.ndarray, largest: int) -> np.ndarray | Summary:
+    """Returns a copy of a leaf; the summary of one of more than `largest` entries."""
     if leaf.size <= largest:
         return leaf.copy()
     flat = leaf.ravel()
@@ -73,11 +71,6 @@ def is_key(x: Any) -> bool:
 def key_data(x: Any) -> Any:
     """Returns the array, or the data of a key."""
     return jax.random.key_data(x) if is_key(x) else x
-
-
-def to_numpy(x: Any) -> np.ndarray:
-    """Copies an array, or a key's data."""
-    return np.array(whole(key_data(x)))
 
 
 def encode(step: int, row: dict[str, Any]) -> bytes:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxhpo._core.errors import JaxhpoError
+from jaxhpo._core.processes import whole
 from jaxhpo._core.record import traced_anew
 from jaxhpo._core.trace import compilable
 from jaxhpo._core.tree import named_leaves
@@ -96,6 +97,12 @@ class Compiled:
                 after, report = jax.tree.map(struct, (after, report), places)
         # The key itself: a shape does not say of which kind it is.
         return with_constants(after, state), report, (traced, tuple(consts))
+
+
+def fetched(report: OuterReport) -> OuterReport:
+    """Returns the report with its numbers in NumPy; hyperparameters, hypergradient and info stay where they are."""
+    left = {name: getattr(report, name) for name in ("hparams", "hypergradient", "info")}
+    return whole(report._replace(**dict.fromkeys(left)))._replace(**left)
 
 
 def member(tree: PyTree, index: int) -> PyTree:

@@ -19,7 +19,7 @@ from jaxhpo._core.processes import on_any, whole
 from jaxhpo._core.record import LinearSolve
 from jaxhpo._core.types import LinearStatus, PyTree
 from jaxhpo._tune.checkpoint import is_spread
-from jaxhpo._tune.history import largest_whole, printable, summary, to_numpy
+from jaxhpo._tune.history import key_data, largest_whole, printable, summary
 from jaxhpo._tune.inputs import convert
 from jaxhpo._tune.population import Compiled, member
 from jaxhpo._tune.program import changes, digests
@@ -149,7 +149,7 @@ class Record:
 
     def accept(self, after: OuterState, report: OuterReport, active, finite, halvings, min_delta: float) -> TuneStep:
         """Records a step: the next state, the best so far, and a history row; arrays are those of `_row`."""
-        now, seconds, value = self.now, self.seconds, whole(report.value)
+        now, seconds, value = self.now, self.seconds, report.value
         hparams, info = jax.tree.map(lambda x: x, (report.hparams, report.info))  # containers that a callback may edit
         number = np.where(finite, value if self.monitor is None else self._scores(info, finite), np.nan).astype(float)
         window = np.concatenate([now.score_window[1:], number[None]])
@@ -173,7 +173,7 @@ class Record:
         self.now = LoopState(
             after, now.rows + 1, **scores, waited=waited, failures=failures, steps=steps, failed=now.failed, pending=row
         )
-        value, grad_norm, best = (_number(x) for x in (value, whole(report.hypergradient_norm), best))
+        value, grad_norm, best = (_number(x) for x in (value, report.hypergradient_norm, best))
         return TuneStep(now.rows, value, hparams, grad_norm, info, best, seconds)
 
     def _scores(self, info, finite) -> np.ndarray:
@@ -211,24 +211,27 @@ class Record:
           solves: linear solves of the step; None where they are not recorded.
         """
         counts = {**report.remedies, "halvings": halvings, "skipped_steps": active & ~finite}
-        largest = largest_whole(math.prod(x.shape[len(self.shape) :]) for x in jax.tree.leaves(report.hparams))
-        small = to_numpy if "hparams" in self.extras else functools.partial(summary, largest=largest)
-        kept = (lambda x: jax.tree.map(lambda *own: np.stack(own), *map(small, whole(x)))) if self.shape else small
+        hypergradient = report.hypergradient if "hypergradient" in self.extras else None
+        fetched = whole(jax.tree.map(key_data, (report.hparams, report.info, hypergradient)))
+        hparams, info, hypergradient = fetched
+        largest = largest_whole(math.prod(x.shape[len(self.shape) :]) for x in jax.tree.leaves(hparams))
+        small = np.array if "hparams" in self.extras else functools.partial(summary, largest=largest)
+        kept = (lambda x: jax.tree.map(lambda *own: np.stack(own), *map(small, x))) if self.shape else small
         row = {
             "score": np.asarray(score, float),
-            "remedies": {name: np.array(whole(x), np.int32) for name, x in counts.items()},
-            "value": np.array(whole(report.value)),
-            "hypergradient_norm": np.array(whole(report.hypergradient_norm)),
+            "remedies": {name: np.array(x, np.int32) for name, x in counts.items()},
+            "value": np.array(report.value),
+            "hypergradient_norm": np.array(report.hypergradient_norm),
             "seconds": np.asarray(seconds),
             "peak_bytes": np.asarray(peak_bytes(), np.int64),
-            "hparams": jax.tree.map(kept, report.hparams),
-            "info": jax.tree.map(to_numpy, report.info),
+            "hparams": jax.tree.map(kept, hparams),
+            "info": jax.tree.map(np.array, info),
         }
         if not active.all():  # members that have ended have no values and no counts
             blank = lambda x: np.where(active, x, 0 if x.dtype == np.int32 else np.nan).astype(x.dtype)  # noqa: E731
             row |= jax.tree.map(blank, {name: row[name] for name in ("value", "hypergradient_norm", "remedies")})
         if "hypergradient" in self.extras:
-            row["hypergradient"] = jax.tree.map(to_numpy, report.hypergradient)
+            row["hypergradient"] = jax.tree.map(np.array, hypergradient)
         if solves is not None:
             row["linear_solves"] = _summed_up(solves)
         return row

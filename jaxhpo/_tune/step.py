@@ -149,9 +149,9 @@ class Step:
 
     def init(self, hparams: PyTree, carry: PyTree = None, key: jax.Array | None = None) -> OuterState:
         """Returns the state before the first step."""
+        point = self.checked_point(hparams)
         key = jax.random.key(0) if key is None else check_key(key)
         carry = jax.tree.map(jnp.asarray, check_arrays(carry, "carry"))
-        point = self.checked_point(hparams)
         point, opt_state, carry = without_weak_types((point, self.optimizer.init(point), carry))
         return OuterState(point, opt_state, carry, key, jnp.zeros((), jnp.int32), point)
 
@@ -182,9 +182,10 @@ class Step:
         point, counts["shrunk_leaves"] = shrunk(self.remedies, self.transforms, safe, point)
         point, counts["projected_entries"] = projected(self.projections, point)
         after = without_weak_types(OuterState(point, opt_state, carry, None, state.step + 1, None))
+        hparams = to_natural(self.transforms, state.point)
         grad_norm = norm(upcast(grad))  # squares of float16 overflow
         finite = jnp.isfinite(value) & all_finite((grad, point)) & ~has_nan(carry) & solves_finite(info)
-        return after, OuterReport(value, self.hparams(state), grad, grad_norm, finite, counts, info)
+        return after, OuterReport(value, hparams, grad, grad_norm, finite, counts, info)
 
     def objective(self, point, carry, key):
         """Returns `(value, (carry, info))`, to be differentiated with respect to the point."""

@@ -16,13 +16,12 @@ import jax
 import numpy as np
 import optax
 
-from jaxhpo._core.errors import JaxhpoError, NonFiniteError, ZeroHypergradientWarning
+from jaxhpo._core.errors import JaxhpoError, NonFiniteError
 from jaxhpo._core.processes import check_same, check_same_value, on_any, whole
 from jaxhpo._core.progress import Progress, say
 from jaxhpo._core.record import recording
-from jaxhpo._core.tree import names
 from jaxhpo._core.types import PyTree
-from jaxhpo._diagnostics.health import named_members, raise_if_zero, what_is_not_finite
+from jaxhpo._diagnostics.health import named_members, raise_if_zero, warn_again, what_is_not_finite
 from jaxhpo._tune.diagnosis import diagnosis, program
 from jaxhpo._tune.inputs import (
     check_callbacks,
@@ -33,7 +32,7 @@ from jaxhpo._tune.inputs import (
     convert,
     is_deterministic,
 )
-from jaxhpo._tune.population import Compiled, member
+from jaxhpo._tune.population import Compiled, fetched, member
 from jaxhpo._tune.record import LoopState, Record, TuneStep
 from jaxhpo._tune.remedies import NO_REMEDIES, Remedies
 from jaxhpo._tune.settings import described, fingerprint, held
@@ -299,6 +298,7 @@ def tune(
             "run_dir": run_dir is None,
         }
     )
+    called = on_any(functools.partial(bool, callbacks))  # perhaps a logger of one process alone
     state = compiled.init(hparams, carry, key)
     given: Any = (num_steps, patience, min_delta, max_seconds, max_inner_steps)
     limits = _Limits(*(x.item() if isinstance(x, np.generic) else x for x in given))  # the run folder holds JSON
@@ -324,13 +324,16 @@ def tune(
         run.write_status("running", "")
         if max_inner_steps is not None:
             _check_budget(run, max_inner_steps)
-        _check_resumption(run, limits, resume)
+        goes_on = _check_resumption(run, limits, resume)
         if progress and run.rows:
             say("; ".join([run.origin, *run.notes, "another folder starts anew"]))
-        bar = stack.enter_context(Progress(num_steps, "step", progress, done=run.now.rows))
+        bar = stack.enter_context(Progress(num_steps, "step", progress and goes_on, done=run.now.rows))
+        bar.note("compiling ...")
         status, message, alone = "", "", jax.process_count() == 1
         try:
-            status, message = _loop(run, limits, on_not_finite, callbacks, save_every, preempted, interrupted, bar)
+            status, message = _loop(
+                run, limits, on_not_finite, callbacks, called, save_every, preempted, interrupted, bar
+            )
         except KeyboardInterrupt:
             if not run.now.rows or not alone:
                 raise
@@ -402,10 +405,13 @@ def _check_budget(record, max_inner_steps):
         raise JaxhpoError(f"`max_inner_steps={max_inner_steps}` {problem}.")
 
 
-def _check_resumption(record, limits, resume):
-    """Warns where the loss is another since the run was saved, or no step is left; scores of another begin anew."""
+def _check_resumption(record, limits, resume) -> bool:
+    """Warns where the loss is another since the run was saved, or no step is left; scores of another begin anew.
+
+    Returns whether steps are left.
+    """
     if not record.rows:
-        return
+        return True
     before, folder, silent = record.now, os.fspath(record.run_dir.folder), resume == "continue"
     if silent and record.another_loss:
         record.begin_scores()
@@ -423,14 +429,15 @@ def _check_resumption(record, limits, resume):
             "folder. Write a larger limit to go on, another `run_dir` to start anew; `resume='continue'` silences this."
         )
     else:
-        return
+        return not reached
     warnings.warn(f"`run_dir`: {message}", RuntimeWarning, stacklevel=3)
+    return not reached
 
 
-def _loop(record, limits, on_not_finite, callbacks, save_every, preempted, interrupted, bar) -> tuple[str, str]:
+def _loop(record, limits, on_not_finite, callbacks, called, save_every, preempted, interrupted, bar) -> tuple[str, str]:
     """Takes the outer steps; returns status and message of the end."""
     problem = "`callbacks`: one returned {}, but a true value stops the run: return True, or nothing."
-    begun, called = record.now.rows, on_any(lambda: bool(callbacks))  # perhaps a logger of one process alone
+    begun = record.now.rows
 
     def stops(step_info):
         return any([convert(bool, callback(step_info), problem) for callback in callbacks])
@@ -441,20 +448,24 @@ def _loop(record, limits, on_not_finite, callbacks, save_every, preempted, inter
             if on_any(preempted):
                 return "preempted", f"SIGTERM came; stopped after {step} outer steps"
             return "interrupted", f"interrupted after {step} outer steps"
-        if step == begun:
-            bar.note("compiling ...")
         compiled, state, active = record.compiled, now.state, limits.active(now)
         traced = (now.failures < step).any()  # a step has been finite: the traced program has been checked
-        after, report = compiled.update(state) if traced else _first_step(compiled, state)
+        catching = contextlib.nullcontext([]) if traced else warnings.catch_warnings(record=True, action="always")
+        with catching as caught:
+            after, report = compiled.update(state)
         record.identify(state)
+        record.save(save_every)  # of the step before, while the device takes this one
+        report = fetched(report)
         if step == begun:
             check_same_value(report.value)
-        record.save(save_every)  # of the step before, while the device takes this one
-        bad, halvings = active & ~whole(report.finite), np.zeros(compiled.shape, np.int32)
+        if not traced:
+            _check_zeros(compiled, state, report, caught)
+        bad, halvings = active & ~report.finite, np.zeros(compiled.shape, np.int32)
         while on_not_finite == "backtrack" and step and (again := bad & (halvings < MOST_FAILURES)).any():
             state = compiled.select(again, backtracked(state), state)
             after, report = compiled.select(again, compiled.update(state), (after, report))
-            bad, halvings = active & ~whole(report.finite), halvings + again
+            report = fetched(report)
+            bad, halvings = active & ~report.finite, halvings + again
         skips = bad & (on_not_finite == "skip") & (now.failures < MOST_FAILURES)
         ends, active = bad & ~skips, active & ~(bad & ~skips)
         if ends.any():
@@ -509,21 +520,15 @@ def _result(record, limits, status, message) -> TuneResult:
     return TuneResult(hparams, now.state.carry, now.best_hparams, best, step, history, status, message, members)
 
 
-def _first_step(compiled, state):
-    """Takes the step that traces, and compares the hypergradient with what the rules warned of while tracing."""
-    with warnings.catch_warnings(record=True, action="always") as caught:
-        after, report = compiled.update(state)
-    leaf_names = names(report.hparams, "hparams")
-    for w in caught:
-        # A leaf whose value is checked below needs no second warning.
-        if not (isinstance(w.message, ZeroHypergradientWarning) and w.message.leaf in leaf_names):
-            warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
-    finite, hypergrad, members = whole(report.finite), report.hypergradient, None
+def _check_zeros(compiled, state, report, caught):
+    """Compares the hypergradient of the step that was traced with what the rules warned of."""
+    if not report.finite.any():
+        warn_again(caught)
+        return
+    hypergrad, members = report.hypergradient, None
     if compiled.shape:
-        state, hypergrad, members = member(state, 0), jax.tree.map(whole, hypergrad), np.flatnonzero(finite)
-    if finite.any():
-        raise_if_zero(hypergrad, [w.message for w in caught], program(compiled.step, state), members)
-    return after, report
+        state, hypergrad, members = member(state, 0), whole(hypergrad), np.flatnonzero(report.finite)
+    raise_if_zero(hypergrad, caught, program(compiled.step, state), members)
 
 
 def _not_finite(record, state, report, after, ends, halvings, alive) -> str:
