@@ -50,13 +50,13 @@ class Unroll:
     as `tune` and `check_hypergradient` explain. An example's weight gets its hypergradient from the steps that drew it.
 
     Args:
-      checkpoint: what is stored for the backward pass. `"auto"`: the fastest schedule whose predicted memory is below
-        1 GiB, on every machine; where there is none, as `"sqrt"`. `"sqrt"`: the least memory in two levels, with about
-        √T states and as many in flight; but what takes no memory worth saving is stored: everything that plain autodiff
-        stores below 16 MiB, every state and gradient below 16 MiB or for T ≤ 16. An integer k: one state every k steps
-        (k need not divide T); 1 stores every state. `"binomial"`: the fewest states with which no step is taken more
-        than three times. None: everything that plain autodiff stores, all activations of all steps. Under `vmap` the
-        sizes of one member decide: for a population write `memory_limit`, or `"sqrt"`.
+      checkpoint: what is stored for the backward pass. `"auto"`: the fastest schedule (by counted operations) whose
+        predicted memory is below 1 GiB, on every machine; where there is none, as `"sqrt"`. `"sqrt"`: the least memory
+        in two levels, with about √T states and as many in flight; but what takes no memory worth saving is stored:
+        everything that plain autodiff stores below 16 MiB, every state and gradient below 16 MiB or for T ≤ 16. An
+        integer k: one state every k steps (k need not divide T); 1 stores every state. `"binomial"`: the fewest states
+        with which no step is taken more than three times. None: everything that plain autodiff stores, all activations
+        of all steps. Under `vmap` the sizes of one member decide: for a population write `memory_limit`, or `"sqrt"`.
       truncate: the number K of last steps that are differentiated; None for all.
       memory_limit: upper bound on the predicted bytes of run and backward pass (of one member under `vmap`), in the
         place of 1 GiB: the fastest schedule that fits is taken, and it raises if there is none. `"device"`: four fifths

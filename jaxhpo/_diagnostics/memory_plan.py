@@ -60,7 +60,7 @@ class MemoryPlan:
 
     @property
     def advice(self) -> str:
-        """The schedule to write on this machine, the fastest that leaves a fifth of the memory free; and its gain."""
+        """The schedule to write on this machine: of least operations, with a fifth of the memory left; and its gain."""
         asked, limit = self.asked, SAFE_PART * self.limit
         best = next((row for row in self.fitting if row.bytes <= limit), None)
         if not self.rows:
@@ -68,9 +68,9 @@ class MemoryPlan:
         if best is None:
             return f"No schedule fits into {human_bytes(limit)}, four fifths of that."
         if asked.bytes <= limit and asked.time <= 1.05 * best.time:
-            return f"On this machine `{asked.call}` is the fastest schedule that fits: leave it as it is."
+            return f"On this machine `{asked.call}` has the fewest operations of what fits: leave it as it is."
         ratio = best.time / asked.time
-        change = f"{abs(1 - ratio):.0%} {'less' if ratio < 1 else 'more'} time"
+        change = f"{abs(1 - ratio):.0%} {'fewer' if ratio < 1 else 'more'} operations"
         return (
             f"On this machine write `{best.call}`: {best.time:.2f} trainings instead of {asked.time:.2f} ({change}), "
             f"in {human_bytes(best.bytes)} of memory instead of {human_bytes(asked.bytes)}."
@@ -104,7 +104,9 @@ def memory_plan(
 
     **Cost and bias**: six traces (half a minute for a transformer). Where the stored states are at least half of the
     memory, the prediction is within 20 % of what the compiler allocates, else within a factor of 1.5 (on CPU, for the
-    problems of the tests); operations are exact, except for loops to a tolerance, which count as 100 passes.
+    problems of the tests); operations are exact, except for loops to a tolerance, which count as 100 passes. They are
+    not seconds: on a CPU hundreds of mebibytes that are kept may take longer than the operations that they save, which
+    `compare` measures.
 
     Args:
       outer_loss: `hparams -> scalar`, or `-> (N,)` for a population.

@@ -17,6 +17,8 @@ import jaxhpo.models
 from jaxhpo import CG, Direct, Forward, ForwardGradient, Identity, Implicit, Neumann, Unroll, plot
 from jaxhpo._cli import problems
 from jaxhpo._cli.main import main
+from jaxhpo._core.record import InnerRun, SolveLog, UnrolledSolve
+from jaxhpo._core.types import Schedule
 from jaxhpo._diagnostics.compare import compare as comparison
 from jaxhpo._diagnostics.compare import measure
 from jaxhpo._diagnostics.compare.result import MethodRow, ProblemSize, Reference
@@ -470,9 +472,18 @@ def test_default_rules_of_a_fixed_point_solver():
 
     found = compare(make, jnp.ones(2))
     names = [line.name for line in found.rows]
-    assert names[:4] == ["Unroll()", "Unroll(checkpoint=None)", "Unroll(truncate=6)", "Forward()"]
-    assert names[4:] == ["Implicit(GMRES())", "Implicit(Neumann(20, 1))", "Implicit(Direct())"]
+    assert names[:3] == ["Unroll()", "Unroll(truncate=6)", "Forward()"]
+    assert names[3:] == ["Implicit(GMRES())", "Implicit(Neumann(20, 1))", "Implicit(Direct())"]
     assert all(line.error is None for line in found.rows) and found["Implicit(GMRES())"].accurate
+
+
+@pytest.mark.parametrize(("bytes_a_step", "thrifty"), [(2**20, True), (2**17, False)])
+def test_least_memory_is_compared_where_the_default_keeps_more(bytes_a_step, thrifty):
+    """Both keep everything below 16 MiB, here of 100 steps."""
+    log = SolveLog()
+    log.runs.append(InnerRun(100, 1.0, 1.0))
+    log.schedules.append(UnrolledSolve(Unroll(), 100, Schedule(), bytes_a_step // 2, 0, 0, bytes_a_step // 2))
+    assert (Unroll(checkpoint="sqrt") in comparison.default_adjoints(log, 20, True)) == thrifty
 
 
 @pytest.mark.slow

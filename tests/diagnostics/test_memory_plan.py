@@ -111,10 +111,14 @@ def test_rows_and_text_of_a_plan(capsys):
         (
             1,
             1000,
-            r"On this machine write `Unroll\(checkpoint=None\)`: 3\.00 .* of 3\.70 \(19% less time\)",
+            r"On this machine write `Unroll\(checkpoint=None\)`: 3\.00 .* of 3\.70 \(19% fewer operations\)",
         ),
-        (1, 600, r"`Unroll\(checkpoint=1\)` is the fastest schedule that fits: leave it as it is"),  # 553 > .8 * 600
-        (0, 600, r"write `Unroll\(checkpoint=1\)`: .* \(23% more time\), in 59 B of memory instead of 553 B"),
+        (
+            1,
+            600,
+            r"`Unroll\(checkpoint=1\)` has the fewest operations of what fits: leave it as it is",
+        ),  # 553 > .8 * 600
+        (0, 600, r"write `Unroll\(checkpoint=1\)`: .* \(23% more operations\), in 59 B of memory instead of 553 B"),
         (1, 60, r"No schedule fits into 48 B, four fifths"),
         (None, 1000, "No solve keeps states"),
     ],

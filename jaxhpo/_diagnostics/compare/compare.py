@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxhpo._adjoint.checkpointing import LITTLE
 from jaxhpo._adjoint.implicit import Implicit
 from jaxhpo._adjoint.pushforward import Forward
 from jaxhpo._adjoint.unroll import Unroll
@@ -187,7 +188,9 @@ def default_adjoints(log: SolveLog, num_hparams: int, unrolls: bool) -> list[Adj
     rules: list[Adjoint] = []
     longest = max(run.num_steps for run in log.runs)
     if unrolls:
-        rules += [Unroll(), Unroll(checkpoint=None)]
+        rules.append(Unroll())
+        if any(row.num_steps * (row.state + row.residuals) > LITTLE for row in log.schedules):
+            rules.append(Unroll(checkpoint="sqrt"))  # below that it is the same program
         rules += [Unroll(truncate=longest // 10)] if longest >= 10 else []
         rules += [Forward()] if num_hparams <= 16 else []
     if log.symmetric:

@@ -50,9 +50,9 @@ def run_once(make: Callable[[Adjoint], Callable], rule: Adjoint, flat: jax.Array
       make: `rule -> (flat hyperparameters -> result)`.
       rule: the method.
       flat: (m,) hyperparameters.
-      runs: records the condition before and after each inner solve, which costs a gradient.
+      runs: records the condition before and after each inner solve, which costs a gradient, and its schedule.
     """
-    linear_solves, log = [], SolveLog(runs)
+    linear_solves, log = [], SolveLog(runs, schedules=runs)
     with recording(linear_solves=linear_solves, solves=log):
         program, args = compilable(make(rule), flat)
         traced = program.trace(*args)
