@@ -316,10 +316,16 @@ def run(source: TuneResult | str | os.PathLike, path: str | os.PathLike | None =
         axis.set_xlabel("outer step")
         axis.xaxis.get_major_locator().set_params(integer=True)
         draw(axis)
-        if len(columns["value"]) == 1 and axis.get_xlabel() == "outer step":
-            axis.set(xlim=(-0.5, 0.5), xticks=[0])
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(frameon=False, fontsize=8)
+        if axis.get_xlabel() == "outer step":
+            last = len(columns["value"]) - 1
+            axis.set(xlim=(-0.04 * last, 1.04 * last)) if last else axis.set(xlim=(-0.5, 0.5), xticks=[0])
+        if not np.isfinite(axis.dataLim.intervaly).all():
+            axis.set_yticks([])  # nothing is finite, of which numbers would say something
+        labels = axis.get_legend_handles_labels()[1]
+        if labels:
+            beside = len(labels) > 3 and max(map(len, labels)) > 20  # the lines, which they would hide
+            place = {"loc": "upper left", "bbox_to_anchor": (0, -0.2)} if beside else {}
+            axis.legend(frameon=False, fontsize=8, **place)
     for axis in axes.flat[len(panels) :]:
         axis.remove()
     canvas.suptitle(which)
@@ -441,7 +447,7 @@ def _range(name, values) -> str:
     return f"{name}: {' to '.join(ends)} in the end"
 
 
-def _log(axis, values, least: float = 1.0) -> None:
+def _log(axis, values, least: float = 5.0) -> None:
     """Makes the axis logarithmic if the values are positive, and the largest at least so many times the smallest."""
     known = values[np.isfinite(values)]
     if known.size and known.min() > 0 and known.max() >= least * known.min():
@@ -453,7 +459,8 @@ def _log(axis, values, least: float = 1.0) -> None:
 def _values(axis, name, values) -> None:
     """One large leaf (steps, ...): a matrix as a heat map, others as curves at three steps."""
     values = values.reshape(len(values), *(n for n in values.shape[1:] if n > 1))
-    axis.set_title(_range(f"{name}, {values[0].size} entries", values[-1]), fontsize=10)
+    title = _range(f"{name}, {values[0].size} entries", values[-1])
+    axis.set_title(title if len(title) <= 60 else title.replace(": ", ":\n"), fontsize=10)
     if values.ndim == 3:
         image(axis, values[-1], label="value", colormap="viridis")
         axis.set(xlabel=f"{values.shape[2]} columns", ylabel=f"{values.shape[1]} rows")

@@ -188,6 +188,8 @@ def test_picture_of_an_odd_run(tmp_path, steps):
         "info['inf']: no finite value",
         "info['metric']: 3",
     ]
+    assert [axis.get_yticks().size > 0 for axis in figure.axes] == [True, False, True, False, True]  # if it is finite
+    assert {axis.get_xlim() for axis in figure.axes} == {(-0.5, 0.5) if steps == 1 else (-0.08, 2.08)}
     drawn = [line for axis in figure.axes for line in axis.lines if np.isfinite(line.get_ydata()).any()]
     assert len(drawn) == 6 and {line.get_marker() for line in drawn} == {"o" if steps == 1 else "None"}
     labels = [text.get_text() for text in figure.axes[2].get_legend().get_texts()]
@@ -213,6 +215,15 @@ def test_picture_of_many_leaves_is_one_band():
     figure = plot.run(made({f"layer{i}": np.asarray(float(i)) for i in range(24)}))
     (label,) = [text.get_text() for text in figure.axes[2].get_legend().get_texts()]
     assert label == "24 small leaves, 24 entries: median, quartiles, extremes"
+
+
+def test_picture_with_long_names_has_its_legend_below_the_lines():
+    """Four names of 24 letters, and one of 44; the title of a large leaf then has two lines."""
+    figure = plot.run(made({f"block_{i}": {"attention": np.zeros(2)} for i in range(4)} | {"b" * 40: np.arange(11.0)}))
+    figure.draw_without_rendering()
+    _, _, paths, large, *_ = figure.axes
+    assert paths.get_legend().get_window_extent().y1 < paths.get_window_extent().y0
+    assert large.get_title().count("\n") == 1
 
 
 @pytest.fixture(scope="module")
