@@ -246,8 +246,16 @@ def measure(case: Case, name: str, unit: dict[str, Any], repeats: int) -> dict[s
 def draw(rows, path) -> None:
     """Draw memory against arithmetic, a panel per model and optimiser, a line per schedule over T."""
     cases = list(dict.fromkeys((row["model"], row["optimiser"]) for row in rows))
-    figure, axes = plot.figure(1, len(cases), width=6 * len(cases), height=5)
-    for axis, case in zip(axes.flat, cases, strict=True):
+    columns = min(3, len(cases))
+    lines = -(-len(cases) // columns)
+    figure, axes = plot.figure(lines, columns, width=5.5 * columns, height=4.5 * lines)
+    for axis in axes.flat[len(cases) :]:
+        axis.remove()
+    by_hand, default = (
+        {"marker": "s", "ms": 10, "mfc": "none", "lw": 1},
+        {"marker": "D", "ms": 9, "mfc": "none", "lw": 0},
+    )
+    for axis, case in zip(axes.flat, cases, strict=False):
         for i, name in enumerate(RULES):
             mine = [r for r in rows if (r["model"], r["optimiser"]) == case and r["schedule"] == name]
             mine = sorted((r for r in mine if r["hyperparameters"] == "all"), key=lambda r: r["num_steps"])
@@ -256,12 +264,12 @@ def draw(rows, path) -> None:
                 [r["arithmetic"] for r in mine],
                 color=f"C{i}",
                 label=name,
-                lw=1,
-                **({"marker": "s", "ms": 10, "mfc": "none"} if RULES[name] is None else {"marker": "o"}),  # by hand
+                **(by_hand if RULES[name] is None else default if name == "default" else {"marker": "o", "lw": 1}),
             )
             for row in mine:
-                axis.annotate(f"{row['num_steps']}", (row["memory"], row["arithmetic"]), fontsize=7, xytext=(3, 4),
-                              textcoords="offset points", color=f"C{i}")  # fmt: skip
+                at, offset = (row["memory"], row["arithmetic"]), (3, -13 if name == "default" else 4)
+                style = {"fontsize": 7, "textcoords": "offset points", "color": f"C{i}"}
+                axis.annotate(f"{row['num_steps']}", at, offset, **style)
         axis.set(xscale="log", xlabel="memory, copies of the parameters", ylabel="arithmetic, units of T plain steps")
         axis.set_title(f"{case[0]}, {case[1]}; labels: T")
         axis.legend(frameon=False, fontsize=8)
