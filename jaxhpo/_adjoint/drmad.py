@@ -11,7 +11,7 @@ import numpy as np
 from jaxhpo._adjoint.pullback import Pullback, in_condition, pull_step, varying_zeros, warn_of_schedules
 from jaxhpo._core.record import report_fault
 from jaxhpo._core.stop_gradient import warn_perturbed
-from jaxhpo._core.tree import all_finite, is_inexact, names, norm, partition, upcast
+from jaxhpo._core.tree import all_finite, is_inexact, mixed_types, names, norm, partition, upcast
 from jaxhpo._core.types import InnerState, PyTree
 from jaxhpo._core.validate import check_settings
 from jaxhpo._inner.loop import run, scan_slices, step_slice
@@ -156,6 +156,7 @@ def _line(problem: Problem) -> tuple[Callable, list]:
 
     pure, consts = problem.closure_convert(rates, jnp.zeros((), jnp.int32))
 
+    @mixed_types()  # rates may be wider than the parameters
     def line(at, final):
         x = jax.tree.map(lambda x: x[0], at.xs)
         total, share = _travel(lambda t: pure(at.consts, at.state, at.inputs[0], x, t), length)
@@ -190,6 +191,7 @@ def _or_one(x):
     return jnp.where(x == 0, 1, x)
 
 
+@mixed_types()  # for floats of two widths, and counters
 def _mix(a, b, share):
     """(1 − s) a + s b for floats, the same rounded for signed integers (counters), else the nearer of a and b."""
     if is_inexact(a):

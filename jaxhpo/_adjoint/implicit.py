@@ -14,7 +14,7 @@ from jaxhpo._adjoint.pullback import closed_over_names, not_entering
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.stop_gradient import stop_gradient_with_warning
 from jaxhpo._core.trace import closure_convert, untrusted_rule
-from jaxhpo._core.tree import names, upcast
+from jaxhpo._core.tree import mixed_types, names, upcast
 from jaxhpo._core.types import InnerState, LinearSolver, PyTree, Solver, declared
 from jaxhpo._core.validate import check_arrays, check_callable, check_finite, check_params, check_residual, describe
 from jaxhpo._inner.gradient import train_loss_of
@@ -269,7 +269,8 @@ def implicit(
     args = jax.tree.map(jnp.asarray, args)
     if found_outside:
         params = _found_outside(params, args, like)
-    pure, consts = closure_convert(lambda p, a: check_residual(condition(p, a), p), upcast(params), upcast(args))
+    with mixed_types():
+        pure, consts = closure_convert(lambda p, a: check_residual(condition(p, a), p), upcast(params), upcast(args))
     leaves, structure = jax.tree.flatten(args)
 
     def residual(params, leaves):

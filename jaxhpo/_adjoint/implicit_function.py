@@ -19,7 +19,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.stop_gradient import warn_zero
 from jaxhpo._core.trace import differentiable_inputs, primitives, trust
-from jaxhpo._core.tree import cast_like, is_inexact, partition, scaled, upcast, zeros_like
+from jaxhpo._core.tree import cast_like, is_inexact, mixed_types, partition, scaled, upcast, zeros_like
 from jaxhpo._core.types import LinearInfo, LinearSolver, PyTree, declared
 from jaxhpo._linear.system import run_solver, solve_by, solve_equation
 
@@ -69,7 +69,8 @@ def _attach_jvp(root, primals, tangents):
     _check_products(matvec, point)
     # Transposing `lax.custom_linear_solve` requires every leaf of the right-hand side to depend on the tangents. A
     # perturbed leaf may reach only some of them, so a zero that depends on all tangents is added.
-    zero = sum(jnp.sum(d) * 0 for d in dots)
+    with mixed_types():
+        zero = sum(jnp.sum(d) * 0 for d in dots)
     rhs = jax.tree.map(lambda r: r + jnp.asarray(zero).astype(r.dtype), rhs)
     linear_solver = root.linear_solver if key is None else functools.partial(root.linear_solver, key=key)
     symmetric = declared(root.linear_solver).needs_symmetry

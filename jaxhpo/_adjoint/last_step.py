@@ -13,7 +13,18 @@ from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.record import report_fault
 from jaxhpo._core.stop_gradient import warn_perturbed
 from jaxhpo._core.trace import dependent_results
-from jaxhpo._core.tree import add_scaled, all_finite, cast_like, is_inexact, names, norm, partition, scaled, upcast
+from jaxhpo._core.tree import (
+    add_scaled,
+    all_finite,
+    cast_like,
+    is_inexact,
+    mixed_types,
+    names,
+    norm,
+    partition,
+    scaled,
+    upcast,
+)
 from jaxhpo._core.types import InnerState, PyTree
 from jaxhpo._core.validate import check_settings, describe
 from jaxhpo._inner.loop import scan_steps
@@ -194,7 +205,8 @@ def _convert_loss(problem, rule):
     own = problem.state.params, problem.inputs[0]
     low = [x for x in jax.tree.leaves(own) if is_inexact(x) and x.dtype.itemsize < 4]
     try:
-        pure, consts = problem.closure_convert(value, *upcast(own))
+        with mixed_types():
+            pure, consts = problem.closure_convert(value, *upcast(own))
     except TypeError as error:
         if not low:
             raise

@@ -1,7 +1,6 @@
 """`Reversible`: reverse mode for momentum that runs the training backwards exactly, instead of storing it."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.mesh import cast_varying, gathered, sharded_like, varying_axes
 from jaxhpo._core.record import report_fault
 from jaxhpo._core.trace import closure_convert
-from jaxhpo._core.tree import all_finite, cast_like, names, partition
+from jaxhpo._core.tree import all_finite, cast_like, mixed_types, names, partition
 from jaxhpo._core.types import InnerState, PyTree
 from jaxhpo._core.validate import check_settings
 from jaxhpo._inner.gradient import mixed_value_and_grad
@@ -30,17 +29,6 @@ TRACED_BITS = 1.0  # bits per weight and step if the momentum is traced: enough 
 LANE_BITS = 192  # target for the bits of a lane: its word and stack waste 16 to 32 and up to 16 bits
 WINDOWS = 7  # windows of num_steps steps, up to 64 runs ahead, in which a momentum schedule is evaluated
 LANES = 256  # minimal number of lanes, so that arithmetic is vectorised
-
-
-def _mixing(fn):
-    """`fn`, which may mix types of numbers also where `jax_numpy_dtype_promotion` forbids it to the user."""
-
-    @functools.wraps(fn)
-    def mixing(*args):
-        with jax.numpy_dtype_promotion("standard"):  # the user's functions are traced already
-            return fn(*args)
-
-    return mixing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +106,7 @@ class Reversible:
             report_fault(fits & held & ~recovered, _NOT_RECOVERED)
             return [jnp.where(fits & held & recovered, c, jnp.nan) for c in pulled]
 
-        return Pullback(self, _mixing(forward), _mixing(pull)).run(problem, consts)
+        return Pullback(self, mixed_types()(forward), mixed_types()(pull)).run(problem, consts)
 
     def _check(self, problem):
         if problem.solver.rates is None:
@@ -227,7 +215,8 @@ def make_plan(problem: Problem, buffer_bits: float | None) -> tuple[Plan, Proble
     params = jax.eval_shape(lambda: state.params)
     size = sum(x.size for x in jax.tree.leaves(params))
     if buffer_bits is None:
-        buffer_bits = _bits_per_step(pure_rates, rate_consts, hparams, state.opt_state.count, problem.num_steps)
+        with mixed_types():
+            buffer_bits = _bits_per_step(pure_rates, rate_consts, hparams, state.opt_state.count, problem.num_steps)
     bits = buffer_bits * problem.num_steps  # of one weight
     # As many rows as a lane needs to hold LANE_BITS, in whole blocks, but no fewer than LANES lanes.
     rows = max(1, min(exact.BLOCKS * math.ceil(LANE_BITS / exact.BLOCKS / max(bits, 1e-3)), size // LANES))
@@ -239,7 +228,6 @@ def make_plan(problem: Problem, buffer_bits: float | None) -> tuple[Plan, Proble
     return plan, problem._replace(inputs=(hparams, [])), (consts, rate_consts)
 
 
-@_mixing
 def _bits_per_step(rates, consts, hparams, start, num_steps) -> float:
     """Mean over the steps of log2(d/n) for the lowest momentum, or TRACED_BITS if it depends on more than the step."""
 

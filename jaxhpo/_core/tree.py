@@ -11,11 +11,21 @@ import optax
 
 from jaxhpo._core.types import PyTree
 
-norm: Callable[[PyTree], jax.Array] = optax.tree.norm
+
+def mixed_types() -> Any:
+    """While active, numbers of several types mix, whatever `jax_numpy_dtype_promotion` allows the user.
+
+    For arithmetic of this library and of optax, and for functions of the user's whose arguments are cast for them.
+    """
+    return jax.numpy_dtype_promotion("standard")
+
+
+norm: Callable[[PyTree], jax.Array] = mixed_types()(optax.tree.norm)
 zeros_like: Callable[[PyTree], PyTree] = optax.tree.zeros_like
 where: Callable[[Any, PyTree, PyTree], PyTree] = optax.tree.where
 
 
+@mixed_types()
 def vdot(a: PyTree, b: PyTree) -> jax.Array:
     """Sum of the products of all entries: elementwise, as `optax.tree.vdot` counts as a product of matrices."""
     return jnp.asarray(optax.tree.sum(optax.tree.mul(a, b)))

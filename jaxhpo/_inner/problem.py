@@ -13,7 +13,7 @@ from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.mesh import cast_varying, sharded_like, varying_axes
 from jaxhpo._core.record import report_random
 from jaxhpo._core.trace import closure_convert
-from jaxhpo._core.tree import all_finite, cast_like, norm, upcast
+from jaxhpo._core.tree import all_finite, cast_like, mixed_types, norm, upcast
 from jaxhpo._core.types import Info, InnerState, PyTree, Solver, StatefulMethod
 from jaxhpo._core.validate import check_key, check_residual, check_traceable_number, require_key
 from jaxhpo._inner.inputs import check_condition, check_same_state, check_start, check_steps, slices_of
@@ -164,7 +164,8 @@ def make_problem(
 
     def at_condition(fn, *more):
         args = upcast((state.params, hparams, at))
-        return closure_convert(lambda params, hparams, x, *more: fn(params, hparams, batch_of(x), *more), *args, *more)
+        with mixed_types():
+            return closure_convert(lambda p, hparams, x, *more: fn(p, hparams, batch_of(x), *more), *args, *more)
 
     def require_key_of(rule):
         report_random(rule)
@@ -224,7 +225,8 @@ def _traced_high(fn, args) -> tuple[Callable, list, PyTree]:
     high = upcast(args)
     if jax.tree.map(jnp.result_type, high) != jax.tree.map(jnp.result_type, args):
         try:
-            return *closure_convert(fn, *high), jax.eval_shape(lambda: high)
+            with mixed_types():
+                return *closure_convert(fn, *high), jax.eval_shape(lambda: high)
         except TypeError:
             pass
     return *closure_convert(fn, *args), jax.eval_shape(lambda: args)

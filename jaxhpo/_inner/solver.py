@@ -10,7 +10,7 @@ import optax
 from jax.core import Tracer
 
 from jaxhpo._core.errors import JaxhpoError
-from jaxhpo._core.tree import add_scaled, named_leaves, zeros_like
+from jaxhpo._core.tree import add_scaled, mixed_types, named_leaves, zeros_like
 from jaxhpo._core.types import InnerState, PyTree, Solver
 from jaxhpo._core.validate import (
     check_arrays,
@@ -73,8 +73,9 @@ def from_optax(loss: Callable, tx: Any, *, has_state: bool = False) -> Solver:
             update, value=value, grad=grad, value_fn=lambda p: evaluate(p, hparams, batch, state.model_state)[0]
         )
         # u, s ← tx.update(∇L(θ), s, θ), then θ ← θ + u
-        updates, opt_state = update(grad, state.opt_state, state.params, **extras)
-        return InnerState(optax.apply_updates(state.params, updates), opt_state, model_state)
+        with mixed_types():  # optax mixes types of numbers
+            updates, opt_state = update(grad, state.opt_state, state.params, **extras)
+            return InnerState(optax.apply_updates(state.params, updates), opt_state, model_state)
 
     init = _initialiser(lambda params, hparams: make_tx(hparams).init(params), has_state)
     return _descent(init, evaluate, apply, "from_optax")
@@ -140,10 +141,11 @@ def momentum_sgd(loss: Callable, learning_rate: Any, momentum: Any, *, has_state
 
     def apply(state, hparams, batch, out, grad):
         alpha, m = rates(state.params, hparams, state.opt_state.count)
-        # v ← m_t v − (1 − m_t) g
-        velocity = jax.tree.map(lambda m, v, g: m * v - (1 - m) * g, m, state.opt_state.velocity, grad)
-        # θ ← θ + α_t v, with the new v
-        params = jax.tree.map(lambda p, a, v: p + a * v, state.params, alpha, velocity)
+        with mixed_types():  # rates may be wider than the parameters
+            # v ← m_t v − (1 − m_t) g
+            velocity = jax.tree.map(lambda m, v, g: m * v - (1 - m) * g, m, state.opt_state.velocity, grad)
+            # θ ← θ + α_t v, with the new v
+            params = jax.tree.map(lambda p, a, v: p + a * v, state.params, alpha, velocity)
         return InnerState(params, MomentumState(velocity, state.opt_state.count + 1), out[1])
 
     return _descent(init, evaluate, apply, "momentum_sgd", rates)

@@ -10,9 +10,9 @@ import optax
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.record import SolveLog, recording
 from jaxhpo._core.transforms import to_natural, to_unconstrained
-from jaxhpo._core.tree import add_scaled, all_finite, is_inexact, norm, upcast, without_weak_types
+from jaxhpo._core.tree import add_scaled, all_finite, is_inexact, mixed_types, norm, upcast, without_weak_types
 from jaxhpo._core.types import Info, PyTree
-from jaxhpo._core.validate import check_arrays, check_key, check_params, describe
+from jaxhpo._core.validate import check_arrays, check_hparams, check_key, describe
 from jaxhpo._tune.inputs import check_optimizer, check_policies, in_one_form
 from jaxhpo._tune.remedies import NO_REMEDIES, Remedies, check_projections, clipped, projected, shrunk
 
@@ -152,12 +152,13 @@ class Step:
         point = self.checked_point(hparams)
         key = jax.random.key(0) if key is None else check_key(key)
         carry = jax.tree.map(jnp.asarray, check_arrays(carry, "carry"))
-        point, opt_state, carry = without_weak_types((point, self.optimizer.init(point), carry))
+        opt_state = self.optimizer.init(point) if jax.tree.leaves(point) else None  # nothing to optimise
+        point, opt_state, carry = without_weak_types((point, opt_state, carry))
         return OuterState(point, opt_state, carry, key, jnp.zeros((), jnp.int32), point)
 
     def checked_point(self, hparams: PyTree) -> PyTree:
         """Returns the hyperparameters unconstrained; raises where a transform, remedy or projection rejects them."""
-        point = to_unconstrained(self.transforms, check_params(hparams, "hparams"))
+        point = to_unconstrained(self.transforms, check_hparams(hparams))
         self.remedies.check(self.transforms, point)
         check_projections(self.projections, self.transforms, point)
         return point
@@ -177,8 +178,11 @@ class Step:
         value, grad, carry, info = self._accumulated(state.point, state.carry, key)
         safe, counts = clipped(self.remedies, grad)
         more = {"value": value, "grad": safe, "value_fn": lambda u: self.objective(u, state.carry, key)[0]}
-        updates, opt_state = self.optimizer.update(safe, state.opt_state, state.point, **more)
-        point = optax.apply_updates(state.point, updates)
+        point, opt_state = state.point, state.opt_state
+        if jax.tree.leaves(point):
+            with mixed_types():  # optax mixes types of numbers
+                updates, opt_state = self.optimizer.update(safe, opt_state, point, **more)
+                point = optax.apply_updates(point, updates)
         point, counts["shrunk_leaves"] = shrunk(self.remedies, self.transforms, safe, point)
         point, counts["projected_entries"] = projected(self.projections, point)
         after = without_weak_types(OuterState(point, opt_state, carry, None, state.step + 1, None))
