@@ -513,7 +513,6 @@ MISTAKES = [
         "hparams-bool", lambda h: SOLVER.init(PARAMS, {"nesterov": True}), r"`hparams\['nesterov'\]`", "closing over it"
     ),
     Mistake("hparams-string", lambda h: SOLVER.init(PARAMS, {"lr": "0.1"}), r"`hparams\['lr'\]` is '0.1'", "or floats"),
-    Mistake("tune-nothing", lambda h: search(hparams={}), "`hparams` got {}", "give a pytree of floating-point"),
     Mistake(
         "hparams-key",
         lambda h: SOLVER.init(PARAMS, {"target": np.ones(3), "key": jax.random.key(0)}),
@@ -1225,7 +1224,6 @@ MISTAKES = [
     ),
     Mistake("tune-integers", lambda h: search(hparams={"k": 3}), r"`hparams\['k'\]` is 3", r"`1\.0`", jit=False),
     Mistake("tune-nan-start", lambda h: search(hparams={"target": NAN}), r"`hparams\['target'\]`", "Clean", jit=False),
-    Mistake("tune-empty", lambda h: search(hparams=[]), r"`hparams` got \[\]", "give a pytree", jit=False),
     Mistake(
         "tune-optimiser-name",
         lambda h: search(optimizer="adam"),

@@ -116,7 +116,8 @@ def check_params(params: PyTree, what: str, may_be_empty: bool = False) -> PyTre
         instead = "pass its `.params`" if what == "params" else "write `solve(solver, state, hparams, batches)`"
         raise JaxhpoError(f"`{what}` got a whole {type(params).__name__}, which holds more than that: {instead}.")
     if not jax.tree.leaves(params) and not may_be_empty:
-        raise JaxhpoError(f"`{what}` got {params!r}, which has no leaves: give a pytree of floating-point arrays.")
+        constant = " to differentiate by, as what a loss closes over is constant" * (what == "hparams")
+        raise JaxhpoError(f"`{what}` got {params!r}, which has no leaves{constant}: give a pytree of floats.")
     for name, leaf in named_leaves(params, what):
         if not is_array(leaf):
             raise JaxhpoError(f"`{name}` is {describe(leaf)}, not an array: give floating-point arrays or floats.")

@@ -16,7 +16,7 @@ from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.progress import write
 from jaxhpo._core.record import SolveLog, UnrolledSolve, recording
 from jaxhpo._core.types import PyTree
-from jaxhpo._core.validate import check_callable, check_params, check_positive, short_name
+from jaxhpo._core.validate import check_callable, check_hparams, check_positive, short_name
 
 CHOICES = (None, 1, "sqrt", "auto", "binomial")
 UNKNOWN_LENGTH = 100  # assumed passes of a loop to a tolerance
@@ -134,7 +134,7 @@ def memory_plan(
       Griewank, Walther. Algorithm 799: Revolve. 2000.
     """
     check_callable("outer_loss", outer_loss, "outer_loss(hparams)", 1)
-    hparams = check_params(hparams, "hparams")
+    hparams = check_hparams(hparams)
     if memory_limit is not None:
         check_positive("memory_limit", memory_limit)
     limit = available_bytes() if memory_limit is None else memory_limit

@@ -12,7 +12,7 @@ from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.mesh import varying_axes
 from jaxhpo._core.tree import upcast, zeros_like
 from jaxhpo._core.types import Hypergradient, HypergradientInfo, InnerState, PyTree, Solver, StatefulMethod, declared
-from jaxhpo._core.validate import check_callable, check_count, check_key, check_params, check_scalar, describe
+from jaxhpo._core.validate import check_callable, check_count, check_hparams, check_key, check_scalar, describe
 from jaxhpo._estimator.implicit_product import implicit_product
 from jaxhpo._estimator.pair import check_pair_state, inner_start
 from jaxhpo._inner.inputs import check_solver
@@ -107,7 +107,7 @@ def hypergradient(
         raise JaxhpoError(f"`pair` of {method!r} returned {describe(pair)}: return a `Hypergradient(init, update)`.")
 
     def update(hparams, state, batches=None, outer_batch=None, key=None):
-        out = pair.update(check_params(hparams, "hparams"), state, batches, outer_batch, check_key(key))
+        out = pair.update(check_hparams(hparams), state, batches, outer_batch, check_key(key))
         if not (isinstance(out, tuple) and len(out) == 3):
             instead = "`(hypergradient, state, HypergradientInfo(...))`"
             raise JaxhpoError(f"`update` of {method!r} returned {describe(out)}: return {instead}.")

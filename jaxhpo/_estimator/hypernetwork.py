@@ -20,6 +20,7 @@ from jaxhpo._core.tree import names, normal
 from jaxhpo._core.types import Hypergradient, HypergradientInfo, InnerState, PyTree, Solution, StatefulMethod
 from jaxhpo._core.validate import (
     check_callable,
+    check_hparams,
     check_params,
     check_residual,
     check_settings,
@@ -220,7 +221,7 @@ class Hypernetwork(StatefulMethod):
                     "`init` got a model state, which a hypernetwork cannot keep: use a model without one (with layer "
                     "in place of batch normalisation, say)."
                 )
-            params, hparams = check_params(params, "params"), check_params(hparams, "hparams")
+            params, hparams = check_params(params, "params"), check_hparams(hparams)
             self._check_perturbation(hparams)
             value = _value_of(hparams)
             jax.eval_shape(solver.init, params, value)  # for its checks

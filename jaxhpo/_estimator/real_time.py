@@ -124,7 +124,7 @@ def _push(fn, state, jacobian, hparams):
     z, unravel = ravel(hparams)
     directions = jax.vmap(unravel)(cast_varying(jnp.eye(z.size, dtype=z.dtype), varying_axes(z)))
     _, push, after = jax.linearize(floats_of_result, floats, hparams, has_aux=True)
-    return after, jax.vmap(push)(jacobian, directions)
+    return after, jax.vmap(push, axis_size=z.size)(jacobian, directions)
 
 
 def _partition(state):

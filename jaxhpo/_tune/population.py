@@ -13,7 +13,7 @@ from jaxhpo._core.record import traced_anew
 from jaxhpo._core.trace import compilable
 from jaxhpo._core.tree import named_leaves
 from jaxhpo._core.types import PyTree
-from jaxhpo._core.validate import check_arrays, check_key, check_params, describe
+from jaxhpo._core.validate import check_arrays, check_hparams, check_key, describe
 from jaxhpo._tune.step import OuterReport, OuterState, Step, with_constants
 
 
@@ -39,7 +39,7 @@ class Compiled:
         """Returns the first state; in a population each leaf has a leading axis of members."""
         if self.size is None:
             return self.step.init(hparams, carry, key)
-        hparams, carry = check_params(hparams, "hparams"), jax.tree.map(jnp.asarray, check_arrays(carry, "carry"))
+        hparams, carry = check_hparams(hparams), jax.tree.map(jnp.asarray, check_arrays(carry, "carry"))
         for name, leaf in named_leaves(hparams, "hparams") + named_leaves(carry, "carry"):
             if leaf.shape[:1] != self.shape:
                 raise JaxhpoError(

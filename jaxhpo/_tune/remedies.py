@@ -88,7 +88,7 @@ def clipped(remedies: Remedies, grad: PyTree) -> tuple[PyTree, dict[str, jax.Arr
     if remedies.clip is not None:
         c = remedies.clip
         over = [jnp.sum(jnp.abs(g) > c, dtype=jnp.int32) for g in jax.tree.leaves(grad)]
-        counts["clipped_entries"] = jnp.sum(jnp.stack(over), dtype=jnp.int32)
+        counts["clipped_entries"] = sum(over, none)
         grad = jax.tree.map(lambda g: jnp.clip(g, -c, c), grad)
     if remedies.clip_norm is not None:
         length = norm(upcast(grad))
@@ -128,7 +128,7 @@ def projected(projections: PyTree, point: PyTree) -> tuple[PyTree, jax.Array]:
         return point, count
     parts = _project(lambda f, part: f(part), projections, point)
     moved = jax.tree.map(lambda a, b: jnp.sum(a != b, dtype=jnp.int32), parts, point)
-    return parts, jnp.sum(jnp.stack(jax.tree.leaves(moved)), dtype=jnp.int32)
+    return parts, sum(jax.tree.leaves(moved), count)
 
 
 def check_projections(projections: PyTree, transforms: PyTree, point: PyTree) -> None:

@@ -570,7 +570,6 @@ def given(method, state=None, hparams=H, **kw):
         (lambda: given(Implicit(), pair_of(Unroll()).init(START, H)), "`state` got RuleState.*ImplicitState"),
         (lambda: given(Unroll(), pair_of(Implicit()).init(START, H)), "`state` got ImplicitState.*RuleState"),
         (lambda: pair_of(HOAG(), num_steps=2).update(H, None), "carry=pair.init"),
-        (lambda: given(HOAG(), hparams=None), "`hparams` got None"),
         (lambda: given(RealTime(), hparams=jnp.ones(2)), "2 hyperparameters"),
         (lambda: given(Implicit(Nystrom(2, 0.1))), r"got no key: .* for a pair `update\(\.\.\., key=key\)`"),
         (lambda: given(HOAG(), key=jnp.zeros(2, jnp.uint32)), "typed key"),
