@@ -141,6 +141,8 @@ def _reached(jaxpr, marked: list[bool], cut: Callable[[str], bool] | None = None
         if any(ins):
             out = {v for v, m in zip(eqn.outvars, _reached_by(eqn, ins, cut), strict=True) if m}
             flat = {v for v in out if eqn.primitive.name in FLAT or not is_inexact(v.aval)}
+            if eqn.primitive.name == "sort":  # what is ordered by a marked key, which alone it depends on
+                flat |= {v for v, m in zip(eqn.outvars, ins, strict=True) if not m}
             of_floats = any(m and is_inexact(v.aval) for v, m in zip(eqn.invars, ins, strict=True))
             is_call = bool(subprograms(list(eqn.params.values())))
             if cut and flat and of_floats and not is_call and cut(eqn.primitive.name):

@@ -9,6 +9,7 @@ from helpers import PROBLEMS, outer_loss
 
 import jaxhpo
 from jaxhpo import Identity, Implicit, Unroll
+from jaxhpo._core.trace import flat_by
 
 RIDGE = PROBLEMS["ridge"]
 H = jnp.asarray(RIDGE.hparams)
@@ -68,6 +69,31 @@ FLAT = {
     "round": lambda w: jnp.round(jnp.sum(X @ w)),
     "sort": lambda w: jnp.sum(jnp.argsort(X @ w) * 1.0),
 }
+
+
+OPERATIONS = {
+    # Of logits z, with the operations that alone make them piecewise constant; none where a derivative passes.
+    "rank": (lambda z: jnp.mean(jnp.sum(z[:, None] > z[None], 1)), ["gt"]),
+    "top k": (lambda z: jnp.sum(jax.lax.top_k(z, 2)[1]), ["top_k"]),
+    "of the largest": (lambda z: jnp.sum(jax.lax.top_k(z, 2)[0]), []),
+    "sorted": (lambda z: jnp.sort(z)[1], []),
+    "sorted by": (lambda z: jax.lax.sort((z, LABELS * 1.0), num_keys=1)[1][0], ["sort"]),
+    "precision at 1": (lambda z: LABELS[jnp.argsort(z)][-1] * 1.0, ["sort"]),
+    "area under the curve": (lambda z: jnp.mean((z[:, None] >= z[None]) & (LABELS[:, None] > LABELS[None])), ["ge"]),
+    "one hot": (lambda z: jax.nn.one_hot(jnp.argmax(z), 3)[0], ["argmax"]),
+    "floor": (lambda z: jnp.sum(jnp.floor(z)), ["floor"]),
+    "sign": (lambda z: jnp.sum(jnp.sign(z)), ["sign"]),
+    "integers": (lambda z: jnp.sum(z.astype(int)) * 1.0, ["convert_element_type"]),
+    "branch": (lambda z: jax.lax.cond(z[0] > 0, lambda: 1.0, lambda: 0.0), ["gt"]),
+    "where": (lambda z: jnp.sum(jnp.where(z > 0, 1.0, 0.0)), ["gt"]),
+    "hinge": (lambda z: jnp.sum(jnp.where(z > 0, z, 0.0)), []),
+    "constant": (lambda z: jnp.sum(jax.lax.stop_gradient(z)), []),
+}
+
+
+def test_piecewise_constant_operations_are_told_from_others():
+    for name, (fn, operations) in OPERATIONS.items():
+        assert flat_by(lambda w, fn=fn: fn(X @ w), jnp.ones(2))[0] == operations, name
 
 
 @pytest.mark.parametrize("name", FLAT)
