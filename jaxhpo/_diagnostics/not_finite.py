@@ -10,18 +10,20 @@ import jax.numpy as jnp
 from jaxhpo._core.processes import from_first
 from jaxhpo._core.record import StepLog, recording
 from jaxhpo._core.trace import compilable
+from jaxhpo._core.transforms import box
 from jaxhpo._core.tree import all_finite, is_inexact, named_leaves, norm, partition, scaled, upcast, vdot
-from jaxhpo._core.types import PyTree
+from jaxhpo._core.types import PyTree, Transform
 from jaxhpo._diagnostics.origin import ADVICE, find_origin
 
-POWER_ITERATIONS = 40
+POWER_ITERATIONS = 100
 REMEDY = "lower the inner learning rate, bound the penalty, or clip the inner gradients."
 
 
-def diagnose(fn: Callable, hparams: PyTree) -> str:
+def diagnose(fn: Callable, hparams: PyTree, transforms: dict[str, Transform] | None = None) -> str:
     """Runs `jax.value_and_grad(fn)(hparams)` with instrumented inner steps; says in words where and why a NaN began.
 
-    Costs one instrumented run, and one more in which the number is followed back to the operation that made it.
+    Costs one instrumented run, and one more in which the number is followed back to the operation that made it. What
+    is known of the range of a hyperparameter in the train loss are the transforms, by the name of the leaf.
     """
     log = StepLog()
     with recording(steps=log):
@@ -41,7 +43,7 @@ def diagnose(fn: Callable, hparams: PyTree) -> str:
     if origin is not None:
         why = f"It began {origin}"
     if log.forward and (origin is None or origin.overflows):
-        why = _attempted(lambda: _divergence(log)) or why
+        why = _attempted(lambda: _divergence(log, transforms)) or why
     return f"{where} {why}"
 
 
@@ -96,16 +98,16 @@ def _place(log, value_is_finite) -> tuple[str, str]:
     return f"Inner problem {place[0]}: {where}" if log.num_problems > 1 else where, why
 
 
-def _divergence(log) -> str | None:
+def _divergence(log, transforms) -> str | None:
     """In words, the growth of an error from step to step, and what drives it; None where errors do not grow."""
     index, _, _ = min(log.forward, key=log.forward.__getitem__)
     if index not in log.first:  # within a differentiated scan JAX drops callbacks under a condition
         return None
     state, inputs, x = log.first[index]
-    factor, drivers = measure_growth(log.advance[index], state, inputs, x)
+    factor, drivers = measure_growth(log.advance[index], state, inputs, x, transforms)
     if abs(factor) <= 1 and index in log.broken:
         state, x = log.broken[index]
-        factor, drivers = measure_growth(log.advance[index], state, inputs, x)
+        factor, drivers = measure_growth(log.advance[index], state, inputs, x, transforms)
     if abs(factor) <= 1:
         return None
     text = f"The inner run diverges: a step multiplies an error along the worst direction by {factor:.3g}"
@@ -117,15 +119,16 @@ def _divergence(log) -> str | None:
     return f"{text}: {REMEDY}"
 
 
-def measure_growth(advance: Callable, state: PyTree, inputs: PyTree, x: PyTree) -> tuple[float, list[str]]:
+def measure_growth(
+    advance: Callable, state: PyTree, inputs: PyTree, x: PyTree, transforms: dict[str, Transform] | None = None
+) -> tuple[float, list[str]]:
     r"""The factor by which a step multiplies a small error along the worst direction, and what drives it.
 
     Its magnitude is the step's spectral radius, by power iteration :math:`v \leftarrow J^\top v` on its Jacobian in the
     state. It is negative where the error changes its sign, as with too large a learning rate, and 0 where it cannot be
-    measured. Its drivers are the leaves h of the hyperparameters with the largest
-    :math:`|h\, \partial_h \log \|J^\top v\||`, down to half of the largest, with their values where they are numbers;
-    but only those whose change by no more than their own size (a rate or penalty down to zero) would, by that slope,
-    bring the factor below one.
+    measured. Its drivers are the leaves of the hyperparameters whose change, within their range and against the slope
+    of the factor, brings it below one when it is measured again; with their values where they are numbers. If no leaf
+    does that alone, they are those that do it together.
     """
     floats = jax.tree.map(is_inexact, state)
     perturbed, combine = partition(state, floats)
@@ -140,29 +143,67 @@ def measure_growth(advance: Callable, state: PyTree, inputs: PyTree, x: PyTree) 
 
         return jax.vjp(step, perturbed)[1](v)[0]
 
-    def turn(v, _):
-        after = pulled(inputs[0], v)  # w = Jᵀ v
-        size = _norm(after)  # ‖w‖ → |λ₁| for a real dominant eigenvalue λ₁, as ‖v‖ = 1
-        return scaled(1 / size, after), (size, vdot(v, after))  # v ← w / ‖w‖;  ⟨v, Jᵀ v⟩ → λ₁, with its sign
+    @jax.jit
+    def growth(hparams):
+        def turn(v, _):
+            after = pulled(hparams, v)  # w = Jᵀ v
+            size = _norm(after)  # ‖w‖ → |λ₁| for a real dominant eigenvalue λ₁, as ‖v‖ = 1
+            return scaled(1 / size, after), (size, vdot(v, after))  # v ← w / ‖w‖;  ⟨v, Jᵀ v⟩ → λ₁, with its sign
 
-    keys = jax.random.split(jax.random.key(0), len(perturbed))
-    v = [jax.random.normal(key, leaf.shape, leaf.dtype) for key, leaf in zip(keys, perturbed, strict=True)]
-    v, (sizes, products) = jax.lax.scan(turn, v, None, POWER_ITERATIONS)
-    # For complex eigenvalues r e^±iφ the norms oscillate, but ‖(Jᵀ)ⁿ v‖^(1/n), their geometric mean, tends to r.
-    factor = float(jnp.exp(jnp.mean(jnp.log(sizes[POWER_ITERATIONS // 2 :]))))
+        keys = jax.random.split(jax.random.key(0), len(perturbed))
+        v = [jax.random.normal(key, leaf.shape, leaf.dtype) for key, leaf in zip(keys, perturbed, strict=True)]
+        v, (sizes, products) = jax.lax.scan(turn, v, None, POWER_ITERATIONS)
+        # For complex eigenvalues r e^±iφ the norms oscillate, but ‖(Jᵀ)ⁿ v‖^(1/n), their geometric mean, tends to r.
+        return v, jnp.exp(jnp.mean(jnp.log(sizes[POWER_ITERATIONS // 2 :]))), products[-1]
+
+    leaves, structure = jax.tree.flatten(inputs[0])
+    v, factor, product = growth(inputs[0])
+    factor = float(factor)
     if not math.isfinite(factor):
         return 0.0, []
-    # Σ |h ∂ log ‖Jᵀ v‖ / ∂h| over a leaf: the relative change of the factor for a relative change of the leaf.
-    slopes = jax.grad(lambda h: jnp.log(_norm(pulled(h, v))))(inputs[0])
-    shares = jax.tree.leaves(jax.tree.map(lambda h, slope: float(jnp.sum(jnp.abs(h * slope))), inputs[0], slopes))
-    # A change of h by its size changes the factor f by f · share, to below one if f (1 − share) < 1.
-    least = max(max(shares, default=0.0) / 2, 1 - 1 / factor if factor > 1 else 0.0)
+    slopes = jax.tree.leaves(jax.grad(lambda h: jnp.log(_norm(pulled(h, v))))(inputs[0]))
+    paths = [
+        _within_range(h, slope, (transforms or {}).get(name))
+        for (name, h), slope in zip(named_leaves(inputs[0], "hparams"), slopes, strict=True)
+    ]
+
+    def prevent(*moved: int) -> bool:
+        """Whether the factor falls below one as these leaves move, by steps, to the ends of their ranges."""
+        for places in zip(*(paths[i] for i in moved), strict=True):
+            trial = list(leaves)
+            for i, place in zip(moved, places, strict=True):
+                trial[i] = place
+            # Along a flat direction errors are kept, so one will do. But where the inner loss is not convex, any
+            # rate s times as large leaves s times the excess above one, which is no cure: a tenth of that is asked.
+            share = min(float(jnp.min(jnp.abs(trial[i] / leaves[i]), initial=1.0, where=leaves[i] != 0)) for i in moved)
+            if float(growth(jax.tree.unflatten(structure, trial))[1]) - 1 <= share / 10 * (factor - 1):
+                return True
+        return False
+
+    movable = [i for i, slope in enumerate(slopes) if factor > 1 and bool(jnp.any(slope != 0))]
+    alone = [i for i in movable if prevent(i)]
+    together = movable if len(movable) > 1 and not alone and prevent(*movable) else []
     drivers = [
         f"`{name}` = {h.item():.3g}" if h.size == 1 and jnp.issubdtype(h.dtype, jnp.floating) else f"`{name}`"
-        for (name, h), share in zip(named_leaves(inputs[0], "hparams"), shares, strict=True)
-        if share > 0 and share >= least
+        for i, (name, h) in enumerate(named_leaves(inputs[0], "hparams"))
+        if i in (alone or together)
     ]
-    return -factor if products[-1] < 0 else factor, drivers
+    return -factor if product < 0 else factor, drivers
+
+
+def _within_range(h: jax.Array, slope: jax.Array, transform: Transform | None) -> list[jax.Array]:
+    """Values of a leaf within its range, ever farther from h, each entry moved against the slope.
+
+    In the units of a transform by up to six decades down (for a logarithm) or towards a bound, and by one up. Without
+    one, towards zero, or away from it by the entry's own size; beyond zero only what may be the logarithm of a rate.
+    """
+    if transform is None:
+        beyond = jnp.where(jnp.abs(h) >= 1, -h, 1e-3 * h)
+        return [jnp.where(slope * h > 0, end, 2 * h) for end in (h / 2, h / 10, h / 100, h / 1e3, h / 1e6, beyond)]
+    u = transform.inverse(h)
+    most = 6 if isinstance(transform, box) else 1
+    moves = [jnp.where(slope > 0, -d, min(d, most)) * math.log(10) for d in (0.3, 1, 2, 3, 6, 6)]
+    return [transform.forward(u + jnp.where(slope == 0, 0, move).astype(u.dtype)) for move in moves]
 
 
 def _norm(leaves: list) -> jax.Array:

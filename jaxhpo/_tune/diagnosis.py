@@ -7,8 +7,9 @@ import jax.numpy as jnp
 
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.trace import compilable
-from jaxhpo._core.tree import all_finite
-from jaxhpo._core.types import PyTree
+from jaxhpo._core.transforms import apply_transforms
+from jaxhpo._core.tree import all_finite, named_leaves
+from jaxhpo._core.types import PyTree, Transform
 from jaxhpo._diagnostics.not_finite import diagnose
 from jaxhpo._diagnostics.origin import find_origin
 from jaxhpo._tune.step import OuterState, Step, has_nan, solves_finite
@@ -24,14 +25,15 @@ def diagnosis(step: Step, state: OuterState) -> str:
     if step.gradient is not None:
         return "It comes from the `gradient` function that was given."
     key = jax.random.fold_in(state.key, state.step)
-    times = step.remedies.accumulate
+    times, by_leaf = step.remedies.accumulate, apply_transforms(lambda found, _: found, step.transforms, state.point)
+    transforms = {name: found for name, found in named_leaves(by_leaf, "hparams") if isinstance(found, Transform)}
     objective = jax.value_and_grad(step.objective, has_aux=True)
     run, (*consts, _, _, _) = compilable(objective, state.point, state.carry, key)
     for key in [key] if times == 1 else list(jax.random.split(key, times)):  # noqa: B020 (the keys of `_accumulated`)
         (value, (carry, info)), grad = run(*consts, state.point, state.carry, key)
         if not bool(jnp.isfinite(value) & all_finite(grad) & solves_finite(info)):
             try:
-                return diagnose(lambda u, key=key: step.objective(u, state.carry, key)[0], state.point)
+                return diagnose(lambda u, key=key: step.objective(u, state.carry, key)[0], state.point, transforms)
             except JaxhpoError as error:  # of values that are only met outside compiled code
                 return str(error)
         if bool(has_nan(carry)):

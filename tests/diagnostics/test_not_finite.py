@@ -153,6 +153,67 @@ def test_divergence_names_a_tuned_rate_too():
     assert "driven by `hparams['penalty']` = 30 and `hparams['rate']` = 0.1:" in diagnose(fn, QUADRATIC)
 
 
+def descent(grad):
+    """A step of gradient descent at the rate `h["rate"]`, as `measure_growth` takes it."""
+    return lambda w, inputs, x: w - inputs[0]["rate"] * grad(w, inputs[0])
+
+
+def momentum(state, inputs, x):
+    h, (w, v) = inputs[0], state
+    v = h["momentum"] * v + w
+    return w - h["rate"] * v, v
+
+
+GOAL = jnp.array([1.0, 4.0])
+PENALISED = descent(lambda w, h: 2 * (1 + h["penalty"]) * w)
+CONCAVE = descent(lambda w, h: -w + h["penalty"] * w)
+LAYERS = descent(lambda w, h: w * jnp.array([h["a"], h["b"]]))
+BOTH = lambda w, inputs, x: w - w * jnp.stack([inputs[0]["a"], inputs[0]["b"]])  # noqa: E731
+POSITIVE = {"hparams['rate']": jaxhpo.positive, "hparams['penalty']": jaxhpo.positive}
+LOGIT = {"hparams['momentum']": jaxhpo.unit_interval}
+CULPRITS = {
+    # The step, the hyperparameters, what is known of their range, and which of them could prevent the divergence.
+    "rate": (PENALISED, {"rate": 10.0, "penalty": 1e-6}, {}, "rate"),
+    "rate under transforms": (PENALISED, {"rate": 1e3, "penalty": 1e-6}, POSITIVE, "rate"),
+    "penalty": (PENALISED, {"rate": 0.1, "penalty": 30.0}, POSITIVE, "penalty rate"),
+    "momentum": (momentum, {"rate": 0.1, "momentum": 1.1}, {}, "momentum"),
+    "rate with momentum": (
+        momentum,
+        {"rate": 10.0, "momentum": 0.9},
+        {"hparams['momentum']": jaxhpo.unit_interval},
+        "rate",
+    ),
+    "scale": (descent(lambda w, h: h["scale"] ** 2 * w), {"rate": 0.1, "scale": 10.0}, {}, "rate scale"),
+    "start": (descent(lambda w, h: w**3 + 0 * h["start"]), {"rate": 1.0, "start": 10.0}, {}, "rate"),
+    "one layer": (
+        descent(lambda w, h: w * jnp.array([h["a"], h["b"]])),
+        {"rate": 0.1, "a": 1.0, "b": 40.0},
+        {},
+        "b rate",
+    ),
+    "both layers": (BOTH, {"a": 7.0, "b": 10.0}, {}, "a b"),
+    "examples": (descent(lambda w, h: jnp.sum(h["w"]) * w), {"rate": 0.1, "w": np.full(60, 0.5)}, {}, "rate w"),
+    "logarithm of the rate": (lambda w, i, x: w - jnp.exp(i[0]["log"]) * 3 * w, {"log": 2.3}, {}, "log"),
+    "flat direction": (descent(lambda w, h: GOAL * (GOAL @ w)), {"rate": 10.0, "penalty": 1e-3}, {}, "rate"),
+    # Lower rates make the error grow more slowly, but do not end it; a penalty of .5 above the curvature does.
+    "not convex": (CONCAVE, {"rate": 0.1, "penalty": 1e-3}, POSITIVE, ""),
+    "penalty too low": (
+        descent(lambda w, h: -w + h["penalty"] * w),
+        {"rate": 0.1, "penalty": 0.5},
+        POSITIVE,
+        "penalty",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=[] if c in ("rate", "not convex") else slow) for c in CULPRITS])
+def test_a_leaf_is_blamed_where_it_could_prevent_the_divergence(case):
+    step, h, transforms, culprits = CULPRITS[case]
+    h, start = jax.tree.map(jnp.asarray, h), GOAL if step is not momentum else (GOAL, GOAL)
+    factor, drivers = not_finite.measure_growth(step, start, (h,), None, transforms)
+    assert abs(factor) > 1 and re.findall(r"\['(\w+)'\]", "".join(drivers)) == culprits.split()
+
+
 @slow
 @pytest.mark.parametrize(
     ("fn", "at", "said"),
