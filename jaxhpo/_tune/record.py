@@ -239,7 +239,13 @@ class Record:
     def history(self) -> dict[str, Any]:
         """Returns the rows so far, stacked."""
         self.flush()
-        return jax.tree.map(lambda *x: np.stack(x), *self.rows)
+        rows = self.rows or [self._row_of_zeros(self.compiled.shapes(self.now.state)[1])]
+        return jax.tree.map(lambda *x: np.stack(x)[: len(self.rows)], *rows)
+
+    def _row_of_zeros(self, report: OuterReport) -> dict[str, Any]:
+        """Returns a row like those of the run, from the shapes of a report."""
+        zeros, mask = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), report), self.now.failed
+        return self._row(zeros, mask, mask, mask, self.now.best, 0.0, self.solves)
 
     def still_falls(self, steps: int) -> np.ndarray:
         """Returns, with a monitor, whether a member's lowest outer loss is that of one of its last steps."""
@@ -274,8 +280,7 @@ class Record:
             return
         after, report, traced = self.compiled.shapes(self.now.state, placed=isinstance(self.run_dir, ShardedDir))
         self.loss = digests(*traced, self.now.state)
-        zeros, mask = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), report), self.now.failed
-        row = self._row(zeros, mask, mask, mask, self.now.best, 0.0, self.solves)
+        row = self._row_of_zeros(report)
         like = self.now._replace(state=after, best_hparams=report.hparams)
         tree, self.rows, before, notes = self.run_dir.resume(self._tree(like, like.best_hparams), row, "run['fixed']")
         tree |= {"state": _placed(tree["state"], self.now.state), "rows": len(self.rows)}

@@ -185,7 +185,7 @@ def tune(
       outer_loss: `hparams -> scalar`, or `(hparams, carry, key) -> (scalar, carry, info)`: `carry` is handed from step
         to step (a solution's `.state`, for a warm start), `key` is new at every step, and `info` (any pytree, such as a
         solution's `.info`) is recorded. In a population it is written for one member. None where `gradient` is given.
-      hparams: the start, in natural units.
+      hparams: the start, in natural units. Without leaves (`{}`) nothing is tuned: the run of a baseline is recorded.
       optimizer: any optax transformation, `optax.lbfgs()` too.
       num_steps: outer steps, in all (with those of earlier calls on the same `run_dir`).
       population: N runs at once: each leaf of `hparams` and `carry` has a leading axis of N. What is the same for all
@@ -444,9 +444,9 @@ def _loop(record, limits, on_not_finite, callbacks, called, save_every, preempte
 
     while (reached := limits.reached(record)) is None:
         step, now = record.now.rows, record.now
-        if step and on_any(lambda: preempted() or interrupted()):
-            if on_any(preempted):
-                return "preempted", f"SIGTERM came; stopped after {step} outer steps"
+        if on_any(preempted):
+            return "preempted", f"SIGTERM came; stopped after {step} outer steps"
+        if step and on_any(interrupted):
             return "interrupted", f"interrupted after {step} outer steps"
         compiled, state, active = record.compiled, now.state, limits.active(now)
         traced = (now.failures < step).any()  # a step has been finite: the traced program has been checked
@@ -554,32 +554,46 @@ def _not_finite(record, state, report, after, ends, halvings, alive) -> str:
     return message
 
 
-@contextlib.contextmanager
-def noting(number: int, enabled: bool) -> Iterator[Callable[[], bool]]:
-    """While active, the first signal is noted: what it asks for is done after the step in progress.
+class Noted:
+    """Handler that notes the first signal: what it asks for is done after the step in progress.
 
     The second is left to the handler that was set before. That of SIGTERM is called at the first, too, so that a run
-    inside of another stops both. It is restored, unless there is another by then. Yields a function that says whether
-    the signal came. Only the main thread of Python may set a handler: in another thread, where the handler was not set
-    by Python, and where the program ignores the signal, nothing is noted.
+    inside of another stops both.
     """
-    noted: list[int] = []
+
+    def __init__(self, before: Any):
+        self.before, self.count = before, 0
+
+    @property
+    def came(self) -> bool:
+        """True once the signal has come, to this run or, before it began, to one around it."""
+        return self.count > 0 or (isinstance(self.before, Noted) and self.before.came)
+
+    def __call__(self, number, frame):
+        self.count += 1
+        if self.count > 1:
+            signal.signal(number, self.before)
+            signal.raise_signal(number)
+        elif number == signal.SIGTERM and callable(self.before):
+            self.before(number, frame)
+
+
+@contextlib.contextmanager
+def noting(number: int, enabled: bool) -> Iterator[Callable[[], bool]]:
+    """While active, the first signal is noted. Yields a function that says whether it came.
+
+    The handler that was set before is restored, unless there is another by then. Only the main thread of Python may set
+    one: in another thread, where the handler was not set by Python, and where the program ignores the signal, nothing
+    is noted but by a run around this one, as where that alone has a folder.
+    """
     before, main = signal.getsignal(number), threading.current_thread() is threading.main_thread()
     if not enabled or before in (None, signal.SIG_IGN) or not main:
-        yield lambda: False
+        yield lambda: isinstance(before, Noted) and before.came
         return
-
-    def note(number, frame):
-        noted.append(number)
-        if len(noted) > 1:
-            signal.signal(number, before)
-            signal.raise_signal(number)
-        elif number == signal.SIGTERM and callable(before):
-            before(number, frame)
-
+    note = Noted(before)
     signal.signal(number, note)
     try:
-        yield lambda: bool(noted)
+        yield lambda: note.came
     finally:
         if signal.getsignal(number) is note:
             signal.signal(number, before)

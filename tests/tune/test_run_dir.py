@@ -262,6 +262,25 @@ def test_the_users_handler_of_sigterm_is_called(tmp_path):
     assert result.exit_code == 128 + signal.SIGTERM
 
 
+def test_runs_that_begin_inside_of_a_preempted_one_end_without_a_step(tmp_path):
+    """With a folder or without, in a population too: a loop over seeds in a callback, say."""
+    inner = []
+
+    def nest(step):
+        os.kill(os.getpid(), signal.SIGTERM)
+        for more in ({}, {"run_dir": tmp_path / "inner"}, {"population": 2, "record": "hypergradient", "patience": 2}):
+            start, settings = jnp.ones((2, 2)), {"num_steps": 3, "progress": False, **more}
+            inner.append(jaxhpo.tune(jnp.sum, start if "population" in more else start[0], optax.sgd(0.1), **settings))
+
+    before = signal.getsignal(signal.SIGTERM)
+    result = run(tmp_path / "outer", callbacks=[nest])
+    assert [x.status for x in (result, *inner)] == ["preempted"] * 4 and signal.getsignal(signal.SIGTERM) is before
+    for x in inner:
+        assert len(x.history["value"]) == 0 and "after 0 outer steps" in x.message and x.hparams.shape[-1] == 2
+        assert x.history["hparams"].shape == (0, *x.hparams.shape)
+    assert [x.num_steps for x in inner[-1].members] == [0, 0]
+
+
 def test_an_ignored_sigterm_stays_ignored(tmp_path):
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
