@@ -65,7 +65,8 @@ def test_every_rule(name):
 def test_every_method(method):
     with jax.numpy_dtype_promotion("strict"):
         pair = jaxhpo.hypergradient(method, ADAM, val_loss, num_steps=3)
-        jax.eval_shape(lambda h: pair.update(h, pair.init(START, h), key=KEY), H)
+        for h in (H, jax.tree.map(lambda x: jnp.asarray(x, LOW), H)):
+            jax.eval_shape(lambda h, state: pair.update(h, state, key=KEY), h, pair.init(START, h))
 
 
 @pytest.mark.slow

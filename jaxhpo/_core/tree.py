@@ -35,6 +35,7 @@ def vdot(a: PyTree, b: PyTree) -> jax.Array:
 # the leaves would take its dtype, and a cast would reach integer leaves.
 
 
+@mixed_types()
 def add_scaled(a: PyTree, scale, b: PyTree) -> PyTree:
     """a + scale · b, in the dtypes of a."""
     return jax.tree.map(lambda x, y: x + _in_dtype(scale, x) * y, a, b)

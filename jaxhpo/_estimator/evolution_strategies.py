@@ -10,7 +10,7 @@ from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.transforms import to_natural, to_unconstrained
 from jaxhpo._core.tree import add_scaled, cast_like, map_in_chunks, normal, scaled, upcast, where, zeros_like
 from jaxhpo._core.types import Hypergradient, HypergradientInfo, InnerState, PyTree, StatefulMethod
-from jaxhpo._core.validate import check_settings, require_key
+from jaxhpo._core.validate import check_hparams, check_settings, require_key
 from jaxhpo._estimator.pair import check_pair_state, check_warm_start, inner_start
 from jaxhpo._inner.inputs import check_steps
 from jaxhpo._solve import solve
@@ -219,7 +219,7 @@ class PersistentES(StatefulMethod):
         def init(params, hparams, model_state=None):
             start = solver.init(params, hparams, model_state)
             particles = jax.tree.map(lambda x: jnp.broadcast_to(x, (self.num_pairs, 2, *x.shape)), start)
-            point = to_unconstrained(self.transforms, hparams)
+            point = to_unconstrained(self.transforms, check_hparams(hparams))
             perturbations = jax.tree.map(lambda u: jnp.zeros((self.num_pairs, *u.shape), u.dtype), point)
             return PersistentState(start, start, particles, perturbations, jnp.zeros((), jnp.int32))
 
