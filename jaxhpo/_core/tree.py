@@ -11,14 +11,9 @@ import optax
 
 from jaxhpo._core.types import PyTree
 
-
-def mixed_types() -> Any:
-    """While active, numbers of several types mix, whatever `jax_numpy_dtype_promotion` allows the user.
-
-    For arithmetic of this library and of optax, and for functions of the user's whose arguments are cast for them.
-    """
-    return jax.numpy_dtype_promotion("standard")
-
+# A context manager and decorator: numbers of several types mix, whatever `jax_numpy_dtype_promotion` allows the user.
+# For arithmetic of this library and of optax, and for functions of the user's whose arguments are cast for them.
+mixed_types = functools.partial(jax.numpy_dtype_promotion, "standard")
 
 norm: Callable[[PyTree], jax.Array] = mixed_types()(optax.tree.norm)
 zeros_like: Callable[[PyTree], PyTree] = optax.tree.zeros_like

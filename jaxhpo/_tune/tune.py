@@ -444,9 +444,9 @@ def _loop(record, limits, on_not_finite, callbacks, called, save_every, preempte
 
     while (reached := limits.reached(record)) is None:
         step, now = record.now.rows, record.now
-        if on_any(preempted):
-            return "preempted", f"SIGTERM came; stopped after {step} outer steps"
-        if step and on_any(interrupted):
+        if on_any(lambda: preempted() or (now.rows > 0 and interrupted())):
+            if on_any(preempted):
+                return "preempted", f"SIGTERM came; stopped after {step} outer steps"
             return "interrupted", f"interrupted after {step} outer steps"
         compiled, state, active = record.compiled, now.state, limits.active(now)
         traced = (now.failures < step).any()  # a step has been finite: the traced program has been checked
