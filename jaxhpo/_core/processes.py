@@ -1,39 +1,97 @@
-"""Multi-host agreement; a no-op with one process."""
+"""Agreement of several processes; with one process nothing of it does anything."""
 
+import contextlib
 import hashlib
 import json
+import math
 import re
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.types import PyTree
 
-MOST_BYTES = 200  # of an exception's text, as it is told to other processes
+MOST_BYTES = 4096  # of what a process tells: all exchanges are one program, so that any of them meets any other
+PATIENCE = 10  # seconds in which the others are to come, before an exception leaves the process
+MOST_LETTERS = 600  # of an exception, of which JSON takes up to six bytes each
+
+
+class AnotherProcessError(JaxhpoError):
+    """What ends a process because another one has raised."""
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Has all processes raise where one raises within: it tells the others at the exchange to which they come next.
+
+    So that they come to one, an exchange precedes whatever waits for all processes: a collective operation of the
+    library, and, after it is compiled, a program that the devices of all processes run.
+    """
+    try:
+        yield
+    except AnotherProcessError:
+        raise
+    except BaseException as error:
+        if jax.process_count() > 1:
+            with contextlib.suppress(Exception):  # of another, too; or the others are gone
+                exchange(error=error, seconds=PATIENCE)
+        raise
+
+
+def exchange(value: Any = None, error: BaseException | None = None, seconds: float = math.inf) -> list[Any]:
+    """Waits for all processes; returns what each of them gives, or raises where one has raised instead.
+
+    Args:
+      value: what JSON can hold, in `MOST_BYTES`.
+      error: what this process has raised.
+      seconds: raises TimeoutError after so many; the others are told nonetheless, while this process lives.
+    """
+    if jax.process_count() == 1:
+        return [value]
+    raised = "" if error is None else f"{type(error).__name__}: {error}"[:MOST_LETTERS]
+    text = json.dumps([value, raised], ensure_ascii=False).encode(errors="replace").ljust(MOST_BYTES)
+    every = [json.loads(own.tobytes()) for own in _gathered(np.frombuffer(text, np.uint8), seconds)]
+    for index, (_, raised) in enumerate(every):
+        if raised:
+            raise AnotherProcessError(f"The run ends on all processes, as process {index} raised {raised}")
+    return [value for value, _ in every]
+
+
+def _gathered(text: np.ndarray, seconds: float) -> np.ndarray:
+    """Returns the texts of all processes, as `process_allgather` does, but for how it waits."""
+    devices = np.array(jax.devices()).reshape(jax.process_count(), -1)
+    mesh = jax.sharding.Mesh(devices, ("processes", "devices"))
+    with jax.set_mesh(mesh):
+        spread = NamedSharding(mesh, PartitionSpec("processes"))
+        parts = jax.make_array_from_process_local_data(spread, text[None])
+        every = wait_for(jax.jit(_same, out_shardings=NamedSharding(mesh, PartitionSpec()))(parts), seconds)
+    return np.asarray(every.addressable_data(0))
+
+
+def _same(x):
+    return x
+
+
+def wait_for(array: Any, seconds: float = math.inf) -> Any:
+    """Waits as `block_until_ready` does, but handles signals meanwhile, as it may be for a process that is lost."""
+    start = time.monotonic()
+    while not array.is_ready():
+        waited = time.monotonic() - start
+        if waited > seconds:
+            raise TimeoutError
+        time.sleep(min(waited / 8, 0.05))
+    return array
 
 
 def on_any(fn: Callable[[], bool]) -> bool:
-    """Returns whether `fn()` is True on any process, as clocks and signals differ; what one raises ends all of them."""
-    if jax.process_count() == 1:
-        return fn()
-    yes, text, own = False, b"", None
-    try:
-        yes = fn()
-    except (Exception, KeyboardInterrupt) as error:
-        own, text = error, f"{type(error).__name__}: {error}".encode()[:MOST_BYTES]
-    told = np.frombuffer(bytes([yes]) + text.ljust(MOST_BYTES, b"\0"), np.uint8)
-    every = multihost_utils.process_allgather(told)
-    if own is not None:
-        raise own
-    for index, (_, *others) in enumerate(every.tolist()):
-        if any(others):
-            text = bytes(others).rstrip(b"\0").decode(errors="replace")
-            raise JaxhpoError(f"The run ends on all processes, as process {index} raised {text}")
-    return bool(every[:, 0].any())
+    """Returns whether `fn()` is True on any process, as clocks and signals differ."""
+    return any(exchange(bool(fn())))
 
 
 def check_same(arguments: dict[str, Any]) -> None:
@@ -43,15 +101,13 @@ def check_same(arguments: dict[str, Any]) -> None:
     """
     if jax.process_count() == 1:
         return
-    digests = np.stack([np.frombuffer(_digest(argument), np.uint8) for argument in arguments.values()])
-    every = multihost_utils.process_allgather(digests)  # (processes, arguments, 32)
-    same = (every == every[0]).all((0, 2))
-    if not same.all():
-        differing = "`, `".join(name for name, s in zip(arguments, same, strict=True) if not s)
+    every = exchange([_digest(argument) for argument in arguments.values()])
+    differing = [name for name, *digests in zip(arguments, *every, strict=True) if len({*digests}) > 1]
+    if differing:
         raise JaxhpoError(
-            f"The {jax.process_count()} JAX processes were given different `{differing}`, so each would compute "
-            "something else, or wait for the others without end: make the same call on all of them. (What is drawn at "
-            "random, or read from the clock: `jax.experimental.multihost_utils.broadcast_one_to_all(value)`.)"
+            f"The {jax.process_count()} JAX processes were given different `{'`, `'.join(differing)}`, so each would "
+            "compute something else, or wait for the others without end: make the same call on all of them. (What is "
+            "drawn at random, or read from the clock: `jax.experimental.multihost_utils.broadcast_one_to_all(value)`.)"
         )
 
 
@@ -59,7 +115,9 @@ def check_same_value(value: Any) -> None:
     """Raises on all processes where the outer loss, shape () or (members,), is another on one of them."""
     if jax.process_count() == 1:
         return
-    every = multihost_utils.process_allgather(whole(value))
+    value = whole(value)
+    exchange()
+    every = multihost_utils.process_allgather(value)
     # Hosts of two kinds may round differently.
     if not np.allclose(every, every[0], rtol=float(np.finfo(every.dtype).eps) ** 0.5, atol=0, equal_nan=True):
         raise JaxhpoError(
@@ -69,7 +127,7 @@ def check_same_value(value: Any) -> None:
         )
 
 
-def _digest(tree) -> bytes:
+def _digest(tree) -> str:
     digest = hashlib.sha256(re.sub(" at 0x[0-9a-f]+", "", str(jax.tree.structure(tree))).encode())
     leaves: list[Any] = jax.tree.leaves(tree)
     for leaf in leaves:
@@ -82,7 +140,7 @@ def _digest(tree) -> bytes:
             digest.update(f"{array.dtype}{array.shape}".encode() + values.tobytes())
         else:
             digest.update(repr(leaf).encode())
-    return digest.digest()
+    return digest.hexdigest()[:32]
 
 
 def from_first(fn: Callable[[], Any]) -> Any:
@@ -99,26 +157,25 @@ def from_first(fn: Callable[[], Any]) -> Any:
             message = {"result": fn()}
         except (JaxhpoError, OSError) as error:
             message = {"refused": isinstance(error, JaxhpoError), "error": str(error)}
-    message = _broadcast(message)
+    text = np.frombuffer(json.dumps(message).encode(), np.uint8)
+    length = exchange(len(text))[0]
+    text = text if jax.process_index() == 0 else np.zeros(length, np.uint8)
+    message = json.loads(np.asarray(multihost_utils.broadcast_one_to_all(text)).tobytes())
     if "error" in message:
         raise JaxhpoError(message["error"]) if message["refused"] else OSError(message["error"])
     return message["result"]
-
-
-def _broadcast(message):
-    """Sends the length, then the JSON text: all processes must know the shape of what they receive."""
-    text = np.frombuffer(json.dumps(message).encode(), np.uint8)
-    length = int(multihost_utils.broadcast_one_to_all(np.asarray(len(text), np.int32)))
-    text = text if jax.process_index() == 0 else np.zeros(length, np.uint8)
-    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(text)).tobytes())
 
 
 def whole(tree: PyTree) -> Any:
     """Returns the arrays of a tree in NumPy, all fetched at once; gathers those that lie with several processes."""
 
     def gathered(x):
-        if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+        if jax.process_count() == 1 or not isinstance(x, jax.Array):
             return x
+        wait_for(x)
+        if x.is_fully_addressable or x.is_fully_replicated:
+            return x
+        exchange()
         return multihost_utils.process_allgather(x, tiled=True)
 
     return jax.tree.map(np.asarray, jax.device_get(jax.tree.map(gathered, tree)))

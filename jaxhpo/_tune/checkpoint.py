@@ -2,9 +2,11 @@
 
 import array
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
+import math
 import os
 import pathlib
 import re
@@ -24,11 +26,9 @@ SCHEMA = 5  # of the contents of a checkpoint; another number is refused
 HEADER = ("schema", "names", "types", "sums", "tail", "settings")  # entries beside the leaves of the state
 HEADER_BYTES = 2**26  # the most that they may take together: that is of eight million rows
 TEMPORARY = "jaxhpo.tmp"  # what is being written
-NAMES = {
-    "npz": re.compile(r"state-([0-9]{8,18})-[0-9a-f]{64}\.npz"),
-    "orbax": re.compile(r"state-([0-9]{8,18})\.orbax"),
-}
+NAME = re.compile(r"state-[0-9]{8,18}(-[0-9a-f]{64}\.npz|\.parts)")
 SEALS = "sealed-*.json"
+PART = re.compile(r"part-[0-9]+\.npz|sealed-[0-9a-f]{64}\.json|jaxhpo\.tmp")  # what lies in a folder of parts
 Leaves = list[tuple[str, Any]]  # each with its name
 try:  # which Windows lacks. A pipe opens at once, and is refused.
     _NO_LINKS = os.O_NOFOLLOW | os.O_NONBLOCK
@@ -85,10 +85,13 @@ def rows_of(path: pathlib.Path) -> int:
     return int(path.name.split("-")[1].split(".")[0])
 
 
-def checkpoints(folder: pathlib.Path, form: str) -> list[pathlib.Path]:
+def checkpoints(folder: pathlib.Path) -> list[pathlib.Path]:
     """Returns the checkpoints in a folder, the newest first; files of other names are the user's."""
-    kind = pathlib.Path.is_file if form == "npz" else pathlib.Path.is_dir
-    found = [path for path in folder.iterdir() if NAMES[form].fullmatch(path.name) and kind(path)]
+
+    def complete(path):
+        return path.is_file() if path.suffix == ".npz" else any(path.glob(SEALS))
+
+    found = [path for path in folder.iterdir() if NAME.fullmatch(path.name) and complete(path)]
     return sorted(found, key=lambda path: (rows_of(path), path.name), reverse=True)
 
 
@@ -163,17 +166,76 @@ def _array(file, info) -> np.ndarray:
         return np.lib.format.read_array(member, allow_pickle=False)
 
 
-def from_orbax(path: pathlib.Path, check: Check) -> tuple[Header, list[tuple[str, list[int]]]]:
-    """Returns the header of a checkpoint, and type and shape of each leaf; see `from_npz`."""
+class Pieces(NamedTuple):
+    """An array whose pieces lie in several files; what is indexed is read.
+
+    Attributes:
+      shape: of the whole.
+      dtype: its type.
+      pieces: each as its range of every axis, and what reads it.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    pieces: list[tuple[list[list[int]], Callable[[], np.ndarray]]]
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        box = bounds(index, self.shape)
+        out = np.empty([stop - start for start, stop in box], self.dtype)
+        for place, read in self.pieces:
+            common = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(box, place, strict=True)]
+            if all(start < stop for start, stop in common):
+                to, of = (
+                    tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(common, base, strict=True))
+                    for base in (box, place)
+                )
+                out[to] = read().view(self.dtype)[of]  # types that NumPy does not know are raw bytes on disk
+        return out
+
+
+def bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> list[list[int]]:
+    """Returns first and last entry of each axis that an index of slices names."""
+    return [list(s.indices(n)[:2]) for s, n in zip(index, shape, strict=True)]
+
+
+def arrays_in(path: pathlib.Path) -> list[Any]:
+    """Returns the arrays of a checkpoint that another process has checked, which can be indexed by slices."""
+    return from_npz(path, lambda header, saved: None)[1] if path.is_file() else _pieces(path, _seal(path))
+
+
+def read(path: pathlib.Path, check: Check) -> tuple[Header, list[np.ndarray]]:
+    """Reads a checkpoint of either form; see `from_npz`."""
+    if path.is_file():
+        return from_npz(path, check)
     with damage_told():
-        found = _seal(path)
-        for name, digest in found["files"].items():
+        seal = _seal(path)
+        for name, digest in seal["files"].items():
             if checksum(path / name) != digest:
                 raise DamagedError(f"the checksum of {name} does not match")
-        header, structs = _header(found["header"], path), found["leaves"]
-        claimed = [np.broadcast_to(np.empty((), dtype), shape) for dtype, shape in structs]
+        header, arrays = _header(seal["header"], path), _pieces(path, seal)
+        claimed = [np.broadcast_to(np.empty((), x.dtype), x.shape) for x in arrays]
         check(header, list(zip(header.names, claimed, strict=True)))
-        return header, structs
+        return header, [x[(slice(None),) * len(x.shape)] for x in arrays]
+
+
+def _pieces(path: pathlib.Path, seal: dict[str, Any]) -> list[Pieces]:
+    arrays = [Pieces(tuple(shape), np.dtype(dtype), []) for dtype, shape in seal["leaves"]]
+    for name in seal["files"]:
+        with zipfile.ZipFile(path / name) as file:
+            for info in file.infolist():
+                i, place = json.loads(f"[{info.filename.removesuffix('.npy')}]")
+                if _claimed(file, info).shape != tuple(stop - start for start, stop in place):
+                    raise DamagedError(f"a piece in {name} is not where it claims to be")
+                arrays[i].pieces.append((place, functools.partial(_piece, path / name, info)))
+    for x in arrays:
+        if sum(math.prod(b - a for a, b in place) for place, _ in x.pieces) != math.prod(x.shape):
+            raise DamagedError("a piece of it is missing")
+    return arrays
+
+
+def _piece(path, info) -> np.ndarray:
+    with zipfile.ZipFile(path) as file:
+        return _array(file, info)
 
 
 def _seal(path: pathlib.Path) -> dict[str, Any]:
@@ -197,8 +259,10 @@ def header_of(path: pathlib.Path) -> Header:
             return _npz_header(file, path)
 
 
-def is_npz(path: pathlib.Path) -> bool:
-    """Returns whether a file has the entries of a checkpoint: only such a one is deleted."""
+def is_own(path: pathlib.Path) -> bool:
+    """Returns whether a file has the entries of a checkpoint, or a folder the files: only such a one is deleted."""
+    if path.is_dir():
+        return not path.is_symlink() and all(PART.fullmatch(file.name) for file in path.iterdir())
     with contextlib.suppress(OSError, ValueError, zipfile.BadZipFile), zipfile.ZipFile(path) as file:
         return {*file.namelist()} >= {f"{name}.npy" for name in HEADER}
     return False

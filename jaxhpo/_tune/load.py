@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 
 from jaxhpo._core.errors import JaxhpoError
-from jaxhpo._tune.checkpoint import DamagedError, Header, from_npz
+from jaxhpo._tune.checkpoint import DamagedError, Header, read
 from jaxhpo._tune.run_dir import in_use
-from jaxhpo._tune.sharded_dir import arrays_of
 from jaxhpo._tune.table import folder_of, history_columns, saved_in, standing, status_of
 from jaxhpo._tune.tune import Member, TuneResult
 
@@ -39,7 +38,6 @@ def load(run_dir: str | os.PathLike) -> TuneResult:
       or "unknown"; `message` says where the same call continues.
 
     Raises:
-      ImportError: the run was one of several processes, and Orbax is not installed.
       JaxhpoError: the folder holds no history of a run.
 
     Example:
@@ -80,7 +78,7 @@ def _newest(folder: pathlib.Path) -> tuple[Header, dict[str, np.ndarray]] | None
     """Returns header and leaves, by name, of the newest checkpoint that can be read."""
     for path in saved_in(folder) * ATTEMPTS:
         with contextlib.suppress(DamagedError, JaxhpoError):
-            header, arrays = (arrays_of if path.is_dir() else from_npz)(path, lambda header, saved: None)
+            header, arrays = read(path, lambda header, saved: None)
             # Types that NumPy does not know (bfloat16) are raw bytes on disk.
             typed = (x.view(t) if x.dtype.kind == "V" else x for x, t in zip(arrays, header.types, strict=True))
             return header, dict(zip(header.names, typed, strict=True))

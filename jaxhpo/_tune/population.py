@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxhpo._core.errors import JaxhpoError
-from jaxhpo._core.processes import whole
+from jaxhpo._core.processes import exchange, whole
 from jaxhpo._core.record import traced_anew
 from jaxhpo._core.trace import compilable
 from jaxhpo._core.tree import named_leaves
@@ -31,6 +31,7 @@ class Compiled:
         self.shape = () if size is None else (size,)
         self._over: Any = jax.vmap if self.shape else lambda fn: fn
         self._advance: Any = self._over(step.advance)
+        self._kinds: list[Any] = []  # of arrays with which the last step was taken, by several processes
         self._programs: dict[Any, Any] = {}  # by the state's types, of which a carry may change its own
         self.hparams = jax.jit(self._over(step.hparams))
         self._where = jax.jit(jax.vmap(lambda mask, *trees: jax.tree.map(lambda *x: jnp.where(mask, *x), *trees)))
@@ -61,6 +62,12 @@ class Compiled:
     def update(self, state: OuterState) -> tuple[OuterState, OuterReport]:
         """Takes an outer step of every member."""
         program, consts = self._program(state)
+        if jax.process_count() > 1:
+            kinds = [(jax.typeof(x), getattr(x, "sharding", None)) for x in jax.tree.leaves(state)]
+            if kinds != self._kinds:  # a process that cannot trace or compile it must not leave the others in it
+                program.trace(*consts, state).lower().compile()
+                exchange()
+                self._kinds = kinds
         after, report = program(*consts, state)
         return with_constants(after, state), report
 

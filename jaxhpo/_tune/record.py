@@ -25,7 +25,6 @@ from jaxhpo._tune.population import Compiled, member
 from jaxhpo._tune.program import changes, digests
 from jaxhpo._tune.run_dir import RunDir
 from jaxhpo._tune.settings import described, retaken
-from jaxhpo._tune.sharded_dir import ShardedDir
 from jaxhpo._tune.step import OuterReport, OuterState
 
 try:
@@ -278,7 +277,7 @@ class Record:
         """Continues from the checkpoint in `run_dir`, if there is one."""
         if self.run_dir is None or not self.run_dir.begun:
             return
-        after, report, traced = self.compiled.shapes(self.now.state, placed=isinstance(self.run_dir, ShardedDir))
+        after, report, traced = self.compiled.shapes(self.now.state, placed=jax.process_count() > 1)
         self.loss = digests(*traced, self.now.state)
         row = self._row_of_zeros(report)
         like = self.now._replace(state=after, best_hparams=report.hparams)

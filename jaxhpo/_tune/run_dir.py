@@ -23,7 +23,6 @@ from jaxhpo._core.processes import from_first
 from jaxhpo._core.tree import named_leaves
 from jaxhpo._core.types import PyTree
 from jaxhpo._tune.checkpoint import (
-    Check,
     DamagedError,
     Header,
     Leaves,
@@ -31,10 +30,10 @@ from jaxhpo._tune.checkpoint import (
     check_structure,
     checkpoints,
     from_data,
-    from_npz,
-    is_npz,
+    is_own,
     lies_at,
     opened,
+    read,
     replace,
     rows_of,
     same,
@@ -89,8 +88,6 @@ class RunDir(contextlib.ExitStack):
       JaxhpoError: nothing can be written there, or another process holds it.
     """
 
-    FORM = "npz"  # suffix of checkpoints
-
     def __init__(self, path: str | os.PathLike):
         super().__init__()
         self.callback(self._close_lock)
@@ -103,6 +100,7 @@ class RunDir(contextlib.ExitStack):
         self._log, self.saved_rows = _Log(0, 0, b""), 0
         self._newest: pathlib.Path | None = None
         self._found: tuple[dict[int, bytes], list[pathlib.Path]] = ({}, [])
+        self._arrays: list[np.ndarray] = []
         from_first(lambda: self._open(path))
         self.folder = absolute(path)
 
@@ -121,11 +119,6 @@ class RunDir(contextlib.ExitStack):
             self.close()
             message = f"`run_dir` got {path!r}, where no file can be written ({error}): name a folder."
             raise JaxhpoError(message) from error
-        if self.FORM != RunDir.FORM and checkpoints(self.folder, RunDir.FORM):
-            self.close()
-            raise JaxhpoError(
-                f"`run_dir`: in {self.folder} a run of one process cannot be resumed by several: name another folder."
-            )
         self._tells = _is_status(self.folder / STATUS)
         if not self._tells:
             _warn(f"{self.folder / STATUS} is not that of a run, and stays as it is: `jaxhpo show` has none to tell", 8)
@@ -314,7 +307,7 @@ class RunDir(contextlib.ExitStack):
     def _stale(self) -> list[pathlib.Path]:
         """Returns the older checkpoints; what was saved after more rows was not by this run."""
         older = [p for p in self._checkpoints() if rows_of(p) <= self.num_rows and p != self._newest]
-        return [path for path in older[KEPT - 1 :] if self._is_own(path)]
+        return [path for path in older[KEPT - 1 :] if is_own(path)]
 
     def write_status(self, **fields: Any) -> None:
         """Writes the run's status for `jaxhpo show`; nothing depends on it, so that the disk may refuse."""
@@ -324,9 +317,7 @@ class RunDir(contextlib.ExitStack):
 
     def _checkpoints(self) -> list[pathlib.Path]:
         """Returns the checkpoints, the newest first."""
-        return checkpoints(self.folder, self.FORM)
-
-    _is_own = staticmethod(is_npz)
+        return checkpoints(self.folder)
 
     def resume(self, like: PyTree, row: PyTree, fixed: str) -> tuple[PyTree, list[PyTree], dict, list[str]]:
         """Reads the newest checkpoint that is not damaged.
@@ -347,7 +338,7 @@ class RunDir(contextlib.ExitStack):
         found = from_first(lambda: self._find(leaves, row))
         lines = dict(found["lines"])
         rows = [self._decoded(lines[i], row) if i in lines else None for i in range(found["rows"])]
-        pairs = list(zip(leaves, self._restored(found, leaves), strict=True))
+        pairs = list(zip(leaves, self._restored(found["name"], leaves), strict=True))
         others = [name for (name, x), y in pairs if name.startswith(fixed) and not same(y, key_data(x))]
         if others:  # another transform has another start, too
             what = next((name for name in others if "transforms" in name), ", ".join(others)).replace(fixed, "")
@@ -376,15 +367,14 @@ class RunDir(contextlib.ExitStack):
 
         for path in self._checkpoints():
             try:
-                header, arrays = self._read(path, check)
+                header, self._arrays = read(path, check)
             except (DamagedError, JaxhpoError) as error:
                 refusal = refusal or (error if isinstance(error, JaxhpoError) else None)
                 damaged.append(path)
-                notes.append(printable(f"{path.name[:14]}.{self.FORM} is damaged ({error})"))
+                notes.append(printable(f"{path.name[:14]}{path.suffix} is damaged ({error})"))
                 continue
             self._sums, self._newest, lines = header.sums, path, self._found[0]
-            # What JSON can hold; the arrays are those of the only process.
-            found = {"name": path.name, "rows": len(header.sums), "leaves": arrays, "notes": notes}
+            found = {"name": path.name, "rows": len(header.sums), "notes": notes}  # what JSON can hold
             return {**found, "settings": header.settings, "lines": [(i, x.decode()) for i, x in lines.items()]}
         raise refusal or JaxhpoError(
             f"`run_dir`: {self.folder} holds no readable checkpoint: {'; '.join(notes)}. Name another, or move it away."
@@ -413,14 +403,10 @@ class RunDir(contextlib.ExitStack):
         self._log = self._log._replace(written=len(text))
         return []
 
-    def _read(self, path: pathlib.Path, check: Check) -> tuple[Header, Any]:
-        """Returns header and leaves of a checkpoint."""
-        return from_npz(path, check)
-
-    def _restored(self, found: dict[str, Any], leaves: Leaves) -> list:
-        """Returns the arrays of what was found, placed as the leaves are."""
-        del leaves
-        return found["leaves"]
+    def _restored(self, name: str, leaves: Leaves) -> list:
+        """Returns the arrays of the checkpoint that was found, placed as the leaves are."""
+        del name, leaves
+        return self._arrays
 
 
 def lines_of(folder: pathlib.Path, header: Header) -> dict[int, bytes]:

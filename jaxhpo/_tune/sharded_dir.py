@@ -1,133 +1,162 @@
-"""Run directory of several processes: Orbax writes the arrays, process 0 everything else."""
+"""Run directory of several processes: each writes its part of the arrays, process 0 everything else."""
 
 import contextlib
 import json
 import os
 import pathlib
-import re
+import secrets
+import shutil
+import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxhpo._core.extra import needs_extra
+from jaxhpo._core.errors import JaxhpoError
+from jaxhpo._core.processes import exchange, from_first
 from jaxhpo._tune.checkpoint import (
     SEALS,
-    Check,
-    Header,
     Leaves,
-    absolute,
-    checkpoints,
+    arrays_in,
+    bounds,
     checksum,
-    from_orbax,
+    is_own,
     is_spread,
+    opened,
     set_aside,
 )
 from jaxhpo._tune.history import key_data
-from jaxhpo._tune.run_dir import RunDir
+from jaxhpo._tune.run_dir import PAUSE, RunDir
 
-OPEN = re.compile(r"state-[0-9]{8,18}\.orbax(\.orbax-checkpoint-tmp.*)?")
+PATIENCE = 10  # seconds until what a process has written must appear to another, on a file system of a network
 
 
 class ShardedDir(RunDir):
     """The folder of a run of several processes, which all of them see.
 
-    `state-ROWS.orbax` holds the arrays: each process writes and reads its own parts. When all arrays are written,
-    process 0 adds `sealed-SHA256.json`, with the checksums of all files; a checkpoint without a seal is not valid.
-    Process 0 sends what it finds, and the errors of its disk, to all.
+    `state-ROWS.parts` holds the arrays: each process writes a `part-INDEX.npz`, of the pieces that lie on its devices.
+    When all are written, process 0 adds `sealed-SHA256.json`, with the checksums of all files; a checkpoint without a
+    seal is not valid. Any number of processes continues from one, and from one of a single process. Process 0 sends
+    what it finds, and the errors of its disk, to all.
 
     Args:
       path: the folder, made where it does not exist.
 
     Raises:
-      ImportError: Orbax is not installed.
-      JaxhpoError: nothing can be written there, or another run holds it.
+      JaxhpoError: nothing can be written there, another run holds it, or it is not one folder to all processes.
     """
 
-    FORM = "orbax"
-
     def __init__(self, path: str | os.PathLike):
-        with needs_extra("`run_dir` of several processes needs Orbax", "orbax", "; or omit `run_dir`."):
-            import orbax.checkpoint as orbax
-        self._orbax = orbax
-        self._checkpointer = self._orbax.Checkpointer(self._orbax.PyTreeCheckpointHandler())
         super().__init__(path)
-        self.callback(self._checkpointer.close)
+        try:
+            self._prove_shared()
+        except BaseException:
+            self.close()
+            raise
 
-    def _checkpoints(self):
-        return [path for path in super()._checkpoints() if any(path.glob(SEALS))]
+    def _prove_shared(self) -> None:
+        """Each process writes a file, whose name nobody has asked for before; process 0 must see all of them."""
+        token = from_first(lambda: secrets.token_hex(8))
+        proofs = [f"jaxhpo-{token}-{i}.tmp" for i in range(jax.process_count())]
+        own, problem = self.folder / proofs[jax.process_index()], ""
+        try:
+            _patiently(lambda: opened(own, "xb").close())
+        except OSError as error:
+            problem = error.strerror or str(error)
+        told = exchange([str(self.folder)[-300:], problem[:300]])
+
+        def refusal() -> str:
+            for i, (folder, problem) in enumerate(told):
+                if problem:
+                    return f"process {i} cannot write in {folder} ({problem})"
+                try:
+                    _patiently((self.folder / proofs[i]).stat)
+                except OSError:
+                    return f"what process {i} writes in {folder} does not appear in {self.folder} on process 0"
+            return ""
+
+        refused = from_first(refusal)
+        with contextlib.suppress(OSError):
+            own.unlink()
+        if refused:
+            raise JaxhpoError(
+                f"`run_dir`: {refused}, but a run of {jax.process_count()} processes keeps its parts in one folder: "
+                "give all of them the same absolute path, on a file system that all hosts share and may write to; or "
+                "omit `run_dir`."
+            )
 
     def _stale(self):
-        """Also what Orbax had not completed when it was interrupted."""
-        open_ = [path for path in self.folder.iterdir() if OPEN.fullmatch(path.name)]
-        return super()._stale() + [path for path in open_ if self._is_own(path) and not any(path.glob(SEALS))]
-
-    @staticmethod
-    def _is_own(path):
-        return not path.is_symlink() and (
-            "orbax-checkpoint-tmp" in path.name or (path / "_CHECKPOINT_METADATA").exists()
-        )
+        """Also what was not sealed when the run was interrupted."""
+        open_ = [path for path in self.folder.glob("state-*.parts") if not any(path.glob(SEALS)) and is_own(path)]
+        return super()._stale() + open_
 
     def _write(self, leaves: Leaves, settings: dict[str, Any]) -> bool:
-        path = self.folder / f"state-{self.num_rows:08d}.{self.FORM}"
-        arrays = [_to_save(x) for _, x in leaves]
-        # If one process fails here the run ends: the others wait for it, and cannot be informed.
-        tree = {str(i): x for i, x in enumerate(arrays)}
-        if self._succeeds(lambda: self._make_room(path)) is False:
+        path = self.folder / f"state-{self.num_rows:08d}.parts"
+        arrays = [key_data(x) if is_spread(x) else np.asarray(key_data(x)) for _, x in leaves]
+        if self._succeeds(lambda: _make_room(path)) is False:
             return False
-        self._checkpointer.save(path, args=self._orbax.args.PyTreeSave(tree), force=True)
+        part, digest, problem = path / f"part-{jax.process_index()}.npz", "", ""
+        try:
+            _patiently(lambda: _write_part(part, arrays))
+            digest = checksum(part)
+        except OSError as error:
+            problem = f"process {jax.process_index()}: {error}"[:300]
+        told = exchange([digest, problem])
         structs = [[str(x.dtype), x.shape] for x in arrays]
-        return self._succeeds(lambda: self._seal(path, structs, self._header(leaves, settings))) is not False
+        return self._succeeds(lambda: self._seal(path, told, structs, self._header(leaves, settings))) is not False
 
-    def _make_room(self, path) -> None:
-        if os.path.lexists(path) and not self._is_own(path):
-            set_aside(path)
-
-    def _seal(self, path, structs, header) -> None:
-        """Makes a checkpoint of what Orbax has written."""
-        files = {str(file.relative_to(path)): checksum(file) for file in sorted(path.rglob("*")) if file.is_file()}
+    def _seal(self, path, told, structs, header) -> None:
+        """Makes a checkpoint of what all processes have written."""
+        for problem in (problem for _, problem in told if problem):
+            raise OSError(problem)
+        files = {f"part-{i}.npz": digest for i, (digest, _) in enumerate(told)}
+        for name in files:
+            _patiently((path / name).stat)
         text = json.dumps({"header": header.texts(), "leaves": structs, "files": files}).encode()
         self._commit(path, "sealed-{}.json", lambda file: file.write(text))
 
-    def _read(self, path, check):
-        return from_orbax(path, check)
-
-    def _restored(self, found, leaves) -> list:
-        return _restore(self._checkpointer, self.folder / found["name"], found["leaves"], [x for _, x in leaves])
+    def _restored(self, name, leaves) -> list:
+        arrays = _patiently(lambda: arrays_in(self.folder / name))
+        return [_placed(array, x) for array, (_, x) in zip(arrays, leaves, strict=True)]
 
 
-def _restore(checkpointer, path: pathlib.Path, structs, likes: list) -> list:
-    """Returns the arrays of a checkpoint, sharded as the leaves here are."""
-    import orbax.checkpoint as orbax
-
-    def how(struct, x):
-        if not is_spread(x):
-            return orbax.RestoreArgs(restore_type=np.ndarray)
-        return orbax.ArrayRestoreArgs(sharding=x.sharding, global_shape=struct.shape, dtype=struct.dtype)
-
-    structs = [jax.ShapeDtypeStruct(shape, np.dtype(dtype)) for dtype, shape in structs]
-    hows = {str(i): how(struct, x) for i, (struct, x) in enumerate(zip(structs, likes, strict=True))}
-    arrays = checkpointer.restore(path, args=orbax.args.PyTreeRestore(item=dict.fromkeys(hows, 0), restore_args=hows))
-    return [arrays[name] for name in hows]
+def _placed(array: Any, x: Any) -> Any:
+    """Returns a saved array in NumPy, or, where the leaf here is spread over devices, as that is."""
+    if not is_spread(x):
+        return np.asarray(array[(slice(None),) * len(array.shape)])
+    dtype = x.dtype if array.dtype.kind == "V" else array.dtype
+    return jax.make_array_from_callback(array.shape, x.sharding, lambda index: np.asarray(array[index]).view(dtype))
 
 
-def arrays_of(path: pathlib.Path, check: Check) -> tuple[Header, list]:
-    """Returns header and arrays of a checkpoint, in one process; see `from_npz`."""
-    header, structs = from_orbax(path, check)
-    with needs_extra("a `run_dir` of several processes is kept by Orbax", "orbax"):
-        import orbax.checkpoint as orbax
-    with orbax.Checkpointer(orbax.PyTreeCheckpointHandler()) as checkpointer:
-        return header, _restore(checkpointer, path, structs, structs)
+def _make_room(path: pathlib.Path) -> None:
+    if os.path.lexists(path):
+        shutil.rmtree(path) if is_own(path) else set_aside(path)
+    path.mkdir()
 
 
-def open_run_dir(path: str | os.PathLike) -> RunDir:
-    """Returns the folder of a run: of several processes, or of one."""
-    shared = jax.process_count() > 1
-    with contextlib.suppress(TypeError, OSError, RuntimeError):  # opening the folder raises a better message
-        shared = shared or bool(checkpoints(absolute(path), ShardedDir.FORM))
-    return ShardedDir(path) if shared else RunDir(path)
+def _write_part(path: pathlib.Path, arrays: list) -> None:
+    """Writes the pieces of arrays that lie here; process 0 those that are the same everywhere."""
+    pieces = {}
+    for i, x in enumerate(arrays):
+        here = jax.process_index() == 0
+        own = [(tuple(slice(n) for n in x.shape), x)] * here
+        if is_spread(x):
+            own = [(shard.index, shard.data) for shard in x.addressable_shards if shard.replica_id == 0]
+        pieces |= {f"{i}, {json.dumps(bounds(index, x.shape))}": np.asarray(data) for index, data in own}
+    with opened(path, "xb") as file:
+        np.savez(file, allow_pickle=False, **pieces)
+        file.flush()
+        os.fsync(file.fileno())
 
 
-def _to_save(x):
-    """An array on one device is the same for all processes, and Orbax takes it as NumPy only."""
-    return key_data(x) if is_spread(x) else np.asarray(key_data(x))
+def _patiently(fn: Callable[[], Any]) -> Any:
+    """Calls `fn`, again for a while where a file is missing: on a network it may appear later."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return fn()
+        except FileNotFoundError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(PAUSE)

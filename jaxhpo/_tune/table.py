@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.validate import describe
-from jaxhpo._tune.checkpoint import NAMES, DamagedError, Header, absolute, checkpoints, header_of, rows_of
+from jaxhpo._tune.checkpoint import DamagedError, Header, absolute, checkpoints, header_of, rows_of
 from jaxhpo._tune.history import NUMBER, columns, printable
 from jaxhpo._tune.run_dir import HISTORY, STATUS, content, in_use, lines_of
 from jaxhpo._tune.tune import SHARED, TuneResult
@@ -115,7 +115,7 @@ def newest_header(folder: pathlib.Path) -> Header | None:
 def saved_in(folder: pathlib.Path) -> list[pathlib.Path]:
     """Returns the checkpoints in a folder, of one process or of several, the newest first."""
     with contextlib.suppress(OSError):
-        return [path for form in NAMES for path in checkpoints(folder, form)]
+        return checkpoints(folder)
     return []
 
 

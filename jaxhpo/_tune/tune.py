@@ -17,7 +17,7 @@ import numpy as np
 import optax
 
 from jaxhpo._core.errors import JaxhpoError, NonFiniteError
-from jaxhpo._core.processes import check_same, check_same_value, on_any, whole
+from jaxhpo._core.processes import check_same, check_same_value, on_any, together, whole
 from jaxhpo._core.progress import Progress, say
 from jaxhpo._core.record import recording
 from jaxhpo._core.types import PyTree
@@ -35,8 +35,9 @@ from jaxhpo._tune.inputs import (
 from jaxhpo._tune.population import Compiled, fetched, member
 from jaxhpo._tune.record import LoopState, Record, TuneStep
 from jaxhpo._tune.remedies import NO_REMEDIES, Remedies
+from jaxhpo._tune.run_dir import RunDir
 from jaxhpo._tune.settings import described, fingerprint, held
-from jaxhpo._tune.sharded_dir import open_run_dir
+from jaxhpo._tune.sharded_dir import ShardedDir
 from jaxhpo._tune.step import Step, backtracked
 
 TEN_SECONDS = datetime.timedelta(seconds=10)
@@ -219,9 +220,9 @@ def tune(
         not end the run. SIGTERM, unless the program ignores it, reaches the handler that was set before, and ends the
         run after the step in progress, with status "preempted". A script then ends with `sys.exit(result.exit_code)`,
         which informs the scheduler; in a loop over several runs, after each that is preempted, as the next would begin.
-        Several JAX processes, each with the same call on a folder that all of them see, keep their arrays there with
-        Orbax (`jaxhpo[orbax]`); what that cannot write, or an exception in one of them, ends the run. None keeps
-        nothing.
+        Of several JAX processes each makes the same call, on a folder that all of them see, and writes the pieces of
+        the arrays that it holds; the run may be continued by another number of processes. An exception in one of them
+        ends all. None keeps nothing.
       save_every: outer steps, or a `datetime.timedelta`, between checkpoints; the last state is always saved.
       callbacks: each is called with a `TuneStep` after every step; a true result stops the run.
       patience: stop after this many steps without an improvement of the score of more than `min_delta`; None never
@@ -271,57 +272,58 @@ def tune(
     References:
       Pedregosa. Hyperparameter optimization with approximate gradient. 2016. arXiv:1602.02355
     """
-    callbacks, extras = check_callbacks(callbacks), check_record(record)
-    counts = {"population": population, "patience": patience, "max_inner_steps": max_inner_steps}
-    check_settings(num_steps, progress, min_delta, save_every, max_seconds, **counts, score_window=score_window)
-    check_policies(remedies, outer_loss, gradient, on_not_finite, monitor)
-    check_choice("resume", resume, "warn", "continue")
-    compiled = Compiled(Step(outer_loss, optimizer, transforms, projections, remedies, gradient), population)
-    check_same(
-        {
-            "hparams": hparams,
-            "carry": carry,
-            "key": key,
-            "optimizer": fingerprint(optimizer),
-            "transforms": described(transforms),
-            "projections": described(projections),
-            "remedies": repr(remedies),
-            "monitor": described(monitor),
-            "num_steps": num_steps,
-            "population": population,
-            "on_not_finite": on_not_finite,
-            "patience": (patience, min_delta),
-            "max_inner_steps": max_inner_steps,
-            "max_seconds": max_seconds is None,  # clocks may differ
-            "save_every": save_every if isinstance(save_every, int) else None,
-            "record": extras,
-            "run_dir": run_dir is None,
-        }
-    )
-    called = on_any(functools.partial(bool, callbacks))  # perhaps a logger of one process alone
-    state = compiled.init(hparams, carry, key)
-    given: Any = (num_steps, patience, min_delta, max_seconds, max_inner_steps)
-    limits = _Limits(*(x.item() if isinstance(x, np.generic) else x for x in given))  # the run folder holds JSON
-    settings = {
-        **limits._asdict(),
-        "remedies": repr(remedies),
-        "projections": described(projections),
-        "on_not_finite": on_not_finite,
-        "monitor": described(monitor),
-        "optimizer": {} if run_dir is None else fingerprint(optimizer) | held(state.opt_state),
-    }
     with contextlib.ExitStack() as stack:
-        folder = None if run_dir is None else stack.enter_context(open_run_dir(run_dir))
+        alone = jax.process_count() == 1
+        stack.enter_context(together())
+        callbacks, extras = check_callbacks(callbacks), check_record(record)
+        counts = {"population": population, "patience": patience, "max_inner_steps": max_inner_steps}
+        check_settings(num_steps, progress, min_delta, save_every, max_seconds, **counts, score_window=score_window)
+        check_policies(remedies, outer_loss, gradient, on_not_finite, monitor)
+        check_choice("resume", resume, "warn", "continue")
+        compiled = Compiled(Step(outer_loss, optimizer, transforms, projections, remedies, gradient), population)
+        check_same(
+            {
+                "hparams": hparams,
+                "carry": carry,
+                "key": key,
+                "optimizer": fingerprint(optimizer),
+                "transforms": described(transforms),
+                "projections": described(projections),
+                "remedies": repr(remedies),
+                "monitor": described(monitor),
+                "num_steps": num_steps,
+                "population": population,
+                "on_not_finite": on_not_finite,
+                "patience": (patience, min_delta),
+                "max_inner_steps": max_inner_steps,
+                "max_seconds": max_seconds is None,  # clocks may differ
+                "save_every": save_every if isinstance(save_every, int) else None,
+                "record": extras,
+                "run_dir": run_dir is None,
+            }
+        )
+        called = on_any(functools.partial(bool, callbacks))  # perhaps a logger of one process alone
+        state = compiled.init(hparams, carry, key)
+        given: Any = (num_steps, patience, min_delta, max_seconds, max_inner_steps)
+        limits = _Limits(*(x.item() if isinstance(x, np.generic) else x for x in given))  # the run folder holds JSON
+        settings = {
+            **limits._asdict(),
+            "remedies": repr(remedies),
+            "projections": described(projections),
+            "on_not_finite": on_not_finite,
+            "monitor": described(monitor),
+            "optimizer": {} if run_dir is None else fingerprint(optimizer) | held(state.opt_state),
+        }
+        folder = None if run_dir is None else stack.enter_context((RunDir if alone else ShardedDir)(run_dir))
         preempted = stack.enter_context(noting(signal.SIGTERM, folder is not None))
         # Alone, Ctrl-C raises wherever it comes; of several, no process may leave the others between two steps.
-        interrupted = stack.enter_context(noting(signal.SIGINT, jax.process_count() > 1))
+        interrupted = stack.enter_context(noting(signal.SIGINT, not alone))
         solves = [] if "linear_solves" in extras else None
         if solves is not None:
             stack.enter_context(recording(linear_solves=solves))
         window = score_window or (1 if is_deterministic(outer_loss, gradient) else WINDOW)
         run = Record(compiled, state, folder, settings, monitor, window, extras, solves)
         run.resume()
-        run.write_status("running", "")
         if max_inner_steps is not None:
             _check_budget(run, max_inner_steps)
         goes_on = _check_resumption(run, limits, resume)
@@ -329,22 +331,25 @@ def tune(
             say("; ".join([run.origin, *run.notes, "another folder starts anew"]))
         bar = stack.enter_context(Progress(num_steps, "step", progress and goes_on, done=run.now.rows))
         bar.note("compiling ...")
-        status, message, alone = "", "", jax.process_count() == 1
+        run.write_status("running", "")
+        status, message = "raised", ""
         try:
-            status, message = _loop(
-                run, limits, on_not_finite, callbacks, called, save_every, preempted, interrupted, bar
-            )
-        except KeyboardInterrupt:
-            if not run.now.rows or not alone:
-                raise
-            status, message = "interrupted", f"interrupted after {run.now.rows} outer steps"
-        except Exception as error:
-            message = f"{type(error).__name__}: {error}"
+            try:
+                status, message = _loop(
+                    run, limits, on_not_finite, callbacks, called, save_every, preempted, interrupted, bar
+                )
+            except KeyboardInterrupt:
+                if not run.now.rows or not alone:
+                    raise
+                status, message = "interrupted", f"interrupted after {run.now.rows} outer steps"
+            finally:
+                if status != "raised" or alone:  # saving takes all processes
+                    run.save()
+        except BaseException as error:
+            status, message = "raised", f"{type(error).__name__}: {error}"
             raise
         finally:
-            if status or alone:  # saving takes all processes, and where one raised the others may not come
-                run.save()
-            run.write_status(status or "raised", message)
+            run.write_status(status, message)
     return _result(run, limits, status, message)
 
 

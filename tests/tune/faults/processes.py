@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import pathlib
+import re
 import signal
 import sys
 import time
@@ -37,6 +38,7 @@ from jaxhpo._tune import sharded_dir
 
 STEPS = 6
 TIMES = {"seconds", "peak_bytes"}  # what differs from run to run
+ANOTHER = "^The run ends on all processes, as process 1 raised [A-Za-z]+: "
 SIZE = 8  # hyperparameters, two a device
 SOLVER = jaxhpo.from_optax(lambda p, h, b: jnp.sum((p - h["goal"]) ** 2), lambda h: optax.sgd(h["rate"]))
 
@@ -76,11 +78,11 @@ def search(make_outer_loss, start=0.1):
     return jaxhpo.tune(loss, jnp.full(3, start), optax.adam(0.1), num_steps=3, progress=False)
 
 
-def tune(folder, steps=STEPS, first=0.1, **settings):
+def tune(folder, steps=STEPS, first=0.1, loss=None, **settings):
     """Runs `tune`; hyperparameters and moments are sharded from the start, the carry after one step."""
     start = {"goal": spread(np.linspace(first, 0.8, SIZE)), "rate": jnp.asarray(0.02)}
     return jaxhpo.tune(
-        outer_loss,
+        loss or outer_loss,
         start,
         optax.adam(0.1),
         num_steps=steps,
@@ -139,24 +141,58 @@ def disagreeing(folder):
 
 
 def struck(folder):
-    """A callback of process 1 raises, or it alone gets Ctrl-C: both processes end after the same step."""
+    """Process 1 has no memory left: for a trace, an argument, a callback, a monitor, a checkpoint; it gets Ctrl-C."""
+    there, write, ends = jax.process_index() == 1, sharded_dir._write_part, []
+    status = pathlib.Path(folder, "status.json")
 
-    def raising(step):
-        if step.step == 1 and jax.process_index() == 1:
-            raise RuntimeError("the logger failed")
+    def strike(step=None):
+        if there and (step is None or step.step == 1):
+            raise MemoryError("no more")
+        return 0.0
 
-    def interrupting(step):
-        if step.step == 1 and jax.process_index() == 1:
+    def interrupt(step):
+        if step.step == 1 and there:
             os.kill(os.getpid(), signal.SIGINT)
 
-    ends = []
-    try:
-        tune(folder, callbacks=[raising])
-    except (RuntimeError, jaxhpo.JaxhpoError) as error:
-        ends.append(f"the logger failed: {'the logger failed' in str(error)}")
-    first_alone(lambda: None)  # which writes the status
-    ends.append(json.loads(pathlib.Path(folder, "status.json").read_text())["status"])
-    return [*ends, tune(folder, callbacks=[interrupting]), tune(folder)]
+    argument = {"steps": 0.5 if there else STEPS}
+    trace = {"loss": lambda h, carry, key: (strike(), outer_loss(h, carry, key))[1]}
+    for settings in (argument, trace, {"monitor": lambda info: strike()}, {"callbacks": [strike]}, {}):
+        sharded_dir._write_part = write if settings else lambda *args: strike()
+        try:
+            tune(folder, **settings)
+        except (MemoryError, jaxhpo.JaxhpoError) as error:
+            first_alone(lambda: None)  # which writes the status
+            told = json.loads(status.read_text()) if status.exists() else {"status": "none"}
+            ends.append(f"{told['status']}: {re.sub(ANOTHER, '', str(error))}")
+            first_alone(lambda: None)
+            first_alone(lambda: [path.unlink() for path in pathlib.Path(folder).glob("*.json")])
+    sharded_dir._write_part = write
+    return [*ends, tune(folder, callbacks=[interrupt]), tune(folder)]
+
+
+def unshared(folder):
+    """The folder of process 1 is another, is missing, is a file; or is the same by another name."""
+    sharded_dir.PATIENCE, here = 0.5, pathlib.Path(folder)
+    names = ["another", "missing", "file", "link"]
+
+    def prepare():
+        for name in ("own", "another"):
+            (here / name).mkdir(parents=True)
+        (here / "file").touch()
+        (here / "link").symlink_to("own")
+
+    first_alone(prepare)
+    os.chdir(here)
+    own = ["own" if jax.process_index() == 0 else name for name in names]
+    told = [refusal(lambda path=path: tune(path)) for path in own[:3]]
+    left = [path.name for path in here.rglob("jaxhpo-*")]
+    sharded_dir.PATIENCE = 10
+    return [*told, str(left), tune(own[3])]
+
+
+def grown(folder):
+    """Goes on where one process has stopped."""
+    return [tune(folder)]
 
 
 def continued(folder):
@@ -173,10 +209,10 @@ def first_alone(change):
 
 def damaged(folder):
     """Before three resumptions, the newest checkpoint gets a wrong byte, loses a file, loses its seal."""
-    newest = lambda: sorted(pathlib.Path(folder).glob("state-*.orbax"))[-1]  # noqa: E731
+    newest = lambda: sorted(pathlib.Path(folder).glob("state-*.parts"))[-1]  # noqa: E731
 
     def data():
-        return max((path for path in newest().glob("**/d/*")), key=lambda path: path.stat().st_size)
+        return newest() / "part-1.npz"
 
     def garble():
         old = bytearray(data().read_bytes())
@@ -219,24 +255,29 @@ def timed(folder):
 
 
 def full(folder):
-    """The disk of process 0 refuses the seal of the last checkpoint: all warn, and the same call saves it then."""
-    seal, refusals = sharded_dir.ShardedDir._seal, [OSError("No space left")] * 2  # after the last step, and at the end
+    """The disk of process 1 refuses its part of the fifth checkpoint, that of process 0 the last seal: all warn."""
+    seal, write = sharded_dir.ShardedDir._seal, sharded_dir._write_part
 
-    def refusing(self, *args):
-        if self.num_rows == STEPS and refusals:
-            raise refusals.pop()
+    def refusing_seal(self, *args):
+        if self.num_rows == STEPS:
+            raise OSError("No space left")
         seal(self, *args)
 
-    sharded_dir.ShardedDir._seal = refusing
+    def refusing_part(path, arrays):
+        if jax.process_index() == 1 and path.parent.name == f"state-{STEPS - 1:08d}.parts":
+            raise OSError("No space left")
+        write(path, arrays)
+
+    sharded_dir.ShardedDir._seal, sharded_dir._write_part = refusing_seal, refusing_part
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         result = tune(folder)
-    sharded_dir.ShardedDir._seal = seal
+    sharded_dir.ShardedDir._seal, sharded_dir._write_part = seal, write
     return [result, *(str(w.message) for w in caught if "could not be saved" in str(w.message)), tune(folder)]
 
 
 def refused(folder):
-    """Another start, a folder in use, a run of one process: all processes raise, although 0 alone reads the folder."""
+    """Another start, a folder in use, a damaged checkpoint: all processes raise, although 0 alone reads the folder."""
     tune(folder, 1)
     told = [refusal(lambda: tune(folder, first=0.2))]
     lock = open(os.path.join(folder, "lock"), "rb")  # noqa: SIM115
