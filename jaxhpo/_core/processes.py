@@ -19,6 +19,7 @@ from jaxhpo._core.types import PyTree
 
 MOST_BYTES = 4096  # of what a process tells: all exchanges are one program, so that any of them meets any other
 PATIENCE = 10  # seconds in which the others are to come, before an exception leaves the process
+TOLD = "The other processes are told of it, and end, too."
 MOST_LETTERS = 600  # of an exception, of which JSON takes up to six bytes each
 
 
@@ -38,7 +39,8 @@ def together() -> Iterator[None]:
     except AnotherProcessError:
         raise
     except BaseException as error:
-        if jax.process_count() > 1:
+        if jax.process_count() > 1 and TOLD not in getattr(error, "__notes__", ()):  # by a run within a run
+            error.add_note(TOLD)
             with contextlib.suppress(Exception):  # of another, too; or the others are gone
                 exchange(error=error, seconds=PATIENCE)
         raise
