@@ -9,14 +9,23 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.mesh import as_array, cast_varying, drop_varying, varying_axes
 from jaxhpo._core.stop_gradient import first_order, reverse_only, warn_perturbed
 from jaxhpo._core.trace import differentiable_inputs, trust, used_inputs
 from jaxhpo._core.tree import Flags, cast_like, is_inexact, names, partition
 from jaxhpo._core.types import InnerState, PyTree
 from jaxhpo._core.validate import describe
-from jaxhpo._inner.inputs import refuse_tol
 from jaxhpo._inner.problem import Problem
+
+
+def refuse_tol(problem, rule):
+    """Raises where `tol` is set: it ends the inner loop at a data-dependent step, and the rule needs a fixed length."""
+    if problem.tol is not None:
+        raise JaxhpoError(
+            f"`tol={problem.tol}` stops the inner loop at a data-dependent step, and {rule!r} cannot differentiate "
+            "such a loop: omit `tol`, or use `adjoint=Implicit(...)`."
+        )
 
 
 class Inputs(NamedTuple):

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
+from jaxhpo._adjoint.pullback import refuse_tol
 from jaxhpo._core.mesh import cast_varying, ravel, varying_axes
 from jaxhpo._core.tree import is_inexact, map_in_chunks, partition
 from jaxhpo._core.types import InnerState
 from jaxhpo._core.validate import check_settings
-from jaxhpo._inner.inputs import refuse_tol
 from jaxhpo._inner.loop import run
 from jaxhpo._inner.problem import Problem
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxhpo._adjoint.binomial import run_binomial
 from jaxhpo._adjoint.checkpointing import choose, sizes_of
 from jaxhpo._adjoint.fraction import nan_unless_mean, subsample
-from jaxhpo._adjoint.pullback import in_condition, input_names
+from jaxhpo._adjoint.pullback import in_condition, input_names, refuse_tol
 from jaxhpo._core.cost import predicted_peak_bytes
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.record import UnrolledSolve, report_schedule
@@ -19,7 +19,6 @@ from jaxhpo._core.tree import is_inexact, names, partition
 from jaxhpo._core.types import InnerState, Schedule
 from jaxhpo._core.validate import check_count, check_settings
 from jaxhpo._inner.gradient import mixed_value_and_grad
-from jaxhpo._inner.inputs import refuse_tol
 from jaxhpo._inner.loop import scan_steps
 from jaxhpo._inner.problem import Problem
 

@@ -91,9 +91,9 @@ def wait_for(array: Any, seconds: float = math.inf) -> Any:
     return array
 
 
-def on_any(fn: Callable[[], bool]) -> bool:
-    """Returns whether `fn()` is True on any process, as clocks and signals differ."""
-    return any(exchange(bool(fn())))
+def on_any(value: bool) -> bool:
+    """Returns whether the value is True on any process, as clocks and signals differ."""
+    return any(exchange(value))
 
 
 def check_same(arguments: dict[str, Any]) -> None:

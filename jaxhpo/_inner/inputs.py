@@ -194,12 +194,3 @@ def check_run(rule, out, start: InnerState) -> tuple[InnerState, jax.Array]:
             f"like {jax.tree.map(describe, start)}, but it returned {jax.tree.map(describe, out)}."
         )
     return out[0], jnp.asarray(out[1], jnp.int32)
-
-
-def refuse_tol(problem, rule):
-    """Raises where `tol` is set: it ends the inner loop at a data-dependent step, and the rule needs a fixed length."""
-    if problem.tol is not None:
-        raise JaxhpoError(
-            f"`tol={problem.tol}` stops the inner loop at a data-dependent step, and {rule!r} cannot differentiate "
-            "such a loop: omit `tol`, or use `adjoint=Implicit(...)`."
-        )

@@ -363,7 +363,7 @@ def _is_due(every, steps, seconds) -> bool:
     if not steps:
         return False
     if isinstance(every, datetime.timedelta):
-        return on_any(lambda: seconds >= every.total_seconds())
+        return on_any(seconds >= every.total_seconds())
     return steps >= every
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import functools
 import os
 import signal
 import threading
@@ -133,6 +132,7 @@ class TuneResult(NamedTuple):
 SHARED = ("seconds", "peak_bytes", "linear_solves")  # columns without an axis of members
 
 
+@together()
 def tune(
     outer_loss: Callable | None,
     hparams: PyTree,
@@ -272,48 +272,47 @@ def tune(
     References:
       Pedregosa. Hyperparameter optimization with approximate gradient. 2016. arXiv:1602.02355
     """
-    with contextlib.ExitStack() as stack:
-        alone = jax.process_count() == 1
-        stack.enter_context(together())
-        callbacks, extras = check_callbacks(callbacks), check_record(record)
-        counts = {"population": population, "patience": patience, "max_inner_steps": max_inner_steps}
-        check_settings(num_steps, progress, min_delta, save_every, max_seconds, **counts, score_window=score_window)
-        check_policies(remedies, outer_loss, gradient, on_not_finite, monitor)
-        check_choice("resume", resume, "warn", "continue")
-        compiled = Compiled(Step(outer_loss, optimizer, transforms, projections, remedies, gradient), population)
-        check_same(
-            {
-                "hparams": hparams,
-                "carry": carry,
-                "key": key,
-                "optimizer": fingerprint(optimizer),
-                "transforms": described(transforms),
-                "projections": described(projections),
-                "remedies": repr(remedies),
-                "monitor": described(monitor),
-                "num_steps": num_steps,
-                "population": population,
-                "on_not_finite": on_not_finite,
-                "patience": (patience, min_delta),
-                "max_inner_steps": max_inner_steps,
-                "max_seconds": max_seconds is None,  # clocks may differ
-                "save_every": save_every if isinstance(save_every, int) else None,
-                "record": extras,
-                "run_dir": run_dir is None,
-            }
-        )
-        called = on_any(functools.partial(bool, callbacks))  # perhaps a logger of one process alone
-        state = compiled.init(hparams, carry, key)
-        given: Any = (num_steps, patience, min_delta, max_seconds, max_inner_steps)
-        limits = _Limits(*(x.item() if isinstance(x, np.generic) else x for x in given))  # the run folder holds JSON
-        settings = {
-            **limits._asdict(),
-            "remedies": repr(remedies),
+    alone = jax.process_count() == 1
+    callbacks, extras = check_callbacks(callbacks), check_record(record)
+    counts = {"population": population, "patience": patience, "max_inner_steps": max_inner_steps}
+    check_settings(num_steps, progress, min_delta, save_every, max_seconds, **counts, score_window=score_window)
+    check_policies(remedies, outer_loss, gradient, on_not_finite, monitor)
+    check_choice("resume", resume, "warn", "continue")
+    compiled = Compiled(Step(outer_loss, optimizer, transforms, projections, remedies, gradient), population)
+    check_same(
+        {
+            "hparams": hparams,
+            "carry": carry,
+            "key": key,
+            "optimizer": fingerprint(optimizer),
+            "transforms": described(transforms),
             "projections": described(projections),
-            "on_not_finite": on_not_finite,
+            "remedies": repr(remedies),
             "monitor": described(monitor),
-            "optimizer": {} if run_dir is None else fingerprint(optimizer) | held(state.opt_state),
+            "num_steps": num_steps,
+            "population": population,
+            "on_not_finite": on_not_finite,
+            "patience": (patience, min_delta),
+            "max_inner_steps": max_inner_steps,
+            "max_seconds": max_seconds is None,  # clocks may differ
+            "save_every": save_every if isinstance(save_every, int) else None,
+            "record": extras,
+            "run_dir": run_dir is None,
         }
+    )
+    called = on_any(bool(callbacks))  # perhaps a logger of one process alone
+    state = compiled.init(hparams, carry, key)
+    given: Any = (num_steps, patience, min_delta, max_seconds, max_inner_steps)
+    limits = _Limits(*(x.item() if isinstance(x, np.generic) else x for x in given))  # the run folder holds JSON
+    settings = {
+        **limits._asdict(),
+        "remedies": repr(remedies),
+        "projections": described(projections),
+        "on_not_finite": on_not_finite,
+        "monitor": described(monitor),
+        "optimizer": {} if run_dir is None else fingerprint(optimizer) | held(state.opt_state),
+    }
+    with contextlib.ExitStack() as stack:
         folder = None if run_dir is None else stack.enter_context((RunDir if alone else ShardedDir)(run_dir))
         preempted = stack.enter_context(noting(signal.SIGTERM, folder is not None))
         # Alone, Ctrl-C raises wherever it comes; of several, no process may leave the others between two steps.
@@ -387,7 +386,7 @@ class _Limits(NamedTuple):
             more = ", while the outer loss still fell" if status == "overfitting" else ""
             return status, f"no improvement of more than {self.min_delta} in {self.patience} outer steps{more}"
         max_seconds = self.max_seconds
-        if max_seconds is not None and rows and on_any(lambda: record.seconds >= max_seconds):
+        if max_seconds is not None and rows and on_any(record.seconds >= max_seconds):
             return "budget", f"{record.seconds:.3g} of {self.max_seconds} seconds are spent"
         if self.max_inner_steps is not None and (rows + 1) * steps > self.max_inner_steps:
             taken = rows * steps
@@ -449,8 +448,8 @@ def _loop(record, limits, on_not_finite, callbacks, called, save_every, preempte
 
     while (reached := limits.reached(record)) is None:
         step, now = record.now.rows, record.now
-        if on_any(lambda: preempted() or (now.rows > 0 and interrupted())):
-            if on_any(preempted):
+        if on_any(preempted() or (step > 0 and interrupted())):
+            if on_any(preempted()):
                 return "preempted", f"SIGTERM came; stopped after {step} outer steps"
             return "interrupted", f"interrupted after {step} outer steps"
         compiled, state, active = record.compiled, now.state, limits.active(now)
@@ -484,7 +483,7 @@ def _loop(record, limits, on_not_finite, callbacks, called, save_every, preempte
         after = compiled.select(taken, after, held)
         step_info = record.accept(after, report, active, taken, halvings, limits.min_delta)
         bar.update(_progress_line(step_info, active) if taken.any() else "skipped")
-        if called and taken.any() and on_any(functools.partial(stops, step_info)):
+        if called and taken.any() and on_any(stops(step_info)):
             return "callback", f"a callback stopped the run after outer step {step}"
     return reached
 
