@@ -11,9 +11,11 @@ import numpy as np
 import optax
 import pytest
 from helpers import PROBLEMS, outer_loss, partial_sum, relative_error
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxhpo
 from jaxhpo import GMRES, Identity, Implicit, JaxhpoError, LinearInfo, LinearStatus, Unroll
+from jaxhpo._linear.report import judged
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent / "own"))
 from own_linear_solver import Richardson  # noqa: E402
@@ -135,6 +137,50 @@ def test_a_linear_solver_need_not_be_linear():
     assert relative_error(value(LinearStatus.CONVERGED), want) < 1e-9
     assert jnp.isnan(value(LinearStatus.INDEFINITE)).all()
     assert relative_error(value(LinearStatus.INDEFINITE, "keep"), want) < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("report", "right", "wrong"),
+    [
+        (None, LinearStatus.CONVERGED, LinearStatus.MAX_ITERATIONS),
+        (jnp.zeros(()), LinearStatus.CONVERGED, LinearStatus.MAX_ITERATIONS),  # as `jax.scipy.sparse.linalg.gmres`
+        (LinearInfo(jnp.zeros(()), 0, LinearStatus.CONVERGED), LinearStatus.CONVERGED, LinearStatus.STALLED),
+        (LinearInfo(jnp.ones(()), 0, LinearStatus.MAX_ITERATIONS),) + (LinearStatus.MAX_ITERATIONS,) * 2,
+    ],
+)
+def test_a_report_of_a_user_is_checked_by_the_answer(report, right, wrong):
+    """Of x = (1, s): a small residual hides a large error where s is wrong, and A = diag(1, 1e-6)."""
+    scale = jnp.array([1.0, 1e-6])
+
+    def solve(error, matvec, b, x0):
+        x = b / scale * jnp.array([1.0, 1 + error])
+        return x, report
+
+    def status_of(error):
+        info = judged(functools.partial(solve, error))(lambda v: scale * v, scale, None)[1]
+        assert info.residual == pytest.approx(1e-6 * error, rel=1e-3, abs=1e-15) and not info.failed
+        return int(info.status)
+
+    assert status_of(0.0) == right and status_of(0.1) == wrong
+
+
+def test_a_linear_solver_must_not_close_over_arrays_of_an_explicit_mesh():
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Explicit,))
+    scale, start = (jax.device_put(jnp.full(6, v), NamedSharding(mesh, PartitionSpec("x"))) for v in (0.1, 0.0))
+    solver = jaxhpo.from_optax(P.train_loss, optax.sgd(P.step_size))
+
+    def scaled(matvec, b, x0=None, scale=scale):
+        return scale * b, None
+
+    def loss(rule, h, start):
+        return P.val_loss(jaxhpo.solve(solver, solver.init(start, h), h, num_steps=3, adjoint=rule).params)
+
+    with jax.set_mesh(mesh):
+        grad = jax.grad(loss, 1)
+        with pytest.raises(JaxhpoError, match=r"closes over an array on `Explicit` mesh axes.*functools\.partial"):
+            grad(Implicit(scaled), H, start)
+        got = grad(Implicit(functools.partial(scaled, scale=scale)), H, start)
+    assert relative_error(got, jax.grad(loss, 1)(Implicit(Identity(0.1)), H, jnp.zeros(6))) < 1e-9
 
 
 def test_a_randomised_rule_of_a_user_is_called_random():

@@ -448,9 +448,9 @@ def test_square_root_at_zero_is_named_with_its_remedy():
         solver = jaxhpo.from_optax(lambda p, h, b: (p[0] - h) ** 2 + h * p[1] ** 2, optax.adam(0.1, eps_root=eps_root))
         return jaxhpo.solve(solver, solver.init(jnp.zeros(2), h), h, num_steps=4).params[0]
 
-    with pytest.raises(jaxhpo.NonFiniteError, match=r"opt_state\[0\]\.nu.*eps_root=1e-8"):
+    with pytest.raises(jaxhpo.NonFiniteError, match=r"opt_state\[0\]\.nu.*eps_root=1e-6"):
         jaxhpo.check_hypergradient(loss, jnp.asarray(1.0))
-    with pytest.raises(jaxhpo.NonFiniteError, match=r"Outer step 0.*`hparams`.*eps_root=1e-8"):
+    with pytest.raises(jaxhpo.NonFiniteError, match=r"Outer step 0.*`hparams`.*eps_root=1e-6"):
         jaxhpo.tune(loss, jnp.asarray(1.0), optax.adam(0.1), num_steps=2, progress=False)
     assert jaxhpo.check_hypergradient(lambda h: loss(h, 1e-8), jnp.asarray(1.0)).relative_error < 1e-5
 

@@ -246,7 +246,7 @@ def _pull_update(rule, loss, update, at, perturbed, before, v):
 
 _NOT_FINITE = (
     "the inner run is finite, but the derivative of the optimiser's last update is not. The likeliest cause is a "
-    "square root at zero (Adam, RMSProp, Adagrad), whose slope is infinite: write `optax.adam(..., eps_root=1e-8)`."
+    "square root at zero (Adam, RMSProp, Adagrad), whose slope is infinite: write `optax.adam(..., eps_root=1e-6)`."
 )
 
 

@@ -413,8 +413,8 @@ def _gradient(plan, weights, inputs, t, x):
         return plan.gradient(shared, params, x)
 
     def placed(tree):
-        # On `Auto` mesh axes the compiler divides the work as its surroundings suggest, and these differ between the two
-        # directions: sums would be taken in another order. So the loop's ends are tied to the initial weights.
+        # On `Auto` mesh axes the compiler divides the work as its surroundings suggest, and these differ between the
+        # two directions: sums would be taken in another order. So the loop's ends are tied to the initial weights.
         return jax.tree.map(lambda x, like: shard_alike(x, like)[0], tree, inputs.state.params)
 
     params = placed(plan.layout.unpack(plan.format.decode(weights)))

@@ -220,7 +220,7 @@ class LinearInfo(NamedTuple):
       failed: whether the answer is no solution, not even a rough one: indefinite, not finite, no better than x = 0, or
         of a dense solver whose residual is above √ε. `Implicit` then gives NaN. An answer that was stopped early has
         not failed. None, in a solver of your own, leaves it to the others: INDEFINITE, NOT_FINITE, or CONVERGED at a
-        residual of 1 or more.
+        residual of 1 or more; then CONVERGED is checked, too (see `LinearSolver`).
     """
 
     residual: jax.Array
@@ -239,6 +239,16 @@ class LinearSolver(Protocol):
     differentiated: derivatives, reverse mode and second ones too, are those of the equation A x = b, each by one more
     call, with Aᵀ for A where reverse mode transposes it. So any algorithm will do, also an iteration that ends by a
     tolerance.
+
+    Its report is checked, unless that sets `failed`: the residual is measured, and CONVERGED becomes STALLED where one
+    more solve, with the residual as b, finds an error of x above 1 %. Where it returns None for a report, or an
+    array as functions of `jax.scipy.sparse.linalg` do, the status is CONVERGED where that error is below 1 %, and the
+    solve has failed where the residual is not below that of x = 0. Under `jit` the second solve is free where nobody
+    reads the status, as under plain `jax.grad`; in a pair it doubles the cost of the linear solve.
+
+    On a mesh of `Explicit` axes it runs with them made `Auto`, so it must not close over JAX arrays that are made or
+    sharded on that mesh: pass them as keywords, `functools.partial(solver, name=array)`. NumPy arrays may be closed
+    over.
 
     Attributes:
       needs_key: whether the solver is called with `key=`, the key given to `solve`.

@@ -23,7 +23,7 @@ ADVICE = {
     "sqrt": "took the square root of {least:.4g}: write `sqrt(maximum(x, 0) + eps)`.",
     "rsqrt": "took the square root of {least:.4g}: write `sqrt(maximum(x, 0) + eps)`.",
     "derivative of sqrt": "took the derivative of a square root at zero, which is infinite (a norm, Adam, RMSProp, "
-    "Adagrad): write `sqrt(x + eps)`, or `optax.adam(..., eps_root=1e-8)`.",
+    "Adagrad): write `sqrt(x + eps)`, or `optax.adam(..., eps_root=1e-6)`.",
     "div by zero": f"divided by zero: bound the denominator. Where this is a logarithm's derivative, {INSIDE}.",
     "pow": f"raised {{least:.4g}} to the power {{power:.4g}}: bound the base away from zero; {INSIDE}.",
     "negative power of zero": f"raised zero to a negative power: bound the base away from zero; {INSIDE}.",

@@ -37,7 +37,7 @@ def from_optax(loss: Callable, tx: Any, *, has_state: bool = False) -> Solver:
     `fixed_point(step)`.
 
     **Cost and bias**: one gradient of the loss per step. Any optax transformation without a data-dependent loop can be
-    differentiated through; Adam and similar optimisers need `eps_root > 0` (`optax.adam(lr, eps_root=1e-8)`), since
+    differentiated through; Adam and similar optimisers need `eps_root > 0` (`optax.adam(lr, eps_root=1e-6)`), since
     the derivative of a square root at zero is infinite. Where the train loss is not finite, the parameters after the
     step are not finite either, even if the gradient is: the logarithm of a negative number is never ignored.
 

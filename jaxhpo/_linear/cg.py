@@ -8,6 +8,7 @@ from typing import ClassVar
 from jaxhpo._core.types import LinearSolver
 from jaxhpo._core.validate import check_callable, check_settings
 from jaxhpo._linear.iteration import conjugate_gradients, in_turn
+from jaxhpo._linear.report import judged
 from jaxhpo._linear.system import solve_system
 
 
@@ -61,5 +62,5 @@ class CG(LinearSolver):
         solve = functools.partial(conjugate_gradients, maxiter=self.maxiter, tol=self.tol)
         if self.fallback is not None:
             fallback = self.fallback
-            solve = in_turn(solve, lambda operator, b, x0: fallback(operator, b), lambda info: info.failed)
+            solve = in_turn(solve, judged(lambda operator, b, x0: fallback(operator, b)), lambda info: info.failed)
         return solve_system(matvec, b, x0, solve, symmetric=True, damping=self.damping)

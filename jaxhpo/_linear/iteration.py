@@ -12,7 +12,6 @@ from jaxhpo._core.mesh import cast_varying, varying_axes
 from jaxhpo._core.tree import norm
 from jaxhpo._core.types import LinearInfo, LinearStatus
 from jaxhpo._linear.report import (
-    completed,
     default_tolerance,
     dot,
     epsilon,
@@ -225,7 +224,6 @@ def in_turn(first: Callable, then: Callable, goes_on: Callable[[LinearInfo], jax
         def second(carry):
             _, before, _ = carry
             x, info = then(operator, b, None)
-            info = completed(info)
             info = info._replace(num_iterations=info.num_iterations + before.num_iterations)
             return cast_varying((x, info, jnp.asarray(False)), axes)
 

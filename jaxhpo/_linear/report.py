@@ -1,5 +1,7 @@
 """The report of a linear solve: its residual, and the status that follows from it."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -56,8 +58,8 @@ def is_accurate(residual, x, size, inverse) -> jax.Array:
       size: a lower bound of ‖A‖.
       inverse: a lower bound of ‖A⁻¹‖; 0 where nothing is known of it.
     """
-    length = norm(x)
-    return inverse * (residual + epsilon(x.dtype) * size * length) <= 0.005 * length
+    length, eps = norm(x), epsilon(jnp.result_type(*jax.tree.leaves(x)))
+    return inverse * (residual + eps * size * length) <= 0.005 * length
 
 
 def first_of(*cases, otherwise) -> jax.Array:
@@ -84,14 +86,58 @@ def report(residual, num_iterations, ended, threshold=None, *, failed) -> Linear
     return LinearInfo(residual, jnp.asarray(num_iterations, jnp.int32), status, failed)
 
 
-def completed(info: LinearInfo) -> LinearInfo:
-    """Return the diagnostics as arrays, with `failed` where a user's solver left it out."""
-    residual, num_iterations, status, failed = info
-    if failed is None:
-        failed = (status == LinearStatus.INDEFINITE) | (status == LinearStatus.NOT_FINITE)
-        failed |= (status == LinearStatus.CONVERGED) & ~(residual < 1)
-    num_iterations, status = (jnp.asarray(n, jnp.int32) for n in (num_iterations, status))
-    return LinearInfo(jnp.asarray(residual), num_iterations, status, jnp.asarray(failed, bool))
+def is_right(solve: Callable, b, r, residual, x) -> jax.Array:
+    """Return whether the relative error of x is below 1 %, by one more solve: it is A⁻¹ r with r = b − A x.
+
+    For solvers that tell nothing of A⁻¹. Products alone do not: where conjugate gradients to 1e-6 or 1e-5 are wrong in
+    float32, the bounds from sixteen more of them see it in 22 of 25 cases, and this in all. Only a status depends on
+    it: free under `jit` where that is unused.
+
+    Args:
+      solve: right-hand side -> solution.
+      b: the right-hand side.
+      r: the residual.
+      residual: ‖r‖ / ‖b‖.
+      x: the answer.
+    """
+    scale = jnp.where(residual > 0, residual, 1)  # r / scale is as large as b, as tolerances may be absolute
+    error = scale * norm(solve(jax.tree.map(lambda leaf: leaf / scale.astype(leaf.dtype), r)))
+    length, size = norm(r), norm(jax.tree.map(jnp.subtract, b, r)) / norm(x)
+    right = is_accurate(length, x, size, error / jnp.where(length > 0, length, 1))
+    return (residual == 0) | ((residual < 1) & right)
+
+
+def judged(solve: Callable) -> Callable:
+    """Return `solve(matvec, b, x0) -> (x, report)` with a report in any case, of arrays.
+
+    A report that says whether the solve `failed` is believed, as are those of the library's own solvers. In another,
+    CONVERGED becomes STALLED where the answer may be wrong by more than 1 %, and where there is none the answer is all
+    there is to judge by.
+    """
+
+    def judging(matvec, b, x0):
+        x, info = solve(matvec, b, x0)
+        if isinstance(info, LinearInfo) and info.failed is not None:
+            return x, _as_arrays(info)
+        r = jax.tree.map(jnp.subtract, b, matvec(x))
+        residual = relative_norm(r, b)
+        right = is_right(lambda r: solve(matvec, r, None)[0], b, r, residual, x)
+        if not isinstance(info, LinearInfo):
+            small = residual <= epsilon(residual.dtype) ** 0.5
+            ended = first_of((small, LinearStatus.STALLED), otherwise=series_status(jnp.ones_like(residual), residual))
+            return x, report(residual, 0, ended, jnp.where(right, 1, -1), failed=~(residual < 1))
+        claimed = info.status == LinearStatus.CONVERGED
+        failed = (info.status == LinearStatus.INDEFINITE) | (info.status == LinearStatus.NOT_FINITE)
+        failed |= claimed & ~(residual < 1)
+        status = jnp.where(claimed & ~right, LinearStatus.STALLED, info.status)
+        return x, _as_arrays(LinearInfo(residual, info.num_iterations, status, failed))
+
+    return judging
+
+
+def _as_arrays(info):
+    num_iterations, status = (jnp.asarray(n, jnp.int32) for n in (info.num_iterations, info.status))
+    return LinearInfo(jnp.asarray(info.residual), num_iterations, status, jnp.asarray(info.failed, bool))
 
 
 def still_falls(before, after) -> jax.Array:

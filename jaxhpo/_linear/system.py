@@ -17,7 +17,7 @@ from jaxhpo._core.trace import closure_convert
 from jaxhpo._core.tree import all_finite, cast_like, where
 from jaxhpo._core.types import LinearInfo, LinearStatus, PyTree
 from jaxhpo._core.validate import check_residual, describe
-from jaxhpo._linear.report import completed, largest
+from jaxhpo._linear.report import judged, largest
 
 _FAILED = (
     "The linear solve of an implicit rule failed: it ended {} at a relative residual of {{residual:.1e}}. The Hessian, "
@@ -117,35 +117,36 @@ def solve_equation(
     return unravel(drop_varying(x, axes - own)), info
 
 
-def run_solver(
-    matvec: Callable, b: PyTree, x0: PyTree, solve: Callable, on_failure: str
-) -> tuple[PyTree, LinearInfo | None]:
+def run_solver(matvec: Callable, b: PyTree, x0: PyTree, solve: Callable, on_failure: str) -> tuple[PyTree, LinearInfo]:
     """Call `solve(matvec, b, x0=x0)`, not differentiable, check what it returns, and report.
 
     Where it failed, x is NaN if `on_failure` is "nan". This cannot be done to the result of a differentiable solve: x
     must be linear in b.
     """
-    start = {} if x0 is None or not _takes_start(solve) else {"x0": x0}
+
+    def checked(matvec, b, x0):
+        start = {} if x0 is None or not _takes_start(solve) else {"x0": x0}
+        out: Any = solve(matvec, b, **start)
+        if not (isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], LinearInfo | jax.Array | None)):
+            text = f"`linear_solver` returned {describe(out)}: write `return x, info`, a `LinearInfo` or None."
+            raise JaxhpoError(text)
+        return cast_like(check_residual(out[0], b, "linear_solver", "b"), b), out[1]
+
     token = _inside.set(True)
     try:
-        out: Any = solve(matvec, b, **start)
+        x, info = judged(checked)(matvec, b, x0)
     finally:
         _inside.reset(token)
-    if not (isinstance(out, tuple) and len(out) == 2):
-        raise JaxhpoError(f"`linear_solver` returned {describe(out)}: write `return x, info`, a `LinearInfo` or None.")
-    info = None if out[1] is None else completed(out[1])
-    x = cast_like(check_residual(out[0], b, "linear_solver", "b"), b)
-    if info is not None:
-        # Under `shard_map` a constant among the results of `custom_linear_solve`, as a number of products, would be an
-        # argument of another type than the others: it is made a result.
-        finite = all_finite(b)
-        info = where(finite, info, info)
-        report_linear_solve(info)
-        if on_failure == "nan":
-            for status in LinearStatus:
-                happened = info.failed & (info.status == status) & finite
-                report_fault(happened, _FAILED.format(status.name), residual=info.residual)
-            x = jax.tree.map(lambda leaf: jnp.where(info.failed, jnp.nan, leaf), x)
+    # Under `shard_map` a constant among the results of `custom_linear_solve`, as a number of products, would be an
+    # argument of another type than the others: it is made a result.
+    finite = all_finite(b)
+    info = where(finite, info, info)
+    report_linear_solve(info)
+    if on_failure == "nan":
+        for status in LinearStatus:
+            happened = info.failed & (info.status == status) & finite
+            report_fault(happened, _FAILED.format(status.name), residual=info.residual)
+        x = jax.tree.map(lambda leaf: jnp.where(info.failed, jnp.nan, leaf), x)
     return x, info
 
 
@@ -166,7 +167,16 @@ def solve_by(linear_solver: Any, equation: Callable, matvec: Callable, b: PyTree
         x0, arrays = arguments
         return equation(matvec, b, x0, functools.partial(linear_solver, **arrays))
 
-    return on_auto_axes(solved, matvec, b, (x0, arrays))
+    try:
+        return on_auto_axes(solved, matvec, b, (x0, arrays))
+    except ValueError as error:
+        if "context mesh" not in str(error):
+            raise
+        raise JaxhpoError(
+            f"`linear_solver`, {describe(linear_solver)}, closes over an array on `Explicit` mesh axes, but it runs "
+            "with these axes made `Auto`: pass the array as a keyword, `functools.partial(linear_solver, name=array)`, "
+            "or close over NumPy's."
+        ) from error
 
 
 def _takes_start(linear_solver) -> bool:

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 import test_sharding
+from jax.scipy.sparse.linalg import bicgstab
 
 import jaxhpo
 from jaxhpo import (
@@ -20,6 +21,7 @@ from jaxhpo import (
     General,
     Identity,
     Implicit,
+    LinearInfo,
     LinearStatus,
     Neumann,
     NormalCG,
@@ -27,6 +29,7 @@ from jaxhpo import (
     from_lineax,
 )
 from jaxhpo._core.trace import equations
+from jaxhpo._linear.report import judged
 
 N = 8
 CONVERGED, MAX_ITERATIONS, INDEFINITE, NOT_FINITE, STALLED = LinearStatus
@@ -90,7 +93,7 @@ ENDS = {
     "indefinite": "I C C C C S M I C C C",
     "skew": "I C C S C S S - C C C",
     "singular": "S C S S S M M M S S S",  # NormalCG: least squares
-    "singular, solvable": "C C C C S M M M C S S",  # a dense solver sees the null space, in which x is arbitrary
+    "singular, solvable": "C C C C S M M M S S S",  # these see the null space, in which x is arbitrary
     "zero pivot": "S C S S N M M M S N N",
     "ill-conditioned": "S S S S S M M C S S S",
     "zero": "S S S S N S S C N N N",  # Nystrom: ρI is solved
@@ -315,37 +318,71 @@ def test_any_invertible_matrix(name, monkeypatch):
     assert (info.status == CONVERGED).all() and not info.failed.any()
 
 
+# Of solvers that are not the library's, the library judges the answer; that of lineax is an adapter's.
+OTHERS = {
+    "lineax CG": from_lineax(lineax.CG(rtol=1e-6, atol=1e-6)),
+    "jax.scipy cg": judged(lambda matvec, b, x0: jax.scipy.sparse.linalg.cg(matvec, b)),
+    "jax.scipy gmres": judged(lambda matvec, b, x0: jax.scipy.sparse.linalg.gmres(matvec, b)),
+    "claims": judged(lambda matvec, b, x0: (bicgstab(matvec, b)[0], LinearInfo(jnp.zeros(()), 0, CONVERGED))),
+}
+LIBRARY = ("CG", "NormalCG", "GMRES", "BiCGStab", "Direct", "General", "lineax LU", "Nystrom")
+
+
+def in_float32(A, v):
+    return A.astype(jnp.float32) @ v
+
+
+def in_bfloat16(A, v):
+    return (A @ v.astype(A.dtype)).astype(jnp.float32)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["CG", "NormalCG", "GMRES", "BiCGStab", "Direct", "General", "lineax LU", "Nystrom"])
-def test_float32_is_right_within_one_percent_or_says_so(name):
+@pytest.mark.parametrize(
+    ("name", "dtype", "product"),
+    [
+        *((name, jnp.float32, in_float32) for name in (*LIBRARY, *OTHERS)),
+        # By estimates from below, CG, GMRES and BiCGStab pass 1 in 1000 of these with an error above 1 %.
+        *((name, jnp.bfloat16, in_float32) for name in ("NormalCG", "Direct", "General", "Nystrom", *OTHERS)),
+        *((name, jnp.bfloat16, in_bfloat16) for name in ("CG", "GMRES", "Direct", "lineax CG", "claims")),
+    ],
+)
+def test_float32_is_right_within_one_percent_or_says_so(name, dtype, product):
     """Against the damped solution in float64, for b without structure and b = A w; `pytest -s` prints the table.
 
-    In b = A w the small eigenvalues leave no trace above the tolerance: the residual is small, and x may be wrong.
+    In b = A w the small eigenvalues leave no trace above the tolerance: the residual is small, and x may be wrong. A
+    matrix of a bfloat16 model is rounded; its products are taken in float32, unless the model insists on bfloat16.
     """
     n, conditions, rng = 24, (1e0, 1e2, 1e3, 1e4, 1e5, 1e6, 1e8), np.random.default_rng(9)
     kinds = [(condition, kind) for condition in conditions for kind in ("b", "A w")]
-    A = np.stack([rotated(np.geomspace(1 / c, 1, n), i) for i, (c, _) in enumerate(kinds)]).astype(np.float32)
+    matrices = [rotated(np.geomspace(1 / c, 1, n), i) for i, (c, _) in enumerate(kinds)]
+    As = [jnp.asarray((A + A.T) / 2, dtype) for A in matrices]
+    solve = (SOLVERS | OTHERS)[name] if name != "Nystrom" else None
 
     @functools.cache
     def solver(damping, rank):
         if name == "Nystrom":
-            return jax.jit(lambda A, b, _: Nystrom(rank, damping)(lambda v: A @ v, b, key=jax.random.key(0)))
-        return jax.jit(lambda A, b, d: SOLVERS[name](lambda v: A @ v + d * v, b))
+            return jax.jit(lambda A, b, _: Nystrom(rank, damping)(lambda v: product(A, v), b, key=jax.random.key(0)))
+        return jax.jit(lambda A, b, d: solve(lambda v: product(A, v) + d * v, b, None))
 
     for damping, rank in itertools.product((1e-8, 1e-6, 1e-4, 1e-2, 1.0), (5, n) if name == "Nystrom" else (n,)):
         run = solver(damping if name == "Nystrom" else None, rank)
-        for (condition, kind), A32, w in zip(kinds, A, rng.normal(size=(len(kinds), n)), strict=True):
-            damped = A32.astype(float) + damping * np.eye(n)
+        for (condition, kind), A, w in zip(kinds, As, rng.normal(size=(len(kinds), n)), strict=True):
+            damped = np.asarray(A).astype(float) + damping * np.eye(n)
             b = (damped @ w if kind == "A w" else w).astype(np.float32)
-            x, info = run(A32, b, np.float32(damping))
+            x, info = run(A, b, np.float32(damping))
             want = np.linalg.solve(damped, b.astype(float))
             error, status = np.linalg.norm(x - want) / np.linalg.norm(want), LinearStatus(int(info.status))
             where = f"{name}({damping:g}), {condition:g}, {kind}, {rank}"
             print(f"{where}: error {error:.0e}, residual {info.residual:.0e}, {status.name}{' F' * bool(info.failed)}")
             # The status of NormalCG is that of least squares: its residual says that A x = b is not solved.
             assert error <= 1e-2 or status != CONVERGED or (name == "NormalCG" and info.residual > 1e-2), where
-            if min(condition, 1 / damping) <= 1e3 and rank == n:  # ε times the square of that is 0.1, for NormalCG
-                assert name == "NormalCG" or (error <= 1e-2 and status == CONVERGED and not info.failed), where
+            if min(condition, 1 / damping) <= 1e3 and rank == n and dtype == jnp.float32:
+                # ε times the square of that is 0.1, for NormalCG; the tolerance of jax.scipy's is 1e-5
+                assert name in ("NormalCG", *OTHERS) or (error <= 1e-2 and status == CONVERGED and not info.failed), (
+                    where
+                )
+            if condition == damping == 1 and product is in_float32 and rank == n:
+                assert error <= 1e-2 and status == CONVERGED and not info.failed, where
 
 
 METHODS = [
