@@ -88,7 +88,8 @@ class from_lineax(LinearSolver):  # noqa: N801  (reads, and prints, as the funct
             limit = jnp.where(right, limit, -1)
             steps = solution.stats.get("num_steps", b.size)
             info = report(residual, steps, ended, limit, failed=~exhausted & ~(residual <= most))
-            # lineax's `CG` reports success on NaN products, at the zeros it started from.
-            return jnp.where(info.status == LinearStatus.NOT_FINITE, jnp.nan, x), info
+            # lineax's `CG` reports success on NaN products, at the zeros it started from. Not by the status: the second
+            # solve is free where that is unused.
+            return jnp.where(jnp.isfinite(residual), x, jnp.nan), info
 
         return solve_system(matvec, b, x0, solve, symmetric=self.needs_symmetry)
