@@ -26,9 +26,9 @@ def solve(
     r"""Trains the inner parameters; the result is differentiable with respect to the hyperparameters.
 
     Runs :math:`\theta_{t+1} = \Phi_t(\theta_t, h)` for `num_steps` steps from `state`. `jax.grad` of any function of
-    the result is a hypergradient, computed by the rule `adjoint`. `jit`, `vmap`, `grad` of `grad`, `scan`, sharding and
-    nesting work as for any JAX function. For forward mode use `adjoint=Forward()`; forward over reverse mode,
-    `jacfwd(grad(f))`, works with every rule that has second derivatives.
+    the result (of `info`: zero) is a hypergradient, computed by the rule `adjoint`. `jit`, `vmap`, `grad` of `grad`,
+    `scan`, sharding and nesting work as for any JAX function. For forward mode use `adjoint=Forward()`; forward over
+    reverse mode, `jacfwd(grad(f))`, works with every rule that has second derivatives.
 
     **Cost and bias**: T inner gradients for the forward run; the backward pass costs what the rule says.
 
@@ -45,7 +45,7 @@ def solve(
       condition_batch: the batch on which the condition is evaluated, for `tol`, `info` and the implicit derivative; the
         last batch if None.
       key: a PRNG key, for rules that draw random numbers.
-      adjoint: the derivative rule: `Unroll(...)`, `Implicit(...)`.
+      adjoint: the derivative rule: `Unroll(...)`, `Implicit(...)`, `Forward(...)` ...
 
     Returns:
       A `Solution`: `params`, `opt_state`, `model_state`, `info`; `.state` to warm-start from.

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -142,8 +143,8 @@ class Unroll:
 
     def _with_gradient(self, problem, mixed) -> Problem:
         """The problem with the train loss's gradient in mixed mode, if so, and its products on parts of minibatches."""
-        fraction = self.hvp_fraction
-        if fraction is not None and self._subsamples:
+        fraction: Any = self.hvp_fraction
+        if self._subsamples:
             if problem.solver.apply is None:
                 raise JaxhpoError(
                     f"{self!r} estimates Hessian products of a train loss, and `{problem.solver.name}` has none: write "
@@ -155,7 +156,7 @@ class Unroll:
                 part = functools.partial(subsample, key=key, fraction=fraction)
                 return mixed_value_and_grad(loss, params, hparams, batch, model_state, part)
 
-            return problem.with_gradient(subsampled if mixed else None, keys)
+            return problem.with_gradient(subsampled, keys)
         if mixed:
             return problem.with_gradient(lambda *args: mixed_value_and_grad(*args[:-1]))  # less the key
         return problem
@@ -209,9 +210,9 @@ class Unroll:
             f"hypergradient (an entry of a schedule used only there gets exactly zero). {instead} all steps."
         )
 
-        def cut(leaf, name, in_condition):
+        def cut(leaf, name, in_loss):
             # What the loss uses is used in every step; an entry of a schedule may be used in the early steps alone.
-            if in_condition or not leaf.ndim:
+            if in_loss or not leaf.ndim:
                 return jax.lax.stop_gradient(leaf)
             return stop_gradient_with_warning(leaf, [name], through_optimiser, partial=True)
 
