@@ -215,7 +215,10 @@ def implicit(
     First and higher derivatives, forward and reverse.
 
     **Cost and bias**: one linear solve a derivative, plus one mixed product; memory of one linearisation of the
-    condition. Exact where the condition is zero and the linear solve converged.
+    condition. Exact where the condition is zero and the linear solve converged. Nothing measures whether it is zero, in
+    the solver's own units (scikit-learn's `C`, its halves, its means over examples): evaluate `condition(params, args)`
+    once. A function that finds `params` gets arrays of JAX's precision, and what it returns is rounded to that of
+    `like`: enable x64 for a solver of double precision, with a small tolerance of its own.
 
     Args:
       condition: `(params, args) -> pytree like params`, zero at `params`; for a minimum, the gradient of the objective.
@@ -224,8 +227,8 @@ def implicit(
         derivative flows into how the solution is found.
       args: any pytree that the condition depends on; integer, boolean and key leaves are allowed.
       linear_solver: solves with the condition's Jacobian in `params`; `General()` when None, which is right for any
-        invertible one: roots of either sign, saddle points, maxima. `CG()` is cheaper for many parameters, where the
-        Jacobian is symmetric positive definite, as a Hessian at a minimum is.
+        invertible one: roots of either sign, saddle points, maxima. `CG()`, which ends after `maxiter=100` products, is
+        cheaper for many parameters, where the Jacobian is symmetric positive definite, as a Hessian at a minimum is.
       on_failure: "nan" for a derivative of NaN where the linear solve failed, "keep" for what it returned; see
         `Implicit`.
       like: arrays of the solution's shapes and dtypes, where `params` is a function.
@@ -298,12 +301,18 @@ def _found_outside(solver: Any, args: Any, like: PyTree) -> PyTree:
         found = jax.tree.map(np.asarray, out)
         if jax.tree.map(np.shape, found) != jax.tree.map(lambda x: x.shape, shapes):
             raise JaxhpoError(
-                f"`params`, a function, returned {describe(found)}, but `like` is {describe(like)}: give `like` its "
-                "structure and shapes."
+                f"`params`, a function, returned a tree of shapes {_shapes(found)}, but `like` has {_shapes(like)}: "
+                "return arrays like those, or give `like` the shapes of the solution."
             )
         return jax.tree.map(lambda x, s: x.astype(s.dtype), found, shapes)
 
     return jax.pure_callback(call, shapes, jax.lax.stop_gradient(args), vmap_method="sequential")
+
+
+def _shapes(tree):
+    """The tree with a description in place of each array; of one array, that alone."""
+    shapes = jax.tree.map(describe, tree)
+    return shapes if isinstance(shapes, str) else str(shapes).replace("'", "")
 
 
 def check_linear_solver(linear_solver: Any) -> Any:

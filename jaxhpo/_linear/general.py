@@ -18,16 +18,18 @@ class General(LinearSolver):
     r"""A linear solver for any invertible matrix: right, or failed. The default of `implicit`.
 
     The matrix need be neither symmetric nor definite: roots written with either sign, saddle points, KKT conditions
-    with multipliers, maximisation, fixed points. For P parameters,
+    with multipliers, maximisation, fixed points. For P parameters, each where the one before it does not solve the
+    system,
 
-    - P ≤ 100: `Direct`.
-    - P ≤ 1000: `BiCGStab`, and `Direct` where that does not converge.
-    - above: `BiCGStab`, and where that does not converge conjugate gradients on the normal equations, which take up to
-      as many iterations as the condition number, but do not stall.
+    - P > 100: `BiCGStab`.
+    - P ≤ 1000: `Direct`.
+    - conjugate gradients on the normal equations, which take up to as many iterations as the condition number, but do
+      not stall. They also solve a singular system that has a solution, by the one nearest to zero: that of a minimum
+      with a direction in which nothing changes, as the sum of a softmax's intercepts.
 
     Each is refined until the measured residual is within the tolerance, and the estimated error within 1 %, as far as
-    rounding allows. The solve has failed where the residual is above :math:`\sqrt\epsilon` in the end: a singular
-    matrix, or one too ill-conditioned for `maxiter`.
+    rounding allows. The solve has failed where the residual is above :math:`\sqrt\epsilon` in the end: a system without
+    a solution, or one too ill-conditioned for `maxiter`.
 
     **Cost and bias**: two products an iteration and memory of eight copies of the parameters; for `Direct`, P products,
     100 at once, and :math:`P^2`. Exact at convergence.
@@ -66,10 +68,11 @@ class General(LinearSolver):
                 x, info = refined(factorised(operator, b, _TINY))(operator, b, x0)
                 return x, info._replace(num_iterations=info.num_iterations + b.size)
 
-            if b.size <= _TINY:
-                return dense(operator, b, x0)
-            last = dense if b.size <= _SMALL else refined(normal_equations)
-            unsolved = lambda info: info.status != LinearStatus.CONVERGED  # noqa: E731
-            return in_turn(refined(stabilised), last, unsolved)(operator, b, x0)
+            last = refined(normal_equations)
+            if b.size <= _SMALL:
+                last = in_turn(dense, last, lambda info: info.failed)
+            if b.size > _TINY:
+                last = in_turn(refined(stabilised), last, lambda info: info.status != LinearStatus.CONVERGED)
+            return last(operator, b, x0)
 
         return solve_system(matvec, b, x0, solve)

@@ -21,9 +21,10 @@ from jaxhpo._linear.report import judged, largest
 
 _FAILED = (
     "The linear solve of an implicit rule failed: it ended {} at a relative residual of {{residual:.1e}}. The Hessian, "
-    "or the Jacobian of the condition, may be indefinite (`CG` and `Nystrom` need a positive definite one), singular, "
-    "or not finite: train the inner problem further, or use `Implicit(General())`, or a solver with `damping`. "
-    "`on_failure='keep'` keeps what the solver returned."
+    "or the Jacobian of the condition, may be indefinite (`CG` and `Nystrom` need a positive definite one), not "
+    "finite, or singular in a direction that the outer loss sees: train the inner problem further, or take "
+    "`General()` as linear solver, one with `damping`, or a penalty. `on_failure='keep'` keeps what the solver "
+    "returned."
 )
 
 _inside: contextvars.ContextVar[bool] = contextvars.ContextVar("jaxhpo_inside_a_linear_solve", default=False)

@@ -94,9 +94,9 @@ ENDS = {
     "skew": "I C C S C S S - C C C",
     "singular": "S C S S S M M M S S S",  # NormalCG: least squares
     "singular, solvable": "C C C C S M M M S S S",  # these see the null space, in which x is arbitrary
-    "zero pivot": "S C S S N M M M S N N",
+    "zero pivot": "S C S S N M M M S N S",
     "ill-conditioned": "S S S S S M M C S S S",
-    "zero": "S S S S N S S C N N N",  # Nystrom: ρI is solved
+    "zero": "S S S S N S S C N N S",  # Nystrom: ρI is solved
     "NaN in A": "N N N N N N N N N N N",
     "NaN in b": "N N N N N N N N N N N",
     "infinite b": "N N N N N N N N N N N",
