@@ -220,6 +220,7 @@ def test_importing_the_library_is_light():
     assert json.loads(run.stdout) == []
 
 
+@pytest.mark.slow
 def test_modules_are_imported_where_they_are_used():
     code = """if True:
         import sys, jaxhpo

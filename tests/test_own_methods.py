@@ -164,6 +164,7 @@ def test_a_report_of_a_user_is_checked_by_the_answer(report, right, wrong):
     assert status_of(0.0) == right and status_of(0.1) == wrong
 
 
+@pytest.mark.slow
 def test_a_linear_solver_must_not_close_over_arrays_of_an_explicit_mesh():
     mesh = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Explicit,))
     scale, start = (jax.device_put(jnp.full(6, v), NamedSharding(mesh, PartitionSpec("x"))) for v in (0.1, 0.0))
@@ -183,6 +184,7 @@ def test_a_linear_solver_must_not_close_over_arrays_of_an_explicit_mesh():
     assert relative_error(got, jax.grad(loss, 1)(Implicit(Identity(0.1)), H, jnp.zeros(6))) < 1e-9
 
 
+@pytest.mark.slow
 def test_a_randomised_rule_of_a_user_is_called_random():
     class Random:
         def run(self, problem):

@@ -755,6 +755,7 @@ def test_empty_leaf():
     assert final["none"].shape == (0, 2) and (final["a"] > 0).all()
 
 
+@pytest.mark.slow
 def test_strict_promotion_of_types_is_for_the_user_alone():
     """The library's integers of 16 and 32 bits mix, whatever `jax_numpy_dtype_promotion` says."""
     momenta = jnp.array([0.5, 0.6, 0.7])

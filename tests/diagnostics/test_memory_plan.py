@@ -129,6 +129,7 @@ def test_a_plan_ends_with_what_to_write(asked, limit, said):
     assert re.search(said, str(plan).splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_refusal_names_the_schedules_that_fit():
     outer, h = matrix(Unroll(checkpoint=1), 1000)
     size = h.nbytes

@@ -255,6 +255,7 @@ def test_training_stops_at_a_loss_that_is_not_finite(adjoint):
 QUADRATIC_LOSS = lambda p, h, b: h["penalty"] * jnp.sum(p**2)  # noqa: E731
 
 
+@pytest.mark.slow
 def test_divergence_within_a_scan_of_solves_is_attributed_to_the_solve():
     """Rate .1 and curvature 2 * 1e6 multiply parameters by 1 - 2e5 at each step of every solve."""
     solver = jaxhpo.from_optax(QUADRATIC_LOSS, optax.sgd(0.1))

@@ -152,6 +152,7 @@ def test_population_of_one_equals_the_run():
     check_member(result, 0, alone(0), rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_one_key_is_split_and_traced_once():
     calls = []
 

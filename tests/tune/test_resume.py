@@ -182,6 +182,7 @@ def test_callbacks_and_monitors_may_edit_their_containers(tmp_path):
     assert len(run(tmp_path, 5, loss, start, monitor=monitor, score_window=1).history["value"]) == 5
 
 
+@pytest.mark.slow
 def test_solves_in_functions_traced_before_are_recorded():
     """JAX would reuse a trace made without the recording."""
     solver = jaxhpo.from_optax(lambda p, h, b: jnp.sum((p - 1) ** 2) + h * jnp.sum(p**2), optax.sgd(0.1))

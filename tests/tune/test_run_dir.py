@@ -85,7 +85,7 @@ def test_a_checkpoint_suffices_where_its_history_was_changed(folder, change, los
         assert not np.isnan(run(folder, STEPS + 2).history["value"]).any()
 
 
-@pytest.mark.parametrize("members", [None, 2])
+@pytest.mark.parametrize("members", [None, pytest.param(2, marks=pytest.mark.slow)])
 def test_load(members, tmp_path):
     """Bit for bit what `tune` returned, with dictionaries and lists for containers."""
 
