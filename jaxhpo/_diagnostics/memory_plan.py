@@ -19,6 +19,7 @@ from jaxhpo._core.types import PyTree
 from jaxhpo._core.validate import check_callable, check_hparams, check_positive, short_name
 
 CHOICES = (None, 1, "sqrt", "auto", "binomial")
+MUCH = 2**26  # bytes of memory, with which a CPU is slower than with operations
 UNKNOWN_LENGTH = 100  # assumed passes of a loop to a tolerance
 
 
@@ -68,13 +69,24 @@ class MemoryPlan:
         if best is None:
             return f"No schedule fits into {human_bytes(limit)}, four fifths of that."
         if asked.bytes <= limit and asked.time <= 1.05 * best.time:
-            return f"On this machine `{asked.call}` has the fewest operations of what fits: leave it as it is."
+            text = f"On this machine `{asked.call}` has the fewest operations of what fits: leave it as it is."
+            return text + self._leaner_than(asked)
         ratio = best.time / asked.time
         change = f"{abs(1 - ratio):.0%} {'fewer' if ratio < 1 else 'more'} operations"
         return (
             f"On this machine write `{best.call}`: {best.time:.2f} trainings instead of {asked.time:.2f} ({change}), "
-            f"in {human_bytes(best.bytes)} of memory instead of {human_bytes(asked.bytes)}."
+            f"in {human_bytes(best.bytes)} of memory instead of {human_bytes(asked.bytes)}.{self._leaner_than(best)}"
         )
+
+    def _leaner_than(self, best: PlanRow) -> str:
+        """A schedule of a fifth of the memory or less and little more to compute, which may take less time."""
+        for row in self.fitting:
+            if best.bytes >= MUCH and row.bytes <= best.bytes / 5 and row.time <= 1.3 * best.time:
+                return (
+                    f" `{row.call}` takes {human_bytes(row.bytes)} for {row.time / best.time - 1:.0%} more operations, "
+                    "and is often faster on a CPU, where memory is slow: `compare` measures that."
+                )
+        return ""
 
     @property
     def fitting(self) -> tuple[PlanRow, ...]:

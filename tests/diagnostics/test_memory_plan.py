@@ -120,11 +120,17 @@ def test_rows_and_text_of_a_plan(capsys):
         ),  # 553 > .8 * 600
         (0, 600, r"write `Unroll\(checkpoint=1\)`: .* \(23% more operations\), in 59 B of memory instead of 553 B"),
         (1, 60, r"No schedule fits into 48 B, four fifths"),
+        (0, 1000, r"leave it as it is\.$"),  # where there is little memory, no word of less
+        (0, 1000 * 2**20, r"leave it as it is\. `Unroll\(checkpoint=1\)` takes 59 MiB for 23% more .*: `compare`"),
         (None, 1000, "No solve keeps states"),
     ],
 )
 def test_a_plan_ends_with_what_to_write(asked, limit, said):
-    rows = (PlanRow("Unroll(checkpoint=None)", 553, 3.0, ()), PlanRow("Unroll(checkpoint=1)", 59, 3.7, ()))
+    unit = 2**20 if limit > 2**20 else 1
+    rows = (
+        PlanRow("Unroll(checkpoint=None)", 553 * unit, 3.0, ()),
+        PlanRow("Unroll(checkpoint=1)", 59 * unit, 3.7, ()),
+    )
     plan = MemoryPlan(rows[asked or 0], rows if asked is not None else (), limit, 1, 1, ())
     assert re.search(said, str(plan).splitlines()[-1])
 
