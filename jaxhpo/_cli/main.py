@@ -226,6 +226,8 @@ def _plot(parsed: argparse.Namespace) -> None:
     Draws convergence, the norm of the hypergradient, and the paths of the hyperparameters.
     """
     path = parsed.out or parsed.run_dir / "run.png"
+    if parsed.out:
+        path.parent.mkdir(parents=True, exist_ok=True)
     plot.run(parsed.run_dir, path)
     _print(f"Written: {path}.")
 

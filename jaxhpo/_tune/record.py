@@ -33,6 +33,9 @@ except ImportError:  # Windows
     resource = None
 
 
+MOST_NOTES = 20  # resumptions whose changes a checkpoint keeps
+
+
 class TuneStep(NamedTuple):
     """Argument of a callback, after each outer step.
 
@@ -104,6 +107,7 @@ class Record:
       solves: the list to which linear solves report, where they are recorded.
 
     Attributes:
+      past: what each earlier resumption changed, in words; `own` is that of this one, or empty.
       changed: what has changed since the run that is resumed was saved, in words.
       another_loss: whether that is surely another outer loss, whose scores do not compare.
     """
@@ -131,6 +135,7 @@ class Record:
         self.fixed = {"hparams": state.point, "key": state.key, "transforms": transforms, "monitor": monitored}
         self.rows: list[dict[str, Any]] = []
         self.origin, self.notes = "started", list[str]()
+        self.past, self.own = list[str](), list[str]()
         self.loss: dict[str, str] = {}  # digests; empty before the first trace
         self.changed, self.another_loss = "", False
         self.started = time.perf_counter()
@@ -291,7 +296,8 @@ class Record:
         # Includes the time of callbacks after the last row: a run that had spent its seconds has spent them.
         self.started -= max(before.pop("seconds", 0.0), float(self.rows[-1]["seconds"]))
         self.origin = f"resumed from {os.fspath(self.run_dir.folder)!r} after {len(self.rows)} outer steps"
-        here = self._settings()
+        self.past, here = before.pop("past", []), self._settings()
+        here.pop("past")
         before["inner_steps"] = before["inner_steps"] or here["inner_steps"]  # 0: none was counted
         step = before["loss"]["step"], here["loss"]["step"]
         self.changed, self.another_loss = changes(before.pop("loss"), here.pop("loss"))
@@ -304,9 +310,13 @@ class Record:
             self.notes.append(self.changed)
         if before["inner_steps"] != here["inner_steps"]:
             self.notes.append("the best step so far is that of the earlier inner steps")
+        lasting = [note for note in self.notes if not note.startswith("num_steps is ")]
+        if lasting:
+            self.own = [f"since step {len(self.rows)}: {'; '.join(lasting)}"]
 
     def _settings(self) -> dict[str, Any]:
-        return {**self.settings, "inner_steps": self.compiled.step.inner_steps, "loss": self.loss}
+        past = [*self.past, *self.own][-MOST_NOTES:]
+        return {**self.settings, "inner_steps": self.compiled.step.inner_steps, "loss": self.loss, "past": past}
 
     def begin_scores(self) -> None:
         """Forgets the best step, and who has ended: those scores are of another loss."""

@@ -149,7 +149,8 @@ def standing(folder: str | os.PathLike, steps: int) -> str:
     saved = max(map(rows_of, saved_in(folder)), default=0)
     if 0 < saved < steps:
         text += f". The same call goes on after step {saved - 1}, from the last checkpoint"
-    return text
+    header = newest_header(folder)
+    return ". ".join([text, *map(printable, [] if header is None else header.settings.get("past", []))])
 
 
 def status_of(folder: pathlib.Path) -> dict[str, Any]:

@@ -224,7 +224,8 @@ def tune(
         the arrays that it holds; the run may be continued by another number of processes. An exception in one of them
         ends all. None keeps nothing.
       save_every: outer steps, or a `datetime.timedelta`, between checkpoints; the last state is always saved.
-      callbacks: each is called with a `TuneStep` after every step; a true result stops the run.
+      callbacks: each is called with a `TuneStep` after every step; a true result stops the run. Steps since the last
+        checkpoint of a run that was killed are taken, and reported, again.
       patience: stop after this many steps without an improvement of the score of more than `min_delta`; None never
         stops early.
       min_delta: the least improvement that counts for `patience`.
@@ -242,11 +243,12 @@ def tune(
         "linear_solves", for which the device calls back: of the linear solves of implicit rules (of all members) the
         largest `residual`, the `num_iterations`, and how many were `not_converged`. (An inner solve's optimality is
         recorded where the info holds its `sol.info`.)
-      resume: what to do where `run_dir` holds a run that began with another outer loss: its traced program, the arrays
-        that it closes over (of those above 4096 entries so many, evenly spaced, are compared; code and data of Python
-        functions that it calls back are not), the first carry, or jax's version. "warn" says so in a warning, and goes
-        on; the best step may still be one of before. "continue" goes on without a warning; if loss or data are surely
-        others, the best step and `patience` begin anew.
+      resume: what to do where `run_dir` holds a run that was last saved with another outer loss: its traced program,
+        the arrays that it closes over (of those above 4096 entries so many, evenly spaced, are compared; code and data
+        of Python functions that it calls back are not), the first carry, or jax's version. "warn" says so in a warning,
+        and goes on; the best step may still be one of before. "continue" goes on without a warning; if loss or data are
+        surely others, the best step and `patience` begin anew. Every later message of the run names the change. To undo
+        it, delete the newest `state-*.npz`: the run goes on from the one before, if that is from before.
       progress: a tqdm bar where tqdm is installed and the output is a terminal or a notebook, else a line every 5 s.
 
     Returns:
@@ -327,7 +329,7 @@ def tune(
             _check_budget(run, max_inner_steps)
         goes_on = _check_resumption(run, limits, resume)
         if progress and run.rows:
-            say("; ".join([run.origin, *run.notes, "another folder starts anew"]))
+            say("; ".join([run.origin, *run.notes, "to start anew, name another folder"]))
         bar = stack.enter_context(Progress(num_steps, "step", progress and goes_on, done=run.now.rows))
         bar.note("compiling ...")
         run.write_status("running", "")
@@ -499,7 +501,7 @@ def _progress_line(step: TuneStep, active) -> str:
 def _result(record, limits, status, message) -> TuneResult:
     now, history = record.now, record.history()
     if record.origin != "started":
-        message = "; ".join([record.origin, *record.notes, message])
+        message = "; ".join([record.origin, *record.notes, message, *record.past])
     members = ()
     if record.compiled.shape:
         ended = limits.ended(record)

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -151,10 +152,14 @@ def test_another_loss_is_said_and_nothing_changes(tmp_path):
 
 def test_continue_goes_on_with_the_new_loss(tmp_path):
     """The best step of the old loss, whose value the new one never reaches, is forgotten, and so is its patience."""
-    tuned(tmp_path, 1.0, 50, patience=5, min_delta=1e-3)
+    first = tuned(tmp_path, 1.0, 50, patience=5, min_delta=1e-3)
     result = tuned(tmp_path, 5.0, 60, resume="continue", patience=5, min_delta=1e-3)
     np.testing.assert_allclose(result.best_hparams, 5.0, atol=0.1)
     assert "the outer loss is another" in result.message
+    steps = len(first.history["value"])
+    again = tuned(tmp_path, 5.0, 70, resume="continue", patience=5, min_delta=1e-3)
+    for later in (jaxhpo.load(tmp_path), again):
+        assert re.search(f"since step {steps}: [^.]*the outer loss is another", later.message)
 
 
 def test_a_run_that_had_ended_says_so(tmp_path, monkeypatch):
