@@ -671,6 +671,9 @@ def test_cg_reports():
     assert info.status == jaxhpo.LinearStatus.NOT_FINITE
     x, info = CG(damping=2.0)(lambda v: A @ v, b, x0=jnp.array([1 / 3, 1 / 6, 1 / 11]))
     assert info.num_iterations == 0  # a warm start at the damped solution
+    low = A.astype(jnp.float32)  # under a NumPy setting of another type
+    x, info = CG(damping=np.float64(2.0))(lambda v: low @ v, b.astype(jnp.float32))
+    np.testing.assert_allclose(x, [1 / 3, 1 / 6, 1 / 11], rtol=1e-5)
     x, info = CG()(lambda v: A @ v, jnp.zeros(3))
     assert info.status == jaxhpo.LinearStatus.CONVERGED and not x.any()
 

@@ -1,7 +1,6 @@
 """Implicit differentiation: the rule `Implicit`, and `implicit` for a solution found by any solver."""
 
 import dataclasses
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 
 from jaxhpo._adjoint.implicit_function import Root, attach
 from jaxhpo._adjoint.pullback import closed_over_names, not_entering
-from jaxhpo._core.errors import JaxhpoError
+from jaxhpo._core.errors import JaxhpoError, warn
 from jaxhpo._core.stop_gradient import stop_gradient_with_warning
 from jaxhpo._core.trace import closure_convert, untrusted_rule
 from jaxhpo._core.tree import mixed_types, names, upcast
@@ -190,12 +189,10 @@ def warn_of_untrusted_rule(rule: Any, problem: Problem) -> None:
     """Warns that a rule takes a Hessian to be symmetric that may not be."""
     own = untrusted_rule_of(problem)
     if own is not None:
-        warnings.warn(
+        warn(
             f"The train loss holds {own}, with a derivative rule of its own, and {rule!r} takes the Hessian to be "
             "symmetric. If that rule is not the true derivative (it reverses or clips a gradient, say), it is not and "
-            "the hypergradient is wrong: use `Implicit(GMRES())`, `Implicit(Direct())` or `Unroll()`.",
-            RuntimeWarning,
-            stacklevel=5,
+            "the hypergradient is wrong: use `Implicit(GMRES())`, `Implicit(Direct())` or `Unroll()`."
         )
 
 

@@ -1,5 +1,10 @@
 """The library's own exceptions and warnings."""
 
+import sys
+import warnings
+
+AROUND = ("jaxhpo", "jax", "contextlib")  # packages whose frames lie between the user's line and a warning
+
 
 class JaxhpoError(ValueError):
     """An argument cannot work; the message says what was given, why it cannot work, and what to write instead."""
@@ -11,6 +16,14 @@ class ZeroHypergradientError(JaxhpoError):
 
 class NonFiniteError(JaxhpoError):
     """A loss, a parameter or a hypergradient is NaN or infinite; the message names the first place where it is."""
+
+
+def warn(warning: str | Warning, category: type[Warning] = RuntimeWarning) -> None:
+    """Issues a warning at the line of the user's code that called the library."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in AROUND:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(warning, category, stacklevel=level)
 
 
 class ZeroHypergradientWarning(UserWarning):

@@ -8,10 +8,9 @@ import jax
 import numpy as np
 from jax.core import ShapedArray
 from jax.custom_derivatives import SymbolicZero
-from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, auto_axes, explicit_axes, reshard
 
-from jaxhpo._core.tree import mixed_types
+from jaxhpo._core.tree import ravel_pytree
 from jaxhpo._core.types import PyTree
 
 
@@ -79,8 +78,7 @@ def ravel(tree: PyTree) -> tuple[jax.Array, Callable[[jax.Array], PyTree]]:
     each leaf its sharding back.
     """
     types = jax.tree.map(jax.typeof, tree)
-    with mixed_types():
-        flat, unravel = ravel_pytree(jax.tree.map(gathered, tree))
+    flat, unravel = ravel_pytree(jax.tree.map(gathered, tree))
     return flat, lambda flat: jax.tree.map(sharded_like, unravel(flat), types)
 
 

@@ -1,8 +1,6 @@
 """Limits of a derivative rule: inputs that it treats as constants, second derivatives, forward mode."""
 
 import functools
-import sys
-import warnings
 from typing import Any
 
 import jax
@@ -12,18 +10,15 @@ from jax.custom_derivatives import SymbolicZero
 from jax.extend import core as jex
 from jax.interpreters import ad, batching, mlir
 
-from jaxhpo._core.errors import JaxhpoError, ZeroHypergradientWarning
+from jaxhpo._core.errors import JaxhpoError, ZeroHypergradientWarning, warn
 from jaxhpo._core.trace import trust
 from jaxhpo._core.tree import is_inexact, partition
 from jaxhpo._core.types import PyTree
 
 
 def warn_zero(leaf: str, message: str, partial: bool = False) -> None:
-    """Issues a `ZeroHypergradientWarning` at the line of the user's code that called the library."""
-    level, frame = 1, sys._getframe(0)
-    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in ("jaxhpo", "jax", "contextlib"):
-        level, frame = level + 1, frame.f_back
-    warnings.warn(ZeroHypergradientWarning(f"{leaf} {message}", leaf, partial), stacklevel=level)
+    """Issues a `ZeroHypergradientWarning`."""
+    warn(ZeroHypergradientWarning(f"{leaf} {message}", leaf, partial))
 
 
 def warn_perturbed(leaf_names: list[str], perturbed: PyTree, message: str, partial: bool = False) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import optax
 
@@ -15,6 +16,7 @@ from jaxhpo._core.types import PyTree
 # For arithmetic of this library and of optax, and for functions of the user's whose arguments are cast for them.
 mixed_types = functools.partial(jax.numpy_dtype_promotion, "standard")
 
+ravel_pytree: Callable[[PyTree], tuple[jax.Array, Callable]] = mixed_types()(jax.flatten_util.ravel_pytree)
 norm: Callable[[PyTree], jax.Array] = mixed_types()(optax.tree.norm)
 zeros_like: Callable[[PyTree], PyTree] = optax.tree.zeros_like
 where: Callable[[Any, PyTree, PyTree], PyTree] = optax.tree.where

@@ -55,9 +55,13 @@ def check_settings(config: Any, **kinds: str) -> None:
     """Check fields of a frozen dataclass, each of a kind in `_KINDS`, which may end with "or None".
 
     `check_settings(self, rank="count", tol="positive or None")` names a field in messages as `Nystrom(rank=...)`.
+    NumPy's numbers become Python's, which take the types of the arrays that they meet.
     """
     for name, kind in kinds.items():
         value, (kind, *rest) = getattr(config, name), kind.split(" or ")
+        if isinstance(value, np.generic):
+            value = value.item()
+            object.__setattr__(config, name, value)
         if value is not None or not rest:
             _KINDS[kind](f"{type(config).__name__}({name}=...)", value)
 

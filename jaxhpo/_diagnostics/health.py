@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxhpo._core.errors import NonFiniteError, ZeroHypergradientError, ZeroHypergradientWarning
+from jaxhpo._core.errors import NonFiniteError, ZeroHypergradientError, ZeroHypergradientWarning, warn
 from jaxhpo._core.trace import differentiable_inputs, flat_by
 from jaxhpo._core.tree import all_finite, named_leaves
 from jaxhpo._core.types import PyTree
@@ -69,7 +69,7 @@ def raise_if_zero(
             f"{who} has a hypergradient of exactly zero at this point: start elsewhere if it does not move (a count "
             "of errors is flat: take a smooth loss, or `EvolutionStrategies`)."
         )
-        warnings.warn(ZeroHypergradientWarning(text, name), stacklevel=3)
+        warn(ZeroHypergradientWarning(text, name))
 
 
 def reasons_for_zero(messages: Iterable[Any]) -> dict[str, ZeroHypergradientWarning]:

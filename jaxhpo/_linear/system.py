@@ -8,13 +8,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.flatten_util import ravel_pytree
 
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.mesh import cast_varying, drop_varying, on_auto_axes, varying_axes
 from jaxhpo._core.record import report_fault, report_linear_solve
 from jaxhpo._core.trace import closure_convert
-from jaxhpo._core.tree import all_finite, cast_like, where
+from jaxhpo._core.tree import all_finite, cast_like, ravel_pytree, where
 from jaxhpo._core.types import LinearInfo, LinearStatus, PyTree
 from jaxhpo._core.validate import check_residual, describe
 from jaxhpo._linear.report import judged, largest

@@ -229,7 +229,7 @@ def _pieces(path: pathlib.Path, seal: dict[str, Any]) -> list[Pieces]:
                 arrays[i].pieces.append((place, functools.partial(_piece, path / name, info)))
     for x in arrays:
         if sum(math.prod(b - a for a, b in place) for place, _ in x.pieces) != math.prod(x.shape):
-            raise DamagedError("a piece of it is missing")
+            raise DamagedError("its pieces do not make up the whole")
     return arrays
 
 

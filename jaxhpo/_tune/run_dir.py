@@ -10,7 +10,6 @@ import re
 import shutil
 import stat
 import time
-import warnings
 import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxhpo._core.errors import JaxhpoError
+from jaxhpo._core.errors import JaxhpoError, warn
 from jaxhpo._core.processes import from_first
 from jaxhpo._core.tree import named_leaves
 from jaxhpo._core.types import PyTree
@@ -121,7 +120,7 @@ class RunDir(contextlib.ExitStack):
             raise JaxhpoError(message) from error
         self._tells = _is_status(self.folder / STATUS)
         if not self._tells:
-            _warn(f"{self.folder / STATUS} is not that of a run, and stays as it is: `jaxhpo show` has none to tell", 8)
+            _warn(f"{self.folder / STATUS} is not that of a run, and stays as it is: `jaxhpo show` has none to tell")
 
     def _open_history(self) -> None:
         path = self.folder / HISTORY
@@ -129,9 +128,7 @@ class RunDir(contextlib.ExitStack):
             found = os.lstat(path)
             if not stat.S_ISREG(found.st_mode) or (found.st_size and not self._checkpoints()):
                 kept = set_aside(path, ".jsonl")
-                _warn(
-                    f"{path} belongs to no checkpoint: it is kept as {kept}, and the run starts at its first step.", 9
-                )
+                _warn(f"{path} belongs to no checkpoint: it is kept as {kept}, and the run starts at its first step.")
         self._file = opened(path, "r+b", os.O_CREAT, buffering=0)
 
     @property
@@ -415,9 +412,8 @@ def lines_of(folder: pathlib.Path, header: Header) -> dict[int, bytes]:
     return proven(itertools.chain([content(folder / HISTORY), header.tail.encode()], others), header.sums)
 
 
-def _warn(text: str, depth: int = 7) -> None:
-    """Warns of the line of the user's, so many calls above."""
-    warnings.warn(f"`run_dir`: {text}", RuntimeWarning, stacklevel=depth)
+def _warn(text: str) -> None:
+    warn(f"`run_dir`: {text}")
 
 
 def content(path: pathlib.Path) -> bytes:

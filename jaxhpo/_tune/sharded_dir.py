@@ -93,7 +93,9 @@ class ShardedDir(RunDir):
 
     def _write(self, leaves: Leaves, settings: dict[str, Any]) -> bool:
         path = self.folder / f"state-{self.num_rows:08d}.parts"
-        arrays = [key_data(x) if is_spread(x) else np.asarray(key_data(x)) for _, x in leaves]
+        # What lies on this process's devices alone is the same on all processes.
+        parted = [is_spread(x) and not x.is_fully_addressable for _, x in leaves]
+        arrays = [key_data(x) if p else np.asarray(key_data(x)) for (_, x), p in zip(leaves, parted, strict=True)]
         if self._succeeds(lambda: _make_room(path)) is False:
             return False
         part, digest, problem = path / f"part-{jax.process_index()}.npz", "", ""

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import optax
 
-from jaxhpo._core.errors import JaxhpoError, NonFiniteError
+from jaxhpo._core.errors import JaxhpoError, NonFiniteError, warn
 from jaxhpo._core.processes import check_same, check_same_value, on_any, together, whole
 from jaxhpo._core.progress import Progress, say
 from jaxhpo._core.record import recording
@@ -436,7 +436,7 @@ def _check_resumption(record, limits, resume) -> bool:
         )
     else:
         return not reached
-    warnings.warn(f"`run_dir`: {message}", RuntimeWarning, stacklevel=3)
+    warn(f"`run_dir`: {message}")
     return not reached
 
 
@@ -514,12 +514,10 @@ def _result(record, limits, status, message) -> TuneResult:
     unscored = np.isposinf(now.best) & (now.best_step >= 0)  # finite steps, of which none has a score
     if unscored.any():
         who = f" for {named_members(np.flatnonzero(unscored))}" * bool(members)
-        warnings.warn(
+        warn(
             f"`monitor(info)` gave NaN or infinity at every outer step{who}, so that none is the best: `best_value` is "
             "nan, and `best_hparams` are those of the last step. Return a number from it, at one step in `patience` or "
             "more often; or omit `monitor`, for the outer loss.",
-            RuntimeWarning,
-            stacklevel=3,
         )
         best = np.where(unscored, np.nan, best) if members else float("nan")
     step = now.best_step if members else int(now.best_step)
@@ -556,7 +554,7 @@ def _not_finite(record, state, report, after, ends, halvings, alive) -> str:
     end = "The run ends; `hparams` are those of this step, `best_hparams` the best before."
     if who:
         end = "These members end, and keep their hyperparameters; the others go on."
-    warnings.warn(f"{message} {end}", RuntimeWarning, stacklevel=4)
+    warn(f"{message} {end}")
     return message
 
 

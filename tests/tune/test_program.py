@@ -175,8 +175,11 @@ def test_a_run_that_had_ended_says_so(tmp_path, monkeypatch):
 
     first = run()
     assert len(calls) == 1
-    with pytest.warns(RuntimeWarning, match=r"had ended before \(2 outer steps were.*'continue'` silences this"):
+    with pytest.warns(
+        RuntimeWarning, match=r"had ended before \(2 outer steps were.*'continue'` silences this"
+    ) as told:
         assert run().best_value == first.best_value
+    assert told[0].filename == __file__  # the user's line
     assert run(resume="continue").best_value == first.best_value
     with pytest.warns(RuntimeWarning, match="first carry is another .that of the checkpoint is taken.; the best"):
         run(1.0, num_steps=3)

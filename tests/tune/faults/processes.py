@@ -195,6 +195,18 @@ def grown(folder):
     return [tune(folder)]
 
 
+def local(folder):
+    """All that is tuned lies on the devices of each process alone, and is the same on all."""
+    mesh = jax.sharding.Mesh(np.array(jax.local_devices()), ("own",))
+    goal = jax.device_put(np.arange(4.0), NamedSharding(mesh, PartitionSpec("own")))
+    settings = {"run_dir": folder, "save_every": 1, "progress": False}
+    run = lambda steps: jaxhpo.tune(  # noqa: E731
+        lambda h: jnp.sum((h - goal) ** 2), jnp.zeros_like(goal), optax.adam(0.1), num_steps=steps, **settings
+    )
+    run(2)
+    return [run(3).message]
+
+
 def continued(folder):
     """Stopped after three steps, and resumed."""
     return [tune(folder, 3), tune(folder)]

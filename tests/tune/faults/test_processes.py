@@ -29,6 +29,7 @@ SCENARIOS = [
     "timed",
     "full",
     "refused",
+    "local",
 ]
 
 
@@ -150,6 +151,12 @@ def test_two_processes_resume_a_run_of_one(ended, folder):
     whole = [np.frombuffer(bytes.fromhex(x)) for x in (grown["end"][0], ended["undisturbed"][0]["end"][0])]
     np.testing.assert_allclose(*whole, rtol=1e-13)  # as below
     assert checkpoints(folder / "grown") == ["state-00000005.parts", "state-00000006.parts"]
+
+
+@pytest.mark.slow
+def test_what_each_process_holds_alone_is_saved_once(ended):
+    (told,) = ended["local"]
+    assert "after 2 outer steps" in told["refusal"] and "damaged" not in told["refusal"]
 
 
 @pytest.mark.slow
