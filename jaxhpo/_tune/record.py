@@ -303,16 +303,16 @@ class Record:
         self.changed, self.another_loss = changes(before.pop("loss"), here.pop("loss"))
         unnamed = step[0] != step[1] and not self.changed
         unnamed &= all(before[name] == here[name] for name in ("optimizer", "remedies", "projections"))
-        self.notes = [*notes, *map(printable, [*_differences(before, here), *held_back])]
+        others = [*map(printable, [*_differences(before, here), *held_back])]
         if unnamed:
-            self.notes.append("the optimiser or a projection is another, in a number that its code holds")
+            others.append("the optimiser or a projection is another, in a number that its code holds")
         if self.changed:
-            self.notes.append(self.changed)
+            others.append(self.changed)
         if before["inner_steps"] != here["inner_steps"]:
-            self.notes.append("the best step so far is that of the earlier inner steps")
-        lasting = [note for note in self.notes if not note.startswith("num_steps is ")]
-        if lasting:
-            self.own = [f"since step {len(self.rows)}: {'; '.join(lasting)}"]
+            others.append("the best step so far is that of the earlier inner steps")
+        self.notes = [*notes, *others]
+        lasting = [note for note in others if not note.startswith("num_steps is ")]
+        self.own = [f"since step {len(self.rows)}: {'; '.join(lasting)}"] if lasting else []
 
     def _settings(self) -> dict[str, Any]:
         past = [*self.past, *self.own][-MOST_NOTES:]
