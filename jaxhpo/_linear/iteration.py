@@ -222,8 +222,10 @@ def in_turn(first: Callable, then: Callable, goes_on: Callable[[LinearInfo], jax
 
     def solve(operator, b, x0):
         def second(carry):
-            _, before, _ = carry
-            x, info = then(operator, b, None)
+            _, before, again = carry
+            # Products depend on the carry. What does not, as a factorised matrix, XLA moves to before the loop, where
+            # it is made in any case.
+            x, info = then(lambda v: operator(jnp.where(again, v, 0)), b, None)
             info = info._replace(num_iterations=info.num_iterations + before.num_iterations)
             return cast_varying((x, info, jnp.asarray(False)), axes)
 

@@ -318,6 +318,15 @@ def test_any_invertible_matrix(name, monkeypatch):
     assert (info.status == CONVERGED).all() and not info.failed.any()
 
 
+@pytest.mark.codegen
+def test_dense_fallback_is_made_only_where_it_is_needed():
+    """Under `vmap`: XLA would move a factorisation that depends on nothing in a loop to before it."""
+    program = jax.vmap(lambda scale, b: CG(fallback=General())(lambda v: scale * v, b)[0])
+    text = jax.jit(program).lower(jnp.ones(2), jnp.ones((2, 8))).compile().as_text()
+    before, main = text.split("\nENTRY")
+    assert "lapack" in before and "lapack" not in main
+
+
 # Of solvers that are not the library's, the library judges the answer; that of lineax is an adapter's.
 OTHERS = {
     "lineax CG": from_lineax(lineax.CG(rtol=1e-6, atol=1e-6)),
