@@ -36,12 +36,14 @@ class Progress(contextlib.ExitStack):
       label: what a step is.
       enabled: False shows nothing.
       done: steps taken earlier.
+      delay: seconds in which nothing is shown: work that ends within them is silent.
     """
 
-    def __init__(self, total: int, label: str = "step", enabled: bool = True, done: int = 0):
+    def __init__(self, total: int, label: str = "step", enabled: bool = True, done: int = 0, delay: float = 0.0):
         super().__init__()
         self.total, self.label, self.enabled, self.done = total, label, enabled, done
         self.shown, self.first = time.perf_counter(), None
+        self.begins = self.shown + delay
         self.bar: Any = None
         self.callback(self._close)
         with contextlib.suppress(Exception):  # tqdm is absent, or stderr is None, closed, or no terminal
@@ -49,7 +51,7 @@ class Progress(contextlib.ExitStack):
             if enabled and ((ipython and ipython.get_ipython()) or sys.stderr.isatty()):
                 from tqdm.auto import tqdm
 
-                self.bar = tqdm(total=total, initial=done, desc=label, bar_format=FORMAT)
+                self.bar = tqdm(total=total, initial=done, desc=label, bar_format=FORMAT, delay=delay)
 
     def note(self, text: str) -> None:
         """Shows at once what is going on before the next step ends."""
@@ -73,8 +75,9 @@ class Progress(contextlib.ExitStack):
                 return
             except Exception:
                 self._close()  # and goes on with lines
-        if self.enabled and (not steps or self.done == self.total or time.perf_counter() - self.shown >= EVERY):
-            self.shown = time.perf_counter()
+        now = time.perf_counter()
+        if self.enabled and now >= self.begins and (not steps or self.done == self.total or now - self.shown >= EVERY):
+            self.shown = now
             line = f"{self.label} {self.done}/{self.total}{f' ({left})' * bool(left)}"
             say(f"{line}: {text}" if text else line)
 

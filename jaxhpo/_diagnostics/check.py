@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxhpo._core.mesh import ravel
 from jaxhpo._core.processes import from_first
+from jaxhpo._core.progress import EVERY, Progress
 from jaxhpo._core.record import recording
 from jaxhpo._core.trace import compilable
 from jaxhpo._core.types import LinearStatus, PyTree
@@ -83,8 +84,10 @@ def check_hypergradient(
     Differences are fourth order, :math:`(8 F(h+sd) - 8 F(h-sd) - F(h+2sd) + F(h-2sd)) / 12s`, along every coordinate
     for up to 64 hyperparameters, else along random directions.
 
-    **Cost and bias**: one hypergradient, and four outer losses per direction, compiled once. The differences err by
-    :math:`O(s^4)` and by rounding errors over s; `numeric_error` estimates both where the outer loss is smooth.
+    **Cost and bias**: one hypergradient, and four outer losses per direction, compiled once: 4m for m ≤ 64
+    hyperparameters, else 64, each a whole training. What takes longer than 5 s shows its progress on stderr. The
+    differences err by :math:`O(s^4)` and by rounding errors over s; `numeric_error` estimates both where the outer loss
+    is smooth.
 
     Args:
       outer_loss: `hparams -> scalar`, deterministic.
@@ -128,13 +131,14 @@ def check_hypergradient(
         return check_scalar(outer_loss(unravel(flat)), "outer_loss")
 
     solves = []
-    with warnings.catch_warnings(record=True, action="always") as caught, recording(linear_solves=solves):
-        program, args = compilable(jax.value_and_grad(loss), flat)
-        value, grad = program(*args)
-    raise_unless_finite(value, unravel(grad), lambda: diagnose(outer_loss, hparams))
-
     tried = None if num_directions is None and flat.size <= 64 else num_directions or 16
-    differences = central_differences(loss, hparams, tried, step_size, direction_key)
+    with Progress(1 + (tried or flat.size), "check_hypergradient", delay=EVERY) as bar:
+        with warnings.catch_warnings(record=True, action="always") as caught, recording(linear_solves=solves):
+            program, args = compilable(jax.value_and_grad(loss), flat)
+            value, grad = program(*args)
+        raise_unless_finite(value, unravel(grad), lambda: diagnose(outer_loss, hparams))
+        bar.update()
+        differences = central_differences(loss, hparams, tried, step_size, direction_key, bar.update)
     raise_if_zero(unravel(grad), caught, (outer_loss, hparams))
     differences.check()
     analytic, numeric = differences.along(grad), differences.numeric

@@ -100,7 +100,12 @@ def agreement(got, want) -> Agreement:
 
 
 def central_differences(
-    loss: Callable, hparams: PyTree, num_directions: int | None, step_size: float | None, key: jax.Array
+    loss: Callable,
+    hparams: PyTree,
+    num_directions: int | None,
+    step_size: float | None,
+    key: jax.Array,
+    after_each: Callable[[], None] = lambda: None,
 ) -> Differences:
     """Differences of `loss(flat hyperparameters)`: four evaluations per direction, compiled once.
 
@@ -110,6 +115,7 @@ def central_differences(
       num_directions: number of random directions; None takes every coordinate.
       step_size: relative to each hyperparameter's scale; None takes ε^(1/5).
       key: for the directions.
+      after_each: called after each direction.
     """
     flat, scale = ravel(hparams)[0], ravel(jax.tree.map(_scale, hparams))[0]
     if num_directions is None:
@@ -119,27 +125,28 @@ def central_differences(
         lengths = jnp.linalg.norm(directions, axis=1)
     # The error s⁴ of the formula plus the rounding error ε/s is least at s = O(ε^(1/5)).
     step = float(jnp.finfo(flat.dtype).eps) ** 0.2 if step_size is None else step_size
-    program, args = compilable(lambda *args: _along_each(loss, *args), flat, directions, step)
-    directions, lengths, numeric, coarse = (whole(x).astype(float) for x in (directions, lengths, *program(*args)))
+    program, (*consts, _, _, _) = compilable(lambda *args: _along(loss, *args), flat, directions[0], step)
+    found = []
+    for direction in directions:  # one program for each in turn, between which progress is shown
+        found.append([float(whole(x)) for x in program(*consts, flat, direction, step)])
+        after_each()
+    numeric, coarse = np.array(found).T
+    directions, lengths = (whole(x).astype(float) for x in (directions, lengths))
     coordinates = _coordinate_names(hparams) if num_directions is None else None
     # D is linear in d, so the derivative along the unit vector d / ‖d‖ is D / ‖d‖.
     return Differences(directions / lengths[:, None], numeric / lengths, coarse / lengths, coordinates)
 
 
-def _along_each(loss, flat, directions, step):
-    """Fourth-order differences along each direction, and the second-order ones that estimate their error."""
-
+def _along(loss, flat, d, step):
+    """Fourth-order difference along a direction, and the second-order one that estimates its error."""
     # With f(s) = F(h + s d) and D(s) = (f(s) − f(−s)) / 2s = f′(0) + s² f‴(0)/6 + s⁴ f⁽⁵⁾(0)/120 + …, Richardson's
     # extrapolation cancels the term in s²:
     #   D₄ = (4 D(s) − D(2s)) / 3 = (8 f(s) − 8 f(−s) − f(2s) + f(−2s)) / 12s = f′(0) − s⁴ f⁽⁵⁾(0)/30 + …
-    def along(d):
-        # A loop, not four calls: the loss, a whole training, is traced and compiled once.
-        f = jax.lax.map(lambda times: loss(flat + times * step * d), jnp.array([1, -1, 2, -2], flat.dtype))
-        near = (f[0] - f[1]) / (2 * step)  # D(s)
-        far = (f[2] - f[3]) / (4 * step)  # D(2s)
-        return (4 * near - far) / 3, near
-
-    return jax.lax.map(along, directions)
+    # A loop, not four calls: the loss, a whole training, is traced and compiled once.
+    f = jax.lax.map(lambda times: loss(flat + times * step * d), jnp.array([1, -1, 2, -2], flat.dtype))
+    near = (f[0] - f[1]) / (2 * step)  # D(s)
+    far = (f[2] - f[3]) / (4 * step)  # D(2s)
+    return (4 * near - far) / 3, near
 
 
 def _scale(leaf):

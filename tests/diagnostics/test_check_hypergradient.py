@@ -23,6 +23,16 @@ def test_exact_rule_passes():
     assert "6 coordinates" in str(check) and "\n" not in str(check)
 
 
+def test_progress_is_shown_after_a_while(monkeypatch, capsys):
+    """Of the hypergradient, and of one coordinate."""
+    loss = lambda h: h**3  # noqa: E731
+    for delay, end in ((np.inf, ""), (0.0, "check_hypergradient 2/2\n")):
+        monkeypatch.setattr("jaxhpo._diagnostics.check.EVERY", delay)
+        jaxhpo.check_hypergradient(loss, jnp.asarray(1.0))
+        shown = capsys.readouterr().err
+        assert shown.endswith(end) and bool(shown) == bool(end)
+
+
 def test_error_of_approximate_rule_is_measured():
     """T1–T2 on ridge: the measured error is that of its closed form."""
     exact = RIDGE.hypergradient(RIDGE.hparams)
