@@ -42,7 +42,9 @@ class Implicit:
     Args:
       linear_solver: `CG()`, `Neumann(num_terms, step_size)`, `Identity(scale)`, `Direct()`, any other `LinearSolver`,
         or any function `(matvec, b, x0=None) -> (x, LinearInfo)`. By default `CG()`, and where that fails because the
-        matrix is not positive definite, `General()` in the same program.
+        matrix is not positive definite, `General()` in the same program. `CG()` stops after 100 products, converged or
+        not, also where there are more parameters: `CG(maxiter=1000)` for ill-conditioned problems; `debug_solves`, and
+        `tune(record="linear_solves")`, tell whether it is needed.
       curvature: `"hessian"`, the Jacobian of the condition itself, or a positive semi-definite matrix in its place:
         `gauss_newton(...)`, `outer_product(...)`.
       on_failure: where the linear solve failed (`LinearInfo.failed`: an indefinite matrix under `CG`, one that is not

@@ -72,6 +72,7 @@ class SolveLog:
       random: the rules that asked for a key.
       num_steps: inner steps of all solves, at most.
       symmetric: whether every condition's Jacobian is symmetric.
+      truncated: whether a linear solver takes a fixed number of terms, so that it has no tolerance to end at.
       params: the parameters of the largest inner problem, without values.
       runs: an `InnerRun` for every solve that was run.
       schedules: an `UnrolledSolve` for every solve that keeps states.
@@ -83,6 +84,7 @@ class SolveLog:
         self.random: list[Any] = []
         self.num_steps = 0
         self.symmetric = True
+        self.truncated = False
         self.params: PyTree = None
         self.runs: list[InnerRun] = []
         self.schedules: list[UnrolledSolve] = []
@@ -226,6 +228,13 @@ def report_random(rule: Any) -> None:
     log = active().solves
     if log is not None:
         log.random.append(rule)
+
+
+def report_truncated() -> None:
+    """Reports a linear solver that takes a fixed number of terms."""
+    log = active().solves
+    if log is not None:
+        log.truncated = True
 
 
 def report_solve(problem: Any, adjoint: Any, info: Info) -> None:

@@ -35,11 +35,13 @@ class Info(NamedTuple):
         (decoupled weight decay, clipping, projection): put the decay into the loss, or use `fixed_point(step)`.
       num_steps: inner steps taken (int32).
       finite: whether every parameter and the condition are finite (bool).
+      converged: whether the run ended below its `tol` (bool); None where none was given.
     """
 
     optimality: jax.Array
     num_steps: jax.Array
     finite: jax.Array
+    converged: jax.Array | None = None
 
 
 class Solution(NamedTuple):

@@ -234,7 +234,9 @@ def _traced_high(fn, args) -> tuple[Callable, list, PyTree]:
 
 
 def info_of(problem: Problem, final: InnerState, steps: Any) -> Info:
-    """The norm of the condition at the end of a run, the steps taken, and whether all is finite."""
+    """The norm of the condition at the end of a run, the steps taken, whether all is finite and below a `tol`."""
     params, model_state, inputs = jax.lax.stop_gradient((final.params, final.model_state, problem.residual_inputs))
     optimality = norm(problem.residual(params, model_state, inputs))
-    return Info(optimality, steps, all_finite(params) & jnp.isfinite(optimality))
+    # Where the loop ended early it saw a norm below `tol`, which may differ from this one in the last digits.
+    converged = None if problem.tol is None else (steps < problem.num_steps) | (optimality < problem.tol)
+    return Info(optimality, steps, all_finite(params) & jnp.isfinite(optimality), converged)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from jaxhpo._core.record import report_truncated
 from jaxhpo._core.tree import norm
 from jaxhpo._core.types import LinearInfo, LinearStatus
 
@@ -146,5 +147,6 @@ def still_falls(before, after) -> jax.Array:
 
 
 def series_status(last, following) -> jax.Array:
-    """Return the status of a truncated series, from the norms of its last term and of the first omitted one."""
+    """Report a truncated series, and return its status, from the norms of its last term and of the first omitted."""
+    report_truncated()
     return jnp.where(still_falls(last, following), LinearStatus.MAX_ITERATIONS, LinearStatus.STALLED)

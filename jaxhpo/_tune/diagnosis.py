@@ -1,18 +1,26 @@
-"""Explanations of an outer step that is not finite, or whose hypergradient is zero."""
+"""Explanations of outer steps: not finite, a hypergradient of zero, solves that did not converge."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.trace import compilable
 from jaxhpo._core.transforms import apply_transforms
 from jaxhpo._core.tree import all_finite, named_leaves
-from jaxhpo._core.types import PyTree, Transform
+from jaxhpo._core.types import Info, LinearInfo, LinearStatus, PyTree, Transform
 from jaxhpo._diagnostics.not_finite import diagnose
 from jaxhpo._diagnostics.origin import find_origin
-from jaxhpo._tune.step import OuterState, Step, has_nan, solves_finite
+from jaxhpo._tune.step import OuterState, Step, has_nan, reports_in, solves_finite
+
+INNER = "raise `num_steps` of `solve`, or its `tol`"
+LINEAR = (
+    "raise the linear solver's `maxiter`, as in `Implicit(CG(maxiter=1000))`, or accept less by its `tol`; where more "
+    "iterations change nothing, compute in float64 or add `damping`"
+)
 
 
 def program(step: Step, state: OuterState) -> tuple[Callable, PyTree] | None:
@@ -39,6 +47,33 @@ def diagnosis(step: Step, state: OuterState) -> str:
         if bool(has_nan(carry)):
             return _origin_of(carry, step, state, key)
     return "Loss and hypergradient are finite: look at the optimiser's rate and schedule at this step."
+
+
+def unconverged(history: dict[str, Any], step: Step) -> str:
+    """Says in how many outer steps recorded solves ended before their tolerance, and what to write; "" where none did.
+
+    Linear solvers of a fixed number of terms have no tolerance.
+    """
+    known = np.isfinite(history["value"])  # not of a member that has ended, and is held
+    inner = [(r.converged == 0, r.optimality) for r in reports_in(history["info"], Info) if r.converged is not None]
+    linear = [(r.status != LinearStatus.CONVERGED, r.residual) for r in reports_in(history["info"], LinearInfo)]
+    if "linear_solves" in history:
+        columns = history["linear_solves"]
+        linear.append((columns["not_converged"] > 0, columns["residual"]))
+    texts = []
+    for what, found, instead in (
+        ("inner runs ended at `num_steps`, before their `tol` (largest optimality", inner, INNER),
+        ("linear solves ended before their tolerance (largest residual", [] if step.truncated else linear, LINEAR),
+    ):
+        steps, sizes = set[int](), list[float]()
+        for missed, size in found:
+            counts = known if missed.ndim >= known.ndim else known.any(1)  # a column that members share
+            early = missed & counts.reshape(*counts.shape, *(1,) * (missed.ndim - counts.ndim))
+            steps |= {*np.nonzero(early)[0].tolist()}
+            sizes += size[early].tolist()
+        if steps:
+            texts.append(f"in {len(steps)} of {len(known)} steps {what} {max(sizes):.1e}): {instead}")
+    return "; ".join(texts)
 
 
 def _origin_of(carry, step, state, key) -> str:

@@ -137,6 +137,7 @@ class Step:
 
     Attributes:
       inner_steps: those of all solves that were traced for a step; under `vmap` or a scan each counts once.
+      truncated: whether linear solvers of a fixed number of terms were among them, which have no tolerance.
     """
 
     def __init__(self, outer_loss, optimizer, transforms, projections, remedies, gradient):
@@ -145,7 +146,7 @@ class Step:
         self.loss, self.gradient = in_one_form(outer_loss, gradient)
         self.optimizer = optax.with_extra_args_support(optimizer)
         self.transforms, self.projections, self.remedies = transforms, projections, remedies
-        self.inner_steps = 0
+        self.inner_steps, self.truncated = 0, False
 
     def init(self, hparams: PyTree, carry: PyTree = None, key: jax.Array | None = None) -> OuterState:
         """Returns the state before the first step."""
@@ -209,7 +210,7 @@ class Step:
         log = SolveLog(schedules=False)
         with recording(solves=log):
             out = self._value_and_grad(point, carry, key)
-        self.inner_steps = self.remedies.accumulate * log.num_steps
+        self.inner_steps, self.truncated = self.remedies.accumulate * log.num_steps, log.truncated
         _check_carry(carry, out[2])
         return out
 
@@ -258,6 +259,11 @@ def has_nan(tree: PyTree) -> jax.Array:
 
 def solves_finite(info: PyTree) -> jax.Array:
     """Returns whether every inner solve whose `Info` is recorded is finite."""
-    is_report = lambda x: isinstance(x, Info)  # noqa: E731
-    reports = [x for x in jax.tree.leaves(info, is_leaf=is_report) if is_report(x)]
-    return jnp.all(jnp.stack([jnp.asarray(True), *(jnp.all(jnp.asarray(report.finite)) for report in reports)]))
+    finite = [jnp.all(jnp.asarray(report.finite)) for report in reports_in(info, Info)]
+    return jnp.all(jnp.stack([jnp.asarray(True), *finite]))
+
+
+def reports_in(info: PyTree, kind: type) -> list[Any]:
+    """Returns the reports of a kind, `Info` or `LinearInfo`, that are recorded."""
+    is_report = lambda x: isinstance(x, kind)  # noqa: E731
+    return [x for x in jax.tree.leaves(info, is_leaf=is_report) if is_report(x)]

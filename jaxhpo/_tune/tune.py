@@ -21,7 +21,7 @@ from jaxhpo._core.progress import Progress, say
 from jaxhpo._core.record import recording
 from jaxhpo._core.types import PyTree
 from jaxhpo._diagnostics.health import named_members, raise_if_zero, warn_again, what_is_not_finite
-from jaxhpo._tune.diagnosis import diagnosis, program
+from jaxhpo._tune.diagnosis import diagnosis, program, unconverged
 from jaxhpo._tune.inputs import (
     check_callbacks,
     check_choice,
@@ -234,7 +234,8 @@ def tune(
         fell has the status "overfitting". None takes the outer loss.
       score_window: the score, whose lowest is the best and which `patience` follows, is the mean over so many of the
         last steps that are finite, or all so far: of a random loss the lowest single value would be the luckiest. None
-        takes 1 for `outer_loss(hparams)`, which has one value, and 10 where there is a key, or `gradient`.
+        takes 1 for `outer_loss(hparams)`, which has one value, and 10 where there is a key, or `gradient`: write 1 for
+        a loss of three arguments that does not use the key, and takes them for the sake of the carry.
       max_seconds: stop after the first step that ends so late, compilation and earlier calls on the same `run_dir`
         included; None never does.
       max_inner_steps: stop before the inner steps of all outer steps (those of `solve`, the most that a `tol` allows)
@@ -242,7 +243,8 @@ def tune(
       record: extra columns: "hparams", all leaves whole; "hypergradient", its leaves, in the units of the search;
         "linear_solves", for which the device calls back: of the linear solves of implicit rules (of all members) the
         largest `residual`, the `num_iterations`, and how many were `not_converged`. (An inner solve's optimality is
-        recorded where the info holds its `sol.info`.)
+        recorded where the info holds its `sol.info`.) What is recorded is judged at the end: where linear solves, or
+        inner runs with a `tol`, ended before their tolerance, the message and a warning say in how many steps.
       resume: what to do where `run_dir` holds a run that was last saved with another outer loss: its traced program,
         the arrays that it closes over (of those above 4096 entries so many, evenly spaced, are compared; code and data
         of Python functions that it calls back are not), the first carry, or jax's version. "warn" says so in a warning,
@@ -520,6 +522,9 @@ def _result(record, limits, status, message) -> TuneResult:
             "more often; or omit `monitor`, for the outer loss.",
         )
         best = np.where(unscored, np.nan, best) if members else float("nan")
+    if text := unconverged(history, record.compiled.step):
+        message += f"; {text}"
+        warnings.warn(f"`tune`: {text}.", RuntimeWarning, stacklevel=4)
     step = now.best_step if members else int(now.best_step)
     return TuneResult(hparams, now.state.carry, now.best_hparams, best, step, history, status, message, members)
 

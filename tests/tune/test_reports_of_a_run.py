@@ -120,14 +120,59 @@ def test_record(tmp_path, run_dir):
         "progress": False,
         "run_dir": tmp_path / "run" if run_dir else None,
     }
-    result = jaxhpo.tune(loss, jnp.asarray(0.5), optax.sgd(0.1), num_steps=3, **settings)
-    if run_dir:
-        result = jaxhpo.tune(loss, jnp.asarray(0.5), optax.sgd(0.1), num_steps=4, **settings)
+    steps = (3, 4) if run_dir else (3,)
+    for num_steps in steps:
+        with pytest.warns(RuntimeWarning, match=f"in {num_steps} of {num_steps} steps linear solves ended before"):
+            result = jaxhpo.tune(loss, jnp.asarray(0.5), optax.sgd(0.1), num_steps=num_steps, **settings)
+    assert f"{result.history['linear_solves']['residual'].max():.1e}" in result.message
     solves = result.history["linear_solves"]
     assert solves["num_iterations"].tolist() == [2] * len(result.history["value"])
     assert (solves["residual"] > 1e-3).all() and (solves["not_converged"] == 1).all()
     np.testing.assert_allclose(np.abs(result.history["hypergradient"]), result.history["hypergradient_norm"])
     assert (np.diff(result.history["peak_bytes"]) >= 0).all() and result.history["peak_bytes"][0] > 1e6
+
+
+QUADRATIC = jaxhpo.from_optax(lambda p, h, b: jnp.sum(jnp.array([1.0, 2.0, 3.0]) * (p - h) ** 2), optax.sgd(0.1))
+
+
+def message_of(adjoint, tol, num_steps=30, **settings):
+    """The message of two outer steps of two members, of which each inner run takes at most so many steps."""
+
+    def loss(h, carry, key):
+        sol = jaxhpo.solve(QUADRATIC, QUADRATIC.init(jnp.zeros(3), h), h, num_steps=num_steps, tol=tol, adjoint=adjoint)
+        return jnp.sum(sol.params**2), carry, sol.info
+
+    start = jnp.array([1.0, 2.0])
+    return jaxhpo.tune(loss, start, optax.sgd(0.1), num_steps=2, population=2, progress=False, **settings).message
+
+
+@pytest.mark.parametrize(
+    ("adjoint", "tol"),
+    [
+        (jaxhpo.Implicit(), 0.1),
+        # Its number of terms is what is wanted.
+        pytest.param(jaxhpo.Implicit(jaxhpo.Neumann(2, 0.1)), None, marks=pytest.mark.slow),
+    ],
+)
+def test_converged_solves_are_not_spoken_of(adjoint, tol):
+    assert message_of(adjoint, tol, record="linear_solves").endswith("of 2 asked for")
+
+
+def test_inner_runs_that_end_before_their_tol_are_named():
+    """The error 2 · 0.8⁵ + ... of five steps is above 1e-3."""
+    with pytest.warns(RuntimeWarning, match=r"in 2 of 2 steps inner runs ended .* raise `num_steps`"):
+        message = message_of(jaxhpo.Implicit(), 1e-3, num_steps=5)
+    assert "linear" not in message
+
+
+@pytest.mark.slow
+def test_linear_solves_of_a_pair_that_end_before_their_tolerance_are_named():
+    """Its info holds their reports: without `record`."""
+    rule = jaxhpo.Implicit(jaxhpo.CG(maxiter=1))
+    pair = jaxhpo.hypergradient(rule, QUADRATIC, lambda s, h, b: (jnp.sum(s.params**2), None), num_steps=5)
+    settings = {"gradient": jaxhpo.from_pair(pair), "carry": pair.init(jnp.zeros(3), 1.0), "progress": False}
+    with pytest.warns(RuntimeWarning, match="in 1 of 1 steps linear solves"):
+        jaxhpo.tune(None, jnp.asarray(1.0), optax.sgd(0.1), num_steps=1, **settings)
 
 
 def test_record_refuses_an_unknown_name():
