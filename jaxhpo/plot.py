@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxhpo import Comparison, JaxhpoError, TuneResult
 from jaxhpo._core.extra import needs_extra
-from jaxhpo._tune import table
+from jaxhpo._tune import history, table
 from jaxhpo._tune.history import Summary
 
 FEW = 10  # lines in a panel: more entries are drawn as bands between their quantiles
@@ -279,10 +279,11 @@ def _caption(row) -> str:
 def run(source: TuneResult | str | os.PathLike, path: str | os.PathLike | None = None) -> Any:
     """Plots a run of `tune`: its convergence, the hypergradient's norm, the hyperparameters, the metrics of its info.
 
-    Of a population, it shows the best member. A leaf of up to ten entries has a line for each, a larger one its median,
-    and bands between its quartiles and its extremes. At most six panels more show a large hyperparameter: a matrix at
-    the last step as a heat map; other leaves at the first, the middle and the last step, over their index where they
-    follow a curve (a schedule, say), else sorted. At most six show a metric.
+    Of a population, it shows the best member; `plot.run(result.member(3))` draws another. A leaf of up to ten entries
+    has a line for each, a larger one its median, and bands between its quartiles and its extremes. At most six panels
+    more show a large hyperparameter: a matrix at the last step as a heat map; other leaves at the first, the middle and
+    the last step, over their index where they follow a curve (a schedule, say), else sorted. At most six show a metric,
+    of those that change during the run.
 
     Args:
       source: the result of `tune`, or its `run_dir`, also during the run.
@@ -302,13 +303,15 @@ def run(source: TuneResult | str | os.PathLike, path: str | os.PathLike | None =
     columns, which = table.columns_of_best(source)
     hparams, quantiles = _leaves(columns, "hparams")
     info, _ = _leaves(columns, "info")
+    changing = {name: x for name, x in info.items() if len(x) == 1 or not (x == x[:1]).all()}
     large = [name for name, x in hparams.items() if x[0].size > FEW][:PANELS]
+    everything = _pooled(hparams, quantiles)
     panels: list[Callable] = [
         lambda axis: _convergence(axis, columns),
         lambda axis: _norms(axis, columns),
-        lambda axis: _paths(axis, hparams, quantiles),
-        *(functools.partial(_values, name=name, values=hparams[name]) for name in large),
-        *(functools.partial(_metric, name=name, values=info[name]) for name in list(info)[:PANELS]),
+        lambda axis: _paths(axis, hparams, quantiles, everything),
+        *(functools.partial(_values, name=name, values=hparams[name], beside=everything) for name in large),
+        *(functools.partial(_metric, name=name, values=changing[name]) for name in list(changing)[:PANELS]),
     ]
     rows = -(-len(panels) // 2)
     canvas, axes = figure(rows, 2, width=10.0, height=3.4 * rows)
@@ -323,12 +326,15 @@ def run(source: TuneResult | str | os.PathLike, path: str | os.PathLike | None =
             axis.set_yticks([])  # nothing is finite, of which numbers would say something
         labels = axis.get_legend_handles_labels()[1]
         if labels:
-            beside = len(labels) > 3 and max(map(len, labels)) > 20  # the lines, which they would hide
-            place = {"loc": "upper left", "bbox_to_anchor": (0, -0.2)} if beside else {}
+            # It would hide lines, or bands, which matplotlib does not avoid.
+            below = axis.collections or (len(labels) > 3 and max(map(len, labels)) > 20)
+            place = {"loc": "upper left", "bbox_to_anchor": (0, -0.2)} if below else {}
             axis.legend(frameon=False, fontsize=8, **place)
     for axis in axes.flat[len(panels) :]:
         axis.remove()
-    canvas.suptitle(which)
+    if which:
+        result = "result" if isinstance(source, TuneResult) else f"jaxhpo.load({os.fspath(source)!r})"
+        canvas.suptitle(_plain(f"{which}; `plot.run({result}.member(i))` draws another", 100))
     return _saved(canvas, path)
 
 
@@ -340,9 +346,17 @@ def _leaves(columns, root) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]
         fields = [f"{leaf}.{field}" for field in Summary._fields]
         if found.keys() >= set(fields):
             quantiles[leaf] = np.stack([found.pop(field) for field in fields], axis=-1)[:, :5]
-    short = lambda name: _plain(name.removeprefix("hparams") or name)  # noqa: E731
-    whole, summed_up = ({short(name): _real(x) for name, x in part.items() if x.size} for part in (found, quantiles))
+    whole, summed_up = (
+        history.distinct((_short(n), _real(x)) for n, x in part.items() if x.size) for part in (found, quantiles)
+    )
     return whole, summed_up
+
+
+def _short(name: str) -> str:
+    """Returns the name of a leaf as it is read: of `hparams['layer']['bias']`, `layer.bias`."""
+    own = name.removeprefix("hparams") or name
+    read = re.sub(r"""\[(['"])(.*?)\1\]""", r".\2", own).removeprefix(".")
+    return _plain(own if read.startswith("_") or not read else read)  # a label that begins so is not drawn
 
 
 def _real(values) -> np.ndarray:
@@ -420,7 +434,7 @@ def _norms(axis, columns) -> None:
     axis.set(ylabel="norm, in the search's units", title=_change("Norm of the hypergradient", norm))
 
 
-def _paths(axis, leaves, quantiles) -> None:
+def _paths(axis, leaves, quantiles, everything) -> None:
     small = {name: x for name, x in leaves.items() if x[0].size <= FEW}
     if len(small) > FEW:
         pooled = np.concatenate([x.reshape(len(x), -1) for x in small.values()], axis=1)
@@ -431,13 +445,17 @@ def _paths(axis, leaves, quantiles) -> None:
         draw(axis, values, PALETTE[i % len(PALETTE)], name, alone)
     if drawn[FEW:]:
         axis.plot([], [], " ", label=f"and {len(drawn) - FEW} more leaves")
-    values = [x.reshape(len(x), -1) for x in (*leaves.values(), *quantiles.values())]
-    if not values:
+    if not everything.size:
         axis.set_title("No hyperparameters")
         return
-    everything = np.concatenate(values, axis=1)
     _log(axis, everything, 20.0)
     axis.set(ylabel="value, in natural units", title=_range("Hyperparameters", everything[-1]))
+
+
+def _pooled(leaves, quantiles) -> np.ndarray:
+    """Returns all values (steps, ...) of the hyperparameters."""
+    values = [x.reshape(len(x), -1) for x in (*leaves.values(), *quantiles.values())]
+    return np.concatenate(values, axis=1) if values else np.zeros((1, 0))
 
 
 def _range(name, values) -> str:
@@ -447,17 +465,20 @@ def _range(name, values) -> str:
     return f"{name}: {' to '.join(ends)} in the end"
 
 
-def _log(axis, values, least: float = 5.0) -> None:
-    """Makes the axis logarithmic if the values are positive, and the largest at least so many times the smallest."""
-    known = values[np.isfinite(values)]
-    if known.size and known.min() > 0 and known.max() >= least * known.min():
+def _log(axis, values, least: float = 5.0, like=None) -> None:
+    """Makes the axis logarithmic if the values are positive, and the largest at least so many times the smallest.
+
+    With `like`, the values of another axis, if that one is.
+    """
+    known, others = (x[np.isfinite(x)] for x in (values, values if like is None else like))
+    if known.size and others.min() > 0 and others.max() >= least * others.min():
         axis.set_yscale("log")
         if known.max() < 100 * known.min():
             plain_log_ticks(axis.yaxis)
 
 
-def _values(axis, name, values) -> None:
-    """One large leaf (steps, ...): a matrix as a heat map, others as curves at three steps."""
+def _values(axis, name, values, beside) -> None:
+    """One large leaf (steps, ...): a matrix as a heat map, others as curves at three steps, scaled as `beside`."""
     values = values.reshape(len(values), *(n for n in values.shape[1:] if n > 1))
     title = _range(f"{name}, {values[0].size} entries", values[-1])
     axis.set_title(title if len(title) <= 60 else title.replace(": ", ":\n"), fontsize=10)
@@ -470,6 +491,7 @@ def _values(axis, name, values) -> None:
     steps = sorted({0, len(flat) // 2, len(flat) - 1})
     for step, color in zip(steps, ("0.65", SKY, BLUE)[-len(steps) :], strict=True):
         axis.plot(flat[step] if is_curve else np.sort(flat[step]), color=color, lw=1.5, label=f"step {step}")
+    _log(axis, flat[steps], 20.0, like=beside)
     axis.set(xlabel="index" if is_curve else "rank: entries are sorted", ylabel="value, in natural units")
 
 
