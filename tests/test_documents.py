@@ -59,6 +59,16 @@ def test_readme_examples_of_methods_run(tmp_path):
     assert "Unroll()" in out and "binomial checkpointing" in out and (tmp_path / "comparison.png").exists()
 
 
+@pytest.mark.slow
+def test_cross_validation_runs():
+    """All solves converge, and the loss falls."""
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "cross_validation.md").read_text(), re.DOTALL)
+    command = [sys.executable, "-W", "error", "-c", block + "assert penalty.shape == (D,)"]
+    out = subprocess.run(command, capture_output=True, text=True, env=default_environment(), check=True).stdout
+    before, after = map(float, re.search(r"cross-validation ([\d.]+) -> ([\d.]+)", out).groups())
+    assert after < before and "ended before" not in out
+
+
 def test_readme_names_only_what_exists():
     named = set(re.findall(r"jaxhpo\.([A-Za-z_]+)\(", README))
     assert named >= {"solve", "from_optax", "tune", "compare"}  # the search finds them
