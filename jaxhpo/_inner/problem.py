@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -225,11 +226,8 @@ def _traced_high(fn, args) -> tuple[Callable, list, PyTree]:
     """
     high = upcast(args)
     if jax.tree.map(jnp.result_type, high) != jax.tree.map(jnp.result_type, args):
-        try:
-            with mixed_types():
-                return *closure_convert(fn, *high), jax.eval_shape(lambda: high)
-        except TypeError:
-            pass
+        with contextlib.suppress(TypeError), mixed_types():
+            return *closure_convert(fn, *high), jax.eval_shape(lambda: high)
     return *closure_convert(fn, *args), jax.eval_shape(lambda: args)
 
 

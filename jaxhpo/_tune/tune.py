@@ -524,7 +524,7 @@ def _result(record, limits, status, message) -> TuneResult:
         best = np.where(unscored, np.nan, best) if members else float("nan")
     if text := unconverged(history, record.compiled.step):
         message += f"; {text}"
-        warnings.warn(f"`tune`: {text}.", RuntimeWarning, stacklevel=4)
+        warn(f"`tune`: {text}.")
     step = now.best_step if members else int(now.best_step)
     return TuneResult(hparams, now.state.carry, now.best_hparams, best, step, history, status, message, members)
 
