@@ -69,6 +69,15 @@ def test_cross_validation_runs():
     assert after < before and "ended before" not in out
 
 
+@pytest.mark.slow
+def test_flax_nnx_page_runs():
+    """Without a warning: its batch norm is differentiable. The wrong labels lose weight."""
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "flax_nnx.md").read_text(), re.DOTALL)
+    assert len([line for line in block.splitlines() if line.strip()]) <= 40
+    code = f"{block}\nassert result.hparams[:60].mean() < 0.6 * result.hparams[60:].mean()"
+    subprocess.run([sys.executable, "-W", "error", "-c", code], env=default_environment(), check=True)
+
+
 def test_readme_names_only_what_exists():
     named = set(re.findall(r"jaxhpo\.([A-Za-z_]+)\(", README))
     assert named >= {"solve", "from_optax", "tune", "compare"}  # the search finds them

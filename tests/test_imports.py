@@ -23,6 +23,7 @@ LAYERS = [
     ["__init__"],  # the public names: what follows may `import jaxhpo`, as a user does
     ["criteria", "search", "models", "data", "plot", "testing"],
     ["sklearn", "_cli"],
+    ["__main__"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 # In these packages a file is a method, or a family of methods, and files know nothing of each other, except for what
@@ -40,6 +41,7 @@ SHARED = {
         "_adjoint.exact_arithmetic",
         "_adjoint.fraction",
         "_adjoint.implicit_function",
+        "_adjoint.model_state",
         "_adjoint.pullback",
         "_estimator.implicit_product",
         "_estimator.pair",

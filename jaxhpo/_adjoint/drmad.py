@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxhpo._adjoint.model_state import warn_of_stopped
 from jaxhpo._adjoint.pullback import Pullback, in_condition, pull_step, varying_zeros, warn_of_schedules
 from jaxhpo._core.record import report_fault
 from jaxhpo._core.stop_gradient import warn_perturbed
@@ -92,10 +93,12 @@ class DrMAD:
             report_fault(exploded & all_finite((at, final, cotangent)), f"`{self!r}`: {_EXPLODED}", growth=growth)
             return [jnp.where(exploded, jnp.nan, c) for c in pulled]
 
-        if points == length:
-            return Pullback(self, forward, pull).run(problem, consts)
-        check = functools.partial(self._check, problem, points, in_condition(problem))
-        return Pullback(self, forward, pull, check).run(problem, consts)
+        own = Pullback(self, forward, pull)
+        if points < length:
+            check = functools.partial(self._check, problem, points, in_condition(problem))
+            own = dataclasses.replace(own, check=check)
+        final, taken = own.run(problem, consts)
+        return warn_of_stopped(problem, final), taken
 
     def _check(self, problem, points, seen, at, perturbed):
         """Warns of perturbed leaves that act in steps that are not visited; `seen` marks those in the condition."""

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
+from jaxhpo._adjoint.model_state import warn_of_stopped
 from jaxhpo._adjoint.pullback import refuse_tol
 from jaxhpo._core.mesh import cast_varying, ravel, varying_axes
 from jaxhpo._core.tree import is_inexact, map_in_chunks, partition
@@ -62,7 +63,8 @@ class Forward:
             # θ̇_T = Σ_k ż_k Z_k, with the columns Z_k = Θ'(z) e_k of the Jacobian.
             return weighted_sum(dz, push(fn, z, jnp.eye(z.size, dtype=z.dtype), self.chunk_size))
 
-        return run_with_tangent(problem, self, tangent)
+        final, taken = run_with_tangent(problem, self, tangent)
+        return warn_of_stopped(problem, final), taken
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +106,8 @@ class ForwardGradient:
             v = jax.random.normal(key, (self.num_directions, z.size), z.dtype)
             return weighted_sum(jnp.matmul(v, dz, precision="highest") / self.num_directions, push(fn, z, v, None))
 
-        return run_with_tangent(problem, self, tangent, random=True)
+        final, taken = run_with_tangent(problem, self, tangent, random=True)
+        return warn_of_stopped(problem, final), taken
 
 
 @dataclasses.dataclass(frozen=True)

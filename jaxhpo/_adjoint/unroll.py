@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxhpo._adjoint.binomial import run_binomial
 from jaxhpo._adjoint.checkpointing import choose, sizes_of
 from jaxhpo._adjoint.fraction import nan_unless_mean, subsample
+from jaxhpo._adjoint.model_state import warn_of_stopped
 from jaxhpo._adjoint.pullback import in_condition, input_names, refuse_tol
 from jaxhpo._core.cost import predicted_peak_bytes
 from jaxhpo._core.errors import JaxhpoError
@@ -112,10 +113,10 @@ class Unroll:
         """Runs the inner loop; the result is differentiable through the last `truncate` steps."""
         refuse_tol(problem, self)
         schedule = self._choose_schedule(problem)
-        problem = self._with_gradient(problem, schedule.mixed)
+        own = self._with_gradient(problem, schedule.mixed)
         if self._subsamples:
-            problem = nan_unless_mean(problem)
-        return self._run(problem, schedule), jnp.asarray(problem.num_steps, jnp.int32)
+            own = nan_unless_mean(own)
+        return warn_of_stopped(problem, self._run(own, schedule)), jnp.asarray(problem.num_steps, jnp.int32)
 
     @property
     def _subsamples(self) -> bool:

@@ -1,6 +1,7 @@
-"""Limits of a derivative rule: inputs that it treats as constants, second derivatives, forward mode."""
+"""Limits of a derivative rule: inputs and results that are constants to it, second derivatives, forward mode."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -68,6 +69,69 @@ def _stopped_jvp(warn, primals, tangents):
 
 
 _stopped.defjvp(_stopped_jvp, symbolic_zeros=True)
+
+
+# --- constant results -------------------------------------------------------------------------------------------------
+
+_blind = jex.Primitive("jaxhpo_blind")  # the tangents, zero, of results that are constants; tells which are read
+
+
+@trust
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def watch_constants(warn: Callable, leaves: list, inputs: list) -> list:
+    """Identity on floating-point leaves that may be constants to a derivative; tells where one is taken.
+
+    Args:
+      warn: called with one flag for each of the inputs, whether it is perturbed. Returns one for each leaf, whether it
+        is then a constant, and a function that is called with one for each of these constants, whether something that
+        is being differentiated reads it. Forward mode cannot tell, and says yes.
+      leaves: what is read.
+      inputs: what the leaves were computed from.
+    """
+    return leaves
+
+
+def _watch_jvp(warn, primals, tangents):
+    leaves, inputs = primals
+    pairs = zip(inputs, tangents[1], strict=True)
+    perturbed = [is_inexact(x) and not isinstance(dot, SymbolicZero) for x, dot in pairs]
+    dots = [jnp.zeros_like(x) if isinstance(d, SymbolicZero) else d for x, d in zip(leaves, tangents[0], strict=True)]
+    constant, warn_of_read = warn(perturbed)
+    if any(constant):
+        # One tangent ties the constants to what is perturbed, so that reverse mode comes by.
+        tie, where = tangents[1][perturbed.index(True)], [i for i, m in enumerate(constant) if m]
+        types = tuple(jax.typeof(leaves[i]) for i in where)
+        for i, dot in zip(where, _blind.bind(tie, types=types, warn=warn_of_read), strict=True):
+            dots[i] = dot
+    return leaves, dots
+
+
+def _blind_zeros(dot, types, warn):
+    warn([True] * len(types))
+    return [jnp.zeros(t.shape, t.dtype) for t in types]
+
+
+def _blind_jvp(primals, tangents, **params):
+    out = _blind.bind(*primals, **params)
+    return out, [ad.Zero(jax.typeof(x).to_tangent_aval()) for x in out]
+
+
+def _blind_transpose(cotangents, dot, types, warn):
+    warn([not isinstance(c, ad.Zero) for c in cotangents])
+    return [None]  # a symbolic zero: nothing is added
+
+
+watch_constants.defjvp(_watch_jvp, symbolic_zeros=True)
+_blind.multiple_results = True
+_blind.def_impl(_blind_zeros)
+_blind.def_abstract_eval(lambda dot, types, warn: types)
+ad.primitive_jvps[_blind] = _blind_jvp
+ad.primitive_transposes[_blind] = _blind_transpose
+batching.primitive_batchers[_blind] = lambda x, axes, types, **params: (
+    _blind.bind(*x, types=types, **params),
+    [None] * len(types),
+)
+mlir.register_lowering(_blind, mlir.lower_fun(_blind_zeros, multiple_results=True))
 
 
 @trust

@@ -119,7 +119,8 @@ def flat_by(fn: Callable, tree: PyTree) -> list[list[str]]:
     found = []
     for v in jaxpr.invars:
         marked, met = [v is other for other in jaxpr.invars], []
-        is_flat = any(_reached(jaxpr, marked)) and not any(_reached(jaxpr, marked, lambda name: not met.append(name)))  # noqa: B023
+        cut = lambda name: name != STOP and not met.append(name)  # noqa: B023, E731
+        is_flat = any(_reached(jaxpr, marked)) and not any(_reached(jaxpr, marked, cut))
         # Those that alone keep the leaf from the result; none where several lie in a row.
         names = sorted(set(met)) if is_flat else []
         alone = [name for name in names if any(_reached(jaxpr, marked, functools.partial(operator.ne, name)))]
@@ -127,20 +128,41 @@ def flat_by(fn: Callable, tree: PyTree) -> list[list[str]]:
     return found
 
 
+def flow_through_steps(step: Any, marked: list[bool], num_steps: int, *, past_stops: bool) -> list[bool]:
+    """For each leaf of the state after some steps, whether it has a derivative with respect to a marked input.
+
+    Args:
+      step: the jaxpr of a step, from the leaves of the state and others to those of the next state.
+      marked: for each input of the first step.
+      num_steps: how many steps.
+      past_stops: whether `stop_gradient` is passed as if it were not there.
+    """
+    cut: Callable[[str], bool] = functools.partial(operator.ne, STOP) if past_stops else lambda name: True
+    out = marked[: len(step.outvars)]
+    for _ in range(num_steps):
+        out = _reached(step, marked, cut)
+        after = [a or b for a, b in zip(marked, out, strict=False)] + marked[len(out) :]
+        if after == marked:
+            break
+        marked = after
+    return out
+
+
 FLAT = {"floor", "ceil", "round", "sign"}  # piecewise constant operations whose result is floating-point
+STOP = "stop_gradient"  # JAX's name of this primitive, an identity with the derivative zero
 
 
 def _reached(jaxpr, marked: list[bool], cut: Callable[[str], bool] | None = None) -> list[bool]:
     """For each result of a jaxpr, whether it depends on a marked input.
 
-    With `cut`, not through piecewise constant operations for whose names it is true.
+    With `cut`, not through piecewise constant operations, or `stop_gradient`, for whose names it is true.
     """
     reached = {v for v, m in zip(jaxpr.invars, marked, strict=True) if m}
     for eqn in jaxpr.eqns:
         ins = [not isinstance(v, jex.Literal) and v in reached for v in eqn.invars]
         if any(ins):
             out = {v for v, m in zip(eqn.outvars, _reached_by(eqn, ins, cut), strict=True) if m}
-            flat = {v for v in out if eqn.primitive.name in FLAT or not is_inexact(v.aval)}
+            flat = {v for v in out if eqn.primitive.name in {STOP, *FLAT} or not is_inexact(v.aval)}
             if eqn.primitive.name == "sort":  # what is ordered by a marked key, which alone it depends on
                 flat |= {v for v, m in zip(eqn.outvars, ins, strict=True) if not m}
             of_floats = any(m and is_inexact(v.aval) for v, m in zip(eqn.invars, ins, strict=True))

@@ -47,7 +47,9 @@ def from_optax(loss: Callable, tx: Any, *, has_state: bool = False) -> Solver:
       tx: an `optax.GradientTransformation`, or a function `hparams -> GradientTransformation`; with the function,
         learning rates, momenta, schedules and decays can be hyperparameters. Its `update` receives `value`, `grad` and
         `value_fn` if it accepts them.
-      has_state: whether the model carries state such as batch-norm statistics.
+      has_state: whether the model carries state such as batch-norm statistics: start with
+        `solver.init(params, hparams, model_state)`, and read `solution.model_state`. The outer loss of `tune` may have
+        the arguments `(h, carry, key)` and start anew at every step: then its `carry` is None.
 
     Returns:
       A `Solver`.
