@@ -7,16 +7,22 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
+from jaxhpo._adjoint.pushforward import Forward
+from jaxhpo._adjoint.reversible import Reversible
+from jaxhpo._adjoint.unroll import Unroll
 from jaxhpo._core.mesh import ravel
 from jaxhpo._core.processes import from_first
 from jaxhpo._core.progress import EVERY, Progress
-from jaxhpo._core.record import recording
-from jaxhpo._core.trace import compilable
+from jaxhpo._core.record import SolveLog, recording
+from jaxhpo._core.trace import STOP, compilable, equations
 from jaxhpo._core.types import LinearStatus, PyTree
 from jaxhpo._core.validate import check_callable, check_count, check_key, check_params, check_positive, check_scalar
 from jaxhpo._diagnostics.differences import UNRELIABLE, agreement, central_differences
 from jaxhpo._diagnostics.health import raise_if_zero, raise_unless_finite
 from jaxhpo._diagnostics.not_finite import diagnose
+from jaxhpo._diagnostics.origin import is_ours, place_of
+
+LARGE = 1e-3  # a relative error that is explained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +39,8 @@ class HypergradientCheck:
       numeric: the same by central differences.
       coordinates: the name of each direction where they are coordinates, else None (random directions).
       linear_statuses: how the linear solves of the hypergradient ended, as `LinearStatus`.
+      exact: whether every solve was differentiated by a rule that is exact wherever training ends, as `Unroll()`.
+      stops: the lines of `stop_gradient` in the program, where the relative error is large.
     """
 
     relative_error: float
@@ -43,6 +51,8 @@ class HypergradientCheck:
     numeric: np.ndarray
     coordinates: tuple[str, ...] | None
     linear_statuses: tuple[int, ...] = ()
+    exact: bool = False
+    stops: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         kind = "coordinates" if self.coordinates else "random directions"
@@ -54,20 +64,26 @@ class HypergradientCheck:
         bad = sorted({LinearStatus(status).name for status in self.linear_statuses if status})
         if bad:
             text += f"\n  The linear solve of an implicit rule ended {', '.join(bad)}."
-        if self.relative_error <= 1e-3:
+        if self.relative_error <= LARGE:
             return text
         if self.numeric_error > 1e-2:
             text += f"\n  Neither the differences nor this comparison is reliable here: {UNRELIABLE}."
             text += " Another `step_size` may help."
         worst = int(np.argmax(np.abs(self.analytic - self.numeric)))
         where = f" at {self.coordinates[worst]}" if self.coordinates else ""
+        text += f"\n  worst{where}: {self.analytic[worst]:.4g} by the rule, {self.numeric[worst]:.4g} by differences."
+        if self.stops:
+            text += f"\n  `stop_gradient` ({'; '.join(self.stops)}) keeps a derivative from the rule alone."
+        if self.exact:
+            return (
+                f"{text}\n  The rule is exact: look for a `stop_gradient` or a `custom_vjp` in the losses or the model "
+                "state, and for randomness that differs between calls."
+            )
         return (
-            f"{text}\n  worst{where}: {self.analytic[worst]:.4g} by the rule, {self.numeric[worst]:.4g} by "
-            "differences.\n  If the rule is approximate (truncated, Neumann, Identity), this is its bias. Under "
-            "`Implicit`, look at the solution's `info.optimality`: the inner problem may not have converged, or its "
-            "optimiser may have another fixed point than the train loss (decoupled weight decay, clipping, "
-            "projection: put the decay into the loss, or use `fixed_point(step)`). Another cause is randomness that "
-            "differs between calls."
+            f"{text}\n  If the rule is approximate (truncated, Neumann, Identity), this is its bias. Under `Implicit`, "
+            "look at the solution's `info.optimality`: the inner problem may not have converged, or its optimiser may "
+            "have another fixed point than the train loss (decoupled weight decay, clipping, projection: put the decay "
+            "into the loss, or use `fixed_point(step)`). Another cause is randomness that differs between calls."
         )
 
 
@@ -130,10 +146,11 @@ def check_hypergradient(
     def loss(flat):
         return check_scalar(outer_loss(unravel(flat)), "outer_loss")
 
-    solves = []
+    solves, log = [], SolveLog(schedules=False)
     tried = None if num_directions is None and flat.size <= 64 else num_directions or 16
     with Progress(1 + (tried or flat.size), "check_hypergradient", delay=EVERY) as bar:
-        with warnings.catch_warnings(record=True, action="always") as caught, recording(linear_solves=solves):
+        records = recording(solves=log, linear_solves=solves)
+        with warnings.catch_warnings(record=True, action="always") as caught, records:
             program, args = compilable(jax.value_and_grad(loss), flat)
             value, grad = program(*args)
         raise_unless_finite(value, unravel(grad), lambda: diagnose(outer_loss, hparams))
@@ -144,6 +161,17 @@ def check_hypergradient(
     analytic, numeric = differences.along(grad), differences.numeric
     found = from_first(lambda: [solve.status for solve in solves])  # callbacks report to process 0 alone
     statuses = tuple(map(LinearStatus, found))
-    return HypergradientCheck(
-        *agreement(analytic, numeric), differences.error, analytic, numeric, differences.coordinates, statuses
-    )
+    agreed, stops = agreement(analytic, numeric), set()
+    if agreed.relative_error > LARGE:
+        found = equations(jax.make_jaxpr(loss)(flat).jaxpr)
+        stops = {place_of(e) for e in found if e.primitive.name == STOP and not is_ours(e)}
+    measured = differences.error, analytic, numeric, differences.coordinates
+    exact = all(map(_is_exact, log.adjoints))
+    return HypergradientCheck(*agreed, *measured, statuses, exact, tuple(sorted(stops - {""})))
+
+
+def _is_exact(rule) -> bool:
+    """Returns whether a rule is exact wherever training ends."""
+    if isinstance(rule, Unroll):
+        return rule.truncate is None and rule.hvp_fraction in (None, 1)
+    return isinstance(rule, (Forward, Reversible))

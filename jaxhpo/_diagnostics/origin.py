@@ -109,7 +109,7 @@ def _follow(closed, operands, result) -> Origin | _Entry:
         hint = hint if hint.place else found.hint
     if isinstance(v, jex.Literal):
         # A NaN that a derivative rule of this library writes is a report, with a message of its own.
-        return Origin("", [], "") if equation is not None and _is_ours(equation) else _constant(hint, v.val)
+        return Origin("", [], "") if equation is not None and is_ours(equation) else _constant(hint, v.val)
     return _Entry(program.invars.index(v), hint) if v in program.invars else _constant(hint, values[v])
 
 
@@ -120,7 +120,7 @@ def _constant(hint, value) -> Origin:
 def _blame(equation, given, result) -> Origin | _Entry:
     """The equation itself, or the operand that its result is due to: one with a NaN before one with an infinity."""
     wrong = np.isnan(result) if np.isnan(result).any() else ~np.isfinite(result)
-    name, place = equation.primitive.name, _place(equation)
+    name, place = equation.primitive.name, place_of(equation)
     for test in (np.isnan, np.isinf):
         for i, x in enumerate(given):
             if not is_inexact(x) or not (test(x) & wrong if np.shape(x) == wrong.shape else test(x)).any():
@@ -194,13 +194,13 @@ def _as_numpy(x):
     return np.asarray(x, np.float32 if jnp.result_type(x).itemsize < 4 else None)  # NumPy has no bfloat16
 
 
-def _place(equation) -> str:
+def place_of(equation) -> str:
     """The innermost line that is neither ours nor JAX's."""
     frame = _frame(equation, NOT_THE_USERS)
     return f"{os.path.basename(frame.file_name)}:{frame.line_num}, in {frame.function_name}" if frame else ""
 
 
-def _is_ours(equation) -> bool:
+def is_ours(equation) -> bool:
     """Returns whether the innermost line that is not JAX's is ours."""
     frame = _frame(equation, JAX)
     return frame is not None and frame.file_name.startswith(OURS)

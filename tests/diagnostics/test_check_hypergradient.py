@@ -1,5 +1,7 @@
 """`check_hypergradient` accepts exact hypergradients and finds wrong ones."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -118,3 +120,18 @@ def test_a_piecewise_constant_outer_loss_is_named(name):
     words = f"piecewise constant in it, through `{name}` .*smooth loss.*`EvolutionStrategies`"
     with pytest.raises(jaxhpo.ZeroHypergradientError, match=words):
         jaxhpo.check_hypergradient(outer_loss, jnp.ones(2))
+
+
+@pytest.mark.parametrize("rule", [jaxhpo.Unroll(), jaxhpo.Unroll(truncate=1)], ids=["exact", "truncated"])
+def test_advice_fits_the_rule(rule):
+    def train_loss(w, h, batch):
+        return jnp.sum((w - h) ** 2) + jnp.sum(jax.lax.stop_gradient(w) * w * h)
+
+    def outer_loss(h):
+        solver = jaxhpo.from_optax(train_loss, optax.sgd(0.1))
+        return jnp.sum(jaxhpo.solve(solver, solver.init(jnp.ones(2), h), h, num_steps=3, adjoint=rule).params ** 2)
+
+    text = str(jaxhpo.check_hypergradient(outer_loss, jnp.ones(2)))
+    assert re.search(r"`stop_gradient` \(test_check_hypergradient.py:\d+, in [^;]*train_loss\)", text)
+    assert ("truncated" in text) == (rule.truncate is not None)
+    assert ("The rule is exact" in text) == (rule.truncate is None)
