@@ -1,7 +1,11 @@
-"""Small flax models for examples and benchmarks, and link prediction. No other subpackage imports flax."""
+"""Small flax models for examples and benchmarks, and link prediction. No other subpackage imports flax.
 
-from jaxhpo.models import link_prediction as link_prediction
-from jaxhpo.models._layers import MLP as MLP
-from jaxhpo.models._layers import SelfTuningConv as SelfTuningConv
-from jaxhpo.models._layers import SelfTuningDense as SelfTuningDense
-from jaxhpo.models._layers import SelfTuningMLP as SelfTuningMLP
+MLP: a classifier
+SelfTuningDense, SelfTuningConv, SelfTuningMLP: layers for `Hypernetwork`
+link_prediction: models of knowledge graphs, losses and ranks
+"""
+
+from jaxhpo.models import link_prediction
+from jaxhpo.models._layers import MLP, SelfTuningConv, SelfTuningDense, SelfTuningMLP
+
+__all__ = ["MLP", "SelfTuningConv", "SelfTuningDense", "SelfTuningMLP", "link_prediction"]

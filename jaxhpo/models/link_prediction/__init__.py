@@ -29,17 +29,10 @@ embedding of the Nations graph by the hypergradient:
 `link_prediction.ranks(model, params, graph.test, graph.triples).metrics()` measures the quality of a model.
 """
 
-from jaxhpo.models.link_prediction._loss import Grouped as Grouped
-from jaxhpo.models.link_prediction._loss import cross_entropy as cross_entropy
-from jaxhpo.models.link_prediction._loss import group as group
-from jaxhpo.models.link_prediction._loss import minibatches as minibatches
-from jaxhpo.models.link_prediction._loss import penalty as penalty
-from jaxhpo.models.link_prediction._model import CP as CP
-from jaxhpo.models.link_prediction._model import ComplEx as ComplEx
-from jaxhpo.models.link_prediction._model import DistMult as DistMult
-from jaxhpo.models.link_prediction._model import Model as Model
-from jaxhpo.models.link_prediction._model import TransE as TransE
-from jaxhpo.models.link_prediction._rank import Metrics as Metrics
-from jaxhpo.models.link_prediction._rank import Ranks as Ranks
-from jaxhpo.models.link_prediction._rank import ranks as ranks
-from jaxhpo.models.link_prediction._triples import masks as masks
+from jaxhpo.models.link_prediction._loss import Grouped, cross_entropy, group, minibatches, penalty
+from jaxhpo.models.link_prediction._model import CP, ComplEx, DistMult, Model, TransE
+from jaxhpo.models.link_prediction._rank import Metrics, Ranks, ranks
+from jaxhpo.models.link_prediction._triples import masks
+
+__all__ = ["CP", "ComplEx", "DistMult", "Grouped", "Metrics", "Model", "Ranks", "TransE"]
+__all__ += ["cross_entropy", "group", "masks", "minibatches", "penalty", "ranks"]
