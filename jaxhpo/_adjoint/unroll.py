@@ -181,8 +181,7 @@ class Unroll:
             return predicted_peak_bytes(pulled, problem.state, problem.inputs)
 
     def _run(self, problem, schedule) -> InnerState:
-        early = self._num_constant(problem)
-        if early:
+        if early := self._num_constant(problem):
             problem = self._after_constant_steps(problem, early)
         if schedule.slots is not None:
             return run_binomial(self, problem, schedule.slots)

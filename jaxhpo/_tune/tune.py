@@ -332,15 +332,20 @@ def tune(
         goes_on = _check_resumption(run, limits, resume)
         if progress and run.rows:
             say("; ".join([run.origin, *run.notes, "to start anew, name another folder"]))
+        early = preempted()  # where a run around this one was
         bar = stack.enter_context(Progress(num_steps, "step", progress and goes_on, done=run.now.rows))
         bar.note("compiling ...")
+        stopped = on_any(early)
         run.write_status("running", "")
         status, message = "raised", ""
         try:
             try:
-                status, message = _loop(
-                    run, limits, on_not_finite, callbacks, called, save_every, preempted, interrupted, bar
-                )
+                if stopped:
+                    status, message = _preempted(run.now.rows)
+                else:
+                    status, message = _loop(
+                        run, limits, on_not_finite, callbacks, called, save_every, preempted, interrupted, bar
+                    )
             except KeyboardInterrupt:
                 if not run.now.rows or not alone:
                     raise
@@ -442,6 +447,10 @@ def _check_resumption(record, limits, resume) -> bool:
     return not reached
 
 
+def _preempted(steps) -> tuple[str, str]:
+    return "preempted", f"SIGTERM came; stopped after {steps} outer steps"
+
+
 def _loop(record, limits, on_not_finite, callbacks, called, save_every, preempted, interrupted, bar) -> tuple[str, str]:
     """Takes the outer steps; returns status and message of the end."""
     problem = "`callbacks`: one returned {}, but a true value stops the run: return True, or nothing."
@@ -452,9 +461,9 @@ def _loop(record, limits, on_not_finite, callbacks, called, save_every, preempte
 
     while (reached := limits.reached(record)) is None:
         step, now = record.now.rows, record.now
-        if on_any(preempted() or (step > 0 and interrupted())):
+        if step and on_any(preempted() or interrupted()):
             if on_any(preempted()):
-                return "preempted", f"SIGTERM came; stopped after {step} outer steps"
+                return _preempted(step)
             return "interrupted", f"interrupted after {step} outer steps"
         compiled, state, active = record.compiled, now.state, limits.active(now)
         traced = (now.failures < step).any()  # a step has been finite: the traced program has been checked
