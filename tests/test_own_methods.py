@@ -271,6 +271,7 @@ def test_a_stateful_method_that_returns_something_else_is_refused(pair, told):
         made.update(H, made.init(H, H))
 
 
+@pytest.mark.slow
 def test_the_page_runs_as_written(capsys):
     page = (pathlib.Path(__file__).parents[1] / "docs" / "write_your_own.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", page, re.S)

@@ -212,6 +212,7 @@ def test_condition_batch():
         )
 
 
+@pytest.mark.slow
 def test_lasso_by_fixed_point():
     """Proximal gradient on the lasso with orthonormal X: w = soft(Xᵀy, e^h), dw/dh = −e^h sign(w) on the support."""
     rng = np.random.default_rng(0)
@@ -251,6 +252,7 @@ def test_non_symmetric_fixed_point():
         np.testing.assert_allclose(grad(end)(jnp.ones(2)), np.linalg.solve((np.eye(2) - M).T, v), rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_implicit_attaches_to_any_solution():
     """A closed-form solution: first and second derivatives equal those of differentiating the solution itself."""
     problem = RIDGE
@@ -441,6 +443,7 @@ def test_fault_of_the_outer_loss_is_not_attributed_to_the_inner_run(fault):
         jaxhpo.check_hypergradient(lambda t: fault(inner({"target": t}) + 1.0), jnp.asarray(1.0))
 
 
+@pytest.mark.slow
 def test_square_root_at_zero_is_named_with_its_remedy():
     """Adam on a parameter without gradient: its second moment is zero, where a square root has no finite derivative."""
 

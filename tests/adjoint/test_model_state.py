@@ -92,6 +92,7 @@ def test_other_modes():
     assert said(jax.jacfwd(jax.grad(outer("stopped", read=False)))) == []
 
 
+@pytest.mark.slow
 def test_nothing_stays_in_the_program_and_numbers_are_the_same():
     h = jnp.ones(2)
     with warnings.catch_warnings(action="ignore"):

@@ -145,6 +145,7 @@ def test_refusal_names_the_schedules_that_fit():
         jaxhpo.memory_plan(outer, h, memory_limit=3 * size)
 
 
+@pytest.mark.slow
 def test_memory_is_proportional_to_the_population():
     outer, h = matrix(Unroll(checkpoint=1), 100)
     one = jaxhpo.memory_plan(outer, h)

@@ -87,7 +87,7 @@ def check(place, when, number, adjoint):
 QUICK = [("inner loss", 2, np.inf), ("outer loss", 0, np.nan)]
 
 
-@pytest.mark.parametrize(("place", "when", "number"), QUICK)
+@pytest.mark.parametrize(("place", "when", "number"), [QUICK[0], pytest.param(*QUICK[1], marks=pytest.mark.slow)])
 def test_place_and_step_are_named(place, when, number):
     check(place, when, number, jaxhpo.Unroll())
 
@@ -126,6 +126,7 @@ QUADRATIC = {"penalty": jnp.asarray(30.0), "shift": jnp.asarray(0.1), "rate": jn
 
 
 @pytest.mark.parametrize("adjoint", [jaxhpo.Unroll(), pytest.param(jaxhpo.Unroll(checkpoint=20), marks=slow)])
+@pytest.mark.slow
 def test_divergence_names_curvature_and_driver(adjoint):
     """Rate 0.1 and curvature 2 * 30: a step multiplies an error by 1 - 6."""
     fn = training(

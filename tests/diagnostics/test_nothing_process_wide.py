@@ -95,7 +95,7 @@ def run_memory_plan(make):
 TOOLS = [run_tune, run_check, run_compare, run_memory_plan]
 
 
-@pytest.mark.parametrize("tool", TOOLS)
+@pytest.mark.parametrize("tool", [*TOOLS[:2], *(pytest.param(tool, marks=pytest.mark.slow) for tool in TOOLS[2:])])
 def test_compiled_functions_are_neither_traced_nor_compiled_again(tool):
     """An unrelated function, and the user's jitted outer loss, its gradient and a jitted function inside it."""
     unrelated, inner = Traced(jnp.sin), Traced(lambda x: jnp.sum(x**2))

@@ -154,6 +154,7 @@ def message_of(adjoint, tol, num_steps=30, **settings):
         pytest.param(jaxhpo.Implicit(jaxhpo.Neumann(2, 0.1)), None, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_converged_solves_are_not_spoken_of(adjoint, tol):
     assert message_of(adjoint, tol, record="linear_solves").endswith("of 2 asked for")
 

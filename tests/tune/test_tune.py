@@ -273,6 +273,7 @@ def test_resume_is_bit_identical(tmp_path):
     assert len(result.history["seconds"]) == 12 and (np.diff(result.history["seconds"]) > 0).all()
 
 
+@pytest.mark.slow
 def test_run_dir_of_other_settings_is_refused(tmp_path):
     """The numbers on disk are unconstrained: another transform would change their meaning."""
     run(num_steps=2, run_dir=tmp_path, transforms=TRANSFORMS)
