@@ -123,7 +123,7 @@ def test_the_functions_around_them_take_them(hparams):
     "check", [jaxhpo.check_hypergradient, lambda _, h: jaxhpo.compare(outer_loss, h, progress=False)]
 )
 def test_a_check_of_nothing_is_refused(check, hparams):
-    """What a loss closes over is not what these differentiate by, and a comparison without entries would be perfect."""
+    """These differentiate by nothing that a loss closes over, and a comparison without entries would be perfect."""
     with pytest.raises(jaxhpo.JaxhpoError, match="`hparams` (got .* no leaves to differentiate by|has no entries)"):
         check(outer_loss(Unroll()), hparams)
 

@@ -24,7 +24,7 @@ MOST_LETTERS = 600  # of an exception, of which JSON takes up to six bytes each
 
 
 class AnotherProcessError(JaxhpoError):
-    """What ends a process because another one has raised."""
+    """Ends a process because another one has raised."""
 
 
 @contextlib.contextmanager

@@ -168,7 +168,7 @@ def measure_growth(
     ]
 
     def prevent(*moved: int) -> bool:
-        """Whether the factor falls below one as these leaves move, by steps, to the ends of their ranges."""
+        """Returns whether the factor falls below one as these leaves move, by steps, to the ends of their ranges."""
         for places in zip(*(paths[i] for i in moved), strict=True):
             trial = list(leaves)
             for i, place in zip(moved, places, strict=True):

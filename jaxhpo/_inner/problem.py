@@ -72,7 +72,7 @@ class Problem(NamedTuple):
 
 @runtime_checkable
 class Adjoint(Protocol):
-    """A derivative rule: the value of `adjoint=`. Any object with this one method is a rule.
+    """A derivative rule: the value of `adjoint=`. Any object with this method is one; `_adjoint/` has a file for each.
 
     Example:
       >>> class LastStep:  # the derivative of the last inner step, as `Unroll(truncate=1)`

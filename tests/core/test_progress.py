@@ -94,7 +94,7 @@ def test_a_line_is_written_in_any_encoding(encoding):
 
 
 def test_the_librarys_own_words_are_in_every_western_encoding():
-    """What is printed or is a part of a message, so that `print(comparison)` works on any console."""
+    """All that is printed or is a part of a message, so that `print(comparison)` works on any console."""
     found, root = [], pathlib.Path(jaxhpo.__file__).parent
     for path in sorted(root.rglob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))

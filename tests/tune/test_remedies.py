@@ -249,7 +249,7 @@ def test_budget_of_inner_steps():
 
 
 def test_skipping_from_the_start_can_be_resumed(tmp_path):
-    """When every step is skipped, the best hyperparameters are those of the start."""
+    """If every step is skipped, the best hyperparameters are those of the start."""
 
     def gradient(h, carry, key):
         value, grad = jax.value_and_grad(toy_loss)(h)
