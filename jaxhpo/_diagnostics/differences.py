@@ -125,13 +125,14 @@ def central_differences(
         lengths = jnp.linalg.norm(directions, axis=1)
     # The error s⁴ of the formula plus the rounding error ε/s is least at s = O(ε^(1/5)).
     step = float(jnp.finfo(flat.dtype).eps) ** 0.2 if step_size is None else step_size
+    directions, lengths = whole((directions, lengths))  # rows of what several processes hold cannot be taken
     program, (*consts, _, _, _) = compilable(lambda *args: _along(loss, *args), flat, directions[0], step)
     found = []
     for direction in directions:  # one program for each in turn, between which progress is shown
         found.append([float(whole(x)) for x in program(*consts, flat, direction, step)])
         after_each()
     numeric, coarse = np.array(found).T
-    directions, lengths = (whole(x).astype(float) for x in (directions, lengths))
+    directions, lengths = directions.astype(float), lengths.astype(float)
     coordinates = _coordinate_names(hparams) if num_directions is None else None
     # D is linear in d, so the derivative along the unit vector d / ‖d‖ is D / ‖d‖.
     return Differences(directions / lengths[:, None], numeric / lengths, coarse / lengths, coordinates)
