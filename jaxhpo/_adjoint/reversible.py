@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.experimental.shard_alike import shard_alike
 from jax.extend import core as jex
 from jax.interpreters.partial_eval import dce_jaxpr
 
@@ -409,16 +408,10 @@ def _rates(plan, inputs, t):
 def _gradient(plan, weights, inputs, t, x):
     """The gradient of the train loss at fixed-point weights."""
 
-    def gradient(params, shared, x):
-        return plan.gradient(shared, params, x)
+    def gradient(weights, shared, x):
+        return plan.gradient(shared, plan.layout.unpack(plan.format.decode(weights)), x)
 
-    def placed(tree):
-        # On `Auto` mesh axes the compiler divides the work as its surroundings suggest, and these differ between the
-        # two directions: sums would be taken in another order. So the loop's ends are tied to the initial weights.
-        return jax.tree.map(lambda x, like: shard_alike(x, like)[0], tree, inputs.state.params)
-
-    params = placed(plan.layout.unpack(plan.format.decode(weights)))
-    return placed(_isolated(gradient, t, params, _shared(inputs), x))
+    return _isolated(gradient, t, weights, _shared(inputs), x)
 
 
 def _numerators(plan, m, phase):

@@ -10,7 +10,7 @@ import pytest
 from helpers import PROBLEMS
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jaxhpo
@@ -771,33 +771,3 @@ def test_strict_promotion_of_types_is_for_the_user_alone():
     with jax.numpy_dtype_promotion("strict"):
         got = jax.grad(loss)(h)
     assert jax.tree.all(jax.tree.map(jnp.array_equal, got, want))
-
-
-@slow
-@codegen
-def test_shardings_asked_of_the_results_do_not_change_the_reversal():
-    """The compiler carries them into the backward pass, where it would divide the attention in another way."""
-    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
-    keys, n, size, steps = jax.random.split(jax.random.key(0), 5), 16, 64, 2
-    specs = {"in": P(), "out": P(None, "model"), "bias": P("model"), "query": P(None, "model")}
-    params = {k: 0.1 * jax.random.normal(key, (size, size), "float32") for k, key in zip(specs, keys, strict=False)}
-    params["bias"] = jnp.zeros(size, "float32")
-    batches = tuple(jax.random.normal(key, (steps, n, size), "float32") for key in keys[3:])
-
-    def train_loss(w, h, batch):
-        x, y, weights = batch
-        z = jax.lax.with_sharding_constraint(x @ w["in"] + w["bias"][None], NamedSharding(mesh, P("data", "model")))
-        attended = jax.nn.softmax(z @ (x @ w["query"]).T / 8) @ x
-        return jnp.mean(weights * jnp.mean((jax.nn.gelu(attended) @ w["out"] - y) ** 2, 1))
-
-    solver = jaxhpo.momentum_sgd(train_loss, 0.1, 0.9)
-
-    def outer_loss(weights, w):
-        solution = jaxhpo.solve(solver, solver.init(w, weights), weights, (*batches, weights), adjoint=Reversible())
-        return sum(jnp.sum((x - 0.3) ** 2) for x in jax.tree.leaves(solution.params))
-
-    args = jnp.ones((steps, n), "float32"), params
-    placed = jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), args, (P(None, "data"), specs))
-    grad, shardings = jax.grad(outer_loss, (0, 1)), jax.tree.map(lambda x: x.sharding, placed)
-    got = jax.device_get(jax.jit(grad, out_shardings=shardings)(*placed))
-    assert relative_error(got, jax.jit(grad)(*args)) < 1e-5  # float32

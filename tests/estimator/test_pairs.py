@@ -431,6 +431,7 @@ def test_vmapped_updates_equal_a_loop(method):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), got, want)
 
 
+@pytest.mark.filterwarnings("ignore:.tune.. in 60 of 60 steps linear solves ended:RuntimeWarning")  # three products
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "num_steps", "rate", "num_updates"),
