@@ -40,7 +40,7 @@ Tune by methods that carry state
     Hypernetwork, affine_response, AffineResponse, self_response, Perturbed: a learned best response
 
 Find out whether to trust it, and what it costs
-    check_hypergradient, HypergradientCheck: against central differences
+    check_hypergradient, HypergradientCheck: against exact tangents, and why it differs
     compare, Comparison, MethodRow: error, time and memory of each method on your problem
     memory_plan, MemoryPlan, PlanRow: memory and time of each schedule, before the run
     JaxhpoError, NonFiniteError, ZeroHypergradientError, ZeroHypergradientWarning: what is raised or warned of

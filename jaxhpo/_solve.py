@@ -5,7 +5,7 @@ from typing import Any
 import jax
 
 from jaxhpo._adjoint.unroll import Unroll
-from jaxhpo._core.record import report_solve
+from jaxhpo._core.record import active, report_solve
 from jaxhpo._core.types import InnerState, PyTree, Solution, Solver
 from jaxhpo._inner.inputs import check_run
 from jaxhpo._inner.problem import Adjoint, check_adjoint, info_of, make_problem
@@ -27,8 +27,7 @@ def solve(
 
     Runs :math:`\theta_{t+1} = \Phi_t(\theta_t, h)` for `num_steps` steps from `state`. `jax.grad` of any function of
     the result (of `info`: zero) is a hypergradient, computed by the rule `adjoint`. `jit`, `vmap`, `grad` of `grad`,
-    `scan`, sharding and nesting work as for any JAX function. For forward mode use `adjoint=Forward()`; forward over
-    reverse mode, `jacfwd(grad(f))`, works with every rule that has second derivatives.
+    `scan`, sharding and nesting work as for any JAX function, and so does `jacfwd(grad(f))`; for `jvp` use `Forward()`.
 
     **Cost and bias**: T inner gradients for the forward run; the backward pass costs what the rule says.
 
@@ -66,6 +65,7 @@ def solve(
       Meta-Learning. 2018. arXiv:1806.04910
     """
     check_adjoint(adjoint)
+    adjoint = active().rule(adjoint)
     problem = make_problem(
         solver, state, hparams, batches, num_steps=num_steps, tol=tol, condition_batch=condition_batch, key=key
     )

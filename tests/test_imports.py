@@ -48,7 +48,7 @@ SHARED = {
     )
 }
 
-CORE = {"jax", "jaxlib", "numpy", "chex"}
+CORE = {"jax", "jaxlib", "numpy", "scipy", "chex"}
 OPTAX = ("_core.tree", "_inner.solver", "_tune", "_estimator", "search", "_cli", "testing")
 FLAX = ("models",)
 # Optional extras are imported inside functions, or at the top of the namespace that is about nothing else.

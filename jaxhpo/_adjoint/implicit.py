@@ -11,6 +11,7 @@ import numpy as np
 from jaxhpo._adjoint.implicit_function import Root, attach
 from jaxhpo._adjoint.pullback import closed_over_names, not_entering
 from jaxhpo._core.errors import JaxhpoError, warn
+from jaxhpo._core.record import report_root
 from jaxhpo._core.stop_gradient import stop_gradient_with_warning
 from jaxhpo._core.trace import closure_convert, untrusted_rule
 from jaxhpo._core.tree import mixed_types, names, upcast
@@ -258,6 +259,7 @@ def implicit(
     References:
       Blondel et al. Efficient and Modular Implicit Differentiation. 2022. arXiv:2105.15183
     """
+    report_root()
     solver = General() if linear_solver is None else check_linear_solver(linear_solver)
     check_on_failure("implicit", on_failure)
     if declared(solver).needs_key:

@@ -16,8 +16,7 @@ from jax.extend import core as jex
 from jax.interpreters.partial_eval import dce_jaxpr
 
 from jaxhpo._core.errors import JaxhpoError
-from jaxhpo._core.stop_gradient import REVERSE_ONLY
-from jaxhpo._core.trace import scan_layout, subprograms
+from jaxhpo._core.trace import REVERSE_ONLY, scan_layout, subprograms
 from jaxhpo._core.tree import is_inexact, partition
 
 SAFE_PART = 0.8  # of the memory that is free, since a prediction may be 20 % too low

@@ -69,6 +69,7 @@ class SolveLog:
       wants_runs: whether each solve is to report when it runs, which costs a gradient.
       wants_schedules: whether schedules are wanted, which take further traces.
       adjoints: the rule of every solve.
+      roots: calls of `implicit`.
       random: the rules that asked for a key.
       num_steps: inner steps of all solves, at most.
       symmetric: whether every condition's Jacobian is symmetric.
@@ -81,6 +82,7 @@ class SolveLog:
     def __init__(self, runs: bool = False, schedules: bool = True):
         self.wants_runs, self.wants_schedules = runs, schedules
         self.adjoints: list[Any] = []
+        self.roots = 0
         self.random: list[Any] = []
         self.num_steps = 0
         self.symmetric = True
@@ -136,6 +138,7 @@ class Recording(NamedTuple):
       solves: the solves that are traced.
       steps: what is not finite in inner steps.
       schedule: `(checkpoint, memory_limit)` that every unrolled solve takes, whatever it asked for.
+      rule: the derivative rule that a solve takes in the place of the one that it asked for, as a function of that.
       prints: whether linear solves are printed as they run.
     """
 
@@ -143,6 +146,7 @@ class Recording(NamedTuple):
     solves: SolveLog | None = None
     steps: StepLog | None = None
     schedule: tuple[int | str | None, float | None] | None = None
+    rule: Callable[[Any], Any] = lambda rule: rule
     prints: bool = False
 
 
@@ -235,6 +239,13 @@ def report_truncated() -> None:
     log = active().solves
     if log is not None:
         log.truncated = True
+
+
+def report_root() -> None:
+    """Reports a solution with an implicit derivative, found by a solver of the user's."""
+    log = active().solves
+    if log is not None:
+        log.roots += 1
 
 
 def report_solve(problem: Any, adjoint: Any, info: Info) -> None:

@@ -12,7 +12,7 @@ from jax.extend import core as jex
 from jax.interpreters import ad, batching, mlir
 
 from jaxhpo._core.errors import JaxhpoError, ZeroHypergradientWarning, warn
-from jaxhpo._core.trace import trust
+from jaxhpo._core.trace import REVERSE_ONLY, trust
 from jaxhpo._core.tree import is_inexact, partition
 from jaxhpo._core.types import PyTree
 
@@ -154,7 +154,6 @@ def _first_order_jvp(rule, primals, tangents):
 # A `custom_vjp` hands its tangents to a linear operation that JAX transposes in reverse mode and evaluates in forward
 # mode, where it raises an error of its own. An operation of ours before it is transposed, or evaluated first, alike.
 
-REVERSE_ONLY = "jaxhpo_reverse_only"
 _identity, _tangent = jex.Primitive(REVERSE_ONLY), jex.Primitive("jaxhpo_reverse_only_tangent")
 
 

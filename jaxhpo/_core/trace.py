@@ -1,14 +1,16 @@
-"""Traced programs: conversion of closures, equations, dependence of results on inputs, trust of derivative rules."""
+"""Traced programs: closures, equations, dependence of results on inputs, derivative rules and how to look past them."""
 
 import functools
 import inspect
 import operator
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.extend import core as jex
+from jax.extend.core import primitives as jex_primitives
 from jax.interpreters.partial_eval import dce_jaxpr
 
 from jaxhpo._core.tree import is_inexact, partition
@@ -128,6 +130,14 @@ def flat_by(fn: Callable, tree: PyTree) -> list[list[str]]:
     return found
 
 
+def rounding_to_integers(program: Any) -> list[str]:
+    """The operations, with a derivative of zero, by which a jaxpr rounds what depends on its first argument."""
+    met: list[str] = []
+    marked = [i == 0 for i in range(len(program.invars))]
+    _reached(program, marked, lambda name: bool(met.append(name)))  # cuts nothing
+    return sorted(set(met) & {*FLAT, "convert_element_type", "bitcast_convert_type"} - {"sign"})
+
+
 def flow_through_steps(step: Any, marked: list[bool], num_steps: int, *, past_stops: bool) -> list[bool]:
     """For each leaf of the state after some steps, whether it has a derivative with respect to a marked input.
 
@@ -213,12 +223,17 @@ def untrusted_rule(fn: Callable, *args) -> str | None:
         kind = equation.primitive.name
         if kind not in ("custom_vjp_call", "custom_jvp_call"):
             continue
-        call = equation.params["call_jaxpr"]
-        source = getattr(getattr(call, "jaxpr", call).debug_info, "func_src_info", None) or "a function"
+        source = _source_of(equation)
         if source not in _TRUSTED and (kind == "custom_vjp_call" or _alters_tangents(equation)):
             name, _, place = source.partition(" at ")
             return f"`{name}` ({place or 'of an unknown file'})"
     return None
+
+
+def _source_of(equation) -> str:
+    """The name and place of the function that a call with a derivative rule of its own was made from."""
+    call = equation.params["call_jaxpr"]
+    return getattr(getattr(call, "jaxpr", call).debug_info, "func_src_info", None) or "a function"
 
 
 def _alters_tangents(equation) -> bool:
@@ -246,3 +261,71 @@ def _alters_tangents(equation) -> bool:
 def _computes(program) -> bool:
     """Returns whether a jaxpr holds any operation, apart from calls."""
     return any(not subprograms(list(equation.params.values())) for equation in equations(program))
+
+
+# --- looking past derivative rules -----------------------------------------------------------------------------------
+
+REVERSE_ONLY = "jaxhpo_reverse_only"  # the library's identity that refuses forward mode
+_JAX = os.path.dirname(jax.__file__)
+
+
+def past_rules(program: Any, stops: bool = True) -> Any:
+    """A jaxpr that computes the same, and whose derivative is that of what it computes.
+
+    A function with a derivative rule of its own is called as if it had none, but for JAX's `custom_jvp`s, which say
+    what a derivative is where there are two, as of `relu` at zero; with `stops`, `stop_gradient` is passed too.
+    The square root of a zero that does not change does not change.
+    """
+    cut = {REVERSE_ONLY, *([STOP] if stops else [])}
+    made = []
+    for equation in program.eqns:
+        kind, params = equation.primitive.name, equation.params
+        if kind in cut:
+            pairs = zip(equation.invars, equation.outvars, strict=True)
+            copy = {"primitive": jex_primitives.copy_p, "params": {}}
+            made += [equation.replace(invars=[x], outvars=[y], **copy) for x, y in pairs]
+        elif kind == "custom_vjp_call" or (kind == "custom_jvp_call" and _JAX not in _source_of(equation)):
+            call = {"call_jaxpr": _past_rules_inside(params["call_jaxpr"], stops)}
+            made.append(equation.replace(primitive=jex_primitives.closed_call_p, params=call))
+        elif kind == "custom_jvp_call":
+            made.append(equation)
+        elif kind == "sqrt":
+            x = equation.invars[0].aval
+            call = {"call_jaxpr": jax.make_jaxpr(_root)(jax.ShapeDtypeStruct(x.shape, x.dtype))}
+            made.append(equation.replace(primitive=jex_primitives.closed_call_p, params=call))
+        else:
+            inside = {name: _past_rules_inside(value, stops) for name, value in params.items()}
+            made.append(equation.replace(params=inside))
+    return program.replace(eqns=made)
+
+
+@jax.custom_jvp
+def _root(x):
+    return jnp.sqrt(x)
+
+
+@_root.defjvp
+def _root_jvp(primals, tangents):
+    # √(g²) where g = ġ = 0, as of a parameter that gets no gradient under Adam, does not change: JAX has 0 · ∞ = NaN.
+    (x,), (dot,) = primals, tangents
+    root = jnp.sqrt(x)
+    return root, jnp.where(dot == 0, 0, dot / (2 * jnp.where(dot == 0, 1, root)))
+
+
+def _past_rules_inside(value: Any, stops: bool) -> Any:
+    """A parameter of an equation, with `past_rules` of every jaxpr in it."""
+    if isinstance(value, jex.ClosedJaxpr):
+        return value.replace(jaxpr=past_rules(value.jaxpr, stops))
+    if isinstance(value, jex.Jaxpr):
+        return past_rules(value, stops)
+    if isinstance(value, (tuple, list)):
+        items = [_past_rules_inside(item, stops) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value
+
+
+def rules_in(program: Any) -> list[str]:
+    """The functions with a derivative rule that is neither JAX's nor the library's, by name and place."""
+    calls = [e for e in equations(program) if e.primitive.name in ("custom_vjp_call", "custom_jvp_call")]
+    sources = dict.fromkeys(map(_source_of, calls))
+    return [source for source in sources if _JAX not in source and source not in _TRUSTED]

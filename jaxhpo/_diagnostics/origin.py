@@ -1,5 +1,6 @@
 """Search for the origin of a number that is not finite: the operation that made it of finite ones."""
 
+import itertools
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex
 
-from jaxhpo._core.trace import scan_layout
+from jaxhpo._core.trace import STOP, equations, scan_layout
 from jaxhpo._core.tree import all_finite, is_inexact
 
 ARITHMETIC = {"add", "add_any", "sub", "mul", "dot_general", "conv_general_dilated", "reduce_sum", "cumsum", "square"}
@@ -198,6 +199,19 @@ def place_of(equation) -> str:
     """The innermost line that is neither ours nor JAX's."""
     frame = _frame(equation, NOT_THE_USERS)
     return f"{os.path.basename(frame.file_name)}:{frame.line_num}, in {frame.function_name}" if frame else ""
+
+
+def stops_in(program: Any) -> list[str]:
+    """The user's lines that stop a gradient in a jaxpr; JAX's own (of a softmax's largest logit) are harmless."""
+    found = set()
+    for equation in equations(program):
+        if equation.primitive.name == STOP and not is_ours(equation):
+            # Outermost, as its own derivative calls it again.
+            pairs = itertools.pairwise(equation.source_info.traceback.frames)
+            callers = [after for frame, after in pairs if frame.function_name == STOP]
+            if callers and not callers[-1].file_name.startswith(JAX):
+                found.add(place_of(equation))
+    return sorted(found - {""})
 
 
 def is_ours(equation) -> bool:

@@ -1,91 +1,25 @@
-"""Checks of the arguments of `tune` and `outer_step`, and one form for the outer loss."""
+"""Checks of the arguments of `tune` and `outer_step`."""
 
 import datetime
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxhpo._core.errors import JaxhpoError
-from jaxhpo._core.types import Hypergradient, Solver
+from jaxhpo._core.outer import WITH_CARRY, is_deterministic
+from jaxhpo._core.types import Solver
 from jaxhpo._core.validate import (
-    check_arrays,
     check_callable,
     check_count,
     check_nonnegative,
     check_positive,
-    check_residual,
-    check_scalar,
     check_switch,
     describe,
 )
 from jaxhpo._tune.history import EXTRAS
 from jaxhpo._tune.remedies import Remedies
-
-WITH_CARRY = "outer_loss(hparams, carry, key) -> (value, carry, info)"
-
-
-def in_one_form(outer_loss, gradient) -> tuple[Any, Callable | None]:
-    """Converts both forms of the outer loss into one; raises for anything else.
-
-    Returns:
-      `(hparams, carry, key) -> (value, carry, info)`, or None, and in place of its differentiation
-      `(hparams, carry, key) -> (value, hypergradient, carry, info)`, or None.
-    """
-    gradient = None if gradient is None else _checked_gradient(gradient)
-    if outer_loss is None:
-        if gradient is None:
-            raise JaxhpoError("`outer_loss` got None without a `gradient`: pass a function `outer_loss(hparams)`.")
-        return None, gradient
-    if takes_carry(outer_loss):
-
-        def loss(hparams, carry, key):
-            value, carry, info = _outputs(outer_loss(hparams, carry, key), "outer_loss", "value, carry, info")
-            return check_scalar(value, "outer_loss"), carry, info
-
-        return loss, gradient
-    check_callable("outer_loss", outer_loss, "outer_loss(hparams)", 1, " or `outer_loss(hparams, carry, key)`")
-    return lambda h, carry, key: (check_scalar(outer_loss(h), "outer_loss"), carry, None), gradient
-
-
-def _checked_gradient(gradient):
-    if isinstance(gradient, Hypergradient):
-        raise JaxhpoError(
-            "`gradient` got a pair: write `gradient=from_pair(pair)` and `carry=pair.init(params, hparams)`."
-        )
-    check_callable("gradient", gradient, "gradient(hparams, carry, key)", 3)
-
-    def checked(hparams, carry, key):
-        out = gradient(hparams, carry, key)
-        value, hypergrad, carry, info = _outputs(out, "gradient", "value, hypergradient, carry, info")
-        check_residual(hypergrad, hparams, "gradient", "hparams")
-        hypergrad = jax.tree.map(lambda g, h: jnp.asarray(g, h.dtype), hypergrad, hparams)
-        return check_scalar(value, "gradient"), hypergrad, carry, info
-
-    return checked
-
-
-def _outputs(out, what, wanted) -> tuple:
-    if not isinstance(out, tuple) or len(out) != len(wanted.split()):
-        raise JaxhpoError(
-            f"`{what}(hparams, carry, key)` returned {describe(out)}: return `({wanted})`; carry and info may be None."
-        )
-    check_arrays(out[-2], "carry")
-    check_arrays(out[-1], "info")
-    return out
-
-
-def takes_carry(outer_loss) -> bool:
-    """Returns whether exactly three positional arguments are required: defaults do not make a carry."""
-    try:
-        parameters = inspect.signature(outer_loss).parameters.values()
-    except (TypeError, ValueError):
-        return False
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return sum(p.kind in positional and p.default is p.empty for p in parameters) == 3
 
 
 def check_optimizer(optimizer, transforms) -> None:
@@ -128,11 +62,6 @@ def check_choice(what: str, value: Any, *choices: str) -> None:
     if not isinstance(value, str) or value not in choices:
         some = f"{', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}"
         raise JaxhpoError(f"`{what}` got {describe(value)}: write {some}.")
-
-
-def is_deterministic(outer_loss, gradient) -> bool:
-    """Returns whether the outer loss has no key, so that it has one value."""
-    return gradient is None and not takes_carry(outer_loss)
 
 
 def check_settings(num_steps, progress, min_delta, save_every, max_seconds, **counts):

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import optax
 
 from jaxhpo._core.errors import JaxhpoError
+from jaxhpo._core.outer import in_one_form
 from jaxhpo._core.record import SolveLog, recording
 from jaxhpo._core.transforms import to_natural, to_unconstrained
 from jaxhpo._core.tree import add_scaled, all_finite, is_inexact, mixed_types, norm, upcast, without_weak_types
 from jaxhpo._core.types import Info, PyTree
 from jaxhpo._core.validate import check_arrays, check_hparams, check_key, describe
-from jaxhpo._tune.inputs import check_optimizer, check_policies, in_one_form
+from jaxhpo._tune.inputs import check_optimizer, check_policies
 from jaxhpo._tune.remedies import NO_REMEDIES, Remedies, check_projections, clipped, projected, shrunk
 
 

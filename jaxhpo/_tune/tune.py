@@ -16,6 +16,7 @@ import numpy as np
 import optax
 
 from jaxhpo._core.errors import JaxhpoError, NonFiniteError, warn
+from jaxhpo._core.outer import is_deterministic
 from jaxhpo._core.processes import check_same, check_same_value, on_any, together, whole
 from jaxhpo._core.progress import Progress, say
 from jaxhpo._core.record import recording
@@ -29,7 +30,6 @@ from jaxhpo._tune.inputs import (
     check_record,
     check_settings,
     convert,
-    is_deterministic,
 )
 from jaxhpo._tune.population import Compiled, fetched, member
 from jaxhpo._tune.record import LoopState, Record, TuneStep

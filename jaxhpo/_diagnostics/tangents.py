@@ -1,0 +1,119 @@
+"""Exact directional derivatives of an outer loss: forward mode through the steps that are run, past every rule."""
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend import core as jex
+from jax.interpreters.partial_eval import dce_jaxpr
+
+from jaxhpo._adjoint.pushforward import push
+from jaxhpo._core.cost import SAFE_PART, available_bytes, predicted_peak_bytes
+from jaxhpo._core.processes import whole
+from jaxhpo._core.record import recording
+from jaxhpo._core.trace import past_rules, rounding_to_integers
+from jaxhpo._core.types import InnerState
+from jaxhpo._inner.loop import run
+from jaxhpo._inner.problem import Adjoint, Problem
+
+WIDTH = 8  # directions pushed together, in which they share the run
+
+
+@dataclasses.dataclass(frozen=True)
+class PlainLoop:
+    """The inner steps alone, differentiated by JAX: the reference of every rule."""
+
+    def run(self, problem: Problem) -> tuple[InnerState, jax.Array]:
+        """Takes the steps."""
+        return run(problem)
+
+
+@dataclasses.dataclass(frozen=True)
+class Constant:
+    """The inner steps, with a result that is a constant: what is left is the direct term of the outer loss."""
+
+    def run(self, problem: Problem) -> tuple[InnerState, jax.Array]:
+        """Takes the steps."""
+        final, steps = run(problem)
+        return jax.lax.stop_gradient(final), steps
+
+
+class Tangents:
+    r"""Directional derivatives :math:`\langle \nabla F(h), d \rangle` of a function, without a step size.
+
+    Every solve in the function runs its plain loop, whatever rule it asks for, and derivative rules of the user's are
+    passed by: the derivative is that of what is computed, up to rounding errors.
+
+    **Cost and bias**: 1 + 1.3 k trainings for k directions pushed together, and the memory of as many states.
+
+    Args:
+      fn: `(flat, *args) -> scalar`.
+      flat: the point.
+      *args: its other arguments.
+      rule: the rule of every solve.
+      stops: whether `stop_gradient` is passed.
+
+    Attributes:
+      program: the jaxpr that is differentiated.
+      rounded: the operations on the way from the point to the value that forward mode takes to be constant but that are
+        not: rounding, and conversion to integers.
+    """
+
+    def __init__(
+        self,
+        fn: Callable,
+        flat: jax.Array,
+        *args: Any,
+        rule: Adjoint = PlainLoop(),
+        stops: bool = True,  # noqa: B008
+    ):
+        self.flat, self.args = flat, args
+        with warnings.catch_warnings(action="ignore"), recording(rule=lambda _: rule):
+            closed = jax.make_jaxpr(fn)(flat, *args)
+        self.traced = closed.jaxpr
+        # Of a method that gives value and hypergradient, only the value is differentiated.
+        self.program = dce_jaxpr(past_rules(closed.jaxpr, stops), [True], instantiate=True)[0]
+        self.rounded = rounding_to_integers(self.program)
+        self._consts = closed.consts
+
+        def along(consts, flat, directions, *args):
+            value = functools.partial(_evaluate, jex.ClosedJaxpr(self.program, consts), args)
+            return value(flat), push(value, flat, directions, None)
+
+        self._along, self._compiled, self._width = along, jax.jit(along), WIDTH
+
+    def along(
+        self, directions: np.ndarray, flat: jax.Array | None = None, *args: Any, after_each: Callable = lambda: None
+    ) -> tuple[float, np.ndarray]:
+        """The value, and the derivative along each of the (k, m) directions.
+
+        Args:
+          directions: of any length.
+          flat: another point; None takes the first.
+          *args: other arguments than the first.
+          after_each: called after each chunk of directions.
+        """
+        at, args, dtype = self.flat if flat is None else flat, args or self.args, self.flat.dtype
+        width = min(self._width, len(directions))
+        chunk = np.zeros((width, self.flat.size), dtype)
+        if (
+            width > 1
+            and predicted_peak_bytes(self._along, self._consts, at, chunk, *args) > SAFE_PART * available_bytes()
+        ):
+            self._width = width = 1
+        found, value = [], float("nan")
+        for start in range(0, len(directions), width):
+            rows = directions[start : start + width].astype(dtype)
+            padded = np.concatenate([rows, np.zeros((width - len(rows), rows.shape[1]), dtype)])
+            value, dots = whole(self._compiled(self._consts, at, padded, *args))
+            found.append(np.asarray(dots, float)[: len(rows)])
+            after_each()
+        return float(value), np.concatenate(found)
+
+
+def _evaluate(closed, args, flat):
+    return jex.jaxpr_as_fun(closed)(flat, *jax.tree.leaves(args))[0]
