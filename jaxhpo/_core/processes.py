@@ -32,10 +32,11 @@ def together() -> Iterator[None]:
     """Has all processes raise where one raises within: it tells the others at the exchange to which they come next.
 
     So that they come to one, an exchange precedes whatever waits for all processes: a collective operation of the
-    library, and, after it is compiled, a program that the devices of all processes run.
+    library, and, after it is compiled, a program that the devices of all processes run. The last is at the end.
     """
     try:
         yield
+        exchange()
     except AnotherProcessError:
         raise
     except BaseException as error:
@@ -56,13 +57,33 @@ def exchange(value: Any = None, error: BaseException | None = None, seconds: flo
     """
     if jax.process_count() == 1:
         return [value]
-    raised = "" if error is None else f"{type(error).__name__}: {error}"[:MOST_LETTERS]
+    raised = "" if error is None else _in_words(error)
     text = json.dumps([value, raised], ensure_ascii=False).encode(errors="replace").ljust(MOST_BYTES)
     every = [json.loads(own.tobytes()) for own in _gathered(np.frombuffer(text, np.uint8), seconds)]
     for index, (_, raised) in enumerate(every):
         if raised:
             raise AnotherProcessError(f"The run ends on all processes, as process {index} raised {raised}")
     return [value for value, _ in every]
+
+
+def _in_words(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"[:MOST_LETTERS]
+
+
+def agreed(fn: Callable[[], Any]) -> Any:
+    """Calls `fn`; raises on all processes where it raises on one, after which they may go on as if it had on each."""
+    result = own = None
+    try:
+        result = fn()
+    except Exception as error:
+        own = error
+    told = exchange(own and _in_words(own))
+    if own is not None:
+        raise own
+    for index, raised in enumerate(told):
+        if raised:
+            raise JaxhpoError(f"Process {index} raised {raised}")
+    return result
 
 
 def _gathered(text: np.ndarray, seconds: float) -> np.ndarray:

@@ -13,6 +13,7 @@ from jax.extend import core as jex
 from jax.extend.core import primitives as jex_primitives
 from jax.interpreters.partial_eval import dce_jaxpr
 
+from jaxhpo._core.processes import exchange
 from jaxhpo._core.tree import is_inexact, partition
 from jaxhpo._core.types import PyTree
 
@@ -35,7 +36,7 @@ def closure_convert(fn: Callable, *args) -> tuple[Callable, list]:
     return pure, consts
 
 
-def compilable(fn: Callable, *args) -> tuple[Any, tuple]:
+def hoisted(fn: Callable, *args) -> tuple[Any, tuple]:
     """Returns `jax.jit(fn), args`; with several processes, what `fn` closes over is among the arguments.
 
     JAX does not compile an array that is spread over several processes into a program as a constant.
@@ -44,6 +45,15 @@ def compilable(fn: Callable, *args) -> tuple[Any, tuple]:
         return jax.jit(fn), args
     pure, consts = closure_convert(fn, *args)
     return jax.jit(pure), (consts, *args)
+
+
+def compilable(fn: Callable, *args) -> tuple[Any, tuple]:
+    """Returns what `hoisted` does; with several processes, after all of them have compiled it."""
+    program, args = hoisted(fn, *args)
+    if jax.process_count() > 1:  # one that cannot must not leave the others in it
+        program.lower(*args).compile()
+        exchange()
+    return program, args
 
 
 # --- equations -------------------------------------------------------------------------------------------------------

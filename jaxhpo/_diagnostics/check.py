@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxhpo._core.mesh import ravel
 from jaxhpo._core.outer import in_one_form, is_deterministic
-from jaxhpo._core.processes import from_first, whole
+from jaxhpo._core.processes import from_first, together, whole
 from jaxhpo._core.progress import EVERY, Progress
 from jaxhpo._core.record import SolveLog, recording
 from jaxhpo._core.trace import compilable, equations
@@ -125,6 +125,7 @@ class HypergradientCheck:
         return text
 
 
+@together()
 def check_hypergradient(
     outer_loss: Callable | None,
     hparams: PyTree,

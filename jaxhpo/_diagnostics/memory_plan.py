@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxhpo._adjoint.checkpointing import describe_schedule
 from jaxhpo._core.cost import SAFE_PART, available_bytes, count_and_peak, count_arithmetic, human_bytes
 from jaxhpo._core.errors import JaxhpoError
+from jaxhpo._core.processes import exchange, together
 from jaxhpo._core.progress import write
 from jaxhpo._core.record import SolveLog, UnrolledSolve, recording
 from jaxhpo._core.types import PyTree
@@ -105,6 +106,7 @@ class MemoryPlan:
         return "\n".join([*lines, f"As written, {self.asked.call}: {used} of {limit}{of}.", *self.reasons, self.advice])
 
 
+@together()
 def memory_plan(
     outer_loss: Callable[[PyTree], jax.Array], hparams: PyTree, *, memory_limit: float | None = None
 ) -> MemoryPlan:
@@ -149,7 +151,7 @@ def memory_plan(
     hparams = check_hparams(hparams)
     if memory_limit is not None:
         check_positive("memory_limit", memory_limit)
-    limit = available_bytes() if memory_limit is None else memory_limit
+    limit = min(exchange(available_bytes())) if memory_limit is None else memory_limit
     shape = jax.eval_shape(outer_loss, hparams)
     if not isinstance(shape, jax.ShapeDtypeStruct) or len(shape.shape) > 1:
         raise JaxhpoError(

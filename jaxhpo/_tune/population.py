@@ -10,7 +10,7 @@ import numpy as np
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.processes import exchange, whole
 from jaxhpo._core.record import traced_anew
-from jaxhpo._core.trace import compilable
+from jaxhpo._core.trace import hoisted
 from jaxhpo._core.tree import named_leaves
 from jaxhpo._core.types import PyTree
 from jaxhpo._core.validate import check_arrays, check_hparams, check_key, describe
@@ -79,7 +79,7 @@ class Compiled:
     def _program(self, state):
         types = jax.tree.structure(state), *map(jax.typeof, jax.tree.leaves(state))
         if types not in self._programs:
-            program, (*consts, _) = compilable(self._advance, state)
+            program, (*consts, _) = hoisted(self._advance, state)
             self._programs[types] = program, consts
         return self._programs[types]
 
@@ -95,7 +95,7 @@ class Compiled:
         With `placed` also shardings, which only the compiler knows.
         """
         with warnings.catch_warnings(action="ignore"), traced_anew():
-            program, (*consts, _) = compilable(self._advance, state)
+            program, (*consts, _) = hoisted(self._advance, state)
             traced = program.trace(*consts, state)
             after, report = traced.out_info
             if placed:

@@ -14,6 +14,7 @@ from jaxhpo._adjoint.unroll import Unroll
 from jaxhpo._core.cost import fastest, temporary_bytes
 from jaxhpo._core.errors import JaxhpoError, ZeroHypergradientWarning
 from jaxhpo._core.mesh import ravel
+from jaxhpo._core.processes import AnotherProcessError, together
 from jaxhpo._core.progress import Progress
 from jaxhpo._core.record import SolveLog
 from jaxhpo._core.tree import names
@@ -35,6 +36,7 @@ from jaxhpo._linear.neumann import Neumann
 WORST_LAST = ("converged", "max iterations", "stalled", "indefinite", "not finite")  # of `LinearStatus`
 
 
+@together()
 def compare(
     make_outer_loss: Callable[[Any], Callable[[PyTree], jax.Array]],
     hparams: PyTree,
@@ -206,7 +208,7 @@ def _run_plain(make_loss, rules, flat) -> Measured:
     for rule in rules:
         try:
             return run_once(make_loss, rule, flat, runs=True)
-        except RuleNotUsed:
+        except (RuleNotUsed, AnotherProcessError):
             raise
         except Exception as error:  # such as `tol`, which only implicit rules allow
             errors.append(error)

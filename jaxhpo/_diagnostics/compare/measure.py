@@ -8,9 +8,9 @@ import jax
 
 from jaxhpo._core.cost import available_bytes, human_bytes, temporary_bytes
 from jaxhpo._core.errors import JaxhpoError
-from jaxhpo._core.processes import from_first, whole
+from jaxhpo._core.processes import AnotherProcessError, agreed, from_first, whole
 from jaxhpo._core.record import InnerRun, LinearSolve, SolveLog, recording
-from jaxhpo._core.trace import compilable
+from jaxhpo._core.trace import hoisted
 from jaxhpo._core.types import LinearStatus
 from jaxhpo._inner.problem import Adjoint
 
@@ -53,8 +53,9 @@ def run_once(make: Callable[[Adjoint], Callable], rule: Adjoint, flat: jax.Array
       runs: records the condition before and after each inner solve, which costs a gradient, and its schedule.
     """
     linear_solves, log = [], SolveLog(runs, schedules=runs)
-    with recording(linear_solves=linear_solves, solves=log):
-        program, args = compilable(make(rule), flat)
+
+    def compiled() -> tuple:
+        program, args = hoisted(make(rule), flat)
         traced = program.trace(*args)
         if rule not in log.adjoints:
             met = f"only with {log.adjoints[0]!r}" if log.adjoints else "not at all"
@@ -62,15 +63,17 @@ def run_once(make: Callable[[Adjoint], Callable], rule: Adjoint, flat: jax.Array
                 f"`make_outer_loss({rule!r})` returned a function that calls `solve` {met}, so every method would look "
                 "the same: pass the argument on, `solve(..., adjoint=adjoint)`."
             )
-        program = compiled_if_it_fits(traced)
+        return compiled_if_it_fits(traced), args, traced.jaxpr.effects
+
+    with recording(linear_solves=linear_solves, solves=log):
+        program, args, reports = agreed(compiled)
         result = jax.block_until_ready(program(*args))
     log.runs[:] = [InnerRun(*run) for run in from_first(lambda: log.runs)]  # callbacks report to process 0 alone
     rows = from_first(lambda: linear_solves)
     linear_solves = [LinearSolve(LinearStatus(status), *rest) for status, *rest in rows]
-    if traced.jaxpr.effects:  # callbacks, which would be timed too
+    if reports:  # callbacks, which would be timed too
         with warnings.catch_warnings(action="ignore"):  # already raised above
-            program, args = compilable(make(rule), flat)
-            program = compiled_if_it_fits(program.trace(*args))
+            program, args, _ = agreed(compiled)
     return Measured(rule, result, log, tuple(linear_solves), program, args)
 
 
@@ -79,7 +82,7 @@ def measure(make_loss: Callable[[Adjoint], Callable], rule: Adjoint, flat: jax.A
     try:
         with warnings.catch_warnings(record=True, action="always") as caught:
             measured = run_once(lambda rule: jax.value_and_grad(make_loss(rule)), rule, flat)
-    except RuleNotUsed:
+    except (RuleNotUsed, AnotherProcessError):
         raise
     except Exception as error:  # of any kind: the other methods are still compared
         return Measured(rule, error=first_words(f"{type(error).__name__}: {error}"))

@@ -170,6 +170,43 @@ def struck(folder):
     return [*ends, tune(folder, callbacks=[interrupt]), tune(folder)]
 
 
+def examined(folder):
+    """Process 1 has no memory for a trace of a check, or gets Ctrl-C in one; then for one rule alone."""
+    there, make_outer_loss, h = jax.process_index() == 1, regression(spread), jnp.full(3, 0.1)
+    rules = [jaxhpo.Implicit(jaxhpo.Identity(0.1)), jaxhpo.Implicit()]
+
+    def striking(adjoint=None, before=0, error=MemoryError):
+        traces, outer_loss = [], make_outer_loss(adjoint or jaxhpo.Unroll())
+
+        def struck(h):
+            traces.append(0)
+            if there and len(traces) > before:
+                raise error("no more")
+            return outer_loss(h)
+
+        return struck
+
+    def compared(rule, error=MemoryError):
+        make = lambda own: striking(own, error=error) if own == rule else make_outer_loss(own)  # noqa: E731
+        return jaxhpo.compare(make, h, rules, repeats=1, progress=False)
+
+    checks = [
+        lambda: jaxhpo.check_hypergradient(striking(), h),
+        lambda: jaxhpo.check_hypergradient(striking(before=1), h),  # the differences
+        lambda: jaxhpo.memory_plan(striking(before=2), h),
+        lambda: compared(rules[1], KeyboardInterrupt),
+    ]
+    ends = []
+    for check in checks:
+        try:
+            check()
+        except (MemoryError, KeyboardInterrupt, jaxhpo.JaxhpoError) as error:
+            ends.append(re.sub(ANOTHER, "", str(error)))
+    comparison = compared(jaxhpo.Unroll())
+    errors, reference = [row.error for row in comparison.rows], comparison.reference
+    return [*ends, json.dumps([errors, reference.name, reference.text.replace("JaxhpoError: Process 1 raised ", "")])]
+
+
 def unshared(folder):
     """The folder of process 1 is another, is missing, is a file; or is the same by another name."""
     sharded_dir.PATIENCE, here = 0.5, pathlib.Path(folder)

@@ -21,6 +21,7 @@ SCENARIOS = [
     "closed_over",
     "disagreeing",
     "struck",
+    "examined",
     "unshared",
     "grown",
     "continued",
@@ -131,6 +132,15 @@ def test_an_exception_or_interrupt_of_one_process_ends_all(ended):
     assert others == ["raised: no more"] * 4  # a trace, a monitor, a callback, a checkpoint
     assert interrupted["status"] == "interrupted"
     assert more["status"] == "finished" and more["end"] == ended["undisturbed"][0]["end"]
+
+
+@pytest.mark.slow
+def test_an_exception_of_one_process_ends_a_check_on_all(ended):
+    *told, compared = (told["refusal"] for told in ended["examined"])
+    assert told == ["no more"] * 4
+    errors, reference, why = json.loads(compared)
+    # One rule alone, which is the reference, costs no more than that rule.
+    assert errors == [None, None] and reference == "differences" and "MemoryError: no more" in why
 
 
 @pytest.mark.slow
