@@ -25,6 +25,8 @@ from jaxhpo import (
     Implicit,
     InnerState,
     JaxhpoError,
+    LinearInfo,
+    LinearStatus,
     Neumann,
     NonFiniteError,
     Unroll,
@@ -102,6 +104,11 @@ def returning(value):
 def iterate(h, step, condition=None, **settings):
     solver = fixed_point(step, condition)
     return solve(solver, solver.init(PARAMS, h), h, num_steps=3, **settings).params
+
+
+def system(linear_solver, h=PARAMS["w"]):
+    """The derivative of the root w of w - h = 0."""
+    return jax.grad(lambda h: jnp.sum(implicit(lambda w, h: w - h, h, h, linear_solver=linear_solver)))(jnp.asarray(h))
 
 
 def momentum(h, learning_rate=0.1, momentum=0.9, **settings):
@@ -887,6 +894,47 @@ MISTAKES = [
         )({"target": h["target"]}),
         "`linear_solver` returned the tree",
         "return one array per leaf of `b`",
+    ),
+    Mistake(
+        "implicit-solver-of-integers",
+        lambda h: system(lambda matvec, b: (jnp.zeros(3, int), None)),
+        r"`linear_solver` returned int64\[3\] for `b`",
+        "return one array per leaf of `b`, .* floating-point",
+    ),
+    Mistake(
+        "implicit-solver-status-alone",
+        lambda h: system(lambda matvec, b: (b, LinearStatus.CONVERGED)),
+        r"`linear_solver` returned .*CONVERGED",
+        "write `return x, info`, a `LinearInfo`",
+    ),
+    Mistake(
+        "implicit-solver-status-in-words",
+        lambda h: system(lambda matvec, b: (b, LinearInfo(status="CONVERGED"))),
+        "`linear_solver` returned a report whose `status` is 'CONVERGED'",
+        r"write `LinearInfo\(residual, num_iterations, LinearStatus.CONVERGED\)`",
+    ),
+    Mistake(
+        "implicit-solver-residual-vector",
+        lambda h: system(lambda matvec, b: (b, LinearInfo(residual=b - matvec(b)))),
+        r"report whose `residual` is float64\[3\]",
+        "one number",
+    ),
+    Mistake(
+        "implicit-solver-loop-of-constants",
+        lambda h: jax.shard_map(
+            lambda h: system(lambda matvec, b: (jax.lax.fori_loop(0, 3, lambda _, x: b + x, jnp.zeros(3)), None), h),
+            mesh=jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)),
+            in_specs=jax.P("data"),
+            out_specs=jax.P("data"),
+        )(h["target"]),
+        r"`linear_solver` raised TypeError under `shard_map`.*\['data'\]",
+        r"begin with `jnp.zeros_like\(b\)`",
+    ),
+    Mistake(
+        "cg-fallback-without-report",
+        lambda h: system(CG(fallback=lambda matvec, b: b)),
+        r"`CG\(fallback=\.\.\.\)` returned float64\[3\]",
+        r"write `return x, info`",
     ),
     Mistake("cg-zero-iterations", lambda h: CG(maxiter=0), r"`CG\(maxiter=.*got 0", "write 1 or more"),
     Mistake("cg-float-iterations", lambda h: CG(1e-6), r"`CG\(maxiter=.*got 1e-06", "Python integer"),

@@ -144,7 +144,10 @@ def test_a_linear_solver_need_not_be_linear():
     [
         (None, LinearStatus.CONVERGED, LinearStatus.MAX_ITERATIONS),
         (jnp.zeros(()), LinearStatus.CONVERGED, LinearStatus.MAX_ITERATIONS),  # as `jax.scipy.sparse.linalg.gmres`
+        (LinearInfo(), LinearStatus.CONVERGED, LinearStatus.MAX_ITERATIONS),
         (LinearInfo(jnp.zeros(()), 0, LinearStatus.CONVERGED), LinearStatus.CONVERGED, LinearStatus.STALLED),
+        (LinearInfo(status=LinearStatus.CONVERGED), LinearStatus.CONVERGED, LinearStatus.STALLED),
+        (LinearInfo(status=LinearStatus.CONVERGED, failed=False),) + (LinearStatus.CONVERGED,) * 2,  # is believed
         (LinearInfo(jnp.ones(()), 0, LinearStatus.MAX_ITERATIONS),) + (LinearStatus.MAX_ITERATIONS,) * 2,
     ],
 )

@@ -217,7 +217,8 @@ class LinearInfo(NamedTuple):
 
     Attributes:
       residual: ‖b − A x‖ / ‖b‖ (0 where b = 0), measured at the answer.
-      num_iterations: products with A, without those that only measure a residual.
+      num_iterations: products with A, without those that only measure a residual; 0 where a solver of your own does not
+        say.
       status: a `LinearStatus` value, int32.
       failed: whether the answer is no solution, not even a rough one: indefinite, not finite, no better than x = 0, or
         of a dense solver whose residual is above √ε. `Implicit` then gives NaN. An answer that was stopped early has
@@ -225,9 +226,9 @@ class LinearInfo(NamedTuple):
         residual of 1 or more; then CONVERGED is checked, too (see `LinearSolver`).
     """
 
-    residual: jax.Array
-    num_iterations: jax.Array
-    status: jax.Array
+    residual: Any = None
+    num_iterations: Any = None
+    status: Any = None
     failed: Any = None
 
 
@@ -243,14 +244,14 @@ class LinearSolver(Protocol):
     tolerance.
 
     Its report is checked, unless that sets `failed`: the residual is measured, and CONVERGED becomes STALLED where one
-    more solve, with the residual as b, finds an error of x above 1 %. Where it returns None for a report, or an
-    array as functions of `jax.scipy.sparse.linalg` do, the status is CONVERGED where that error is below 1 %, and the
+    more solve, with the residual as b, finds an error of x above 1 %. Where it has no status, or is None, or an array
+    as functions of `jax.scipy.sparse.linalg` return, the status is CONVERGED where that error is below 1 %, and the
     solve has failed where the residual is not below that of x = 0. Under `jit` the second solve is free where nobody
     reads the status, as under plain `jax.grad`; in a pair it doubles the cost of the linear solve.
 
     On a mesh of `Explicit` axes it runs with them made `Auto`, so it must not close over JAX arrays that are made or
     sharded on that mesh: pass them as keywords, `functools.partial(solver, name=array)`. NumPy arrays may be closed
-    over.
+    over. Under `shard_map` b may vary over mesh axes, so loops start from `jnp.zeros_like(b)`, not from `jnp.zeros`.
 
     Attributes:
       needs_key: whether the solver is called with `key=`, the key given to `solve`.
@@ -285,7 +286,7 @@ class LinearSolver(Protocol):
           x0: a start for iterative solvers, or None; a solver may ignore it.
 
         Returns:
-          x, in the structure, shapes and dtypes of `b`, and a report, which may be None.
+          x, in the structure and shapes of `b`, and a report, which may be None, as may each of its fields.
         """
         ...
 

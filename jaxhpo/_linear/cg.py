@@ -62,5 +62,6 @@ class CG(LinearSolver):
         solve = functools.partial(conjugate_gradients, maxiter=self.maxiter, tol=self.tol)
         if self.fallback is not None:
             fallback = self.fallback
-            solve = in_turn(solve, judged(lambda operator, b, x0: fallback(operator, b)), lambda info: info.failed)
+            second = judged(lambda operator, b, x0: fallback(operator, b), "CG(fallback=...)")
+            solve = in_turn(solve, second, lambda info: info.failed)
         return solve_system(matvec, b, x0, solve, symmetric=True, damping=self.damping)

@@ -1,13 +1,18 @@
 """The report of a linear solve: its residual, and the status that follows from it."""
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jaxhpo._core.errors import JaxhpoError
+from jaxhpo._core.mesh import cast_varying, varying_axes
 from jaxhpo._core.record import report_truncated
-from jaxhpo._core.tree import norm
-from jaxhpo._core.types import LinearInfo, LinearStatus
+from jaxhpo._core.tree import cast_like, norm
+from jaxhpo._core.types import LinearInfo, LinearStatus, PyTree
+from jaxhpo._core.validate import check_residual, describe, is_array
 
 
 def epsilon(dtype) -> float:
@@ -108,37 +113,81 @@ def is_right(solve: Callable, b, r, residual, x) -> jax.Array:
     return (residual == 0) | ((residual < 1) & right)
 
 
-def judged(solve: Callable) -> Callable:
-    """Return `solve(matvec, b, x0) -> (x, report)` with a report in any case, of arrays.
+def judged(solve: Callable, what: str = "linear_solver") -> Callable:
+    """Return `solve(matvec, b, x0) -> (x, report)`, named `what`, with a report in any case, of arrays.
 
-    A report that says whether the solve `failed` is believed, as are those of the library's own solvers. In another,
-    CONVERGED becomes STALLED where the answer may be wrong by more than 1 %, and where there is none the answer is all
-    there is to judge by.
+    A report that says whether the solve `failed` is believed, as are those of the library's own solvers; what it leaves
+    out is filled in. In another, CONVERGED becomes STALLED where the answer may be wrong by more than 1 %, and where
+    there is no status the answer is all there is to judge by.
     """
 
+    def run(matvec, b, x0):
+        axes = varying_axes(b)
+        # Under `shard_map` what depends on nothing is of another type, and lowering retraces, without such types, what
+        # is not in a call.
+        call = jax.jit if axes else lambda fn: fn
+        cast = call(functools.partial(cast_varying, axes=axes))
+
+        def checked(b, x0):
+            x, info = _checked(solve(lambda v: matvec(cast(v)), b, x0), b, what)
+            return cast(x), info
+
+        try:
+            return call(checked)(b, x0)
+        except (TypeError, ValueError) as error:
+            if not axes or isinstance(error, JaxhpoError):
+                raise
+            raise JaxhpoError(
+                f"`{what}` raised {type(error).__name__} under `shard_map`, where b varies over the mesh axes "
+                f"{sorted(axes)}, as all that its loops carry must: begin with `jnp.zeros_like(b)`, not with "
+                "`jnp.zeros(...)`. (`jax.scipy.sparse.linalg.gmres` and `bicgstab`, and lineax's solvers, do not: take "
+                "`GMRES()` or `BiCGStab()`.)"
+            ) from error
+
     def judging(matvec, b, x0):
-        x, info = solve(matvec, b, x0)
-        if isinstance(info, LinearInfo) and info.failed is not None:
-            return x, _as_arrays(info)
+        x, info = run(matvec, b, x0)
+        if all(field is not None for field in info):
+            return x, _as_arrays(info, b)
         r = jax.tree.map(jnp.subtract, b, matvec(x))
         residual = relative_norm(r, b)
-        right = is_right(lambda r: solve(matvec, r, None)[0], b, r, residual, x)
-        if not isinstance(info, LinearInfo):
+        right = is_right(lambda r: run(matvec, r, None)[0], b, r, residual, x)
+        if info.status is None:
             small = residual <= epsilon(residual.dtype) ** 0.5
             ended = first_of((small, LinearStatus.STALLED), otherwise=series_status(jnp.ones_like(residual), residual))
-            return x, report(residual, 0, ended, jnp.where(right, 1, -1), failed=~(residual < 1))
-        claimed = info.status == LinearStatus.CONVERGED
-        failed = (info.status == LinearStatus.INDEFINITE) | (info.status == LinearStatus.NOT_FINITE)
-        failed |= claimed & ~(residual < 1)
-        status = jnp.where(claimed & ~right, LinearStatus.STALLED, info.status)
-        return x, _as_arrays(LinearInfo(residual, info.num_iterations, status, failed))
+            found = report(residual, 0, ended, jnp.where(right, 1, -1), failed=~(residual < 1))
+        else:
+            claimed = info.status == LinearStatus.CONVERGED
+            failed = (info.status == LinearStatus.INDEFINITE) | (info.status == LinearStatus.NOT_FINITE)
+            failed |= claimed & ~(residual < 1)
+            found = LinearInfo(residual, 0, jnp.where(claimed & ~right, LinearStatus.STALLED, info.status), failed)
+        believed = info if info.failed is not None else LinearInfo(num_iterations=info.num_iterations)
+        return x, _as_arrays(LinearInfo(*(f if b is None else b for b, f in zip(believed, found, strict=True))), b)
 
     return judging
 
 
-def _as_arrays(info):
-    num_iterations, status = (jnp.asarray(n, jnp.int32) for n in (info.num_iterations, info.status))
-    return LinearInfo(jnp.asarray(info.residual), num_iterations, status, jnp.asarray(info.failed, bool))
+_FIELDS = {"residual": "fiu", "num_iterations": "fiu", "status": "iu", "failed": "biu"}  # kinds of their dtypes
+
+
+def _checked(out: Any, b: PyTree, what: str) -> tuple[PyTree, LinearInfo]:
+    """Return the answer, in the dtypes of b, and the report, whose fields may be None, of a solver named `what`."""
+    if not (isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], LinearInfo | jax.Array | None)):
+        raise JaxhpoError(f"`{what}` returned {describe(out)}: write `return x, info`, a `LinearInfo` or None.")
+    info = out[1] if isinstance(out[1], LinearInfo) else LinearInfo()
+    for (name, kinds), field in zip(_FIELDS.items(), info, strict=True):
+        if field is None:
+            continue
+        if not is_array(field) or jnp.shape(field) or jnp.result_type(field).kind not in kinds:
+            raise JaxhpoError(
+                f"`{what}` returned a report whose `{name}` is {describe(field)}, but each field is one number: write "
+                "`LinearInfo(residual, num_iterations, LinearStatus.CONVERGED)`, with None for what is not known."
+            )
+    return cast_like(check_residual(out[0], b, what, "b"), b), info
+
+
+def _as_arrays(info, b):
+    dtypes = jnp.result_type(*jax.tree.leaves(b)), jnp.int32, jnp.int32, bool
+    return LinearInfo(*map(jnp.asarray, info, dtypes))
 
 
 def still_falls(before, after) -> jax.Array:

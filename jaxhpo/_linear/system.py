@@ -13,9 +13,9 @@ from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.mesh import cast_varying, drop_varying, on_auto_axes, varying_axes
 from jaxhpo._core.record import report_fault, report_linear_solve
 from jaxhpo._core.trace import closure_convert
-from jaxhpo._core.tree import all_finite, cast_like, ravel_pytree, where
+from jaxhpo._core.tree import all_finite, ravel_pytree, where
 from jaxhpo._core.types import LinearInfo, LinearStatus, PyTree
-from jaxhpo._core.validate import check_residual, describe
+from jaxhpo._core.validate import describe
 from jaxhpo._linear.report import judged, largest
 
 _FAILED = (
@@ -124,17 +124,12 @@ def run_solver(matvec: Callable, b: PyTree, x0: PyTree, solve: Callable, on_fail
     must be linear in b.
     """
 
-    def checked(matvec, b, x0):
-        start = {} if x0 is None or not _takes_start(solve) else {"x0": x0}
-        out: Any = solve(matvec, b, **start)
-        if not (isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], LinearInfo | jax.Array | None)):
-            text = f"`linear_solver` returned {describe(out)}: write `return x, info`, a `LinearInfo` or None."
-            raise JaxhpoError(text)
-        return cast_like(check_residual(out[0], b, "linear_solver", "b"), b), out[1]
+    def started(matvec, b, x0):
+        return solve(matvec, b, **({} if x0 is None or not _takes_start(solve) else {"x0": x0}))
 
     token = _inside.set(True)
     try:
-        x, info = judged(checked)(matvec, b, x0)
+        x, info = judged(started)(matvec, b, x0)
     finally:
         _inside.reset(token)
     # Under `shard_map` a constant among the results of `custom_linear_solve`, as a number of products, would be an

@@ -29,6 +29,7 @@ from jaxhpo import (
     from_lineax,
 )
 from jaxhpo._core.trace import equations
+from jaxhpo._core.validate import short_name
 from jaxhpo._linear.report import judged
 
 N = 8
@@ -265,8 +266,20 @@ def test_normal_cg_least_squares_and_its_transpose():
     np.testing.assert_allclose(back(jnp.asarray(v))[0], np.linalg.pinv(A).T @ v, rtol=1e-8)
 
 
+def dense(matvec, b):
+    """A solver of a user's, whose columns vary over no mesh axis."""
+    matrix = jax.vmap(matvec, out_axes=1)(jnp.eye(b.size))
+    return jnp.linalg.solve(matrix, b), LinearInfo(status=CONVERGED)
+
+
+def scipy_cg(matvec, b):
+    return jax.scipy.sparse.linalg.cg(matvec, b, tol=1e-13)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("solver", [GMRES(tol=1e-13), BiCGStab(tol=1e-13), NormalCG(tol=1e-13)], ids=str)
+@pytest.mark.parametrize(
+    "solver", [GMRES(tol=1e-13), BiCGStab(tol=1e-13), NormalCG(tol=1e-13), dense, scipy_cg], ids=short_name
+)
 def test_inside_shard_map(solver):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(test_sharding.AxisType.Auto,))
     test_sharding.test_data_parallel_shard_map(Implicit(solver), "grad of shard_map", mesh)
