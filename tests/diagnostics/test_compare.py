@@ -39,6 +39,17 @@ class Broken:
         raise RuntimeError("out of order")
 
 
+def test_progress_names_what_is_compiled(monkeypatch, capsys):
+    """From the first line on, each before it begins; what takes longer counts its parts, here without a delay."""
+    monkeypatch.setattr(comparison, "EVERY", 0.0)
+    p = QUADRATIC
+    settings = {"reference": "differences", "progress": True}
+    compare(lambda rule: outer_loss(p, rule, 3), jnp.asarray(p.hparams), [Broken()], **settings)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "compare: compiling and running the outer loss"
+    assert {"compare 0/4: compiling and running Broken()", "direction 3/3", "timing 1/1"} < {*lines}
+
+
 def test_comparison_on_the_quadratic():
     """Ten steps on the quadratic, whose closed forms are in `jaxhpo.testing.quadratic`; a broken rule has a row."""
     p, steps, rate = QUADRATIC, 10, QUADRATIC.step_size

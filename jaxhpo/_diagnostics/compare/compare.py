@@ -15,7 +15,7 @@ from jaxhpo._core.cost import fastest, temporary_bytes
 from jaxhpo._core.errors import JaxhpoError, ZeroHypergradientWarning
 from jaxhpo._core.mesh import ravel
 from jaxhpo._core.processes import AnotherProcessError, together
-from jaxhpo._core.progress import Progress
+from jaxhpo._core.progress import EVERY, Progress, say
 from jaxhpo._core.record import SolveLog
 from jaxhpo._core.tree import names
 from jaxhpo._core.types import PyTree
@@ -69,7 +69,7 @@ def compare(
       repeats: timed calls of each program, of which the fastest counts; None takes five, and more of short ones:
         three seconds in all.
       key: for the random directions; `jax.random.key(0)` when None.
-      progress: shows progress on stderr.
+      progress: shows progress on stderr, also within what takes longer than 5 s.
 
     Returns:
       A `Comparison`; `print` it, or draw it with `jaxhpo.plot.comparison`. The row of a method that raises holds the
@@ -128,25 +128,38 @@ def compare(
             ) from error
         return lambda flat: check_scalar(outer_loss(unravel(flat)), "make_outer_loss(adjoint)")
 
+    if progress:
+        say("compare: compiling and running the outer loss")
     plain = _run_plain(make_loss, [exact or Unroll(), *given.values(), Implicit()], flat)
     raise_unless_finite(plain.result, (), lambda: diagnose(make_outer_loss(plain.rule), hparams))
     methods = given or _named(default_adjoints(plain.log, flat.size, isinstance(plain.rule, Unroll)))
     with Progress(len(methods) + 3, "compare", progress) as bar:
         found = {}
         for name, rule in methods.items():
+            bar.note(f"compiling and running {name}")
             found[name] = measure(make_loss, rule, flat)
             bar.update(name)
         of_exact = next((measured for measured in found.values() if measured.rule == exact), None)
         if exact is not None and of_exact is None:
+            bar.note(f"compiling and running {short_name(exact)}, the reference")
             of_exact = measure(make_loss, exact, flat)
         bar.update("reference")
+        bar.note("central differences")
         directions = None if flat.size <= num_directions else num_directions
-        differences = central_differences(make_loss(plain.rule), hparams, directions, None, direction_key)
+        with Progress(directions or flat.size, "direction", progress, delay=EVERY) as tried:
+            loss = make_loss(plain.rule)
+            differences = central_differences(loss, hparams, directions, None, direction_key, tried.update)
         bar.update("central differences")
         programs = [functools.partial(m.program, *m.args) for m in (plain, *found.values()) if m.error is None]
         # By its clock one process would call oftener than another, which then waits for it.
         at_least = 0.0 if repeats or jax.process_count() > 1 else 3.0
-        seconds = iter(fastest(programs, repeats=repeats or 5, seconds=at_least))
+        bar.note("timing each of them")
+        times, turns = [], repeats or 5
+        with Progress(turns, "timing", progress, delay=EVERY) as timed:
+            for _ in range(turns):
+                times.append(fastest(programs, repeats=1, seconds=at_least / turns))
+                timed.update()
+        seconds = iter(np.min(times, axis=0).tolist())
         bar.update("times")
     against = standard(short_name(exact), of_exact, differences)
     problem = _size(plain, flat.size, next(seconds))
