@@ -599,6 +599,20 @@ def test_implicit_around_a_solver_that_is_not_jax():
     np.testing.assert_allclose(second, (-3 * w[1] / curvature[1] ** 3).sum(), rtol=1e-9)
 
 
+def test_a_condition_that_is_not_zero_at_the_solution_is_said(capsys):
+    """By the step to the root, in units of the solution: neither the sign of the condition nor its scale matters."""
+
+    def outer(h, off):
+        solution = jax.lax.stop_gradient((1 + off) * jnp.arange(3.0) / h)
+        return jnp.sum(jaxhpo.implicit(lambda w, h: 1e6 * (jnp.arange(3.0) - h * w), solution, h, jaxhpo.Direct()))
+
+    with pytest.warns(RuntimeWarning, match=r"not zero at the solution: Newton's step from there is 4\.8e-02 of its"):
+        jaxhpo.check_hypergradient(lambda h: outer(h, 0.05), 2.0)  # 0.05 / 1.05
+    with jaxhpo.debug_solves():
+        jax.jit(jax.grad(outer))(2.0, 0.5)
+    assert "implicit: Newton's step from the solution is 3.3e-01 of its length" in capsys.readouterr().out  # 0.5 / 1.5
+
+
 def test_implicit_at_a_minimum_with_a_flat_direction():
     """Softmax regression whose intercepts may all be shifted alike, so that the Jacobian is singular.
 

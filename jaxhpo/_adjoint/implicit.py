@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxhpo._adjoint.implicit_function import Root, attach
+from jaxhpo._adjoint.implicit_function import Root, attach, distance
 from jaxhpo._adjoint.pullback import closed_over_names, not_entering
 from jaxhpo._core.errors import JaxhpoError, warn
-from jaxhpo._core.record import report_root
+from jaxhpo._core.record import report_distance, report_root
 from jaxhpo._core.stop_gradient import stop_gradient_with_warning
 from jaxhpo._core.trace import closure_convert, untrusted_rule
 from jaxhpo._core.tree import mixed_types, names, upcast
@@ -215,10 +215,11 @@ def implicit(
     First and higher derivatives, forward and reverse.
 
     **Cost and bias**: one linear solve a derivative, plus one mixed product; memory of one linearisation of the
-    condition. Exact where the condition is zero and the linear solve converged. Nothing measures whether it is zero, in
-    the solver's own units (scikit-learn's `C`, its halves, its means over examples): evaluate `condition(params, args)`
-    once. A function that finds `params` gets arrays of JAX's precision, and what it returns is rounded to that of
-    `like`: enable x64 for a solver of double precision, with a small tolerance of its own.
+    condition. Exact where the condition is zero and the linear solve converged. `check_hypergradient` warns where it is
+    not zero, in the solver's own units (scikit-learn's `C`, its halves, its means over examples): where Newton's step
+    from `params` is longer than 1 % of their length. `debug_solves` prints that length. A function that finds `params`
+    gets arrays of JAX's precision, and what it returns is rounded to that of `like`: enable x64 for a solver of double
+    precision, with a small tolerance of its own.
 
     Args:
       condition: `(params, args) -> pytree like params`, zero at `params`; for a minimum, the gradient of the objective.
@@ -284,7 +285,9 @@ def implicit(
     remedy = "does not enter the condition: its derivative is zero. Put it into the condition, or hold it constant."
     closed_over = [f"a {describe(c)} that the condition closes over" for c in consts]
     root = Root(residual, solver, None, (*closed_over, *names(args, "args")), remedy, on_failure)
-    return attach(root, jax.lax.stop_gradient(params), [*consts, *leaves], None)
+    leaves, params = [*consts, *leaves], jax.lax.stop_gradient(params)
+    report_distance(lambda: distance(root, params, leaves))
+    return attach(root, params, leaves, None)
 
 
 def _found_outside(solver: Any, args: Any, like: PyTree) -> PyTree:

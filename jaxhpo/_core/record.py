@@ -14,8 +14,11 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.xla_metadata import set_xla_metadata
 
+from jaxhpo._core.errors import warn
 from jaxhpo._core.tree import norm, num_bytes
 from jaxhpo._core.types import Info, LinearInfo, LinearStatus, PyTree, Schedule
+
+FAR = 1e-2  # of a solution's length: the error that linear solves are allowed, too
 
 
 class LinearSolve(NamedTuple):
@@ -139,7 +142,8 @@ class Recording(NamedTuple):
       steps: what is not finite in inner steps.
       schedule: `(checkpoint, memory_limit)` that every unrolled solve takes, whatever it asked for.
       rule: the derivative rule that a solve takes in the place of the one that it asked for, as a function of that.
-      prints: whether linear solves are printed as they run.
+      prints: whether linear solves are printed as they run, and distances.
+      distances: whether solutions given to `implicit` are measured against their condition, which costs a linear solve.
     """
 
     linear_solves: list[LinearSolve] | None = None
@@ -148,6 +152,7 @@ class Recording(NamedTuple):
     schedule: tuple[int | str | None, float | None] | None = None
     rule: Callable[[Any], Any] = lambda rule: rule
     prints: bool = False
+    distances: bool = False
 
 
 _active: contextvars.ContextVar[Recording] = contextvars.ContextVar("jaxhpo_recording", default=Recording())  # noqa: B039
@@ -185,6 +190,8 @@ def traced_anew() -> Iterator[None]:
 def debug_solves() -> Iterator[None]:
     """Prints the linear solves of implicit rules as they run: status, relative residual, products.
 
+    Of a solution given to `implicit` also the relative length of Newton's step from it, which takes one more solve.
+
     For a hypergradient that is NaN, or not trusted: under `jax.grad` the report of a linear solve reaches nobody
     otherwise. A pair has it in `info.linear`, and so has the history of `tune` with that pair; `check_hypergradient`
     has it in `linear_statuses`, and any history of `tune(record="linear_solves")`.
@@ -218,6 +225,32 @@ def report_linear_solve(info: LinearInfo) -> None:
                 print(f"linear solve: {name} at a relative residual of {residual:.1e} after {count} products")
 
         jax.debug.callback(append, info.status, info.residual, info.num_iterations)
+
+
+def report_distance(measure: Callable[[], tuple[jax.Array, jax.Array]]) -> None:
+    """Reports, when it runs, the relative length of Newton's step from a solution: its distance from the root.
+
+    Args:
+      measure: returns that, and whether the linear solve failed; called where somebody listens.
+    """
+    prints, wanted = active().prints, active().distances
+    if not (prints or wanted):
+        return
+
+    def tell(distance, failed):
+        if prints and not failed:
+            print(f"implicit: Newton's step from the solution is {distance:.1e} of its length")
+        if wanted and not failed and distance > FAR:
+            warn(
+                "The condition given to `implicit` is not zero at the solution: Newton's step from there "
+                f"is {distance:.1e} of its length, and the derivative is that of neither point. Write the gradient of "
+                "what the solver minimises (scikit-learn's `C`, its halves, sums or means over examples), or "
+                "give the solver a smaller tolerance."
+            )
+
+    with recording(linear_solves=None, solves=None, prints=False):
+        distance, failed = measure()
+    jax.debug.callback(tell, distance, failed)
 
 
 def report_schedule(make_row: Callable[[], UnrolledSolve]) -> None:

@@ -256,7 +256,7 @@ class _Comparison:
     def draw(self) -> None:
         """Computes the hypergradient; raises where it is not finite, or zero."""
         solves = []
-        records = recording(solves=self.log, linear_solves=solves)
+        records = recording(solves=self.log, linear_solves=solves, distances=True)
         with warnings.catch_warnings(record=True, action="always") as caught, records:
             self.program, self.args = compilable(self.value_and_grad, self.flat, self.key)
             loss, grad = self.program(*self.args)
