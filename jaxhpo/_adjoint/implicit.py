@@ -1,6 +1,7 @@
 """Implicit differentiation: the rule `Implicit`, and `implicit` for a solution found by any solver."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxhpo._adjoint.implicit_function import Root, attach, distance
+from jaxhpo._adjoint.implicit_function import Root, attach
 from jaxhpo._adjoint.pullback import closed_over_names, not_entering
 from jaxhpo._core.errors import JaxhpoError, warn
-from jaxhpo._core.record import report_distance, report_root
+from jaxhpo._core.record import report_root
 from jaxhpo._core.stop_gradient import stop_gradient_with_warning
 from jaxhpo._core.trace import closure_convert, untrusted_rule
-from jaxhpo._core.tree import mixed_types, names, upcast
+from jaxhpo._core.tree import cast_like, mixed_types, names, upcast
 from jaxhpo._core.types import InnerState, LinearSolver, PyTree, Solver, declared
 from jaxhpo._core.validate import check_arrays, check_callable, check_finite, check_params, check_residual, describe
 from jaxhpo._inner.gradient import train_loss_of
@@ -23,6 +24,8 @@ from jaxhpo._inner.problem import Adjoint, Problem
 from jaxhpo._linear.cg import CG
 from jaxhpo._linear.curvature import GaussNewton
 from jaxhpo._linear.general import General
+from jaxhpo._linear.report import relative_norm
+from jaxhpo._linear.system import run_solver, solve_by
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,7 +218,7 @@ def implicit(
     First and higher derivatives, forward and reverse.
 
     **Cost and bias**: one linear solve a derivative, plus one mixed product; memory of one linearisation of the
-    condition. Exact where the condition is zero and the linear solve converged. `check_hypergradient` warns where it is
+    condition. Exact where the condition is zero and the linear solve converged. `check_hypergradient` says where it is
     not zero, in the solver's own units (scikit-learn's `C`, its halves, its means over examples): where Newton's step
     from `params` is longer than 1 % of their length. `debug_solves` prints that length. A function that finds `params`
     gets arrays of JAX's precision, and what it returns is rounded to that of `like`: enable x64 for a solver of double
@@ -260,7 +263,6 @@ def implicit(
     References:
       Blondel et al. Efficient and Modular Implicit Differentiation. 2022. arXiv:2105.15183
     """
-    report_root()
     solver = General() if linear_solver is None else check_linear_solver(linear_solver)
     check_on_failure("implicit", on_failure)
     if declared(solver).needs_key:
@@ -286,8 +288,16 @@ def implicit(
     closed_over = [f"a {describe(c)} that the condition closes over" for c in consts]
     root = Root(residual, solver, None, (*closed_over, *names(args, "args")), remedy, on_failure)
     leaves, params = [*consts, *leaves], jax.lax.stop_gradient(params)
-    report_distance(lambda: distance(root, params, leaves))
+    report_root(lambda: _distance(root, params, leaves))
     return attach(root, params, leaves, None)
+
+
+def _distance(root: Root, params: PyTree, leaves: list) -> tuple[jax.Array, jax.Array]:
+    """Returns ‖H⁻¹ g‖ / ‖θ‖, the relative length of Newton's step from the parameters, and whether the solve failed."""
+    point, leaves = jax.lax.stop_gradient((upcast(params), leaves))
+    value, matvec = jax.linearize(lambda p: cast_like(root.condition(p, leaves), p), point)
+    step, info = solve_by(root.linear_solver, functools.partial(run_solver, on_failure="keep"), matvec, value, None)
+    return relative_norm(step, point), info.failed
 
 
 def _found_outside(solver: Any, args: Any, like: PyTree) -> PyTree:

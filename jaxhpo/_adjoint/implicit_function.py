@@ -21,7 +21,6 @@ from jaxhpo._core.stop_gradient import warn_zero
 from jaxhpo._core.trace import differentiable_inputs, primitives, trust
 from jaxhpo._core.tree import cast_like, is_inexact, mixed_types, partition, scaled, upcast, zeros_like
 from jaxhpo._core.types import LinearInfo, LinearSolver, PyTree, declared
-from jaxhpo._linear.report import relative_norm
 from jaxhpo._linear.system import run_solver, solve_by, solve_equation
 
 
@@ -82,14 +81,6 @@ def _attach_jvp(root, primals, tangents):
 
 
 attach.defjvp(_attach_jvp, symbolic_zeros=True)
-
-
-def distance(root: Root, params: PyTree, leaves: list) -> tuple[jax.Array, jax.Array]:
-    """Returns ‖H⁻¹ g‖ / ‖θ‖, the relative length of Newton's step from the parameters, and whether the solve failed."""
-    point, leaves = jax.lax.stop_gradient((upcast(params), leaves))
-    value, matvec = jax.linearize(lambda p: cast_like(root.condition(p, leaves), p), point)
-    step, info = solve_by(root.linear_solver, functools.partial(run_solver, on_failure="keep"), matvec, value, None)
-    return relative_norm(step, point), info.failed
 
 
 def pull_back(

@@ -14,11 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.xla_metadata import set_xla_metadata
 
-from jaxhpo._core.errors import warn
 from jaxhpo._core.tree import norm, num_bytes
 from jaxhpo._core.types import Info, LinearInfo, LinearStatus, PyTree, Schedule
-
-FAR = 1e-2  # of a solution's length: the error that linear solves are allowed, too
 
 
 class LinearSolve(NamedTuple):
@@ -71,8 +68,10 @@ class SolveLog:
     Attributes:
       wants_runs: whether each solve is to report when it runs, which costs a gradient.
       wants_schedules: whether schedules are wanted, which take further traces.
+      wants_distances: whether each solution given to `implicit` is to report when it is used, by one more linear solve.
       adjoints: the rule of every solve.
       roots: calls of `implicit`.
+      distances: the relative length of Newton's step from the solution, for every call that was run.
       random: the rules that asked for a key.
       num_steps: inner steps of all solves, at most.
       symmetric: whether every condition's Jacobian is symmetric.
@@ -82,10 +81,11 @@ class SolveLog:
       schedules: an `UnrolledSolve` for every solve that keeps states.
     """
 
-    def __init__(self, runs: bool = False, schedules: bool = True):
-        self.wants_runs, self.wants_schedules = runs, schedules
+    def __init__(self, runs: bool = False, schedules: bool = True, distances: bool = False):
+        self.wants_runs, self.wants_schedules, self.wants_distances = runs, schedules, distances
         self.adjoints: list[Any] = []
         self.roots = 0
+        self.distances: list[float] = []
         self.random: list[Any] = []
         self.num_steps = 0
         self.symmetric = True
@@ -143,7 +143,6 @@ class Recording(NamedTuple):
       schedule: `(checkpoint, memory_limit)` that every unrolled solve takes, whatever it asked for.
       rule: the derivative rule that a solve takes in the place of the one that it asked for, as a function of that.
       prints: whether linear solves are printed as they run, and distances.
-      distances: whether solutions given to `implicit` are measured against their condition, which costs a linear solve.
     """
 
     linear_solves: list[LinearSolve] | None = None
@@ -152,7 +151,6 @@ class Recording(NamedTuple):
     schedule: tuple[int | str | None, float | None] | None = None
     rule: Callable[[Any], Any] = lambda rule: rule
     prints: bool = False
-    distances: bool = False
 
 
 _active: contextvars.ContextVar[Recording] = contextvars.ContextVar("jaxhpo_recording", default=Recording())  # noqa: B039
@@ -227,32 +225,6 @@ def report_linear_solve(info: LinearInfo) -> None:
         jax.debug.callback(append, info.status, info.residual, info.num_iterations)
 
 
-def report_distance(measure: Callable[[], tuple[jax.Array, jax.Array]]) -> None:
-    """Reports, when it runs, the relative length of Newton's step from a solution: its distance from the root.
-
-    Args:
-      measure: returns that, and whether the linear solve failed; called where somebody listens.
-    """
-    prints, wanted = active().prints, active().distances
-    if not (prints or wanted):
-        return
-
-    def tell(distance, failed):
-        if prints and not failed:
-            print(f"implicit: Newton's step from the solution is {distance:.1e} of its length")
-        if wanted and not failed and distance > FAR:
-            warn(
-                "The condition given to `implicit` is not zero at the solution: Newton's step from there "
-                f"is {distance:.1e} of its length, and the derivative is that of neither point. Write the gradient of "
-                "what the solver minimises (scikit-learn's `C`, its halves, sums or means over examples), or "
-                "give the solver a smaller tolerance."
-            )
-
-    with recording(linear_solves=None, solves=None, prints=False):
-        distance, failed = measure()
-    jax.debug.callback(tell, distance, failed)
-
-
 def report_schedule(make_row: Callable[[], UnrolledSolve]) -> None:
     """Reports the schedule of an unrolled solve."""
     log = active().solves
@@ -274,11 +246,29 @@ def report_truncated() -> None:
         log.truncated = True
 
 
-def report_root() -> None:
-    """Reports a solution with an implicit derivative, found by a solver of the user's."""
-    log = active().solves
+def report_root(measure: Callable[[], tuple[jax.Array, jax.Array]]) -> None:
+    """Reports a solution with an implicit derivative, found by a solver of the user's.
+
+    Args:
+      measure: returns the relative length of Newton's step from it, and whether the linear solve failed; called where
+        somebody listens.
+    """
+    log, prints = active().solves, active().prints
+    distances = None if log is None or not log.wants_distances else log.distances
     if log is not None:
         log.roots += 1
+    if distances is None and not prints:
+        return
+
+    def tell(distance, failed):
+        if prints and not failed:
+            print(f"implicit: Newton's step from the solution is {distance:.1e} of its length")
+        if distances is not None and not failed:
+            distances.append(float(distance))
+
+    with recording(linear_solves=None, solves=None, prints=False):
+        distance, failed = measure()
+    jax.debug.callback(tell, distance, failed)
 
 
 def report_solve(problem: Any, adjoint: Any, info: Info) -> None:

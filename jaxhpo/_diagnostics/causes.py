@@ -165,8 +165,7 @@ class Inquiry:
             return f"The linear solve of `implicit` ended {', '.join(bad)}: take `General()`, or more iterations."
         return (
             "The derivative of `implicit` is right where `condition(params, args)` is zero and holds all that the "
-            "solution depends on: evaluate it once at the solution, tighten the solver's tolerance, and look at its "
-            "units (scikit-learn's `C`, halves, means over examples)."
+            "solution depends on."
         )
 
     def _of_program(self, given: np.ndarray) -> list[str]:

@@ -47,6 +47,7 @@ from jaxhpo._diagnostics.tangents import Tangents
 
 AGREES = 3e-3  # a relative error up to which a hypergradient is called right: below that of products in bfloat16
 COARSE = 1e-2  # the same, at most, where differences are the reference
+FAR = 1e-2  # of a solution's length: as much as linear solves may be off
 SMALL = 0.1  # a standard error at which the mean of some draws is a reliable estimate
 FEW_LEAVES = 8  # that are examined one by one where the whole differs
 SEED = 1.37  # of the cotangent and the tangents of a second evaluation: no power of two, whose products are exact
@@ -210,7 +211,7 @@ def check_hypergradient(
         comparison.draw()
         comparison.refer(num_directions, by_leaf, step_size)
         if comparison.agrees():
-            return comparison.report("agrees")
+            return comparison.report("agrees", *comparison.notes)
         if not is_deterministic(outer_loss, gradient):
             comparison.repeat(repeats)
         return comparison.examine(num_directions or 8)
@@ -234,7 +235,7 @@ class _Comparison:
         self.hparams, self.key, self.direction_key, self.bar = hparams, loss_key, direction_key, bar
         self.flat, self.unravel = ravel(hparams)
         self.layout, self.own = Layout(hparams), own is not None
-        self.log, self.statuses, self.notes = SolveLog(schedules=False), (), ()
+        self.log, self.statuses, self.notes = SolveLog(schedules=False, distances=True), (), ()
         self.numeric_error = float(jnp.finfo(self.flat.dtype).eps)
 
         def loss_of(hparams, key):
@@ -256,7 +257,7 @@ class _Comparison:
     def draw(self) -> None:
         """Computes the hypergradient; raises where it is not finite, or zero."""
         solves = []
-        records = recording(solves=self.log, linear_solves=solves, distances=True)
+        records = recording(solves=self.log, linear_solves=solves)
         with warnings.catch_warnings(record=True, action="always") as caught, records:
             self.program, self.args = compilable(self.value_and_grad, self.flat, self.key)
             loss, grad = self.program(*self.args)
@@ -266,6 +267,13 @@ class _Comparison:
         raise_if_zero(self.unravel(grad), caught, None if self.own else (loss_of, self.hparams))
         found = from_first(lambda: [solve.status for solve in solves])  # callbacks report to process 0 alone
         self.statuses = tuple(map(LinearStatus, found))
+        far = from_first(lambda: max(self.log.distances, default=0.0))
+        if far > FAR:
+            self.notes = (
+                f"The condition given to `implicit` is not zero at the solution: Newton's step from there is {far:.1e} "
+                "of its length, and the derivative is that of neither point. Write the gradient of what the solver "
+                "minimises (scikit-learn's `C`, halves, sums or means over examples), or give it a smaller tolerance.",
+            )
         self.keys, self.loss = [self.key], float(whole(loss))
         self.grads = np.asarray(whole(grad), float)[None]
 
@@ -377,7 +385,7 @@ class _Comparison:
             one = self._relative(np.sqrt(np.mean((self.given - self.wanted) ** 2, axis=0)))
             text = f"One draw is off by {_percent(one)}, by chance: averages of more draws are nearer."
             if noise <= SMALL:
-                return self.report("agrees", text)
+                return self.report("agrees", text, *self.notes)
             return self.report("cannot tell", f"{text} Raise `repeats`, or the rule's own number of samples.")
         if self.tangents is None:
             if error <= 2 * self.numeric_error:

@@ -15,7 +15,7 @@ from jaxhpo._adjoint.pushforward import push
 from jaxhpo._core.cost import SAFE_PART, available_bytes, predicted_peak_bytes
 from jaxhpo._core.processes import whole
 from jaxhpo._core.record import recording
-from jaxhpo._core.trace import past_rules, rounding_to_integers
+from jaxhpo._core.trace import compilable, past_rules, rounding_to_integers
 from jaxhpo._core.types import InnerState
 from jaxhpo._inner.loop import run
 from jaxhpo._inner.problem import Adjoint, Problem
@@ -84,7 +84,7 @@ class Tangents:
             value = functools.partial(_evaluate, jex.ClosedJaxpr(self.program, consts), args)
             return value(flat), push(value, flat, directions, None)
 
-        self._along, self._compiled, self._width = along, jax.jit(along), WIDTH
+        self._along, self._compiled, self._width = along, {}, WIDTH
 
     def along(
         self, directions: np.ndarray, flat: jax.Array | None = None, *args: Any, after_each: Callable = lambda: None
@@ -109,7 +109,11 @@ class Tangents:
         for start in range(0, len(directions), width):
             rows = directions[start : start + width].astype(dtype)
             padded = np.concatenate([rows, np.zeros((width - len(rows), rows.shape[1]), dtype)])
-            value, dots = whole(self._compiled(self._consts, at, padded, *args))
+            given = self._consts, at, padded, *args
+            if width not in self._compiled:
+                program, every = compilable(self._along, *given)
+                self._compiled[width] = functools.partial(program, *every[: -len(given)])
+            value, dots = whole(self._compiled[width](*given))
             found.append(np.asarray(dots, float)[: len(rows)])
             after_each()
         return float(value), np.concatenate(found)
