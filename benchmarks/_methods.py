@@ -40,8 +40,8 @@ METHODS = (
         "Unroll()",
         ("Unroll",),
         ALL,
-        "nothing redone below 1 GiB, else as below",
-        "T steps' activations, up to 1 GiB",
+        "a pass redone where that saves memory's time",
+        "states, gradients, activations, up to 1 GiB",
         "always, for the T-step map",
         "the inner run is chaotic (rate too large)",
         "[Domke 2012](https://proceedings.mlr.press/v22/domke12.html), "

@@ -13,7 +13,7 @@ from jaxhpo._adjoint.checkpointing import choose, sizes_of
 from jaxhpo._adjoint.fraction import nan_unless_mean, subsample
 from jaxhpo._adjoint.model_state import warn_of_stopped
 from jaxhpo._adjoint.pullback import in_condition, input_names, refuse_tol
-from jaxhpo._core.cost import predicted_peak_bytes
+from jaxhpo._core.cost import UNKNOWN_LENGTH, count_and_peak
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.record import UnrolledSolve, report_schedule
 from jaxhpo._core.stop_gradient import stop_gradient_with_warning
@@ -34,11 +34,11 @@ class Unroll:
     Sees everything: losses, learning rates, momenta, schedules, initial parameters, data. With `truncate=K` only the
     last K steps are differentiated: initial parameters and earlier steps get no hypergradient.
 
-    **Cost and bias**: three plain trainings and the activations of T steps where those take less than 1 GiB; else four
-    to five (what is not stored is recomputed once) with every state, or with 2√T of them, and six with `"binomial"` and
-    1.8 T^⅓ states; in every case the activations of one step. `memory_plan` predicts both for your problem, and says
-    which schedule to write. Exact for the T-step map. The truncated sum is biased: its error at a strongly convex
-    solution is :math:`O((1-\alpha\mu)^K)`.
+    **Cost and bias**: three plain trainings and the activations of T steps where those take little memory for what they
+    save; else four to five (what is not stored is recomputed once) with every state, or with 2√T of them, and six with
+    `"binomial"` and 1.8 T^⅓ states; in every case the activations of one step. `memory_plan` predicts both for your
+    problem, and says which schedule to write. Exact for the T-step map. The truncated sum is biased: its error at a
+    strongly convex solution is :math:`O((1-\alpha\mu)^K)`.
 
     If inner gradients are stored (`checkpoint=1`, or if they are smaller than the activations of a step), and under
     `"binomial"`, a step is differentiated in mixed mode: the Hessian product and the mixed product in one
@@ -51,17 +51,20 @@ class Unroll:
     as `tune` and `check_hypergradient` explain. An example's weight gets its hypergradient from the steps that drew it.
 
     Args:
-      checkpoint: what is stored for the backward pass. `"auto"`: the fastest schedule (by counted operations) whose
-        predicted memory is below 1 GiB, on every machine; where there is none, as `"sqrt"`. `"sqrt"`: the least memory
-        in two levels, with about √T states and as many in flight; but what takes no memory worth saving is stored:
-        everything that plain autodiff stores below 16 MiB, every state and gradient below 16 MiB or for T ≤ 16. An
-        integer k: one state every k steps (k need not divide T); 1 stores every state. `"binomial"`: the fewest states
-        with which no step is taken more than three times. None: everything that plain autodiff stores, all activations
-        of all steps. Under `vmap` the sizes of one member decide: for a population write `memory_limit`, or `"sqrt"`.
+      checkpoint: what is stored for the backward pass. `"auto"`: the fastest schedule whose predicted memory is below
+        1 GiB, on every machine; where there is none, as `"sqrt"`. A step redone once is preferred to memory that takes
+        more time, where a byte beyond the first 32 MiB counts as 64 operations, as on the CPU where that was measured:
+        where memory is faster, None may be. `"sqrt"`: the least memory in two levels, with about √T states and as many
+        in flight; but what takes no memory worth saving is stored: everything that plain autodiff stores below 16 MiB,
+        every state and gradient below 16 MiB or for T ≤ 16. An integer k: one state every k steps (k need not divide
+        T); 1 stores every state. `"binomial"`: the fewest states with which no step is taken more than three times.
+        None: everything that plain autodiff stores, all activations of all steps. Under `vmap` the sizes of one member
+        decide: for a population write `memory_limit`, or `"sqrt"`.
       truncate: the number K of last steps that are differentiated; None for all.
       memory_limit: upper bound on the predicted bytes of run and backward pass (of one member under `vmap`), in the
-        place of 1 GiB: the fastest schedule that fits is taken, and it raises if there is none. `"device"`: four fifths
-        of what the device, or the machine, has free while this is traced. With `checkpoint="auto"`.
+        place of 1 GiB: of what fits, the schedule with the fewest operations is taken, and it raises if nothing does.
+        `"device"`: four fifths of what the device, or the machine, has free while this is traced. With
+        `checkpoint="auto"`.
       hvp_fraction: the fraction f in (0, 1]; needs `solve(..., key=key)`, and batches with a leading axis of examples.
 
     Raises:
@@ -132,7 +135,8 @@ class Unroll:
                 schedule = schedule._replace(gradients=schedule.slots is None)
             return schedule._replace(gradients=schedule.gradients and problem.solver.apply is not None)
 
-        sizes = sizes_of(problem, lambda schedule: self._peak(problem, adjusted(schedule)))
+        cost = functools.cache(lambda schedule: self._cost(problem, schedule))
+        sizes = sizes_of(problem, lambda schedule: cost(adjusted(schedule)))
         steps = problem.num_steps - self._num_constant(problem)
         schedule = adjusted(choose(self.checkpoint, steps, sizes, self.memory_limit))
         report_schedule(lambda: UnrolledSolve(self, problem.num_steps, schedule, *sizes.measured()))
@@ -162,8 +166,8 @@ class Unroll:
             return problem.with_gradient(lambda *args: mixed_value_and_grad(*args[:-1]))  # less the key
         return problem
 
-    def _peak(self, problem, schedule) -> int:
-        """Predicts the bytes that the run and its backward pass take."""
+    def _cost(self, problem, schedule) -> tuple[float, int]:
+        """Predicts the operations and the bytes that the run and its backward pass take."""
 
         def pulled(state, inputs):
             values, combine = partition((state, inputs), jax.tree.map(is_inexact, (state, inputs)))
@@ -178,7 +182,7 @@ class Unroll:
             return pullback(params)
 
         with warnings.catch_warnings(action="ignore"):  # the real run will warn
-            return predicted_peak_bytes(pulled, problem.state, problem.inputs)
+            return count_and_peak(pulled, problem.state, problem.inputs, unknown_length=UNKNOWN_LENGTH)
 
     def _run(self, problem, schedule) -> InnerState:
         if early := self._num_constant(problem):

@@ -19,6 +19,9 @@ from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.trace import REVERSE_ONLY, scan_layout, subprograms
 from jaxhpo._core.tree import is_inexact, partition
 
+UNKNOWN_LENGTH = 100  # assumed passes of a loop to a tolerance
+# Bytes that a cache holds, and the operations that a processor does while it writes and reads one byte beyond it.
+CACHE, OPERATIONS_A_BYTE = 2**25, 64
 SAFE_PART = 0.8  # of the memory that is free, since a prediction may be 20 % too low
 # Operations that a compiler writes into their consumer: always, or where one operation alone uses the result.
 _LAYOUT = {"reshape", "squeeze", "expand_dims", "broadcast_in_dim", "iota", "convert_element_type", "copy"}
@@ -34,7 +37,7 @@ _ELEMENTWISE = {
 def count_arithmetic(
     function: Callable, *args: Any, unknown_length: int | None = None, elementwise: bool = True
 ) -> float:
-    """Floating-point operations of `function(*args)`: matrix products in full, one for each other number computed.
+    """Floating-point operations of `function(*args)`: products and convolutions in full, one for each other number.
 
     The traced program is counted, less the equations that no result depends on; a loop counts as its length times its
     body. Nothing is run, and the same versions give the same number on every machine.
@@ -43,7 +46,7 @@ def count_arithmetic(
       function: any function that JAX can trace, whose loops have fixed lengths.
       *args: its arguments; only shapes and dtypes matter.
       unknown_length: the number of passes assumed for a loop that ends at a condition; None refuses such loops.
-      elementwise: False counts matrix products alone.
+      elementwise: False counts matrix products and convolutions alone.
 
     Returns:
       The number of operations.
@@ -60,13 +63,7 @@ def count_arithmetic(
 
 
 def count_and_peak(function: Callable, *args: Any, unknown_length: int | None = None) -> tuple[float, int]:
-    """`count_arithmetic` and `predicted_peak_bytes` from one trace."""
-    program, known = _traced(function, args)
-    return _count(program, known, unknown_length, True), _peak(program, count_results=False)
-
-
-def predicted_peak_bytes(function: Callable, *args: Any) -> int:
-    """Peak temporary memory of the compiled `function(*args)`, predicted from the traced program.
+    """`count_arithmetic`, and the peak temporary memory of the compiled `function(*args)`, predicted from one trace.
 
     Equations are taken in their order; a result is live from its own equation to its last use. A loop takes its carry,
     its stacked results and the peak of its body. A compiler fuses elementwise operations: if one operation alone uses
@@ -76,16 +73,23 @@ def predicted_peak_bytes(function: Callable, *args: Any) -> int:
     Args:
       function: any function that JAX can trace.
       *args: its arguments; only shapes and dtypes matter.
+      unknown_length: as for `count_arithmetic`.
 
     Returns:
-      Bytes.
+      Operations and bytes.
 
     Example:
       >>> import jax.numpy as jnp
-      >>> predicted_peak_bytes(lambda x: jnp.sum(x @ x), jnp.ones((10, 10), jnp.float32))
-      400
+      >>> count_and_peak(lambda x: jnp.sum(x @ x), jnp.ones((10, 10), jnp.float32))
+      (2001.0, 400)
     """
-    return _peak(_traced(function, args)[0], count_results=False)
+    program, known = _traced(function, args)
+    return _count(program, known, unknown_length, True), _peak(program, count_results=False)
+
+
+def with_memory(operations: float, peak: int) -> float:
+    """What is taken to be proportional to time: operations + OPERATIONS_A_BYTE · max(0, bytes − CACHE)."""
+    return operations + OPERATIONS_A_BYTE * max(0, peak - CACHE)
 
 
 def bytes_between_passes(function: Callable, *args: Any) -> int:
@@ -165,6 +169,10 @@ def _count(program, known, unknown_length, elementwise) -> float:
             (contracted, _), _ = equation.params["dimension_numbers"]
             length = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
             total += 2.0 * length * _size(equation.outvars[0])
+        elif name == "conv_general_dilated":
+            # One product and one sum for every entry of the result and of a filter: k₁ × k₂ × channels of a group.
+            kernel, layout = equation.invars[1], equation.params["dimension_numbers"].rhs_spec
+            total += 2.0 * _size(kernel) / _shape(kernel)[layout[0]] * _size(equation.outvars[0])
         elif elementwise and name != REVERSE_ONLY:
             total += sum(_size(out) for out in equation.outvars if hasattr(out.aval, "dtype") and is_inexact(out.aval))
     return total

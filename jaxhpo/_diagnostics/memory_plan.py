@@ -11,7 +11,15 @@ import jax
 import jax.numpy as jnp
 
 from jaxhpo._adjoint.checkpointing import describe_schedule
-from jaxhpo._core.cost import SAFE_PART, available_bytes, count_and_peak, count_arithmetic, human_bytes
+from jaxhpo._core.cost import (
+    SAFE_PART,
+    UNKNOWN_LENGTH,
+    available_bytes,
+    count_and_peak,
+    count_arithmetic,
+    human_bytes,
+    with_memory,
+)
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.processes import exchange, together
 from jaxhpo._core.progress import write
@@ -20,8 +28,6 @@ from jaxhpo._core.types import PyTree
 from jaxhpo._core.validate import check_callable, check_hparams, check_positive, short_name
 
 CHOICES = (None, 1, "sqrt", "auto", "binomial")
-MUCH = 2**26  # bytes of memory, with which a CPU is slower than with operations
-UNKNOWN_LENGTH = 100  # assumed passes of a loop to a tolerance
 
 
 class PlanRow(NamedTuple):
@@ -31,12 +37,14 @@ class PlanRow(NamedTuple):
       call: the rule, as written in code.
       bytes: predicted peak of temporary memory.
       time: counted operations of outer loss and hypergradient, in units of the outer loss's alone.
+      cost: the same, with 64 operations more for every byte beyond 32 MiB, as memory is slow.
       keeps: what it keeps, in words, for each inner solve.
     """
 
     call: str
     bytes: int
     time: float
+    cost: float
     keeps: tuple[str, ...]
 
 
@@ -62,37 +70,33 @@ class MemoryPlan:
 
     @property
     def advice(self) -> str:
-        """The schedule to write on this machine: of least operations, with a fifth of the memory left; and its gain."""
+        """The schedule to write on this machine: of least cost, with a fifth of the memory left; and what it gains."""
         asked, limit = self.asked, SAFE_PART * self.limit
-        best = next((row for row in self.fitting if row.bytes <= limit), None)
+        fitting = [row for row in self.fitting if row.bytes <= limit]
         if not self.rows:
             return "No solve keeps states, so there is no schedule to choose."
-        if best is None:
+        if not fitting:
             return f"No schedule fits into {human_bytes(limit)}, four fifths of that."
-        if asked.bytes <= limit and asked.time <= 1.05 * best.time:
-            text = f"On this machine `{asked.call}` has the fewest operations of what fits: leave it as it is."
-            return text + self._leaner_than(asked)
-        ratio = best.time / asked.time
-        change = f"{abs(1 - ratio):.0%} {'fewer' if ratio < 1 else 'more'} operations"
-        return (
-            f"On this machine write `{best.call}`: {best.time:.2f} trainings instead of {asked.time:.2f} ({change}), "
-            f"in {human_bytes(best.bytes)} of memory instead of {human_bytes(asked.bytes)}.{self._leaner_than(best)}"
-        )
-
-    def _leaner_than(self, best: PlanRow) -> str:
-        """A schedule of a fifth of the memory or less and little more to compute, which may take less time."""
-        for row in self.fitting:
-            if best.bytes >= MUCH and row.bytes <= best.bytes / 5 and row.time <= 1.3 * best.time:
-                return (
-                    f" `{row.call}` takes {human_bytes(row.bytes)} for {row.time / best.time - 1:.0%} more operations, "
-                    "and is often faster on a CPU, where memory is slow: `compare` measures that."
-                )
-        return ""
+        best, fewest = fitting[0], min(fitting, key=lambda row: row.time)
+        if asked.bytes <= limit and asked.cost <= 1.05 * best.cost:
+            best, text = asked, f"On this machine `{asked.call}` has the least cost of what fits: leave it as it is."
+        else:
+            text = (
+                f"On this machine write `{best.call}`: {best.time:.2f} trainings instead of {asked.time:.2f} "
+                f"({_change(best, asked)}), in {human_bytes(best.bytes)} of memory instead of "
+                f"{human_bytes(asked.bytes)}."
+            )
+        if fewest.time <= 0.95 * best.time:
+            text += (
+                f" `{fewest.call}` takes {_change(fewest, best)} and {human_bytes(fewest.bytes)}, and is often slower "
+                "on a CPU, where memory is slow: `compare` measures that."
+            )
+        return text
 
     @property
     def fitting(self) -> tuple[PlanRow, ...]:
-        """The schedules that fit, the fastest first."""
-        return tuple(sorted((row for row in self.rows if row.bytes <= self.limit), key=lambda row: row.time))
+        """The schedules that fit, that of least cost first."""
+        return tuple(sorted((row for row in self.rows if row.bytes <= self.limit), key=lambda row: row.cost))
 
     def __str__(self) -> str:
         lines = [f"{'schedule':34} {'memory':>10} {'param copies':>12} {'trainings':>10}  keeps"]
@@ -119,8 +123,8 @@ def memory_plan(
     **Cost and bias**: six traces (half a minute for a transformer). Where the stored states are at least half of the
     memory, the prediction is within 20 % of what the compiler allocates, else within a factor of 1.5 (on CPU, for the
     problems of the tests); operations are exact, except for loops to a tolerance, which count as 100 passes. They are
-    not seconds: on a CPU hundreds of mebibytes that are kept may take longer than the operations that they save, which
-    `compare` measures.
+    not seconds, for memory is slow: the last sentence, and the order of `fitting`, take a byte beyond the first 32 MiB
+    for 64 operations, as `Unroll()` does. `compare` measures.
 
     Args:
       outer_loss: `hparams -> scalar`, or `-> (N,)` for a population.
@@ -193,7 +197,12 @@ def _row(with_grad, hparams, training, rules: Iterable = (), schedule: Any = Non
         operations, peak = count_and_peak(with_grad, hparams, unknown_length=UNKNOWN_LENGTH)
     call = ", ".join(dict.fromkeys(map(short_name, rules or log.adjoints))) or "no solve"
     keeps = tuple(describe_schedule(row.schedule) for row in log.schedules)
-    return PlanRow(call, peak, operations / training, keeps), log
+    return PlanRow(call, peak, operations / training, with_memory(operations, peak) / training, keeps), log
+
+
+def _change(row: PlanRow, other: PlanRow) -> str:
+    ratio = row.time / other.time
+    return f"{abs(1 - ratio):.0%} {'fewer' if ratio < 1 else 'more'} operations"
 
 
 def _reason(row: UnrolledSolve) -> str:

@@ -204,20 +204,21 @@ def test_schedules(checkpoint, num_steps, sizes, want):
     assert choose(checkpoint, num_steps, sizes) == want
 
 
-def stored(num_steps, sizes):
-    """`sizes` with a peak of what a schedule stores, and of one step's own."""
+def stored(num_steps, sizes, operations=1e12):
+    """`sizes` with the cost of a schedule: for each step three trainings and what is redone; what it stores."""
 
-    def peak(schedule):
+    def cost(schedule):
         k, every, gradient = schedule.segment, sizes.state, sizes.gradient * schedule.gradients
         if schedule.slots is not None:
-            kept = schedule.slots * every
+            kept, trainings = schedule.slots * every, 6.0
         elif k is None:
-            kept = num_steps * sizes.residuals()
+            kept, trainings = num_steps * sizes.residuals(), 3.0
         else:
             kept = (num_steps // k * every if k > 1 else 0) + (k if k > 1 else num_steps) * (every + gradient)
-        return kept + sizes.activations()
+            trainings = 4.0 + (k > 1) - schedule.gradients / 3
+        return trainings * operations * num_steps, kept + sizes.activations()
 
-    return sizes._replace(peak=peak)
+    return sizes._replace(cost=cost)
 
 
 @pytest.mark.parametrize(
@@ -241,6 +242,22 @@ def test_default_is_the_fastest_below_a_gibibyte(num_steps, sizes, want):
     assert found == want and (sizes.peak(found) <= ENOUGH or found == choose("sqrt", num_steps, sizes))
     if sizes.peak(found) <= ENOUGH:
         assert choose("auto", num_steps, sizes, float(ENOUGH)) == found
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "operations", "want"),
+    [
+        (100, 5e8, EVERYTHING),  # 3.76 trainings with memory; 4.03 and 4.23 with 301 and 201 MiB
+        (100, 2.5e8, Schedule(1, True)),  # 4.39; 4.53 and 4.45
+        (100, 1e8, Schedule(1, False)),  # 5.13; 6.82 and 5.47
+        (5, 1.0, EVERYTHING),  # 31 MiB: a cache holds them
+        (1000, 1.0, Schedule(25, True)),  # what keeps every state exceeds 1 GiB
+    ],
+)
+def test_default_keeps_less_where_a_step_takes_few_operations(num_steps, operations, want):
+    sizes = stored(num_steps, NETWORK, operations)
+    assert choose("auto", num_steps, sizes) == want
+    assert sizes.cost(choose("auto", num_steps, sizes, float(ENOUGH)))[0] <= sizes.cost(want)[0]
 
 
 def test_device_is_four_fifths_of_what_is_free(monkeypatch):
@@ -274,7 +291,7 @@ def test_a_numpy_integer_is_an_integer():
 
 def test_a_limit_that_nothing_keeps_is_refused_without_delay():
     """With one slot the table of actions would be 8 million entries long; it stays below 200 000."""
-    sizes = Sizes(8, 8, lambda: 0, lambda: 0, lambda schedule: schedule.slots or 4000)
+    sizes = Sizes(8, 8, lambda: 0, lambda: 0, lambda schedule: (0.0, schedule.slots or 4000))
     with pytest.raises(jaxhpo.JaxhpoError, match=r"memory_limit=1\)`: 4000 inner steps.* by binomial") as error:
         choose("auto", 4000, sizes, memory_limit=1.0)
     slots = int(re.search(r"kept is (\d+) states", str(error.value)).group(1))

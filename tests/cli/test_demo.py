@@ -159,6 +159,12 @@ def test_count_arithmetic_counts_through_loops():
         return jax.lax.scan(lambda x, _: (jnp.dot(matrix, x), None), matrix, None, length=5)[0]
 
     assert cost.count_arithmetic(repeated, jnp.ones((3, 3))) == 5 * 2 * 27
+
+    def convolved(image, filters):  # of 6 channels in two groups, to 4
+        return jax.lax.conv_general_dilated(image, filters, (1, 1), "SAME", feature_group_count=2)
+
+    found = cost.count_arithmetic(convolved, jnp.ones((2, 6, 8, 9)), jnp.ones((4, 3, 5, 7)))
+    assert found == (2 * 4 * 8 * 9) * 2 * (3 * 5 * 7)
     with pytest.raises(jaxhpo.JaxhpoError, match="while"):
         cost.count_arithmetic(lambda x: jax.lax.while_loop(lambda y: y < 3, lambda y: y + 1, x), 0.0)
 

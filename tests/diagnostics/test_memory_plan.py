@@ -11,7 +11,7 @@ import pytest
 
 import jaxhpo
 from jaxhpo import Implicit, Unroll
-from jaxhpo._core.cost import count_and_peak, count_arithmetic
+from jaxhpo._core.cost import count_and_peak, count_arithmetic, with_memory
 from jaxhpo._diagnostics.memory_plan import MemoryPlan, PlanRow
 
 slow = pytest.mark.slow
@@ -98,9 +98,10 @@ def test_rows_and_text_of_a_plan(capsys):
     assert "17 states, by binomial checkpointing" in str(plan)
     assert "a state every 25 steps, and every state and gradient of one segment" in str(plan)  # √(1000 · 3/4) = 27.4
     default = plan.rows[3]
-    assert default.keeps == plan.rows[0].keeps and default.bytes <= 2**30
-    by_time = [row.call for row in plan.fitting]
-    assert by_time[0] == calls[0] and by_time[-1] == calls[-1]
+    assert default.keeps == plan.rows[1].keeps and default.bytes <= 2**30
+    costs = [row.cost for row in plan.fitting]
+    assert len(costs) == 5 and costs == sorted(costs)
+    assert plan.rows[4].cost == plan.rows[4].time and plan.rows[0].cost > plan.rows[0].time  # beyond 32 MiB
     assert plan.rows[2].time - plan.rows[1].time == pytest.approx(1, abs=0.05)  # one more pass forward
     assert plan.rows[0].time < plan.rows[1].time and plan.rows[2].time + 0.8 < plan.rows[4].time
 
@@ -116,20 +117,21 @@ def test_rows_and_text_of_a_plan(capsys):
         (
             1,
             600,
-            r"`Unroll\(checkpoint=1\)` has the fewest operations of what fits: leave it as it is",
+            r"`Unroll\(checkpoint=1\)` has the least cost of what fits: leave it as it is",
         ),  # 553 > .8 * 600
         (0, 600, r"write `Unroll\(checkpoint=1\)`: .* \(23% more operations\), in 59 B of memory instead of 553 B"),
         (1, 60, r"No schedule fits into 48 B, four fifths"),
-        (0, 1000, r"leave it as it is\.$"),  # where there is little memory, no word of less
-        (0, 1000 * 2**20, r"leave it as it is\. `Unroll\(checkpoint=1\)` takes 59 MiB for 23% more .*: `compare`"),
+        (0, 1000, r"leave it as it is\.$"),  # what a cache holds takes no time
+        (0, 1000 * 2**20, r"write `Unroll\(checkpoint=1\)`: 3\.70 .* of 3\.00 \(23% more .* 59 MiB .* of 553 MiB\."),
+        (1, 1000 * 2**20, r"leave it as it is\. `Unroll\(checkpoint=None\)` takes 19% fewer .* 553 MiB.*: `compare`"),
         (None, 1000, "No solve keeps states"),
     ],
 )
 def test_a_plan_ends_with_what_to_write(asked, limit, said):
     unit = 2**20 if limit > 2**20 else 1
-    rows = (
-        PlanRow("Unroll(checkpoint=None)", 553 * unit, 3.0, ()),
-        PlanRow("Unroll(checkpoint=1)", 59 * unit, 3.7, ()),
+    rows = tuple(  # of 10¹⁰ operations a training
+        PlanRow(f"Unroll(checkpoint={k})", size * unit, time, with_memory(1e10 * time, size * unit) / 1e10, ())
+        for k, size, time in ((None, 553, 3.0), (1, 59, 3.7))
     )
     plan = MemoryPlan(rows[asked or 0], rows if asked is not None else (), limit, 1, 1, ())
     assert re.search(said, str(plan).splitlines()[-1])
@@ -159,7 +161,7 @@ def test_jitted_loss_is_planned_and_its_jaxpr_unchanged():
     jitted = jax.jit(outer)
     before = str(jax.make_jaxpr(jax.grad(jitted))(h))
     plan = jaxhpo.memory_plan(jitted, h)
-    assert len({row.bytes for row in plan.rows}) == 4  # the default is what plain autodiff keeps
+    assert len({row.bytes for row in plan.rows}) == 4  # the default keeps every state and gradient
     assert str(jax.make_jaxpr(jax.grad(jitted))(h)) == before
 
 
