@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 import jaxhpo
+from jaxhpo._core.record import traced_anew
 from jaxhpo._core.stop_gradient import first_order, stop_gradient_with_warning
 from jaxhpo._core.trace import closure_convert, dependent_results, differentiable_inputs, used_inputs
 
@@ -86,3 +87,15 @@ def test_first_order_raises_when_differentiated():
     assert (first_order(X, "rule") == X).all()
     with pytest.raises(jaxhpo.JaxhpoError, match="second derivative"):
         jax.grad(lambda x: first_order(x, "rule"))(1.0)
+
+
+def test_what_is_traced_anew_is_the_same_program():
+    """As JAX's cache of compiled programs on disk finds them by their text."""
+    traced = []
+    fn = jax.jit(lambda x: (traced.append(x), jnp.sin(x))[1])
+
+    def text():
+        with traced_anew():
+            return fn.lower(X).as_text("hlo")
+
+    assert text() == text() and len(traced) == 2
