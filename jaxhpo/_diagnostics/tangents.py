@@ -12,8 +12,8 @@ from jax.extend import core as jex
 from jax.interpreters.partial_eval import dce_jaxpr
 
 from jaxhpo._adjoint.pushforward import push
-from jaxhpo._core.cost import SAFE_PART, available_bytes, predicted_peak_bytes
-from jaxhpo._core.processes import whole
+from jaxhpo._core.cost import SAFE_PART, available_bytes, count_and_peak
+from jaxhpo._core.processes import on_any, whole
 from jaxhpo._core.record import recording
 from jaxhpo._core.trace import compilable, past_rules, rounding_to_integers
 from jaxhpo._core.types import InnerState
@@ -84,39 +84,38 @@ class Tangents:
             value = functools.partial(_evaluate, jex.ClosedJaxpr(self.program, consts), args)
             return value(flat), push(value, flat, directions, None)
 
-        self._along, self._compiled, self._width = along, {}, WIDTH
+        self._along, self._compiled, self._width = along, None, WIDTH
 
-    def along(
-        self, directions: np.ndarray, flat: jax.Array | None = None, *args: Any, after_each: Callable = lambda: None
-    ) -> tuple[float, np.ndarray]:
+    def along(self, directions: np.ndarray, flat: jax.Array | None = None, *args: Any) -> tuple[float, np.ndarray]:
         """The value, and the derivative along each of the (k, m) directions.
 
         Args:
           directions: of any length.
           flat: another point; None takes the first.
           *args: other arguments than the first.
-          after_each: called after each chunk of directions.
         """
-        at, args, dtype = self.flat if flat is None else flat, args or self.args, self.flat.dtype
-        width = min(self._width, len(directions))
-        chunk = np.zeros((width, self.flat.size), dtype)
-        if (
-            width > 1
-            and predicted_peak_bytes(self._along, self._consts, at, chunk, *args) > SAFE_PART * available_bytes()
-        ):
-            self._width = width = 1
-        found, value = [], float("nan")
-        for start in range(0, len(directions), width):
-            rows = directions[start : start + width].astype(dtype)
-            padded = np.concatenate([rows, np.zeros((width - len(rows), rows.shape[1]), dtype)])
-            given = self._consts, at, padded, *args
-            if width not in self._compiled:
-                program, every = compilable(self._along, *given)
-                self._compiled[width] = functools.partial(program, *every[: -len(given)])
-            value, dots = whole(self._compiled[width](*given))
-            found.append(np.asarray(dots, float)[: len(rows)])
-            after_each()
-        return float(value), np.concatenate(found)
+        at, args = self.flat if flat is None else flat, args or self.args
+        if self._compiled is None:
+            self._compiled = self._compile(len(directions))
+        found, value, missing = [], float("nan"), -len(directions) % self._width
+        padded = np.concatenate([directions, np.zeros((missing, directions.shape[1]))]).astype(self.flat.dtype)
+        for rows in padded.reshape(-1, self._width, padded.shape[1]):
+            value, dots = whole(self._compiled(self._consts, at, rows, *args))
+            found.append(np.asarray(dots, float))
+        return float(value), np.concatenate(found)[: len(directions)]
+
+    def _compile(self, number: int) -> Callable:
+        """The program for as many directions as fit into memory."""
+
+        def given(width):
+            return self._consts, self.flat, np.zeros((width, self.flat.size), self.flat.dtype), *self.args
+
+        self._width = min(WIDTH, number)
+        _, peak = count_and_peak(self._along, *given(self._width), unknown_length=1)
+        if on_any(peak > SAFE_PART * available_bytes()):
+            self._width = 1
+        program, every = compilable(self._along, *given(self._width))
+        return functools.partial(program, *every[: len(every) - len(given(1))])
 
 
 def _evaluate(closed, args, flat):
