@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxhpo._adjoint.implicit import Implicit
 from jaxhpo._adjoint.unroll import Unroll
-from jaxhpo._core.processes import from_first, whole
+from jaxhpo._core.processes import agreed, from_first, whole
 from jaxhpo._core.record import InnerRun, SolveLog, recording
 from jaxhpo._core.trace import compilable, rules_in
 from jaxhpo._core.types import InnerState, LinearStatus
@@ -232,7 +232,7 @@ class Inquiry:
         """The components of the hypergradient with other rules; None where these raise."""
         try:
             with recording(rule=rule):
-                program, args = compilable(jax.grad(self.value), self.flat, self.key)
+                program, args = agreed(lambda: compilable(jax.grad(self.value), self.flat, self.key))
                 grad = whole(program(*args))
         except Exception:  # whatever a rule refuses, or memory that is short
             return None
@@ -240,7 +240,7 @@ class Inquiry:
 
     def _tangents(self, **settings: Any) -> np.ndarray | None:
         try:
-            return Tangents(self.value, self.flat, self.key, **settings).along(self.rows.directions)[1]
+            return agreed(lambda: Tangents(self.value, self.flat, self.key, **settings).along(self.rows.directions)[1])
         except Exception:  # no forward mode
             return None
 

@@ -1,6 +1,5 @@
 """`check_hypergradient`: compares a hypergradient with the exact derivative, and says why it differs."""
 
-import contextlib
 import dataclasses
 import functools
 import warnings
@@ -21,14 +20,16 @@ from jaxhpo._core.types import LinearStatus, PyTree
 from jaxhpo._core.validate import check_arrays, check_count, check_key, check_params, check_positive, check_switch
 from jaxhpo._diagnostics.causes import Inquiry
 from jaxhpo._diagnostics.differences import (
+    DIFFERENCES,
+    TANGENTS,
     UNRELIABLE,
     Differences,
     central_differences,
-    differences_along,
-    scale_of,
+    difference_along,
 )
 from jaxhpo._diagnostics.health import raise_if_zero, raise_unless_finite
 from jaxhpo._diagnostics.not_finite import diagnose
+from jaxhpo._diagnostics.predictivity import Predictivity, retrain
 from jaxhpo._diagnostics.rows import (
     ALL,
     COORDINATE,
@@ -43,15 +44,15 @@ from jaxhpo._diagnostics.rows import (
     leaf_rows,
     slope_rows,
 )
-from jaxhpo._diagnostics.tangents import Tangents
+from jaxhpo._diagnostics.tangents import Tangents, if_forward
 
 AGREES = 3e-3  # a relative error up to which a hypergradient is called right: below that of products in bfloat16
 COARSE = 1e-2  # the same, at most, where differences are the reference
 FAR = 1e-2  # of a solution's length: as much as linear solves may be off
 SMALL = 0.1  # a standard error at which the mean of some draws is a reliable estimate
 FEW_LEAVES = 8  # that are examined one by one where the whole differs
+FORETELLS = 0.9  # a correlation of predicted and real change below which remedies are named
 SEED = 1.37  # of the cotangent and the tangents of a second evaluation: no power of two, whose products are exact
-TANGENTS, DIFFERENCES = "exact tangents", "central differences"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +76,7 @@ class HypergradientCheck:
       noise: of several draws, the relative standard error of their mean; else 0.
       linear_statuses: how the linear solves of the hypergradient ended, as `LinearStatus`.
       causes: why it differs, and what to write instead, the likeliest first.
+      predictivity: with `step`, how well it foretells steps of that size, and of a third of it.
     """
 
     verdict: str
@@ -92,6 +94,7 @@ class HypergradientCheck:
     noise: float = 0.0
     linear_statuses: tuple[int, ...] = ()
     causes: tuple[str, ...] = ()
+    predictivity: tuple[Predictivity, ...] = ()
 
     def __str__(self) -> str:
         low, high = self.interval
@@ -114,6 +117,13 @@ class HypergradientCheck:
             text += f"\n  The linear solve of an implicit rule ended {', '.join(bad)}."
         for cause in causes:
             text += f"\n  {cause}"
+        for foretold in self.predictivity:
+            text += f"\n  It {foretold}."
+        if any(foretold.correlation < FORETELLS for foretold in self.predictivity):
+            text += (
+                "\n  What raises that: a lower outer rate; under Adam `eps_root=1e-6` or more; a decaying inner rate, "
+                "fewer inner steps; a penalty in the loss; tanh or gelu for ReLU."
+            )
         if self.verdict == "agrees":
             return text
         worst = int(np.argmax(np.abs(self.analytic - self.numeric)))
@@ -135,6 +145,7 @@ def check_hypergradient(
     by_leaf: bool = False,
     repeats: int = 8,
     step_size: float | None = None,
+    step: float | None = None,
     gradient: Callable | None = None,
     carry: PyTree = None,
     key: jax.Array | None = None,
@@ -157,8 +168,8 @@ def check_hypergradient(
 
     **Cost and bias**: one hypergradient, 1 + 1.3 k trainings for k directions (8 together share the run), where k is
     the number of hyperparameters up to 64, else 8 and one a leaf; where it differs, about 4 hypergradients and twice
-    the directions more. Differences cost 4 trainings a direction. What takes longer than 5 s shows its progress on
-    stderr.
+    the directions more. Differences cost 4 trainings a direction, `step` 17 trainings. What takes longer than 5 s shows
+    its progress on stderr.
 
     Args:
       outer_loss: `hparams -> scalar`, or `(hparams, carry, key) -> (scalar, carry, info)`, as for `tune`. None where
@@ -171,6 +182,9 @@ def check_hypergradient(
       step_size: of central differences, relative to each hyperparameter's scale: its size, at most 1 (where it is zero,
         its leaf's root mean square, or 1). None takes :math:`\epsilon^{1/5}`, 7e-4 in float64 and 0.04 in float32, of
         that scale or of the size itself, whichever has the smaller error.
+      step: also measures predictivity: the correlation of predicted and real change of the outer loss over 8 random
+        steps, by which each hyperparameter moves with this standard deviation (about the rate of the outer optimiser),
+        and over 8 of a third of it. None does not.
       gradient: `(hparams, carry, key) -> (value, hypergradient, carry, info)`, as for `tune`: `from_pair(pair)`, or a
         hypergradient of your own.
       carry: what the outer loss, or `gradient`, is given.
@@ -203,13 +217,16 @@ def check_hypergradient(
         check_count("num_directions", num_directions)
     check_switch("by_leaf", by_leaf)
     check_count("repeats", repeats)
-    if step_size is not None:
-        check_positive("step_size", step_size)
+    for what, value in (("step_size", step_size), ("step", step)):
+        if value is not None:
+            check_positive(what, value)
     direction_key, loss_key = jax.random.split(jax.random.key(0) if key is None else check_key(key))
     with Progress(2, "check_hypergradient", delay=EVERY) as bar:
         comparison = _Comparison(loss, own, hparams, carry, loss_key, direction_key, bar)
         comparison.draw()
         comparison.refer(num_directions, by_leaf, step_size)
+        if step is not None:
+            comparison.foretell(step)
         if comparison.agrees():
             return comparison.report("agrees", *comparison.notes)
         if not is_deterministic(outer_loss, gradient):
@@ -237,6 +254,8 @@ class _Comparison:
         self.layout, self.own = Layout(hparams), own is not None
         self.log, self.statuses, self.notes = SolveLog(schedules=False, distances=True), (), ()
         self.numeric_error = float(jnp.finfo(self.flat.dtype).eps)
+        self.tangents: Tangents | None = None
+        self.predictivity: tuple[Predictivity, ...] = ()
 
         def loss_of(hparams, key):
             return (loss or own)(hparams, carry, key)[0]
@@ -284,17 +303,20 @@ class _Comparison:
         rows = coordinate_rows(self.layout) if every else slope_rows(self.layout, grad, number, self.direction_key)
         if by_leaf and not every:
             rows = joined(rows, leaf_rows(self.layout, grad, number, jax.random.fold_in(self.direction_key, 1)))
-        self.tangents = None
-        if not self.log.roots:  # the rule of `implicit` is all that is known of a solver of the user's
-            with contextlib.suppress(NotImplementedError, TypeError, ValueError):  # no forward mode
-                tangents = Tangents(self.value, self.flat, self.key)
-                self.plain_loss, wanted = tangents.along(rows.directions)
-                self.tangents = tangents if np.isfinite(wanted).all() else None
-        if self.tangents is None:
+
+        def by_tangents():
+            tangents = Tangents(self.value, self.flat, self.key)
+            return tangents, *tangents.along(rows.directions)
+
+        # The rule of `implicit` is all that is known of a solver of the user's.
+        found = None if self.log.roots else if_forward(by_tangents)
+        if found is None or not np.isfinite(found[2]).all():
             self._by_differences()
         else:
+            self.tangents, self.plain_loss, wanted = found
+            rounded = bool(found[0].rounded)
             self.rows, self.given, self.wanted = rows, self.grads @ rows.directions.T, wanted[None]
-            if (self.tangents.rounded or not self.agrees()) and self._contradicted(bool(self.tangents.rounded)):
+            if (rounded or not self.agrees()) and self._contradicted(rounded):
                 self._by_differences()
         self.bar.update()
 
@@ -323,13 +345,8 @@ class _Comparison:
         """True where differences along one direction, that of the largest doubt, side with the hypergradient."""
         given, wanted = self.given[0], self.wanted[0]
         doubt = np.abs(given) if self.agrees() else np.abs(given - wanted)
-        j = int(np.argmax(doubt))
-        row = self.rows.directions[j]
-        move = row / np.linalg.norm(row / np.asarray(whole(scale_of(self.hparams)), float))
-        moves, at = jnp.asarray(move[None], self.flat.dtype), functools.partial(self._at, key=self.key)
-        _, found, coarse, rounding = differences_along(at, self.flat, moves, self.settings[1])
-        size = np.linalg.norm(row)
-        found, error = found[0] * size, (abs(found[0] - coarse[0]) + rounding[0]) * size
+        j, at = int(np.argmax(doubt)), functools.partial(self._at, key=self.key)
+        found, error = difference_along(at, self.hparams, self.rows.directions[j], self.settings[1])
         if self.agrees():
             return abs(found - wanted[j]) > max(3 * error, 0.03 * doubt[j])
         if 3 * max(error, abs(found - given[j])) >= doubt[j]:
@@ -356,6 +373,12 @@ class _Comparison:
         else:
             rows = self.rows.directions
             self.wanted = np.array([self.tangents.along(rows, self.flat, key)[1] for key in self.keys])
+
+    def foretell(self, step) -> None:
+        """Measures predictivity."""
+        key = jax.random.fold_in(self.direction_key, 3)
+        retrained = retrain(self.value, self.flat, step, key, self.key)
+        self.predictivity = tuple(each.predictivity(self.grads[0]) for each in retrained)
 
     # --- judgement ---
 
@@ -477,6 +500,7 @@ class _Comparison:
             self.noise(),
             self.statuses,
             causes,
+            self.predictivity,
         )
 
 

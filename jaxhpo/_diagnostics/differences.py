@@ -1,4 +1,4 @@
-"""Central differences of an outer loss along directions, and the distance of a hypergradient from them."""
+"""Directional derivatives of an outer loss, by central differences, and the distance of a hypergradient from them."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -14,6 +14,7 @@ from jaxhpo._core.trace import compilable
 from jaxhpo._core.tree import named_leaves
 from jaxhpo._core.types import PyTree
 
+TANGENTS, DIFFERENCES = "exact tangents", "central differences"
 FINE = 1e-3  # an error of differences at which no other step is tried
 UNRELIABLE = (
     "the trained parameters jump or bend sharply with the hyperparameters, as networks with ReLU do over many steps "
@@ -22,7 +23,7 @@ UNRELIABLE = (
 
 
 class Differences(NamedTuple):
-    """Directional derivatives of an outer loss by central differences.
+    """Directional derivatives of an outer loss, by central differences unless `kind` says otherwise.
 
     Attributes:
       directions: (k, m) unit vectors.
@@ -30,6 +31,7 @@ class Differences(NamedTuple):
       coarse: (k,) second-order ones, whose distance from `numeric` bounds the error of a smooth loss.
       rounding: (k,) the error by rounding the outer loss to its precision.
       coordinates: the name of each direction where they are coordinates, else None (random directions).
+      kind: what they are.
     """
 
     directions: np.ndarray
@@ -37,6 +39,7 @@ class Differences(NamedTuple):
     coarse: np.ndarray
     rounding: np.ndarray
     coordinates: tuple[str, ...] | None
+    kind: str = DIFFERENCES
 
     @property
     def valid(self) -> bool:
@@ -80,7 +83,7 @@ class Differences(NamedTuple):
             )
 
     def __str__(self) -> str:
-        return f"{len(self.numeric)} {'coordinates' if self.coordinates else 'random directions'}"
+        return f"{self.kind} along {len(self.numeric)} {'coordinates' if self.coordinates else 'random directions'}"
 
 
 class Agreement(NamedTuple):
@@ -171,6 +174,23 @@ def differences_along(
     lengths = np.linalg.norm(directions, axis=1)
     # D is linear in d, so the derivative along the unit vector d / ‖d‖ is D / ‖d‖.
     return directions / lengths[:, None], numeric / lengths, coarse / lengths, rounding / lengths
+
+
+def difference_along(
+    loss: Callable, hparams: PyTree, row: np.ndarray, step_size: float | None = None
+) -> tuple[float, float]:
+    """The difference along one direction of any length, and its estimated error.
+
+    Args:
+      loss: of the ravelled hyperparameters.
+      hparams: where to differentiate.
+      row: (m,) the direction.
+      step_size: as for `differences_along`.
+    """
+    flat, size = ravel(hparams)[0], np.linalg.norm(row)
+    move = row / np.linalg.norm(row / np.asarray(whole(scale_of(hparams)), float))
+    _, found, coarse, rounding = differences_along(loss, flat, jnp.asarray(move[None], flat.dtype), step_size)
+    return float(found[0] * size), float((abs(found[0] - coarse[0]) + rounding[0]) * size)
 
 
 def _along(loss, flat, d, step):

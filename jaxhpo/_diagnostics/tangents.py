@@ -13,6 +13,7 @@ from jax.interpreters.partial_eval import dce_jaxpr
 
 from jaxhpo._adjoint.pushforward import push
 from jaxhpo._core.cost import SAFE_PART, available_bytes, count_and_peak
+from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.processes import on_any, whole
 from jaxhpo._core.record import recording
 from jaxhpo._core.trace import compilable, past_rules, rounding_to_integers
@@ -116,6 +117,16 @@ class Tangents:
             self._width = 1
         program, every = compilable(self._along, *given(self._width))
         return functools.partial(program, *every[: len(every) - len(given(1))])
+
+
+def if_forward(measure: Callable[[], Any]) -> Any:
+    """`measure()`, or None where an operation has no forward mode, as callbacks have none."""
+    try:
+        return measure()
+    except JaxhpoError:
+        raise
+    except (NotImplementedError, TypeError, ValueError):
+        return None
 
 
 def _evaluate(closed, args, flat):

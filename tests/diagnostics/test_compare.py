@@ -418,8 +418,8 @@ def test_diverging_and_blind_methods_are_named():
 
 
 @pytest.mark.slow
-def test_differences_replace_a_wrong_reference():
-    """A loss with a wrong `custom_vjp`: the differences contradict reverse mode, and take its place."""
+def test_tangents_replace_a_wrong_reference():
+    """A loss with a wrong `custom_vjp`: the tangents contradict reverse mode, and take its place."""
 
     @jax.custom_vjp
     def square(x):
@@ -432,14 +432,14 @@ def test_differences_replace_a_wrong_reference():
         return lambda h: square(jaxhpo.solve(solver, solver.init(jnp.ones(3), h), h, num_steps=20, adjoint=rule).params)
 
     found = compare(make, jnp.arange(1.0, 4.0), [Unroll()])
-    assert found.reference.name == "differences" and "contradicts them" in found.reference.text
+    assert found.reference.name == "tangents" and "contradicts them" in found.reference.text
     assert found["Unroll()"].relative_error == pytest.approx(0.5, rel=1e-6)
     assert found.recommended == "Unroll()" and "nearest" in found.recommendation  # the direction is right
 
 
 @pytest.mark.slow
 def test_rough_outer_loss_is_mentioned():
-    """Oscillations finer than the step: the differences contradict themselves, and the exact reference stays."""
+    """Oscillations finer than a step: tangents are right, but foretell nothing; differences contradict themselves."""
 
     def make(rule):
         loss = outer_loss(QUADRATIC, rule, 5)
@@ -447,12 +447,17 @@ def test_rough_outer_loss_is_mentioned():
 
     found = compare(make, jnp.asarray(QUADRATIC.hparams), [Unroll()])
     assert found.reference.name == "Unroll()" and not found.reference.trusted
-    assert "do not confirm it" in found.reference.text and "with care" in found.recommendation
+    assert "foretells little" in found.reference.text and "with care" in found.recommendation
+    assert found["Unroll()"].predictivity is None and "foretells" not in str(found).split("---")[0].splitlines()[-1]
+    found = compare(make, jnp.asarray(QUADRATIC.hparams), [Unroll()], reference="differences", step=0.3)
+    # The exact slope of the oscillations is 100, that of the rest about 1.
+    assert abs(found["Unroll()"].predictivity) < 0.95 and "foretells" in str(found).split("---")[0].splitlines()[-1]
+    assert found.reference.name == "differences" and not found.reference.trusted
 
 
 @pytest.mark.slow
 def test_inner_runs_to_a_tolerance_are_compared():
-    """`Unroll` cannot differentiate them: the differences are the reference, and the default list omits it."""
+    """`Unroll` cannot differentiate them: the tangents are the reference, and the default list omits it."""
     solver = jaxhpo.from_optax(RIDGE.train_loss, optax.sgd(RIDGE.step_size))
 
     def make(rule):
@@ -463,7 +468,7 @@ def test_inner_runs_to_a_tolerance_are_compared():
         return loss
 
     found = compare(make, jnp.asarray(RIDGE.hparams))
-    assert found.reference.name == "differences" and "cannot be the reference: JaxhpoError" in found.reference.text
+    assert found.reference.name == "tangents" and "cannot be the reference: JaxhpoError" in found.reference.text
     assert not any(isinstance(line.rule, (Unroll, Forward)) for line in found.rows)
     assert found["Implicit(CG())"].accurate and found.problem.end < 1e-12
     assert 10 < found.problem.num_steps < 500  # the steps taken, not those allowed

@@ -19,14 +19,22 @@ from jaxhpo._core.progress import EVERY, Progress, say
 from jaxhpo._core.record import SolveLog
 from jaxhpo._core.tree import names
 from jaxhpo._core.types import PyTree
-from jaxhpo._core.validate import check_callable, check_count, check_key, check_params, check_scalar, short_name
+from jaxhpo._core.validate import (
+    check_callable,
+    check_count,
+    check_key,
+    check_params,
+    check_positive,
+    check_scalar,
+    short_name,
+)
 from jaxhpo._diagnostics.compare.measure import Measured, RuleNotUsed, first_words, measure, run_once
-from jaxhpo._diagnostics.compare.reference import Standard, standard
+from jaxhpo._diagnostics.compare.reference import Standard, directional_derivatives, standard
 from jaxhpo._diagnostics.compare.result import Comparison, MethodRow, ProblemSize
 from jaxhpo._diagnostics.compare.verdict import failures, recommend
-from jaxhpo._diagnostics.differences import central_differences
 from jaxhpo._diagnostics.health import raise_unless_finite
 from jaxhpo._diagnostics.not_finite import diagnose
+from jaxhpo._diagnostics.predictivity import retrain
 from jaxhpo._inner.problem import Adjoint, check_adjoint
 from jaxhpo._linear.cg import CG
 from jaxhpo._linear.direct import Direct
@@ -45,6 +53,7 @@ def compare(
     reference: Adjoint | str | None = None,
     num_directions: int = 16,
     repeats: int | None = None,
+    step: float | None = None,
     key: jax.Array | None = None,
     progress: bool = True,
 ) -> Comparison:
@@ -53,21 +62,25 @@ def compare(
     For each method it reports the relative error :math:`\|g - g^*\| / \|g^*\|`, the cosine and the norm ratio against
     the exact hypergradient :math:`g^*`, the time in inner gradient steps, the peak memory in copies of the parameters,
     and how its linear solves ended. The exact hypergradient is that of reverse mode through all steps, checked against
-    central differences; where it does not fit into memory, or is wrong, the differences take its place.
+    exact tangents, as `check_hypergradient` takes them; where it does not fit into memory, or is wrong, these take its
+    place, or central differences where forward mode does not exist.
 
     **Cost and bias**: one compilation and 1 + `repeats` hypergradients per method (one more compilation for rules with
-    an iterative linear solve), and 4 `num_directions` outer losses for the differences. Times are those of this
-    machine, measured by calling all programs in turn; errors are those at `hparams` alone. A randomised rule is judged
-    by one draw, of the key that `make_outer_loss` gives it.
+    an iterative linear solve), and 5 + 1.3 `num_directions` trainings for the tangents, or 4 `num_directions` for
+    differences. Times are those of this machine, measured by calling all programs in turn; errors are those at
+    `hparams` alone. A randomised rule is judged by one draw, of the key that `make_outer_loss` gives it.
 
     Args:
       make_outer_loss: `adjoint -> (hparams -> scalar)`: your outer loss, passing the rule on to `solve`.
       hparams: where to compare, a pytree of floating-point arrays.
       adjoints: the rules, in a sequence or as `{name: rule}`; None takes those without required settings.
       reference: the rule taken to be exact, or `"differences"`; `Unroll()` when None.
-      num_directions: random directions of the differences; up to as many hyperparameters are taken one by one.
+      num_directions: random directions of tangents or differences; up to as many hyperparameters are taken one by one.
       repeats: timed calls of each program, of which the fastest counts; None takes five, and more of short ones:
         three seconds in all.
+      step: also measures predictivity, as `check_hypergradient` does: the correlation of the change that each method's
+        hypergradient foretells with the real one, over 8 random steps by which each hyperparameter moves with this
+        standard deviation, the same for all methods; 17 trainings. None does not.
       key: for the random directions; `jax.random.key(0)` when None.
       progress: shows progress on stderr, also within what takes longer than 5 s.
 
@@ -105,6 +118,8 @@ def compare(
     check_count("num_directions", num_directions)
     if repeats is not None:
         check_count("repeats", repeats)
+    if step is not None:
+        check_positive("step", step)
     direction_key = jax.random.key(0) if key is None else check_key(key)
     given = {} if adjoints is None else _named(adjoints)
     if isinstance(reference, str) and reference != "differences":
@@ -144,12 +159,17 @@ def compare(
             bar.note(f"compiling and running {short_name(exact)}, the reference")
             of_exact = measure(make_loss, exact, flat)
         bar.update("reference")
-        bar.note("central differences")
+        bar.note("derivatives along directions")
         directions = None if flat.size <= num_directions else num_directions
         with Progress(directions or flat.size, "direction", progress, delay=EVERY) as tried:
             loss = make_loss(plain.rule)
-            differences = central_differences(loss, hparams, directions, None, direction_key, tried.update)
-        bar.update("central differences")
+            by_rule = None if of_exact is None or of_exact.error else np.asarray(of_exact.result[1], float)
+            forward = exact is not None and not plain.log.roots
+            differences = directional_derivatives(
+                loss, hparams, directions, direction_key, forward, by_rule, tried.update
+            )
+        bar.update("derivatives along directions")
+        retrained = None if step is None else retrain(loss, flat, step, jax.random.fold_in(direction_key, 1))[0]
         programs = [functools.partial(m.program, *m.args) for m in (plain, *found.values()) if m.error is None]
         # By its clock one process would call oftener than another, which then waits for it.
         at_least = 0.0 if repeats or jax.process_count() > 1 else 3.0
@@ -166,7 +186,8 @@ def compare(
     ends = np.cumsum([0, *(leaf.size for leaf in jax.tree.leaves(hparams))])
     # The place of each leaf in the flat vector.
     parts = {name: slice(*ends[i : i + 2]) for i, name in enumerate(names(hparams, "hparams"))}
-    rows = tuple(_row(name, measured, against, parts, seconds, problem, plain) for name, measured in found.items())
+    shared = against, parts, retrained, seconds, problem, plain
+    rows = tuple(_row(name, measured, *shared) for name, measured in found.items())
     return Comparison(rows, against.reference, problem, *recommend(rows, against.reference, problem))
 
 
@@ -235,7 +256,7 @@ def _size(plain, num_hparams, seconds) -> ProblemSize:
     return ProblemSize(num_hparams, log.num_params, num_steps, worst.start, worst.end, seconds)
 
 
-def _row(name, measured: Measured, against: Standard, parts, seconds: Iterator, problem, plain) -> MethodRow:
+def _row(name, measured: Measured, against: Standard, parts, retrained, seconds: Iterator, problem, plain) -> MethodRow:
     """One method's row; `seconds` gives the time of the next method that ran."""
     if measured.error is not None:
         return MethodRow(name, measured.rule, error=measured.error, notes=(f"It raised {measured.error}",))
@@ -247,6 +268,8 @@ def _row(name, measured: Measured, against: Standard, parts, seconds: Iterator, 
         fields["linear_status"] = max(statuses, key=WORST_LAST.index)
         fields["linear_residual"] = max(solve.residual for solve in solves)
         fields["linear_iterations"] = max(solve.num_iterations for solve in solves)
+    if finite and retrained is not None:
+        fields["predictivity"] = retrained.predictivity(np.asarray(grad, float)).correlation
     fields |= {"gradients": took * problem.num_steps / problem.seconds, "seconds": took, "finite": finite}
     fields["copies"] = None if temporary is None else temporary / plain.log.param_bytes
     row = MethodRow(name, measured.rule, **fields)

@@ -1,14 +1,31 @@
-"""The reference of a comparison: the exact hypergradient, or central differences where that fails."""
+"""The reference of a comparison: the exact hypergradient, or directional derivatives where that fails."""
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+from jaxhpo._core.mesh import ravel
+from jaxhpo._core.types import PyTree
 from jaxhpo._diagnostics.compare.measure import Measured
 from jaxhpo._diagnostics.compare.result import Reference
-from jaxhpo._diagnostics.differences import UNRELIABLE, Differences, agreement
+from jaxhpo._diagnostics.differences import (
+    TANGENTS,
+    UNRELIABLE,
+    Differences,
+    agreement,
+    central_differences,
+    coordinate_names,
+    difference_along,
+)
 from jaxhpo._diagnostics.health import reasons_for_zero, zero_entries
+from jaxhpo._diagnostics.tangents import Tangents, if_forward
+
+ROUGH = 0.1  # a relative distance of a finite step from the tangent at which the loss is called rough
+WRONG = 1e-2  # a relative error of the exact rule at which the derivatives contradict it
 
 
 class Standard(NamedTuple):
@@ -16,8 +33,8 @@ class Standard(NamedTuple):
 
     Attributes:
       reference: its description.
-      gradient: (m,) the exact hypergradient, or that of differences along every coordinate; None if neither is known.
-      differences: along the directions tried.
+      gradient: (m,) the exact hypergradient, or the derivatives along every coordinate; None if neither is known.
+      differences: derivatives along the directions tried.
     """
 
     reference: Reference
@@ -42,7 +59,7 @@ class Standard(NamedTuple):
         if self.gradient is None:
             return tuple(name for name in zero if name in reasons)
         # Differences along a leaf without effect are zero only up to their own error.
-        noise = 1e-6 * np.linalg.norm(self.gradient) if self.reference.name == "differences" else 0.0
+        noise = 1e-6 * np.linalg.norm(self.gradient) if self.reference.is_directional else 0.0
         missed = np.abs(self.gradient) * (grad == 0) > noise
         return tuple(name for name, part in zero.items() if missed[part].any())
 
@@ -52,22 +69,67 @@ def _leaf_error(got, want) -> float:
     return float(off / size) if size else (math.inf if off else 0.0)
 
 
+def directional_derivatives(
+    loss: Callable,
+    hparams: PyTree,
+    num_directions: int | None,
+    key: jax.Array,
+    forward: bool,
+    exact: np.ndarray | None,
+    after_each: Callable[[], None],
+) -> Differences:
+    """Derivatives along coordinates or random directions: exact tangents, or central differences where those fail.
+
+    Args:
+      loss: of the ravelled hyperparameters.
+      hparams: where to differentiate.
+      num_directions: number of random directions; None takes every coordinate.
+      key: for the directions.
+      forward: False takes differences at once.
+      exact: (m,) what tangents should agree with; where they do not, a difference along one direction decides. Where
+        they do, its distance from the tangent is their `error`: that of a finite step. None believes them.
+      after_each: called after each direction of differences.
+    """
+    flat = ravel(hparams)[0]
+    rows = np.eye(flat.size)
+    if num_directions is not None:
+        rows = np.asarray(jax.random.normal(key, (num_directions, flat.size)), float)
+        rows /= np.linalg.norm(rows, axis=1)[:, None]
+
+    def by_tangents():
+        tangents = Tangents(loss, flat)
+        return None if tangents.rounded else tangents.along(rows)[1]
+
+    found = if_forward(by_tangents) if forward else None
+    if found is not None and np.isfinite(found).all():
+        given = found if exact is None else rows @ exact
+        off = np.abs(given - found)
+        contradicted = bool(np.linalg.norm(off) > WRONG * np.linalg.norm(found))
+        j = int(np.argmax(off if contradicted else np.abs(found)))
+        by_step, error = difference_along(loss, hparams, rows[j])
+        if not contradicted or 3 * max(error, abs(by_step - given[j])) >= off[j]:
+            coarse, rounding = found.copy(), np.abs(found) * float(jnp.finfo(flat.dtype).eps)
+            coarse[j] = by_step
+            coordinates = coordinate_names(hparams) if num_directions is None else None
+            return Differences(rows, found, coarse, rounding, coordinates, TANGENTS)
+    return central_differences(loss, hparams, num_directions, None, key, after_each)
+
+
 def standard(name: str, measured: Measured | None, differences: Differences) -> Standard:
-    """The reference: the exact rule, unless it failed or reliable differences contradict it.
+    """The reference: the exact rule, unless it failed or reliable derivatives along directions contradict it.
 
     Args:
       name: of the exact rule.
       measured: its run; None where differences were asked for.
-      differences: of the outer loss.
+      differences: derivatives of the outer loss along directions.
     """
-    error = differences.error
-    kind = f"central differences along {differences}"
+    error, kind = differences.error, str(differences)
 
     def by_differences(text, off=None) -> Standard:
         differences.check(f"Nothing can be the reference: {text} ")
         # Along coordinates the directions are the unit vectors, so these are the entries of the gradient.
         gradient = differences.numeric if differences.coordinates else None
-        return Standard(Reference("differences", text, off, error, error <= 1e-2), gradient, differences)
+        return Standard(Reference(differences.kind.split()[-1], text, off, error, error <= 1e-2), gradient, differences)
 
     if measured is None:
         return by_differences(f"{kind}, good to {error:.0e}.")
@@ -78,14 +140,19 @@ def standard(name: str, measured: Measured | None, differences: Differences) -> 
     if not np.any(grad):
         differences.check()
     off = agreement(differences.along(grad), differences.numeric).relative_error if differences.valid else math.inf
-    if off > 1e-2 and error <= off / 10:
+    if off > WRONG and error <= off / 10:
         text = (
             f"{kind} (good to {error:.0e}), because `{name}` contradicts them (relative error {off:.0e}): a derivative "
             "in the losses is not that of its function (a `custom_vjp`, a `stop_gradient`)."
         )
         return by_differences(text, off)
     verdict = f"agree with it to {off:.0e} (they are good to {error:.0e})"
-    if off > 1e-2:
+    if differences.kind == TANGENTS and off <= WRONG:
+        verdict = f"agree with it to {off:.0e}, and a finite step with these to {error:.0e}"
+    if off > WRONG:
         verdict = f"do not confirm it (off by {off:.0e}, with an error of their own of {error:.0e}): {UNRELIABLE}"
+    rough = differences.kind == TANGENTS and error > ROUGH
+    if rough:
+        verdict += f". So it foretells little: {UNRELIABLE}"
     text = f"`{name}`, exact for the steps taken; {kind} {verdict}."
-    return Standard(Reference(name, text, off, error, off <= 1e-2), grad, differences)
+    return Standard(Reference(name, text, off, error, off <= WRONG and not rough), grad, differences)

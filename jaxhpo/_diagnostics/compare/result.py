@@ -32,6 +32,7 @@ class MethodRow(NamedTuple):
       partly_blind: those of them of which it sees some entries, as a truncated rule the last rates of a schedule.
       error: the exception that the method raised, in which case nothing else was measured.
       notes: the method's faults on this problem, in words.
+      predictivity: with `step`, the correlation of the change foretold by g with the real one, over finite steps.
     """
 
     name: str
@@ -51,6 +52,7 @@ class MethodRow(NamedTuple):
     partly_blind: tuple[str, ...] = ()
     error: str | None = None
     notes: tuple[str, ...] = ()
+    predictivity: float | None = None
 
     @property
     def usable(self) -> bool:
@@ -67,11 +69,11 @@ class Reference(NamedTuple):
     """The hypergradient that the methods are compared with.
 
     Attributes:
-      name: the exact rule, or `"differences"`.
-      text: one sentence: its kind, and how well it agrees with central differences.
-      disagreement: relative error of the exact rule against central differences; None without an exact rule.
-      differences_error: estimated relative error of the differences themselves, for a smooth outer loss.
-      trusted: whether the differences contradict neither the reference nor themselves.
+      name: the exact rule, or `"tangents"`, or `"differences"`.
+      text: one sentence: its kind, and how well it agrees with exact tangents, or with central differences.
+      disagreement: relative error of the exact rule against these; None without an exact rule.
+      differences_error: estimated relative error of these themselves, for a smooth outer loss.
+      trusted: whether they contradict neither the reference nor themselves.
     """
 
     name: str
@@ -79,6 +81,11 @@ class Reference(NamedTuple):
     disagreement: float | None
     differences_error: float
     trusted: bool
+
+    @property
+    def is_directional(self) -> bool:
+        """True for derivatives along directions, without an exact rule."""
+        return self.name in ("tangents", "differences")
 
 
 class ProblemSize(NamedTuple):
@@ -151,19 +158,22 @@ class Comparison:
 
 def _table(rows) -> list[str]:
     width = min(max(len(row.name) for row in rows), 29)
-    head = f"{'method':{width}}  rel. error   cosine  norm ratio  gradients   copies  finite  linear solve"
+    foretold = any(row.predictivity is not None for row in rows)
+    extra = "  foretells" * foretold
+    head = f"{'method':{width}}  rel. error   cosine  norm ratio{extra}  gradients   copies  finite  linear solve"
     legend = "gradients: time of the hypergradient in inner steps; copies: its peak memory in copies of the parameters"
-    return [head, "-" * WIDTH, *(_line(row, width) for row in rows), legend]
+    return [head, "-" * WIDTH, *(_line(row, width, foretold) for row in rows), legend]
 
 
-def _line(row: MethodRow, width: int) -> str:
+def _line(row: MethodRow, width: int, foretold: bool) -> str:
     name = row.name if len(row.name) <= width else row.name[: width - 3] + "..."
     if row.error is not None:
         return f"{name:{width}}  raised: see below"
+    extra = f"{_number(row.predictivity, '.2f'):>9}  " * foretold
     linear = f"{row.linear_status} {row.linear_iterations}, {_number(row.linear_residual, '.1e')}"
     return (
         f"{name:{width}}  {_number(row.relative_error, '.1e'):>10}  {_number(row.cosine, '.4f'):>7}  "
-        f"{_number(row.norm_ratio):>10}  {_number(row.gradients):>9}  {_number(row.copies):>7}  "
+        f"{_number(row.norm_ratio):>10}  {extra}{_number(row.gradients):>9}  {_number(row.copies):>7}  "
         f"{'yes' if row.finite else 'NO':>6}  {linear if row.linear_status else ''}"
     ).rstrip()
 

@@ -67,7 +67,7 @@ def recommend(rows: Sequence[MethodRow], reference: Reference, problem: ProblemS
     """
     accurate = [row for row in rows if row.accurate]
     near = [row for row in rows if row.usable and (row.cosine or 0.0) >= 0.9]
-    exact = "" if reference.name == "differences" else f" The reference, `{reference.name}`, is exact: use that."
+    exact = "" if reference.is_directional else f" The reference, `{reference.name}`, is exact: use that."
     if accurate:
         least = min(map(_time, accurate))
         # Times within a tenth of each other are equal, as far as a clock can tell.
@@ -85,7 +85,7 @@ def recommend(rows: Sequence[MethodRow], reference: Reference, problem: ProblemS
         row, text = None, f"Trust none of these methods here.{exact}"
     text += _doubts(rows, problem)
     if not reference.trusted:
-        text += " Read all of this with care: the central differences do not confirm the reference."
+        text += " Read all of this with care: the derivatives along directions do not confirm the reference."
     return row.name if row else None, text
 
 

@@ -140,7 +140,7 @@ def test_an_exception_of_one_process_ends_a_check_on_all(ended):
     assert told == ["no more"] * 4
     errors, reference, why = json.loads(compared)
     # One rule alone, which is the reference, costs no more than that rule.
-    assert errors == [None, None] and reference == "differences" and "MemoryError: no more" in why
+    assert errors == [None, None] and reference == "tangents" and "MemoryError: no more" in why
 
 
 @pytest.mark.slow

@@ -1,0 +1,89 @@
+"""Predictivity: how well a hypergradient foretells the change of the outer loss along finite random steps."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxhpo._core.processes import whole
+from jaxhpo._core.trace import compilable
+from jaxhpo._core.tree import map_in_chunks
+
+NUMBER = 8  # steps of each size
+SMALLER = 1 / 3  # of the step asked for: the second size
+TOGETHER = 8  # trainings under one `vmap`
+
+
+class Predictivity(NamedTuple):
+    """Predicted against real change of the outer loss, over random steps of one size.
+
+    Attributes:
+      step: the standard deviation by which each hyperparameter is moved.
+      correlation: Pearson's, of the two.
+      interval: its 95 % confidence interval, by Fisher's transformation.
+      slope: real change for a predicted one, by least squares through zero; 1 for a loss that is straight.
+    """
+
+    step: float
+    correlation: float
+    interval: tuple[float, float]
+    slope: float
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return (
+            f"foretells steps of {self.step:.2g} with correlation {self.correlation:.2f} ({low:.2f} to {high:.2f}), "
+            f"slope {self.slope:.2f}"
+        )
+
+
+class Retrained(NamedTuple):
+    """Real changes of the outer loss along random steps.
+
+    Attributes:
+      step: their size, as in `Predictivity`.
+      moves: (n, m) the steps.
+      changes: (n,) of the outer loss.
+    """
+
+    step: float
+    moves: np.ndarray
+    changes: np.ndarray
+
+    def predictivity(self, grad: np.ndarray) -> Predictivity:
+        """How well a flat hypergradient foretells the changes; NaN where an outer loss is not finite."""
+        predicted = self.moves @ grad
+        with np.errstate(invalid="ignore", divide="ignore"):
+            correlation = float(np.corrcoef(predicted, self.changes)[0, 1])
+            slope = float(predicted @ self.changes / (predicted @ predicted))
+            # arctanh r is normal, nearly, with the standard deviation 1 / √(n − 3).
+            ends = np.arctanh(np.clip(correlation, -1, 1)) + np.array([-1.96, 1.96]) / np.sqrt(len(self.moves) - 3)
+        return Predictivity(self.step, correlation, (float(np.tanh(ends[0])), float(np.tanh(ends[1]))), slope)
+
+
+def retrain(value: Callable, flat: jax.Array, step: float, key: jax.Array, *args: Any) -> tuple[Retrained, ...]:
+    """Trains at random points of two distances, `step` and a third of it, and takes the changes of the outer loss.
+
+    Args:
+      value: `(flat, *args) -> outer loss`.
+      flat: the hyperparameters.
+      step: the standard deviation of each entry's move, in the hyperparameters' own units.
+      key: for the moves.
+      *args: of `value`.
+    """
+    normal = jax.random.normal(key, (2 * NUMBER, flat.size), flat.dtype)
+    sizes = step * jnp.repeat(jnp.array([1, SMALLER], flat.dtype), NUMBER)
+    moves = jnp.concatenate([jnp.zeros((1, flat.size), flat.dtype), normal * sizes[:, None]])
+
+    def values(flat, moves, *args):
+        return map_in_chunks(lambda move: value(flat + move, *args), moves, TOGETHER)
+
+    program, given = compilable(values, flat, moves, *args)
+    found, moves = np.asarray(whole(program(*given)), float), np.asarray(whole(moves), float)[1:]
+    changes = found[1:] - found[0]
+    parts = slice(NUMBER), slice(NUMBER, None)
+    return tuple(
+        Retrained(size, moves[part], changes[part]) for size, part in zip((step, step * SMALLER), parts, strict=True)
+    )
