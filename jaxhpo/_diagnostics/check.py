@@ -483,6 +483,7 @@ class _Comparison:
         judged = self.judged()
         given, wanted = self.given.mean(0), self.wanted.mean(0)
         lengths = np.linalg.norm(self.rows.directions, axis=1)
+        lengths[lengths == 0] = 1.0  # one hyperparameter leaves no room beside its slope
         every = bool((self.rows.kinds == COORDINATE).all())
         return HypergradientCheck(
             verdict,

@@ -146,7 +146,7 @@ def memory_plan(
       >>> plan = jaxhpo.memory_plan(outer_loss, jnp.zeros(10_000))  # doctest: +ELLIPSIS
       schedule ...
       >>> plan.fitting[0].call
-      'Unroll(checkpoint=None)'
+      "Unroll(checkpoint='sqrt')"
 
     References:
       Griewank, Walther. Algorithm 799: Revolve. 2000.

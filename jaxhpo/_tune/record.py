@@ -17,6 +17,7 @@ import numpy as np
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.processes import on_any, whole
 from jaxhpo._core.record import LinearSolve
+from jaxhpo._core.tree import upcast, vdot
 from jaxhpo._core.types import LinearStatus, PyTree
 from jaxhpo._tune.checkpoint import is_spread
 from jaxhpo._tune.history import key_data, largest_whole, printable, summary
@@ -170,7 +171,8 @@ class Record:
         if self.solves is not None:  # to which the device reports
             jax.effects_barrier()
             solves, self.solves[:] = list(self.solves), []
-        row = functools.partial(self._row, report, active, finite, halvings, score, seconds, solves)
+        predicted = _predicted(report, after, bool(self.shape)) if "agreement" in self.extras else None
+        row = functools.partial(self._row, report, active, finite, halvings, score, seconds, solves, predicted)
         self.flush()
         steps = now.steps + active
         scores = {"best": best, "best_step": best_step, "best_hparams": best_hparams, "score_window": window}
@@ -201,7 +203,9 @@ class Record:
             )
         self.rows.append(row)
 
-    def _row(self, report: OuterReport, active, finite, halvings, score, seconds, solves) -> dict[str, Any]:
+    def _row(
+        self, report: OuterReport, active, finite, halvings, score, seconds, solves, predicted=None
+    ) -> dict[str, Any]:
         """Returns a history row of copies: a view would keep the device's array.
 
         Args:
@@ -213,6 +217,7 @@ class Record:
           score: of each member.
           seconds: since the start.
           solves: linear solves of the step; None where they are not recorded.
+          predicted: change of the outer loss by the step, to first order; None where that is not recorded.
         """
         counts = {**report.remedies, "halvings": halvings, "skipped_steps": active & ~finite}
         hypergradient = report.hypergradient if "hypergradient" in self.extras else None
@@ -238,7 +243,19 @@ class Record:
             row["hypergradient"] = jax.tree.map(np.array, hypergradient)
         if solves is not None:
             row["linear_solves"] = _summed_up(solves)
+        if "agreement" in self.extras:
+            row |= self._agreement(row, 0.0 * row["value"] if predicted is None else predicted)
         return row
+
+    def _agreement(self, row, predicted) -> dict[str, np.ndarray]:
+        """Returns the predicted change by this step, and of the step before the actual change for a predicted one."""
+        agreement, before = np.full(self.shape, np.nan), self.rows[-1] if self.rows else None
+        if before is not None:
+            with np.errstate(divide="ignore", invalid="ignore"):
+                agreement = (row["value"] - before["value"]).astype(float) / before["predicted_change"]
+            taken = (before["remedies"]["skipped_steps"] == 0) & (row["remedies"]["halvings"] == 0)
+            agreement = np.where(taken, agreement, np.nan)
+        return {"predicted_change": np.asarray(whole(predicted), float), "agreement": np.asarray(agreement)}
 
     def history(self) -> dict[str, Any]:
         """Returns the rows so far, stacked."""
@@ -337,6 +354,17 @@ class Record:
     def _tree(self, now: LoopState, hparams: PyTree):
         """Returns what a checkpoint holds; of the last hyperparameters in natural units `load` alone makes use."""
         return now._replace(rows=None, pending=None)._asdict() | {"fixed": self.fixed, "hparams": hparams}
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _predicted(report: OuterReport, after: OuterState, population: bool) -> jax.Array:
+    """Returns ⟨g, Δu⟩ of the hypergradient g and the move Δu, of each member."""
+
+    def product(grad, new, old):
+        return jnp.asarray(vdot(upcast(grad), jax.tree.map(jnp.subtract, upcast(new), upcast(old))))
+
+    fn = jax.vmap(product) if population else product
+    return fn(report.hypergradient, after.point, after.before)
 
 
 def _mean(window: np.ndarray) -> np.ndarray:

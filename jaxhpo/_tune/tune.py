@@ -241,6 +241,9 @@ def tune(
       max_inner_steps: stop before the inner steps of all outer steps (those of `solve`, the most that a `tol` allows)
         would exceed this number; None never does.
       record: extra columns: "hparams", all leaves whole; "hypergradient", its leaves, in the units of the search;
+        "agreement": the `predicted_change` of the outer loss by each step, hypergradient times move, and in the row
+        after it the `agreement`, actual for predicted change: 1 on a straight line, about 1/2 at the best step of a
+        parabola, below 0 where the loss rose instead (of a random loss, also by chance);
         "linear_solves", for which the device calls back: of the linear solves of implicit rules (of all members) the
         largest `residual`, the `num_iterations`, and how many were `not_converged`. (An inner solve's optimality is
         recorded where the info holds its `sol.info`.) What is recorded is judged at the end: where linear solves, or

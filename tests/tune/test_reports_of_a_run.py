@@ -389,3 +389,23 @@ def test_logging_callbacks_of_the_readme():
         want = [("outer loss", float(v), i) for i, v in enumerate(history["value"])]
         assert [row for row in writer.rows if row[0] == "outer loss"] == want
         assert len(writer.rows) == 6
+
+
+def test_agreement_of_predicted_and_actual_change(tmp_path):
+    """SGD of rate r on h² predicts −4 r h² and gets −4 r (1 − r) h²; of each member, and of a run that goes on."""
+    starts, carry = {"a": jnp.array([2.0, 3.0])}, jnp.array([0.1, 0.6])
+
+    def outer_loss(h, rate, key):  # a member's own rate scales its loss: (h √rate)² under SGD of rate 1
+        return rate * jnp.sum(h["a"] ** 2), rate, None
+
+    settings = {"num_steps": 4, "record": "agreement", "progress": False}
+    result = jaxhpo.tune(outer_loss, starts, optax.sgd(1.0), population=2, carry=carry, **settings)
+    got, want = result.history["agreement"], np.tile(1 - np.array([0.1, 0.6]), (3, 1))
+    np.testing.assert_allclose(got[1:], want, rtol=1e-12)
+    assert np.isnan(got[0]).all()
+    values = result.history["value"]
+    np.testing.assert_allclose(result.history["predicted_change"][:-1], np.diff(values, axis=0) / got[1:], rtol=1e-12)
+    settings |= {"run_dir": tmp_path}
+    alone = lambda steps: jaxhpo.tune(lambda h: 0.1 * h**2, 2.0, optax.sgd(1.0), **settings | {"num_steps": steps})  # noqa: E731
+    alone(2)
+    np.testing.assert_allclose(alone(4).history["agreement"][1:], 0.9, rtol=1e-12)

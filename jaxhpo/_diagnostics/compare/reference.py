@@ -93,8 +93,8 @@ def directional_derivatives(
     flat = ravel(hparams)[0]
     rows = np.eye(flat.size)
     if num_directions is not None:
-        rows = np.asarray(jax.random.normal(key, (num_directions, flat.size)), float)
-        rows /= np.linalg.norm(rows, axis=1)[:, None]
+        normal = np.asarray(jax.random.normal(key, (num_directions, flat.size)), float)
+        rows = normal / np.linalg.norm(normal, axis=1)[:, None]
 
     def by_tangents():
         tangents = Tangents(loss, flat)
