@@ -425,6 +425,12 @@ def _norms(axis, columns) -> None:
     norm = _real(columns["hypergradient_norm"])
     norm = np.where(norm > 0, norm, np.nan)  # of a step without a score, in a logarithmic axis
     _line(axis, norm, color=BLUE)
+    if "error" in columns:
+        error = _real(columns["error"])
+        known, at = np.isfinite(error), np.arange(len(error))
+        lower = np.where(error < norm, norm - error, 0.1 * norm)  # at the foot of a logarithmic axis
+        band = {"color": BLUE, "alpha": 0.2, "linewidth": 0, "label": "± error bar"}
+        axis.fill_between(at[known], lower[known], (norm + error)[known], **band)
     counts = {name[len("remedies['") : -2]: x for name, x in columns.items() if name.startswith("remedies") and x.any()}
     for i, (name, x) in enumerate(counts.items()):
         at, label = np.flatnonzero(x), f"{name.replace('_', ' ')}: {int(x.sum())}"

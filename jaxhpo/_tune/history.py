@@ -14,7 +14,7 @@ import numpy as np
 from jaxhpo._core.tree import is_inexact, named_leaves
 from jaxhpo._core.types import PyTree
 
-EXTRAS = ("hparams", "hypergradient", "linear_solves", "agreement")  # columns that `record` adds
+EXTRAS = ("hparams", "hypergradient", "linear_solves", "agreement", "error")  # columns that `record` adds
 ROW = 4096  # numbers that the hyperparameters of a row, or of a member's, take at most
 LARGE = 1024  # entries: larger leaves are summed up, whatever there is room for
 LINE = b'{"step": '  # begins each line

@@ -20,6 +20,7 @@ from jaxhpo._core.record import LinearSolve
 from jaxhpo._core.tree import upcast, vdot
 from jaxhpo._core.types import LinearStatus, PyTree
 from jaxhpo._tune.checkpoint import is_spread
+from jaxhpo._tune.error_bar import EVERY, POOLED, ErrorBar, pooled
 from jaxhpo._tune.history import key_data, largest_whole, printable, summary
 from jaxhpo._tune.inputs import convert
 from jaxhpo._tune.population import Compiled, member
@@ -126,6 +127,7 @@ class Record:
     ):
         self.compiled, self.run_dir, self.settings, self.monitor = compiled, run_dir, settings, monitor
         self.extras, self.solves, self.shape = extras, solves, compiled.shape
+        self.error_bar = ErrorBar(compiled.step) if "error" in extras else None
         zeros = np.zeros(self.shape, np.int64)
         scores = self._no_scores(state, window)
         self.now = LoopState(state, 0, **scores, failures=zeros, steps=zeros, failed=zeros > 0)
@@ -171,8 +173,12 @@ class Record:
         if self.solves is not None:  # to which the device reports
             jax.effects_barrier()
             solves, self.solves[:] = list(self.solves), []
-        predicted = _predicted(report, after, bool(self.shape)) if "agreement" in self.extras else None
-        row = functools.partial(self._row, report, active, finite, halvings, score, seconds, solves, predicted)
+        more = {}
+        if "agreement" in self.extras:
+            more["predicted"] = _predicted(report, after, bool(self.shape))
+        if self.error_bar is not None and finite.all():
+            more["off"] = self.error_bar.measure(now.rows, now.state, after, report)
+        row = functools.partial(self._row, report, active, finite, halvings, score, seconds, solves, **more)
         self.flush()
         steps = now.steps + active
         scores = {"best": best, "best_step": best_step, "best_hparams": best_hparams, "score_window": window}
@@ -204,7 +210,7 @@ class Record:
         self.rows.append(row)
 
     def _row(
-        self, report: OuterReport, active, finite, halvings, score, seconds, solves, predicted=None
+        self, report: OuterReport, active, finite, halvings, score, seconds, solves, predicted=None, off=math.nan
     ) -> dict[str, Any]:
         """Returns a history row of copies: a view would keep the device's array.
 
@@ -218,6 +224,7 @@ class Record:
           seconds: since the start.
           solves: linear solves of the step; None where they are not recorded.
           predicted: change of the outer loss by the step, to first order; None where that is not recorded.
+          off: what `ErrorBar.measure` found.
         """
         counts = {**report.remedies, "halvings": halvings, "skipped_steps": active & ~finite}
         hypergradient = report.hypergradient if "hypergradient" in self.extras else None
@@ -245,6 +252,12 @@ class Record:
             row["linear_solves"] = _summed_up(solves)
         if "agreement" in self.extras:
             row |= self._agreement(row, 0.0 * row["value"] if predicted is None else predicted)
+        if "error" in self.extras:
+            every = [*self.rows, row | {"measured_error": off}][-EVERY * POOLED :]
+            first = [math.nan] * (len(self.rows) + 1 - len(every))
+            offs = [*first, *(float(each["measured_error"]) for each in every)]
+            norms = [*first, *(float(each["hypergradient_norm"]) for each in every)]
+            row |= {"measured_error": np.asarray(off), "error": np.asarray(pooled(offs, norms))}
         return row
 
     def _agreement(self, row, predicted) -> dict[str, np.ndarray]:

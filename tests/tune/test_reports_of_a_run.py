@@ -1,6 +1,7 @@
 """Reports of a run: the table, the picture, `jaxhpo show` and `jaxhpo plot`, callbacks that log."""
 
 import builtins
+import functools
 import pathlib
 import re
 import shutil
@@ -409,3 +410,40 @@ def test_agreement_of_predicted_and_actual_change(tmp_path):
     alone = lambda steps: jaxhpo.tune(lambda h: 0.1 * h**2, 2.0, optax.sgd(1.0), **settings | {"num_steps": steps})  # noqa: E731
     alone(2)
     np.testing.assert_allclose(alone(4).history["agreement"][1:], 0.9, rtol=1e-12)
+
+
+def test_error_bar_of_a_run(tmp_path):
+    """Of a truncated rule, within the 95 % interval of its six directions; pooled; the same when it goes on."""
+    solver = jaxhpo.from_optax(lambda p, h, b: jnp.sum(jnp.exp(h) * p**2 + (p - 1) ** 2), optax.sgd(0.05))
+
+    def loss(rule, h):
+        return jnp.sum(
+            (jaxhpo.solve(solver, solver.init(jnp.zeros(40), h), h, num_steps=20, adjoint=rule).params - 0.3) ** 2
+        )
+
+    truncated, exact = functools.partial(loss, jaxhpo.Unroll(truncate=2)), functools.partial(loss, jaxhpo.Unroll())
+    h = jnp.linspace(-1.0, 1.0, 40)
+    settings = {"record": ("error", "hypergradient", "hparams"), "progress": False, "run_dir": tmp_path}
+    jaxhpo.tune(truncated, h, optax.adam(0.05), num_steps=3, **settings)
+    history = jaxhpo.tune(truncated, h, optax.adam(0.05), num_steps=10, **settings).history
+    distance = lambda x: jnp.linalg.norm(jax.grad(truncated)(x) - jax.grad(exact)(x))  # noqa: E731
+    ratio = history["error"] / jax.vmap(distance)(history["hparams"])
+    # √(χ² / n): 99.9 % lie between 0.22 and 2.00 for the first six directions, between 0.30 and 1.87 for eight.
+    assert 0.22 < ratio[0] < 2.0 and (ratio[1:] > 0.3).all() and (ratio[1:] < 1.87).all()
+    measured, norms = history["measured_error"], history["hypergradient_norm"]
+    assert np.isnan(measured[1::2]).all() and np.isfinite(measured[::2]).all()
+    relative = (measured / norms) ** 2
+    want = norms[6] * np.sqrt((5 * relative[0] + relative[2] + relative[4] + relative[6]) / 8)
+    np.testing.assert_allclose(history["error"][6], want, rtol=1e-12)
+    other = jaxhpo.tune(truncated, h, optax.adam(0.05), num_steps=10, **settings | {"run_dir": None}).history
+    np.testing.assert_array_equal(other["error"], history["error"])
+
+
+def test_error_bar_without_a_derivative_is_refused():
+    def loss(h):
+        return jnp.sum(jaxhpo.implicit(lambda w, h: w - h, h, h) ** 2)
+
+    with pytest.raises(jaxhpo.JaxhpoError, match="record='error'.*solver of your own"):
+        jaxhpo.tune(loss, jnp.ones(2), optax.sgd(0.1), num_steps=1, record="error", progress=False)
+    with pytest.raises(jaxhpo.JaxhpoError, match="tune a member alone"):
+        jaxhpo.tune(loss, jnp.ones(2), optax.sgd(0.1), num_steps=1, record="error", progress=False, population=2)

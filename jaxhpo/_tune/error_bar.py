@@ -1,0 +1,105 @@
+"""The error bar of a hypergradient while a run goes on: exact tangents along random directions, pooled over steps.
+
+With ĝ the hypergradient, g the derivative of the steps that were run and u a normal direction, ⟨ĝ − g, u⟩² has the
+mean ‖ĝ − g‖². One direction says little, but errors relative to ‖ĝ‖ change slowly from step to step, so the last few
+are pooled.
+"""
+
+import warnings
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxhpo._core.errors import JaxhpoError
+from jaxhpo._core.mesh import ravel
+from jaxhpo._core.processes import whole
+from jaxhpo._core.record import SolveLog, recording
+from jaxhpo._core.transforms import to_natural
+from jaxhpo._core.types import PyTree
+from jaxhpo._diagnostics.tangents import Tangents, if_forward
+from jaxhpo._tune.step import OuterReport, OuterState, Step
+
+FRESH = 6  # tangents at the first step
+EVERY = 2  # steps from one tangent to the next
+POOLED = 8  # tangents that are averaged
+
+
+class ErrorBar:
+    """Measures the error of the hypergradients of a run.
+
+    Args:
+      step: of the run.
+    """
+
+    def __init__(self, step: Step):
+        self.step = step
+        self.tangents: Tangents | None = None
+
+    def measure(self, rows: int, state: OuterState, after: OuterState, report: OuterReport) -> float:
+        """Returns the root mean square of ⟨ĝ − g, u⟩ over the directions of this step; NaN where it takes none.
+
+        Args:
+          rows: steps that were recorded before.
+          state: from which the step was taken, but for its point.
+          after: what it returned.
+          report: of the device.
+        """
+        if rows % EVERY:
+            return float("nan")
+        flat, unravel = ravel(after.before)
+        key = jax.random.fold_in(state.key, state.step)
+        normal = jax.random.normal(jax.random.fold_in(key, EVERY), (FRESH if rows == 0 else 1, flat.size))
+        directions = np.asarray(whole(normal), float)
+        found = if_forward(lambda: self._along(directions, flat, unravel, state.carry, key))
+        if found is None:
+            raise JaxhpoError(
+                "`record='error'` needs a derivative of the outer loss to hold the hypergradient against, and there is "
+                "none: `implicit` stands around a solver of your own, or something in the loss calls back to Python. "
+                "`check_hypergradient` takes differences there."
+            )
+        grad = np.asarray(whole(ravel(report.hypergradient)[0]), float)
+        return float(np.sqrt(np.mean((directions @ grad - found) ** 2)))
+
+    def _along(self, directions, flat, unravel, carry, key) -> np.ndarray | None:
+        if self.tangents is None:
+
+            def value(flat, carry, key):
+                return self._value(unravel(flat), carry, key)
+
+            log = SolveLog(schedules=False)
+            with recording(solves=log), warnings.catch_warnings(action="ignore"):
+                jax.eval_shape(value, flat, carry, key)
+            if log.roots:
+                return None
+            self.tangents = Tangents(value, flat, carry, key)
+        return self.tangents.along(directions, flat, carry, key)[1]
+
+    def _value(self, point: PyTree, carry: PyTree, key: jax.Array) -> jax.Array:
+        """The outer loss whose hypergradient the step takes: the mean over keys, if it accumulates."""
+
+        def value(key):
+            if self.step.gradient is None:
+                return self.step.objective(point, carry, key)[0]
+            return self.step.gradient(to_natural(self.step.transforms, point), carry, key)[0]
+
+        times = self.step.remedies.accumulate
+        return value(key) if times == 1 else jnp.mean(jax.lax.map(value, jax.random.split(key, times)))
+
+
+def pooled(measured: Sequence[float], norms: Sequence[float]) -> float:
+    """The error bar of the last of some steps: its norm times the pooled relative error; NaN before the first.
+
+    Args:
+      measured: `ErrorBar.measure` of every step.
+      norms: of the hypergradients.
+    """
+    squares, count = 0.0, 0
+    for i in reversed(range(len(measured))):
+        if np.isfinite(measured[i]) and norms[i] > 0:
+            weight = min(FRESH if i == 0 else 1, POOLED - count)
+            squares, count = squares + weight * (measured[i] / norms[i]) ** 2, count + weight
+        if count == POOLED:
+            break
+    return float(norms[-1] * np.sqrt(squares / count)) if count else float("nan")
