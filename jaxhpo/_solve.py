@@ -64,8 +64,8 @@ def solve(
       Franceschi, Frasconi, Salzo, Grazzi, Pontil. Bilevel Programming for Hyperparameter Optimization and
       Meta-Learning. 2018. arXiv:1806.04910
     """
-    check_adjoint(adjoint)
     adjoint = active().rule(adjoint)
+    check_adjoint(adjoint)
     problem = make_problem(
         solver, state, hparams, batches, num_steps=num_steps, tol=tol, condition_batch=condition_batch, key=key
     )

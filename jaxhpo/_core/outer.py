@@ -76,4 +76,4 @@ def takes_carry(outer_loss) -> bool:
 
 def is_deterministic(outer_loss, gradient) -> bool:
     """Returns whether the outer loss has no key, so that it has one value."""
-    return gradient is None and not takes_carry(outer_loss)
+    return outer_loss is not None and gradient is None and not takes_carry(outer_loss)

@@ -126,7 +126,7 @@ def judged(solve: Callable, what: str = "linear_solver") -> Callable:
         # Under `shard_map` what depends on nothing is of another type, and lowering retraces, without such types, what
         # is not in a call.
         call = jax.jit if axes else lambda fn: fn
-        cast = call(functools.partial(cast_varying, axes=axes))
+        cast: Any = jax.jit(functools.partial(cast_varying, axes=axes)) if axes else lambda x: x
 
         def checked(b, x0):
             x, info = _checked(solve(lambda v: matvec(cast(v)), b, x0), b, what)

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from jaxhpo._core.errors import JaxhpoError
-from jaxhpo._core.outer import WITH_CARRY, is_deterministic
+from jaxhpo._core.outer import WITH_CARRY
 from jaxhpo._core.types import Solver
 from jaxhpo._core.validate import (
     check_callable,
@@ -37,14 +37,14 @@ def check_optimizer(optimizer, transforms) -> None:
             )
 
 
-def check_policies(remedies, outer_loss, gradient, on_not_finite="stop", monitor=None) -> None:
+def check_policies(remedies, deterministic: bool, on_not_finite="stop", monitor=None) -> None:
     """Raises for a policy that is invalid, or that needs the key or the info of an outer loss that has none."""
     if not isinstance(remedies, Remedies):
         raise JaxhpoError(f"`remedies` got {describe(remedies)}: write `jaxhpo.Remedies(clip=0.5)`, say.")
     check_choice("on_not_finite", on_not_finite, "stop", "skip", "backtrack")
     if monitor is not None:
         check_callable("monitor", monitor, "monitor(info)", 1)
-    if outer_loss is None or not is_deterministic(outer_loss, gradient):
+    if not deterministic:
         return
     for is_wanted, problem, instead in (
         (remedies.accumulate > 1, f"`{remedies!r}` averages over keys, and all outer losses would be equal", ""),

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxhpo._core.errors import JaxhpoError
-from jaxhpo._core.outer import in_one_form
+from jaxhpo._core.outer import in_one_form, is_deterministic
 from jaxhpo._core.record import SolveLog, recording
 from jaxhpo._core.transforms import to_natural, to_unconstrained
 from jaxhpo._core.tree import add_scaled, all_finite, is_inexact, mixed_types, norm, upcast, without_weak_types
@@ -143,8 +143,8 @@ class Step:
 
     def __init__(self, outer_loss, optimizer, transforms, projections, remedies, gradient):
         check_optimizer(optimizer, transforms)
-        check_policies(remedies, outer_loss, gradient)
         self.loss, self.gradient = in_one_form(outer_loss, gradient)
+        check_policies(remedies, is_deterministic(outer_loss, gradient))
         self.optimizer = optax.with_extra_args_support(optimizer)
         self.transforms, self.projections, self.remedies = transforms, projections, remedies
         self.inner_steps, self.truncated = 0, False

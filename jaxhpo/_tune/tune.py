@@ -287,7 +287,8 @@ def tune(
     callbacks, extras = check_callbacks(callbacks), check_record(record)
     counts = {"population": population, "patience": patience, "max_inner_steps": max_inner_steps}
     check_settings(num_steps, progress, min_delta, save_every, max_seconds, **counts, score_window=score_window)
-    check_policies(remedies, outer_loss, gradient, on_not_finite, monitor)
+    deterministic = is_deterministic(outer_loss, gradient)
+    check_policies(remedies, deterministic, on_not_finite, monitor)
     if "error" in extras and population is not None:
         raise JaxhpoError("`record='error'` takes tangents of one run: tune a member alone, without `population=`.")
     check_choice("resume", resume, "warn", "continue")
@@ -333,7 +334,7 @@ def tune(
         solves = [] if "linear_solves" in extras else None
         if solves is not None:
             stack.enter_context(recording(linear_solves=solves))
-        window = score_window or (1 if is_deterministic(outer_loss, gradient) else WINDOW)
+        window = score_window or (1 if deterministic else WINDOW)
         run = Record(compiled, state, folder, settings, monitor, window, extras, solves)
         run.resume()
         if max_inner_steps is not None:
