@@ -280,10 +280,10 @@ class _Comparison:
         with warnings.catch_warnings(record=True, action="always") as caught, records:
             self.program, self.args = compilable(self.value_and_grad, self.flat, self.key)
             loss, grad = self.program(*self.args)
-        loss_of = functools.partial(self.loss_of, key=self.key)
-        raise_unless_finite(loss, self.unravel(grad), lambda: diagnose(loss_of, self.hparams))
+        self._check_finite(loss, grad, self.key)
         self.bar.update()
-        raise_if_zero(self.unravel(grad), caught, None if self.own else (loss_of, self.hparams))
+        program = None if self.own else (functools.partial(self.loss_of, key=self.key), self.hparams)
+        raise_if_zero(self.unravel(grad), caught, program)
         found = from_first(lambda: [solve.status for solve in solves])  # callbacks report to process 0 alone
         self.statuses = tuple(map(LinearStatus, found))
         far = from_first(lambda: max(self.log.distances, default=0.0))
@@ -295,6 +295,10 @@ class _Comparison:
             )
         self.keys, self.loss = [self.key], float(whole(loss))
         self.grads = np.asarray(whole(grad), float)[None]
+
+    def _check_finite(self, loss, grad, key) -> None:
+        loss_of = functools.partial(self.loss_of, key=key)
+        raise_unless_finite(loss, self.unravel(grad), lambda: diagnose(loss_of, self.hparams))
 
     def refer(self, num_directions, by_leaf, step_size) -> None:
         """Computes the reference: by tangents, or where these do not exist or are contradicted by differences."""
@@ -325,7 +329,7 @@ class _Comparison:
         number = number or (None if self.layout.size <= ALL else 16)
 
         def differences(key) -> Differences:
-            loss = functools.partial(self._at, key=key)
+            loss = functools.partial(self.value, key=key)
             return central_differences(loss, self.hparams, number, step_size, self.direction_key)
 
         found = [differences(key) for key in self.keys]
@@ -338,14 +342,11 @@ class _Comparison:
         self.given, self.wanted = self.grads @ directions.T, np.array([each.numeric for each in found])
         self.numeric_error = float(np.mean([each.error for each in found]))
 
-    def _at(self, flat, key):
-        return self.value(flat, key)
-
     def _contradicted(self, rounded: bool) -> bool:
         """True where differences along one direction, that of the largest doubt, side with the hypergradient."""
         given, wanted = self.given[0], self.wanted[0]
         doubt = np.abs(given) if self.agrees() else np.abs(given - wanted)
-        j, at = int(np.argmax(doubt)), functools.partial(self._at, key=self.key)
+        j, at = int(np.argmax(doubt)), functools.partial(self.value, key=self.key)
         found, error = difference_along(at, self.hparams, self.rows.directions[j], self.settings[1])
         if self.agrees():
             return abs(found - wanted[j]) > max(3 * error, 0.03 * doubt[j])
@@ -362,7 +363,8 @@ class _Comparison:
         """Draws more hypergradients, with their references."""
         self.keys = [self.key, *jax.random.split(self.key, repeats - 1)] if repeats > 1 else [self.key]
         for key in self.keys[1:]:
-            _, grad = self.program(*self.args[:-1], key)
+            loss, grad = self.program(*self.args[:-1], key)
+            self._check_finite(loss, grad, key)
             self.grads = np.concatenate([self.grads, np.asarray(whole(grad), float)[None]])
             if (self.grads == self.grads[0]).all():  # nothing is drawn
                 self.keys, self.grads = self.keys[:1], self.grads[:1]

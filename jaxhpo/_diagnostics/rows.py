@@ -145,23 +145,27 @@ def judge(layout: Layout, rows: Rows, given: np.ndarray, reference: np.ndarray) 
         ends = [whole.relative_error * float(np.sqrt(number / chi2.ppf(end, number))) for end in (0.975, 0.025)]
         return Judged(whole, (ends[0], ends[1]), {})
     slope, random = rows.kinds == SLOPE, (rows.kinds == RANDOM) & (rows.leaves == -1)
-    parallel = np.sum(off[slope] ** 2), np.sum(reference[slope] ** 2)
-    rest, number = np.mean(off[random] ** 2), int(random.sum())  # q²
+    number = int(random.sum())
 
-    def error(rest) -> float:
-        return _ratio(parallel[0] + rest, parallel[1] + rest)
+    def sums(x, y) -> np.ndarray:
+        """Σ x y over the slopes, and its mean over the random directions: the two parts of a product in full space."""
+        return np.array([np.sum((x * y)[slope]), np.mean((x * y)[random])])
 
-    ends = sorted(error(rest * number / chi2.ppf(end, number)) for end in (0.975, 0.025))
-    size, norm = np.linalg.norm(given[slope]), np.sqrt(parallel[1] + rest)
-    cosine = float(given[slope] @ reference[slope] / (size * norm)) if norm else 0.0
+    wrong, size, right, both = sums(off, off), sums(given, given), sums(reference, reference), sums(given, reference)
+
+    def error(factor) -> float:
+        return _ratio(*(float(parts[0] + factor * parts[1]) for parts in (wrong, right)))
+
+    ends = sorted(error(number / chi2.ppf(end, number)) for end in (0.975, 0.025))
+    lengths = np.sqrt(size.sum() * right.sum())
     by_leaf = {}
     for name, at in named:
         p, q = at & slope, at & (rows.kinds == RANDOM)
-        more = np.mean(off[q] ** 2) if q.any() else 0.0
+        parts = [float(np.sum(x[p] ** 2) + (np.mean(x[q] ** 2) if q.any() else 0.0)) for x in (off, reference)]
         if p.any() or q.any():
-            by_leaf[name] = _ratio(np.sum(off[p] ** 2) + more, np.sum(reference[p] ** 2) + more)
-    ratio = float(size / norm) if norm else np.inf
-    return Judged(Agreement(error(rest), cosine, ratio), (ends[0], ends[1]), by_leaf)
+            by_leaf[name] = _ratio(*parts)
+    whole = Agreement(error(1.0), float(both.sum() / lengths) if lengths else 0.0, _ratio(size.sum(), right.sum()))
+    return Judged(whole, (ends[0], ends[1]), by_leaf)
 
 
 def _ratio(off: float, size: float) -> float:
