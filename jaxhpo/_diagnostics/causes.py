@@ -194,7 +194,7 @@ class Inquiry:
 
     def _by_leaf(self) -> list[str]:
         """The leaves whose hypergradient is a multiple of the true one, or lacks one of its two terms."""
-        direct, found = self._tangents(rule=Constant(), stops=False), []
+        direct, found = self._tangents(rule=Constant(), stops=False) if self.log.adjoints else None, []
         for i, name in enumerate(self.layout.names):
             at = (self.rows.leaves == i) | (len(self.layout.names) == 1)
             given, wanted = self.given[at], self.reference[at]

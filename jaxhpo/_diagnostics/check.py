@@ -175,7 +175,8 @@ def check_hypergradient(
       outer_loss: `hparams -> scalar`, or `(hparams, carry, key) -> (scalar, carry, info)`, as for `tune`. None where
         `gradient` is given, whose own value is then differentiated.
       hparams: where to check, a pytree of floating-point arrays.
-      num_directions: random directions; None takes all coordinates up to 64 hyperparameters, else 8.
+      num_directions: random directions, or coordinates where there are no more; None takes all coordinates up to 64
+        hyperparameters, else 8.
       by_leaf: takes as many random directions in each leaf too. (Up to 8 leaves are, where the whole differs.)
       repeats: draws, each with a key of its own, of a hypergradient that has a key and differs: their mean is compared
         with the mean of the references, and their spread is told from a bias.
@@ -303,7 +304,9 @@ class _Comparison:
     def refer(self, num_directions, by_leaf, step_size) -> None:
         """Computes the reference: by tangents, or where these do not exist or are contradicted by differences."""
         self.settings = num_directions, step_size
-        every, grad, number = num_directions is None and self.layout.size <= ALL, self.grads[0], num_directions or 8
+        grad, number = self.grads[0], num_directions or 8
+        # All coordinates cost no more than the slopes and directions where these are as many.
+        every = self.layout.size <= (ALL if num_directions is None else min(ALL, number + len(self.layout.parts)))
         rows = coordinate_rows(self.layout) if every else slope_rows(self.layout, grad, number, self.direction_key)
         if by_leaf and not every:
             rows = joined(rows, leaf_rows(self.layout, grad, number, jax.random.fold_in(self.direction_key, 1)))

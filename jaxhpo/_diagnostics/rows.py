@@ -94,15 +94,17 @@ def slope_rows(layout: Layout, grad: np.ndarray, number: int, key: jax.Array) ->
 
 
 def leaf_rows(layout: Layout, grad: np.ndarray, number: int, key: jax.Array) -> Rows:
-    """Random directions in every leaf, in the complement of its slope."""
+    """Random directions in every leaf, in the complement of its slope where that is taken; none where that is all."""
     normal = np.asarray(jax.random.normal(key, (len(layout.parts), number, layout.size)))
-    rows = []
-    for part, block in zip(layout.parts, normal, strict=True):
+    rows, leaves = [], []
+    for i, (part, block) in enumerate(zip(layout.parts, normal, strict=True)):
         alone = np.zeros_like(block)
         alone[:, part] = block[:, part]
-        rows.append(_complement(alone, _slopes(layout, grad)))
-    leaves = np.repeat(np.arange(len(rows)), number)
-    return Rows(np.concatenate(rows), np.full(len(leaves), RANDOM), leaves)
+        if len(layout.parts) <= MOST_LEAVES:
+            alone = _complement(alone, _slopes(layout, grad))
+        rows.append(alone[alone.any(1)])
+        leaves += [i] * len(rows[-1])
+    return Rows(np.concatenate(rows), np.full(len(leaves), RANDOM), np.array(leaves, int))
 
 
 def joined(first: Rows, second: Rows) -> Rows:
@@ -118,7 +120,7 @@ def _slopes(layout, grad) -> np.ndarray:
             row = np.zeros(layout.size)
             row[part] = grad[part] / np.linalg.norm(grad[part])
             rows.append(row)
-    return np.array(rows)
+    return np.reshape(rows, (-1, layout.size))
 
 
 def _complement(rows, slopes) -> np.ndarray:

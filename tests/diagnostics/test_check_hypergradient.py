@@ -12,6 +12,7 @@ from helpers import PROBLEMS, outer_loss
 
 import jaxhpo
 from jaxhpo import CG, Identity, Implicit, Unroll
+from jaxhpo._core.mesh import ravel
 from jaxhpo._core.trace import flat_by, past_rules
 from jaxhpo._diagnostics.rows import Layout, joined, judge, leaf_rows, slope_rows
 
@@ -173,6 +174,22 @@ def test_interval_and_leaves():
     for part, got in zip(layout.parts, judged.by_leaf.values(), strict=True):
         want = np.linalg.norm(noisy[part] - true[part]) / np.linalg.norm(true[part])
         assert got == pytest.approx(want, rel=0.1)  # 2000 directions: three standard errors
+
+
+def test_directions_that_do_not_exist_are_not_taken():
+    """No slope of a zero; in a scalar, nothing beside its slope; of 40 leaves, random directions alone."""
+    many = {f"{i}": jnp.full(2, i / 10) for i in range(1, 41)}
+    for h in (jnp.zeros(70), {"rate": jnp.ones(()), "weights": jnp.linspace(-1.0, 0.0, 70)}, many):
+        layout, grad = Layout(h), np.asarray(ravel(h)[0], float)
+        rows = joined(slope_rows(layout, grad, 8, jax.random.key(0)), leaf_rows(layout, grad, 8, jax.random.key(1)))
+        assert rows.directions.any(1).all() and len(rows.directions) == len(rows.kinds) == len(rows.leaves)
+        for factor in (1.0, 2.0):
+            judged = judge(layout, rows, factor * rows.directions @ grad, rows.directions @ grad)
+            wanted = (factor - 1) * bool(grad.any())
+            np.testing.assert_allclose([judged.agreement.relative_error, *judged.by_leaf.values()], wanted, atol=1e-12)
+    check = jaxhpo.check_hypergradient(lambda h: h**2 + jax.lax.stop_gradient(h), 1.0, num_directions=3)
+    assert check.coordinates == ("hparams",) and "2 by the rule, 3 by the reference" in str(check)
+    assert "training" not in str(check)  # there is none
 
 
 def test_predictivity():
