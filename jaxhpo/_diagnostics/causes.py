@@ -1,11 +1,13 @@
 """The cause of a wrong hypergradient, established by taking its possible sources away one after the other."""
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxhpo._adjoint.implicit import Implicit
@@ -13,12 +15,12 @@ from jaxhpo._adjoint.unroll import Unroll
 from jaxhpo._core.processes import agreed, from_first, whole
 from jaxhpo._core.record import InnerRun, SolveLog, recording
 from jaxhpo._core.trace import compilable, rules_in
-from jaxhpo._core.types import InnerState, LinearStatus
+from jaxhpo._core.types import InnerState, LinearStatus, Schedule
 from jaxhpo._core.validate import short_name
 from jaxhpo._diagnostics.origin import stops_in
 from jaxhpo._diagnostics.rows import Layout, Rows, judge
 from jaxhpo._diagnostics.tangents import Constant, PlainLoop, Tangents
-from jaxhpo._inner.loop import run
+from jaxhpo._inner.loop import run, scan_steps
 from jaxhpo._inner.problem import Problem
 from jaxhpo._linear.general import General
 
@@ -28,20 +30,33 @@ BETTER = 1 / 3  # of the error that is left where its source was taken away
 
 @dataclasses.dataclass(frozen=True)
 class Exact:
-    """`Unroll()`, also where a run ends at a tolerance: there it takes all steps."""
+    """`Unroll()`, also of a run that ends at a tolerance: after that its steps change nothing."""
 
     def run(self, problem: Problem) -> tuple[InnerState, jax.Array]:
         """Takes the steps."""
-        return Unroll().run(problem._replace(tol=None))
+        if problem.tol is None:
+            return Unroll().run(problem)
+        number, given = problem.num_steps, ("state", "inputs", "xs", "residual_inputs")
+        stopped = {name: jax.lax.stop_gradient(getattr(problem, name)) for name in given}
+        _, steps = run(problem._replace(**stopped))
+
+        def advance(state, inputs, x):
+            t, x = x
+            return jax.lax.cond(t < steps, problem.advance, lambda state, *_: state, state, inputs, x)
+
+        xs, counts = (jnp.arange(number), problem.xs), (True, problem.counts)
+        masked = problem._replace(advance=advance, xs=xs, counts=counts)
+        return scan_steps(masked, Schedule(math.isqrt(number))), steps
 
 
 @dataclasses.dataclass(frozen=True)
 class Twice:
-    """Two runs of the inner steps, the second from the end of the first."""
+    """Two runs of the inner steps, the second from the end of the first, to a tenth of the tolerance."""
 
     def run(self, problem: Problem) -> tuple[InnerState, jax.Array]:
         """Takes the steps."""
-        return run(problem._replace(state=run(problem)[0]))
+        tol = None if problem.tol is None else problem.tol / 10
+        return run(problem._replace(state=run(problem)[0], tol=tol))
 
 
 def _is_ours(rule: Any) -> bool:
@@ -143,9 +158,10 @@ class Inquiry:
         went = f"the norm of its condition went from {first.start:.2g} to {first.end:.2g} in {first.num_steps} steps"
         if second.end <= 0.9 * first.end:
             return (
-                f"The inner run has not converged: {went}, and as many more bring it to {second.end:.2g}. Take more "
-                "inner steps (under decoupled weight decay, clipping or projection it may never be zero: put the decay "
-                "into the loss), or `Unroll()`, which differentiates the steps as they are."
+                f"The inner run has not converged: {went}, and {second.num_steps} more bring it to {second.end:.2g}. "
+                "Take more inner steps, or a smaller `tol` (under decoupled weight decay, clipping or projection it "
+                "may never be zero: put the decay into the loss), or `Unroll()`, which differentiates the steps as "
+                "they are."
             )
         if first.end <= 1e-6 * first.start:
             return (
@@ -153,10 +169,10 @@ class Inquiry:
                 "start, or on hyperparameters of the optimiser. `Unroll()` sees these."
             )
         return (
-            f"The condition is not zero where the optimiser stops: {went}, and as many more leave it at "
+            f"The condition is not zero where the optimiser stops: {went}, and {second.num_steps} more leave it at "
             f"{second.end:.2g}. It may have another fixed point than the train loss (decoupled weight decay, clipping, "
             "projection: put the decay into the loss, or use `fixed_point(step)`), or minibatches keep it away (lower "
-            "the rate, pass `condition_batch=`). `Unroll()` agrees with the reference."
+            "the rate, pass the whole data as `condition_batch=`). `Unroll()` agrees with the reference."
         )
 
     def _of_root(self) -> str:

@@ -465,6 +465,21 @@ def test_planted_faults_are_found_and_named(name):
 
 
 @pytest.mark.slow
+def test_a_tolerance_is_the_cause():
+    """A run that ends at a tolerance is differentiated as it ran, and goes on to a tenth of it."""
+    solver = jaxhpo.from_optax(lambda p, h, batch: jnp.sum((p - 1) ** 2 + jnp.exp(h) * p**2), optax.sgd(0.1))
+
+    def loss(h):
+        sol = jaxhpo.solve(solver, solver.init(jnp.zeros(2), h), h, num_steps=1000, tol=0.1, adjoint=Implicit(CG()))
+        return jnp.sum((sol.params - 0.5) ** 2)
+
+    text = str(jaxhpo.check_hypergradient(loss, jnp.array([-2.0, -1.0])))
+    assert re.search(r"has not converged: .* in \d\d steps, and \d+ more bring it to 0.0\d.* a smaller `tol`", text), (
+        text
+    )
+
+
+@pytest.mark.slow
 def test_without_a_fault():
     """The same problems without one."""
     for loss, h in ((network(), PENALTIES), (both(linear()), LOGISTIC), (network(batches=FEW), PENALTIES)):
