@@ -276,7 +276,7 @@ def _computes(program) -> bool:
 # --- looking past derivative rules -----------------------------------------------------------------------------------
 
 REVERSE_ONLY = "jaxhpo_reverse_only"  # the library's identity that refuses forward mode
-_JAX = os.path.dirname(jax.__file__)
+_JAX = os.path.join(os.path.dirname(jax.__file__), "")  # with a separator at its end: "jaxopt" begins with "jax"
 
 
 def past_rules(program: Any, stops: bool = True) -> Any:
