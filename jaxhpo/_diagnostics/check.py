@@ -402,9 +402,13 @@ class _Comparison:
         error = np.std(self.given - self.wanted, axis=0, ddof=1) / np.sqrt(len(self.keys))
         return self._relative(error)
 
-    def _relative(self, off) -> float:
+    def _moved(self, off) -> Judged:
+        """The error of a hypergradient that is the reference but for `off`."""
         wanted = self.wanted.mean(0)
-        return judge(self.layout, self.rows, wanted + off, wanted).agreement.relative_error
+        return judge(self.layout, self.rows, wanted + off, wanted)
+
+    def _relative(self, off) -> float:
+        return self._moved(off).agreement.relative_error
 
     def examine(self, number) -> HypergradientCheck:
         """The verdict on a hypergradient that seems to differ, and its causes."""
@@ -426,7 +430,12 @@ class _Comparison:
                     "randomness differs between calls (it is drawn outside of `key`), or the rule runs other steps.",
                 )
             low = _has_16_bits(self.tangents.program)
-            if (rounding := self._rounding(self.tangents)) >= error / (10 if low else 3):
+            moved, by_leaf = self._rounding(self.tangents), self.judged().by_leaf
+            apart = {name: max(off, 1.0) for name, off in by_leaf.items() if off > AGREES}
+            if error <= AGREES and all(moved.by_leaf.get(name, 0.0) >= off / 3 for name, off in apart.items()):
+                zero = f"Up to rounding errors, the hypergradient of `{'`, `'.join(apart)}` is zero."
+                return self.report("agrees", *[zero] * bool(apart), *self.notes)
+            if (rounding := moved.agreement.relative_error) >= error / (10 if low else 3):
                 higher = "numbers of 16 bits were met" if low else "`jax.config.update('jax_enable_x64', True)`"
                 return self.report(
                     "cannot tell",
@@ -457,7 +466,7 @@ class _Comparison:
         """True where leaves are judged along one direction alone."""
         return bool((self.rows.kinds == SLOPE).any() and not (self.rows.leaves[self.rows.kinds == RANDOM] >= 0).any())
 
-    def _rounding(self, tangents) -> float:
+    def _rounding(self, tangents) -> Judged:
         """How far other evaluations lie, of hypergradient and reference, whose roundings differ: the larger of two.
 
         Both are linear in the cotangent and the directions, and continuous in h.
@@ -481,7 +490,7 @@ class _Comparison:
             _, wanted = tangents.along(seed * self.rows.directions, near, self.key)
             probes.append((grad @ self.rows.directions.T - self.given[0], wanted / seed - self.wanted[0]))
         self.numeric_error = max(self._relative(by_reference) for _, by_reference in probes)
-        return max(self._relative(np.hypot(*probe)) for probe in probes)
+        return self._moved(np.maximum(*(np.hypot(*probe) for probe in probes)))
 
     def report(self, verdict: str, *causes: str) -> HypergradientCheck:
         """The result."""

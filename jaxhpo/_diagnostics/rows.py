@@ -151,14 +151,15 @@ def judge(layout: Layout, rows: Rows, given: np.ndarray, reference: np.ndarray) 
 
     def sums(x, y) -> np.ndarray:
         """Σ x y over the slopes, and its mean over the random directions: the two parts of a product in full space."""
-        return np.array([np.sum((x * y)[slope]), np.mean((x * y)[random])])
+        return np.array([np.sum((x * y)[slope]), np.sum((x * y)[random]) / max(number, 1)])
 
     wrong, size, right, both = sums(off, off), sums(given, given), sums(reference, reference), sums(given, reference)
 
     def error(factor) -> float:
         return _ratio(*(float(parts[0] + factor * parts[1]) for parts in (wrong, right)))
 
-    ends = sorted(error(number / chi2.ppf(end, number)) for end in (0.975, 0.025))
+    factors = [number / chi2.ppf(end, number) if number else 1.0 for end in (0.975, 0.025)]
+    ends = sorted(map(error, factors))
     lengths = np.sqrt(size.sum() * right.sum())
     by_leaf = {}
     for name, at in named:

@@ -1,6 +1,7 @@
 """`check_hypergradient` accepts exact hypergradients, finds wrong ones, and names the cause."""
 
 import dataclasses
+import os
 import re
 
 import jax
@@ -91,6 +92,13 @@ def test_wrong_rules_of_the_users_are_found():
         assert re.search(r"<lambda>.*derivative rule", str(check)) and f"{factor:.3g} times" in str(check)
 
 
+def test_libraries_whose_name_begins_with_that_of_jax_are_no_part_of_it():
+    names = {"jax": jax}
+    exec(compile("f = jax.custom_jvp(lambda x: x**2)", f"{os.path.dirname(jax.__file__)}opt/loss.py", "exec"), names)
+    names["f"].defjvp(lambda primals, dots: (primals[0] ** 2, dots[0]))
+    assert jaxhpo.check_hypergradient(names["f"], 3.0).verdict == "differs"
+
+
 @jax.custom_jvp
 def bisected(x):
     """The cube root, by bisection, with its derivative."""
@@ -152,6 +160,20 @@ def test_square_root_of_an_untouched_zero():
 
     check = jaxhpo.check_hypergradient(loss, jnp.asarray(1.0))
     assert check.reference == "exact tangents" and np.isfinite(check.numeric).all()
+
+
+def test_a_leaf_without_effect_is_zero_up_to_rounding():
+    """The scale of weights that are normalised; a leaf that is small, and wrong, is told from it."""
+
+    def loss(h, change=lambda x: x):
+        w = h["scale"] * jnp.arange(1.0, 4.0, dtype=jnp.float32)
+        return jnp.sum((w / jnp.linalg.norm(w) - h["mean"]) ** 2) + 1e-4 * change(h["small"])
+
+    h = {"scale": jnp.float32(0.7), "mean": jnp.ones(3, jnp.float32), "small": jnp.float32(1.0)}
+    check = jaxhpo.check_hypergradient(loss, h)
+    assert check.verdict == "agrees", str(check)
+    check = jaxhpo.check_hypergradient(lambda h: loss(h, turned), h)
+    assert check.verdict == "differs" and "'small'" in str(check)
 
 
 def test_interval_and_leaves():
