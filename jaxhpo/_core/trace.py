@@ -301,7 +301,8 @@ def past_rules(program: Any, stops: bool = True) -> Any:
             made.append(equation)
         elif kind == "sqrt":
             x = equation.invars[0].aval
-            call = {"call_jaxpr": jax.make_jaxpr(_root)(jax.ShapeDtypeStruct(x.shape, x.dtype))}
+            with jax.sharding.use_abstract_mesh(x.sharding.mesh):  # another one inside of `shard_map`
+                call = {"call_jaxpr": jax.make_jaxpr(_root)(x)}
             made.append(equation.replace(primitive=jex_primitives.closed_call_p, params=call))
         else:
             inside = {name: _past_rules_inside(value, stops) for name, value in params.items()}

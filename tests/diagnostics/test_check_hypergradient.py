@@ -10,6 +10,8 @@ import numpy as np
 import optax
 import pytest
 from helpers import PROBLEMS, outer_loss
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import jaxhpo
 from jaxhpo import CG, Identity, Implicit, Unroll
@@ -174,6 +176,20 @@ def test_a_leaf_without_effect_is_zero_up_to_rounding():
     assert check.verdict == "agrees", str(check)
     check = jaxhpo.check_hypergradient(lambda h: loss(h, turned), h)
     assert check.verdict == "differs" and "'small'" in str(check)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
+def test_square_root_inside_of_shard_map(kind):
+    """Its type there has another mesh than outside."""
+    with jax.set_mesh(jax.make_mesh((2,), ("d",), axis_types=(kind,))):
+
+        def loss(h):
+            part = lambda h: jax.lax.psum(jnp.sum(jnp.sqrt(h) * (1 + jax.lax.axis_index("d"))), "d")  # noqa: E731
+            return jax.shard_map(part, in_specs=P(), out_specs=P())(h)
+
+        check = jaxhpo.check_hypergradient(loss, jnp.array([1.0, 4.0]))
+    assert check.reference == "exact tangents"
+    np.testing.assert_allclose(check.numeric, [1.5, 0.75])  # 3 / 2√h
 
 
 def test_interval_and_leaves():
