@@ -26,6 +26,7 @@ from jaxhpo._linear.general import General
 
 MATCH = 0.03  # relative distance at which two vectors are the same, for the purpose of an explanation
 BETTER = 1 / 3  # of the error that is left where its source was taken away
+LEFT = 0.01  # of the error: what is left of it has a source of its own only above that
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +109,7 @@ class Inquiry:
                 found = [text for rule in dict.fromkeys(self.log.adjoints) if (text := self._of_rule(rule))]
                 if exact is None or not explained:
                     return tuple(found)
-                if self._error(exact) > MATCH:
+                if self._error(exact) > max(MATCH, LEFT * self.error):
                     found += self._of_program(exact)
                 elif all(map(_is_ours, self.log.adjoints)):
                     return tuple(found)
@@ -202,7 +203,10 @@ class Inquiry:
         if own:
             return [f"{', '.join(own)}: a derivative rule that is not the derivative of its function. Look there."]
         if self.gradient:
-            return ["The hypergradient comes from `gradient`: its method is approximate, or a term of it is wrong."]
+            return [
+                "The hypergradient comes from `gradient`: its method is approximate, a term of it is wrong, or it "
+                "holds what earlier calls left in `carry` (as `RealTime` does), which is constant in the reference."
+            ]
         return [
             "The rule is exact, and is given another function: look for a derivative rule of your own in the losses or "
             "the model, and for what differs between two calls."
