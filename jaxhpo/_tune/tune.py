@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import os
 import signal
 import threading
@@ -130,6 +131,7 @@ class TuneResult(NamedTuple):
 
 
 SHARED = ("seconds", "peak_bytes", "linear_solves")  # columns without an axis of members
+CAME = {"preempted": "SIGTERM came", "interrupted": "Ctrl-C came"}
 
 
 @together()
@@ -218,8 +220,9 @@ def tune(
         start, key, transform, population, tree or `score_window`, other columns of history (`record`, `accumulate`), or
         a `monitor` where there was none, are refused, and so is a folder in use. A full disk causes a warning, and does
         not end the run. SIGTERM, unless the program ignores it, reaches the handler that was set before, and ends the
-        run after the step in progress, with status "preempted". A script then ends with `sys.exit(result.exit_code)`,
-        which informs the scheduler; in a loop over several runs, after each that is preempted, as the next would begin.
+        run after the step in progress, also the last, with status "preempted". A script then ends with
+        `sys.exit(result.exit_code)`, which informs the scheduler; in a loop over several runs, after each that is
+        preempted, as the next would begin.
         Of several JAX processes each makes the same call, on a folder that all of them see, and writes the pieces of
         the arrays that it holds; the run may be continued by another number of processes. An exception in one of them
         ends all. None keeps nothing.
@@ -342,6 +345,7 @@ def tune(
         goes_on = _check_resumption(run, limits, resume)
         if progress and run.rows:
             say("; ".join([run.origin, *run.notes, "to start anew, name another folder"]))
+        signalled = functools.partial(_signalled, preempted, interrupted)
         early = preempted()  # where a run around this one was
         bar = stack.enter_context(Progress(num_steps, "step", progress and goes_on, done=run.now.rows))
         bar.note("compiling ...")
@@ -351,18 +355,19 @@ def tune(
         try:
             try:
                 if stopped:
-                    status, message = _preempted(run.now.rows)
+                    status, message = _stopped("preempted", run.now.rows)
                 else:
-                    status, message = _loop(
-                        run, limits, on_not_finite, callbacks, called, save_every, preempted, interrupted, bar
-                    )
+                    status, message = _loop(run, limits, on_not_finite, callbacks, called, save_every, signalled, bar)
             except KeyboardInterrupt:
                 if not run.now.rows or not alone:
                     raise
-                status, message = "interrupted", f"interrupted after {run.now.rows} outer steps"
+                status, message = _stopped("interrupted", run.now.rows)
             finally:
                 if status != "raised" or alone:  # saving takes all processes
                     run.save()
+            late = signalled()  # in the last step, or while it was saved: what comes after this run is not to begin
+            if late and status not in (*CAME, "not_finite"):
+                status, message = late, f"{CAME[late]}; {message}"
         except BaseException as error:
             status, message = "raised", f"{type(error).__name__}: {error}"
             raise
@@ -457,11 +462,18 @@ def _check_resumption(record, limits, resume) -> bool:
     return not reached
 
 
-def _preempted(steps) -> tuple[str, str]:
-    return "preempted", f"SIGTERM came; stopped after {steps} outer steps"
+def _signalled(preempted, interrupted) -> str:
+    """Returns the status of a run that a signal to any process ends; an empty string where none came."""
+    if not on_any(preempted() or interrupted()):
+        return ""
+    return "preempted" if on_any(preempted()) else "interrupted"
 
 
-def _loop(record, limits, on_not_finite, callbacks, called, save_every, preempted, interrupted, bar) -> tuple[str, str]:
+def _stopped(status, steps) -> tuple[str, str]:
+    return status, f"{CAME[status]}; stopped after {steps} outer steps"
+
+
+def _loop(record, limits, on_not_finite, callbacks, called, save_every, signalled, bar) -> tuple[str, str]:
     """Takes the outer steps; returns status and message of the end."""
     problem = "`callbacks`: one returned {}, but a true value stops the run: return True, or nothing."
     begun = record.now.rows
@@ -471,10 +483,8 @@ def _loop(record, limits, on_not_finite, callbacks, called, save_every, preempte
 
     while (reached := limits.reached(record)) is None:
         step, now = record.now.rows, record.now
-        if step and on_any(preempted() or interrupted()):
-            if on_any(preempted()):
-                return _preempted(step)
-            return "interrupted", f"interrupted after {step} outer steps"
+        if step and (status := signalled()):
+            return _stopped(status, step)
         compiled, state, active = record.compiled, now.state, limits.active(now)
         traced = (now.failures < step).any()  # a step has been finite: the traced program has been checked
         catching = contextlib.nullcontext([]) if traced else warnings.catch_warnings(record=True, action="always")

@@ -281,6 +281,22 @@ def test_runs_that_begin_inside_of_a_preempted_one_end_without_a_step(tmp_path):
     assert [x.num_steps for x in inner[-1].members] == [0, 0]
 
 
+@pytest.mark.parametrize("stops", [False, True])
+def test_sigterm_in_the_last_step_is_told(stops, tmp_path):
+    """Or a loop over seeds would begin the next run. The run has ended nevertheless, by its steps or a callback."""
+
+    def strike(step):
+        if step.step == STEPS - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return stops
+
+    result = run(tmp_path, STEPS, callbacks=[strike])
+    assert (result.status, result.exit_code) == ("preempted", 143)
+    assert result.message.startswith("SIGTERM came; a callback" if stops else f"SIGTERM came; {STEPS} outer steps")
+    with pytest.warns(RuntimeWarning, match="had ended before"):
+        assert run(tmp_path, STEPS).exit_code == 0
+
+
 def test_an_ignored_sigterm_stays_ignored(tmp_path):
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
