@@ -3,14 +3,13 @@
 import ast
 import contextlib
 import os
-import pathlib
 import re
 from typing import Any
 
 import numpy as np
 
 from jaxhpo._core.errors import JaxhpoError
-from jaxhpo._tune.checkpoint import DamagedError, Header, read
+from jaxhpo._tune.checkpoint import DamagedError, damage_told, read
 from jaxhpo._tune.run_dir import in_use
 from jaxhpo._tune.table import folder_of, history_columns, saved_in, standing, status_of
 from jaxhpo._tune.tune import Member, TuneResult
@@ -58,31 +57,31 @@ def load(run_dir: str | os.PathLike) -> TuneResult:
     status = str(status_of(folder).get("status", "unknown"))
     if status == "running" and not in_use(folder):
         status = "killed"
-    message, members = standing(folder, steps), ()
-    if (found := _newest(folder)) is None:
-        return TuneResult(None, None, None, float("inf"), -1, history, status, f"{message}. No checkpoint can be read")
-    header, state = found
-    if state["run['best']"].shape:
+    message = standing(folder, steps)
+    for path in saved_in(folder) * ATTEMPTS:
+        with contextlib.suppress(DamagedError, JaxhpoError), damage_told():
+            return _result(path, history, status, message)
+    return TuneResult(None, None, None, float("inf"), -1, history, status, f"{message}. No checkpoint can be read")
+
+
+def _result(path, history, status, message) -> TuneResult:
+    """Returns the result as of a checkpoint."""
+    header, arrays = read(path, lambda header, saved: None)
+    # Types that NumPy does not know (bfloat16) are raw bytes on disk.
+    typed = (x.view(t) if x.dtype.kind == "V" else x for x, t in zip(arrays, header.types, strict=True))
+    state, members = dict(zip(header.names, typed, strict=True)), ()
+    best, best_step = state["run['best']"], state["run['best_step']"]
+    shapes = {state[f"run[{name!r}]"].shape for name in ("best", "best_step", "waited", "steps", "failed")}
+    if shapes != {history["value"].shape[1:]}:
+        raise DamagedError("its members are not those of the history")
+    if best.shape:
         ends = _ends(header.settings, state, history["value"], status)
         members = tuple(Member(str(end), int(n)) for end, n in zip(ends, state["run['steps']"], strict=True))
-    best, best_step = state["run['best']"], state["run['best_step']"]
-    if not members:
+    else:
         best, best_step = float(best), int(best_step)
-    trees = (nested(state, f"run[{name!r}]") for name in ("hparams", "best_hparams"))
-    hparams, best_hparams = trees
+    hparams, best_hparams = (nested(state, f"run[{name!r}]") for name in ("hparams", "best_hparams"))
     carry = nested(state, "run['state'].carry")
     return TuneResult(hparams, carry, best_hparams, best, best_step, history, status, message, members)
-
-
-def _newest(folder: pathlib.Path) -> tuple[Header, dict[str, np.ndarray]] | None:
-    """Returns header and leaves, by name, of the newest checkpoint that can be read."""
-    for path in saved_in(folder) * ATTEMPTS:
-        with contextlib.suppress(DamagedError, JaxhpoError):
-            header, arrays = read(path, lambda header, saved: None)
-            # Types that NumPy does not know (bfloat16) are raw bytes on disk.
-            typed = (x.view(t) if x.dtype.kind == "V" else x for x, t in zip(arrays, header.types, strict=True))
-            return header, dict(zip(header.names, typed, strict=True))
-    return None
 
 
 def _ends(settings, state, values, status) -> np.ndarray:
