@@ -21,12 +21,13 @@ import numpy as np
 import optax
 import unroll
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from sklearn.datasets import load_breast_cancer, load_diabetes
 from sklearn.linear_model import LogisticRegression
 
 import jaxhpo
 import jaxhpo.data
-from jaxhpo import Implicit, Unroll
+from jaxhpo import Implicit, Unroll, plot
 from jaxhpo._diagnostics.predictivity import retrain
 
 RULES = {
@@ -177,15 +178,20 @@ def predictivity(seeds, draws):
 def draw(rows, path):
     figure = Figure((6, 5), layout="constrained")
     axis = figure.subplots()
+    colours = dict(zip(RULES, plot.PALETTE, strict=False))
     for row in rows:
-        marker = {"sgd": "o", "adam": "x"}[row["optimiser"]]
-        axis.plot(row["errors"], row["bars"], marker, ms=4, alpha=0.6, label=f"{row['rule']}, {row['optimiser']}")
+        style = {"marker": {"sgd": "o", "adam": "x"}[row["optimiser"]], "color": colours[row["rule"]], "ms": 4}
+        axis.plot(row["errors"], row["bars"], ls="", alpha=0.6, label=f"{row['rule']}, {row['optimiser']}", **style)
     ends = np.array([min(min(row["errors"]) for row in rows) / 2, max(max(row["errors"]) for row in rows) * 2])
     axis.plot(ends, ends, color="0.3", lw=1)
     axis.fill_between(ends, ends / 2, ends * 2, color="0.5", alpha=0.2, linewidth=0, label="a factor of two")
     near = np.mean([row["within"]["2"] for row in rows])
     axis.set(xscale="log", yscale="log", xlim=ends, ylim=ends, xlabel="true error of the hypergradient")
     axis.set(ylabel="error bar", title=f"{100 * near:.0f} % of error bars are within a factor of two of the error")
+    for each in (axis.xaxis, axis.yaxis):
+        each.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        each.set_major_formatter("{x:g}")
+        each.set_minor_formatter(NullFormatter())
     axis.legend(frameon=False, fontsize=7)
     figure.savefig(path, dpi=150)
 
