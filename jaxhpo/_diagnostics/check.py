@@ -476,7 +476,12 @@ class _Comparison:
         def scaled(flat, seed, key):
             if self.own:
                 return self.value_and_grad(flat, key)[1]
-            return jax.grad(lambda flat: seed * self.value(flat, key))(flat) / seed
+
+            def loss(flat):
+                value = self.value(flat, key)
+                return seed.astype(value.dtype) * value
+
+            return jax.grad(loss)(flat) / seed
 
         with warnings.catch_warnings(action="ignore"):
             program, args = compilable(scaled, self.flat, jnp.asarray(1.0, self.flat.dtype), self.key)
