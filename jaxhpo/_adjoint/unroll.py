@@ -34,11 +34,10 @@ class Unroll:
     Sees everything: losses, learning rates, momenta, schedules, initial parameters, data. With `truncate=K` only the
     last K steps are differentiated: initial parameters and earlier steps get no hypergradient.
 
-    **Cost and bias**: three plain trainings and the activations of T steps where those take little memory for what they
-    save; else four to five (what is not stored is recomputed once) with every state, or with 2√T of them, and six with
-    `"binomial"` and 1.8 T^⅓ states; in every case the activations of one step. `memory_plan` predicts both for your
-    problem, and says which schedule to write. Exact for the T-step map. The truncated sum is biased: its error at a
-    strongly convex solution is :math:`O((1-\alpha\mu)^K)`.
+    **Cost and bias**: three plain trainings and the activations of T steps where those take little memory; else four to
+    five (what is not stored is recomputed once) with every state, or with 2√T of them, and six with `"binomial"` and
+    1.8 T^⅓ states; always the activations of one step. `memory_plan` predicts both for your problem. Exact for the
+    T-step map. The truncated sum is biased, by :math:`O((1-\alpha\mu)^K)` at a strongly convex solution.
 
     If inner gradients are stored (`checkpoint=1`, or if they are smaller than the activations of a step), and under
     `"binomial"`, a step is differentiated in mixed mode: the Hessian product and the mixed product in one
@@ -52,19 +51,16 @@ class Unroll:
 
     Args:
       checkpoint: what is stored for the backward pass. `"auto"`: the fastest schedule whose predicted memory is below
-        1 GiB, on every machine; where there is none, as `"sqrt"`. A step redone once is preferred to memory that takes
-        more time, where a byte beyond the first 32 MiB counts as 64 operations, as on the CPU where that was measured:
-        where memory is faster, None may be. `"sqrt"`: the least memory in two levels, with about √T states and as many
-        in flight; but what takes no memory worth saving is stored: everything that plain autodiff stores below 16 MiB,
-        every state and gradient below 16 MiB or for T ≤ 16. An integer k: one state every k steps (k need not divide
-        T); 1 stores every state. `"binomial"`: the fewest states with which no step is taken more than three times.
-        None: everything that plain autodiff stores, all activations of all steps. Under `vmap` the sizes of one member
-        decide: for a population write `memory_limit`, or `"sqrt"`.
+        1 GiB, on every machine, where a byte beyond the first 32 MiB counts as 64 operations, as was measured on a CPU
+        (where memory is faster, None may be); where there is none, as `"sqrt"`. `"sqrt"`: the least memory in two
+        levels, about √T states and as many in flight; but everything that plain autodiff stores below 16 MiB, and every
+        state and gradient below 16 MiB or for T ≤ 16. An integer k: one state every k steps, 1 all. `"binomial"`: the
+        fewest states with which no step is taken more than three times. None: everything that plain autodiff stores.
+        Under `vmap` the sizes of one member decide: for a population write `memory_limit`, or `"sqrt"`.
       truncate: the number K of last steps that are differentiated; None for all.
       memory_limit: upper bound on the predicted bytes of run and backward pass (of one member under `vmap`), in the
-        place of 1 GiB: of what fits, the schedule with the fewest operations is taken, and it raises if nothing does.
-        `"device"`: four fifths of what the device, or the machine, has free while this is traced. With
-        `checkpoint="auto"`.
+        place of 1 GiB: of what fits, the schedule with the fewest operations is taken; raises if nothing does.
+        `"device"`: four fifths of what the device, or the machine, has free. With `checkpoint="auto"`.
       hvp_fraction: the fraction f in (0, 1]; needs `solve(..., key=key)`, and batches with a leading axis of examples.
 
     Raises:

@@ -365,7 +365,8 @@ def tune(
             finally:
                 if status != "raised" or alone:  # saving takes all processes
                     run.save()
-            late = signalled()  # in the last step, or while it was saved: what comes after this run is not to begin
+            # In the last step, or while it was saved: what comes after this run is not to begin.
+            late = signalled() if folder is not None or not alone else ""
             if late and status not in (*CAME, "not_finite"):
                 status, message = late, f"{CAME[late]}; {message}"
         except BaseException as error:
