@@ -88,7 +88,7 @@ def count_and_peak(function: Callable, *args: Any, unknown_length: int | None = 
 
 
 def with_memory(operations: float, peak: int) -> float:
-    """What is taken to be proportional to time: operations + OPERATIONS_A_BYTE · max(0, bytes − CACHE)."""
+    """A stand-in for time: operations + OPERATIONS_A_BYTE · max(0, bytes − CACHE)."""
     return operations + OPERATIONS_A_BYTE * max(0, peak - CACHE)
 
 

@@ -65,7 +65,7 @@ def _is_ours(rule: Any) -> bool:
 
 
 class Inquiry:
-    """What is asked of an outer loss whose hypergradient differs from the reference.
+    """Experiments with an outer loss whose hypergradient differs from the reference, to find out why.
 
     Args:
       value: `(flat, key) -> outer loss`.
@@ -265,7 +265,7 @@ class Inquiry:
             return None
 
     def _runs(self, rule: Any) -> list[InnerRun]:
-        """How far the inner runs come."""
+        """Runs the inner solves with a rule; returns how far each comes."""
         log = SolveLog(runs=True, schedules=False)
         with recording(rule=lambda _: rule, solves=log):
             program, args = compilable(self.value, self.flat, self.key)

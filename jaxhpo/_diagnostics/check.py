@@ -467,7 +467,7 @@ class _Comparison:
         return bool((self.rows.kinds == SLOPE).any() and not (self.rows.leaves[self.rows.kinds == RANDOM] >= 0).any())
 
     def _rounding(self, tangents) -> Judged:
-        """How far other evaluations lie, of hypergradient and reference, whose roundings differ: the larger of two.
+        """The distance of other evaluations of hypergradient and reference, whose roundings differ: the larger of two.
 
         Both are linear in the cotangent and the directions, and continuous in h.
         """

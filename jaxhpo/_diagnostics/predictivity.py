@@ -53,7 +53,7 @@ class Retrained(NamedTuple):
     changes: np.ndarray
 
     def predictivity(self, grad: np.ndarray) -> Predictivity:
-        """How well a flat hypergradient foretells the changes; NaN where an outer loss is not finite."""
+        """Compares the changes that a hypergradient foretells with these; NaN where an outer loss is not finite."""
         predicted = self.moves @ grad
         with np.errstate(invalid="ignore", divide="ignore"):
             correlation = float(np.corrcoef(predicted, self.changes)[0, 1])

@@ -59,6 +59,7 @@ class Tangents:
       stops: whether `stop_gradient` is passed.
 
     Attributes:
+      traced: the jaxpr of the function.
       program: the jaxpr that is differentiated.
       rounded: the operations on the way from the point to the value that forward mode takes to be constant but that are
         not: rounding, and conversion to integers.
@@ -69,8 +70,8 @@ class Tangents:
         fn: Callable,
         flat: jax.Array,
         *args: Any,
-        rule: Adjoint = PlainLoop(),
-        stops: bool = True,  # noqa: B008
+        rule: Adjoint = PlainLoop(),  # noqa: B008
+        stops: bool = True,
     ):
         self.flat, self.args = flat, args
         with warnings.catch_warnings(action="ignore"), recording(rule=lambda _: rule):
