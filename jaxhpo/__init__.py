@@ -41,6 +41,7 @@ Tune by methods that carry state
 
 Find out whether to trust it, and what it costs
     check_hypergradient, HypergradientCheck: against exact tangents, and why it differs
+    error_bar, ErrorBar: a hypergradient with an estimate of its own error
     compare, Comparison, MethodRow: error, time and memory of each method on your problem
     memory_plan, MemoryPlan, PlanRow: memory and time of each schedule, before the run
     JaxhpoError, NonFiniteError, ZeroHypergradientError, ZeroHypergradientWarning: what is raised or warned of
@@ -91,6 +92,8 @@ from jaxhpo._diagnostics.check import check_hypergradient as check_hypergradient
 from jaxhpo._diagnostics.compare.compare import compare as compare
 from jaxhpo._diagnostics.compare.result import Comparison as Comparison
 from jaxhpo._diagnostics.compare.result import MethodRow as MethodRow
+from jaxhpo._diagnostics.error_bar import ErrorBar as ErrorBar
+from jaxhpo._diagnostics.error_bar import error_bar as error_bar
 from jaxhpo._diagnostics.memory_plan import MemoryPlan as MemoryPlan
 from jaxhpo._diagnostics.memory_plan import PlanRow as PlanRow
 from jaxhpo._diagnostics.memory_plan import memory_plan as memory_plan

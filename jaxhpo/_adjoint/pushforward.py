@@ -59,7 +59,7 @@ class Forward:
     def run(self, problem: Problem) -> tuple[InnerState, jax.Array]:
         """Runs the inner loop and carries the derivative of its state forward."""
 
-        def tangent(fn, z, dz, _key):
+        def tangent(fn, z, dz, _given):
             # θ̇_T = Σ_k ż_k Z_k, with the columns Z_k = Θ'(z) e_k of the Jacobian.
             return weighted_sum(dz, push(fn, z, jnp.eye(z.size, dtype=z.dtype), self.chunk_size))
 
@@ -100,13 +100,18 @@ class ForwardGradient:
 
     def run(self, problem: Problem) -> tuple[InnerState, jax.Array]:
         """Runs the inner loop and estimates its derivative from random directions."""
+        return self.run_weighted(problem, jnp.full(self.num_directions, 1 / self.num_directions))
 
-        def tangent(fn, z, dz, key):
+    def run_weighted(self, problem: Problem, weights: jax.Array) -> tuple[InnerState, jax.Array]:
+        """`run` with the directions weighted by a (K,) array, in the place of their mean."""
+
+        def tangent(fn, z, dz, given):
+            key, weights = given
             # θ̇ = Θ'(z) ż = E[Θ'(z) v (v·ż)], since E[v vᵀ] = I; the estimate is the mean over K samples of v.
             v = jax.random.normal(key, (self.num_directions, z.size), z.dtype)
-            return weighted_sum(jnp.matmul(v, dz, precision="highest") / self.num_directions, push(fn, z, v, None))
+            return weighted_sum(jnp.matmul(v, dz, precision="highest") * weights.astype(dz.dtype), push(fn, z, v, None))
 
-        final, taken = run_with_tangent(problem, self, tangent, random=True)
+        final, taken = run_with_tangent(problem, self, tangent, (problem.require_key(self), weights))
         return warn_of_stopped(problem, final), taken
 
 
@@ -148,8 +153,13 @@ class Smoothing:
 
     def run(self, problem: Problem) -> tuple[InnerState, jax.Array]:
         """Runs the inner loop and estimates its derivative from runs at perturbed inputs."""
+        return self.run_weighted(problem, jnp.full(self.num_pairs, 1 / self.num_pairs))
 
-        def tangent(fn, z, dz, key):
+    def run_weighted(self, problem: Problem, weights: jax.Array) -> tuple[InnerState, jax.Array]:
+        """`run` with the pairs weighted by a (K,) array, in the place of their mean."""
+
+        def tangent(fn, z, dz, given):
+            key, weights = given
             # θ̇ = E[(Θ(z + σε) − Θ(z − σε)) / 2σ (ε·ż)]; the estimate is the mean over K samples of ε.
             noise = jax.random.normal(key, (self.num_pairs, z.size), z.dtype)
 
@@ -157,47 +167,47 @@ class Smoothing:
                 pair = fn(z + self.sigma * e), fn(z - self.sigma * e)
                 return jax.tree.map(lambda plus, minus: (plus - minus) / (2 * self.sigma), *pair)
 
-            return weighted_sum(jnp.matmul(noise, dz, precision="highest") / self.num_pairs, jax.vmap(slope)(noise))
+            products = jnp.matmul(noise, dz, precision="highest")
+            return weighted_sum(products * weights.astype(dz.dtype), jax.vmap(slope)(noise))
 
-        return run_with_tangent(problem, self, tangent, random=True)
+        return run_with_tangent(problem, self, tangent, (problem.require_key(self), weights))
 
 
 def run_with_tangent(
-    problem: Problem, adjoint: Any, tangent: Callable, *, random: bool = False
+    problem: Problem, adjoint: Any, tangent: Callable, given: Any = None
 ) -> tuple[InnerState, jax.Array]:
     """Runs the inner problem, with a tangent that is computed from runs of the whole inner problem.
 
     Args:
       problem: the inner problem, without `tol`.
       adjoint: the rule, for messages.
-      tangent: `(fn, z, dz, key) -> tangent of fn(z) along dz`, linear in dz, so that reverse mode can transpose it. z
+      tangent: `(fn, z, dz, given) -> tangent of fn(z) along dz`, linear in dz, so that reverse mode can transpose it. z
         is the vector of all perturbed inputs (initial state, hyperparameters, closed-over values, data); inputs that
         are not perturbed cost nothing. fn returns the floating-point leaves of the final state.
-      random: whether `tangent` needs the key that was given to `solve`; otherwise it gets None.
+      given: arrays that `tangent` needs; closed over, they would be lost to a `jit` around the solve.
 
     Returns:
       The final state, and the number of steps taken.
     """
     refuse_tol(problem, adjoint)
-    key = problem.require_key(adjoint) if random else None
 
     def final(inputs):
         state, own, xs = inputs
         return run(problem._replace(state=state, inputs=own, xs=xs))
 
-    return _with_tangent(final, tangent, (problem.state, problem.inputs, problem.xs), key)
+    return _with_tangent(final, tangent, (problem.state, problem.inputs, problem.xs), given)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _with_tangent(final, tangent, inputs, _key):
+def _with_tangent(final, tangent, inputs, _given):
     return final(inputs)
 
 
 def _with_tangent_jvp(final, tangent, primals, tangents):
     # θ_T = Θ(z) with z the perturbed leaves as one vector; the tangent is θ̇_T = Θ'(z) ż, or an estimate of it.
-    (inputs, key), (dots, _) = primals, tangents
+    (inputs, given), (dots, _) = primals, tangents
     # θ_T itself is computed by this same rule, so that second derivatives use the rule too.
-    out = _with_tangent(final, tangent, inputs, key)
+    out = _with_tangent(final, tangent, inputs, given)
     perturbed = jax.tree.map(lambda x, d: is_inexact(x) and not isinstance(d, SymbolicZero), inputs, dots)
     leaves, combine = partition(inputs, perturbed)
     z, unravel = ravel(leaves)
@@ -209,7 +219,7 @@ def _with_tangent_jvp(final, tangent, primals, tangents):
 
     # Integer leaves of the result have tangents of type float0.
     _, combine_dots = partition(jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), out), floats)
-    return out, combine_dots(tangent(fn, z, dz, key))
+    return out, combine_dots(tangent(fn, z, dz, given))
 
 
 _with_tangent.defjvp(_with_tangent_jvp, symbolic_zeros=True)

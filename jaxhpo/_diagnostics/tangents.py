@@ -88,6 +88,10 @@ class Tangents:
 
         self._along, self._compiled, self._width = along, None, WIDTH
 
+    def derivatives(self, directions: jax.Array) -> jax.Array:
+        """The derivative at the point along each of the (k, m) directions, all together, also inside of `jit`."""
+        return self._along(self._consts, self.flat, directions, *self.args)[1]
+
     def along(self, directions: np.ndarray, flat: jax.Array | None = None, *args: Any) -> tuple[float, np.ndarray]:
         """The value, and the derivative along each of the (k, m) directions.
 
