@@ -16,6 +16,7 @@ Train, differentiably
     Solver, InnerState, Solution, Info: what they take and return
 
 Choose how the derivative is taken (`adjoint=`)
+    Auto: an exact rule, and under `tune` the cheapest that is measured to do
     Unroll, Reversible, Forward: exact, by the training itself
     Implicit: exact where training converges, by a linear solve
     DrMAD, FiniteDifference, SAMA, ForwardGradient, Smoothing: approximate, cheap, or random
@@ -87,6 +88,7 @@ from jaxhpo._core.types import Solution as Solution
 from jaxhpo._core.types import Solver as Solver
 from jaxhpo._core.types import StatefulMethod as StatefulMethod
 from jaxhpo._core.types import Transform as Transform
+from jaxhpo._diagnostics.auto import Auto as Auto
 from jaxhpo._diagnostics.check import HypergradientCheck as HypergradientCheck
 from jaxhpo._diagnostics.check import check_hypergradient as check_hypergradient
 from jaxhpo._diagnostics.compare.compare import compare as compare

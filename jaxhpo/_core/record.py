@@ -74,6 +74,7 @@ class SolveLog:
       distances: the relative length of Newton's step from the solution, for every call that was run.
       random: the rules that asked for a key.
       num_steps: inner steps of all solves, at most.
+      longest: those of the longest solve.
       symmetric: whether every condition's Jacobian is symmetric.
       truncated: whether a linear solver takes a fixed number of terms, so that it has no tolerance to end at.
       params: the parameters of the largest inner problem, without values.
@@ -87,7 +88,7 @@ class SolveLog:
         self.roots = 0
         self.distances: list[float] = []
         self.random: list[Any] = []
-        self.num_steps = 0
+        self.num_steps = self.longest = 0
         self.symmetric = True
         self.truncated = False
         self.params: PyTree = None
@@ -283,6 +284,7 @@ def report_solve(problem: Any, adjoint: Any, info: Info) -> None:
         return
     log.adjoints.append(adjoint)
     log.num_steps += problem.num_steps
+    log.longest = max(log.longest, problem.num_steps)
     log.symmetric &= problem.solver.symmetric
     if _size(problem.state.params) > _size(log.params):
         log.params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), problem.state.params)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex
 from jax.interpreters.partial_eval import dce_jaxpr
@@ -57,6 +58,7 @@ class Tangents:
       *args: its other arguments.
       rule: the rule of every solve.
       stops: whether `stop_gradient` is passed.
+      width: directions pushed together, at most; None takes those of the first call, up to eight.
 
     Attributes:
       traced: the jaxpr of the function.
@@ -72,6 +74,7 @@ class Tangents:
         *args: Any,
         rule: Adjoint = PlainLoop(),  # noqa: B008
         stops: bool = True,
+        width: int | None = None,
     ):
         self.flat, self.args = flat, args
         with warnings.catch_warnings(action="ignore"), recording(rule=lambda _: rule):
@@ -86,11 +89,11 @@ class Tangents:
             value = functools.partial(_evaluate, jex.ClosedJaxpr(self.program, consts), args)
             return value(flat), push(value, flat, directions, None)
 
-        self._along, self._compiled, self._width = along, None, WIDTH
+        self._along, self._compiled, self._width = along, None, width or WIDTH
 
     def derivatives(self, directions: jax.Array) -> jax.Array:
         """The derivative at the point along each of the (k, m) directions, all together, also inside of `jit`."""
-        return self._along(self._consts, self.flat, directions, *self.args)[1]
+        return jnp.asarray(self._along(self._consts, self.flat, directions, *self.args)[1])
 
     def along(self, directions: np.ndarray, flat: jax.Array | None = None, *args: Any) -> tuple[float, np.ndarray]:
         """The value, and the derivative along each of the (k, m) directions.
@@ -116,7 +119,7 @@ class Tangents:
         def given(width):
             return self._consts, self.flat, np.zeros((width, self.flat.size), self.flat.dtype), *self.args
 
-        self._width = min(WIDTH, number)
+        self._width = min(self._width, number)
         _, peak = count_and_peak(self._along, *given(self._width), unknown_length=1)
         if on_any(peak > SAFE_PART * available_bytes()):
             self._width = 1

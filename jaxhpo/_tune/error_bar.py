@@ -5,8 +5,10 @@ mean ‖ĝ − g‖². One direction says little, but errors relative to ‖ĝ�
 are pooled.
 """
 
+import math
 import warnings
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,19 +28,37 @@ EVERY = 2  # steps from one tangent to the next
 POOLED = 8  # tangents that are averaged
 
 
+class Measured(NamedTuple):
+    """What the tangents of a step told.
+
+    Attributes:
+      off: root mean square of ⟨ĝ − g, u⟩ over random directions u.
+      size: that of ⟨g, u⟩.
+      slope: ⟨g, Δ⟩ / ‖Δ‖ along the move Δ.
+    """
+
+    off: float
+    size: float
+    slope: float
+
+
+NONE = Measured(math.nan, math.nan, math.nan)
+
+
 class ErrorBar:
     """Measures the error of the hypergradients of a run.
 
     Args:
       step: of the run.
+      moves: whether the slope along each move is measured too.
     """
 
-    def __init__(self, step: Step):
-        self.step = step
+    def __init__(self, step: Step, moves: bool):
+        self.step, self.moves = step, moves
         self.tangents: Tangents | None = None
 
-    def measure(self, rows: int, state: OuterState, after: OuterState, report: OuterReport) -> float:
-        """Returns the root mean square of ⟨ĝ − g, u⟩ over the directions of this step; NaN where it takes none.
+    def measure(self, rows: int, state: OuterState, after: OuterState, report: OuterReport) -> Measured:
+        """Takes the tangents of a step.
 
         Args:
           rows: steps that were recorded before.
@@ -47,20 +67,26 @@ class ErrorBar:
           report: of the device.
         """
         if rows % EVERY:
-            return float("nan")
+            return NONE
         flat, unravel = ravel(after.before)
         key = jax.random.fold_in(state.key, state.step)
         normal = jax.random.normal(jax.random.fold_in(key, EVERY), (FRESH if rows == 0 else 1, flat.size))
         directions = np.asarray(whole(normal), float)
+        if self.moves:
+            move = np.asarray(whole(ravel(after.point)[0] - flat), float)
+            directions = np.concatenate([directions, move[None] / (np.linalg.norm(move) or 1.0)])
         found = if_forward(lambda: self._along(directions, flat, unravel, state.carry, key))
         if found is None:
             raise JaxhpoError(
-                "`record='error'` needs a derivative of the outer loss to hold the hypergradient against, and there is "
-                "none: `implicit` stands around a solver of your own, or something in the loss calls back to Python. "
-                "`check_hypergradient` takes differences there."
+                "`record='error'`, and `on_error`, need a derivative of the outer loss to hold the hypergradient "
+                "against, and there is none: `implicit` stands around a solver of your own, or something in the loss "
+                "calls back to Python. `check_hypergradient` takes differences there."
             )
         grad = np.asarray(whole(ravel(report.hypergradient)[0]), float)
-        return float(np.sqrt(np.mean((directions @ grad - found) ** 2)))
+        slope = float(found[-1]) if self.moves else math.nan
+        random = slice(len(normal))
+        off, size = (np.sqrt(np.mean(x[random] ** 2)) for x in (directions @ grad - found, found))
+        return Measured(float(off), float(size), slope)
 
     def _along(self, directions, flat, unravel, carry, key) -> np.ndarray | None:
         if self.tangents is None:
@@ -73,7 +99,7 @@ class ErrorBar:
                 jax.eval_shape(value, flat, carry, key)
             if log.roots:
                 return None
-            self.tangents = Tangents(value, flat, carry, key)
+            self.tangents = Tangents(value, flat, carry, key, width=1 + self.moves)
         return self.tangents.along(directions, flat, carry, key)[1]
 
     def _value(self, point: PyTree, carry: PyTree, key: jax.Array) -> jax.Array:

@@ -30,11 +30,15 @@ class Compiled:
         self.step, self.size = step, size
         self.shape = () if size is None else (size,)
         self._over: Any = jax.vmap if self.shape else lambda fn: fn
-        self._advance: Any = self._over(step.advance)
         self._kinds: list[Any] = []  # of arrays with which the last step was taken, by several processes
-        self._programs: dict[Any, Any] = {}  # by the state's types, of which a carry may change its own
+        self.renew()
         self.hparams = jax.jit(self._over(step.hparams))
         self._where = jax.jit(jax.vmap(lambda mask, *trees: jax.tree.map(lambda *x: jnp.where(mask, *x), *trees)))
+
+    def renew(self) -> None:
+        """Forgets the programs that were traced, as the step takes other rules."""
+        self._advance: Any = self._over(lambda state: self.step.advance(state))  # another function to JAX's caches
+        self._programs: dict[Any, Any] = {}  # by the state's types, of which a carry may change its own
 
     def init(self, hparams: PyTree, carry: PyTree, key: jax.Array | None) -> OuterState:
         """Returns the first state; in a population each leaf has a leading axis of members."""

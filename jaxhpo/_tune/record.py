@@ -20,11 +20,12 @@ from jaxhpo._core.record import LinearSolve
 from jaxhpo._core.tree import upcast, vdot
 from jaxhpo._core.types import LinearStatus, PyTree
 from jaxhpo._tune.checkpoint import is_spread
-from jaxhpo._tune.error_bar import EVERY, POOLED, ErrorBar, pooled
+from jaxhpo._tune.error_bar import EVERY, NONE, POOLED, ErrorBar, Measured, pooled
 from jaxhpo._tune.history import key_data, largest_whole, printable, summary
 from jaxhpo._tune.inputs import convert
 from jaxhpo._tune.population import Compiled, member
 from jaxhpo._tune.program import changes, digests
+from jaxhpo._tune.rules import Rules
 from jaxhpo._tune.run_dir import RunDir
 from jaxhpo._tune.settings import described, retaken
 from jaxhpo._tune.step import OuterReport, OuterState
@@ -105,7 +106,8 @@ class Record:
       settings: of this call, to be compared with those of the call that resumes.
       monitor: `info -> number`, or None, for which the outer loss is that number.
       window: numbers of which the score is the mean.
-      extras: extra columns, some of `EXTRAS`.
+      rules: those that solves take.
+      extras: extra columns, some of `EXTRAS`, and "slope" where `on_error` decides.
       solves: the list to which linear solves report, where they are recorded.
 
     Attributes:
@@ -122,12 +124,13 @@ class Record:
         settings: dict[str, Any],
         monitor: Callable[[PyTree], Any] | None,
         window: int,
+        rules: Rules,
         extras: tuple[str, ...] = (),
         solves: list[LinearSolve] | None = None,
     ):
         self.compiled, self.run_dir, self.settings, self.monitor = compiled, run_dir, settings, monitor
-        self.extras, self.solves, self.shape = extras, solves, compiled.shape
-        self.error_bar = ErrorBar(compiled.step) if "error" in extras else None
+        self.extras, self.solves, self.shape, self.rules = extras, solves, compiled.shape, rules
+        self.error_bar = ErrorBar(compiled.step, "slope" in extras) if "error" in extras else None
         zeros = np.zeros(self.shape, np.int64)
         scores = self._no_scores(state, window)
         self.now = LoopState(state, 0, **scores, failures=zeros, steps=zeros, failed=zeros > 0)
@@ -152,7 +155,12 @@ class Record:
     def identify(self, state: OuterState) -> None:
         """Notes digests of the step that was taken from the first state."""
         if self.run_dir is not None and not self.loss:
-            self.loss = digests(*self.compiled.trace(state), state)
+            if self.rules.chosen is None:
+                traced = self.compiled.trace(state)
+            else:  # `Auto` has chosen: another choice is the same loss
+                with self.rules.as_asked():
+                    traced = self.compiled.shapes(state)[2]
+            self.loss = digests(*traced, state)
 
     def accept(self, after: OuterState, report: OuterReport, active, finite, halvings, min_delta: float) -> TuneStep:
         """Records a step: the next state, the best so far, and a history row; arrays are those of `_row`."""
@@ -177,7 +185,7 @@ class Record:
         if "agreement" in self.extras:
             more["predicted"] = _predicted(report, after, bool(self.shape))
         if self.error_bar is not None and finite.all():
-            more["off"] = self.error_bar.measure(now.rows, now.state, after, report)
+            more["measured"] = self.error_bar.measure(now.rows, now.state, after, report)
         row = functools.partial(self._row, report, active, finite, halvings, score, seconds, solves, **more)
         self.flush()
         steps = now.steps + active
@@ -210,7 +218,16 @@ class Record:
         self.rows.append(row)
 
     def _row(
-        self, report: OuterReport, active, finite, halvings, score, seconds, solves, predicted=None, off=math.nan
+        self,
+        report: OuterReport,
+        active,
+        finite,
+        halvings,
+        score,
+        seconds,
+        solves,
+        predicted=None,
+        measured: Measured = NONE,
     ) -> dict[str, Any]:
         """Returns a history row of copies: a view would keep the device's array.
 
@@ -224,7 +241,7 @@ class Record:
           seconds: since the start.
           solves: linear solves of the step; None where they are not recorded.
           predicted: change of the outer loss by the step, to first order; None where that is not recorded.
-          off: what `ErrorBar.measure` found.
+          measured: what `ErrorBar.measure` found.
         """
         counts = {**report.remedies, "halvings": halvings, "skipped_steps": active & ~finite}
         hypergradient = report.hypergradient if "hypergradient" in self.extras else None
@@ -253,11 +270,13 @@ class Record:
         if "agreement" in self.extras:
             row |= self._agreement(row, 0.0 * row["value"] if predicted is None else predicted)
         if "error" in self.extras:
-            every = [*self.rows, row | {"measured_error": off}][-EVERY * POOLED :]
+            every = [*self.rows, row | {"measured_error": measured.off}][-EVERY * POOLED :]
             first = [math.nan] * (len(self.rows) + 1 - len(every))
             offs = [*first, *(float(each["measured_error"]) for each in every)]
             norms = [*first, *(float(each["hypergradient_norm"]) for each in every)]
-            row |= {"measured_error": np.asarray(off), "error": np.asarray(pooled(offs, norms))}
+            row |= {"measured_error": np.asarray(measured.off), "error": np.asarray(pooled(offs, norms))}
+        if "slope" in self.extras:
+            row |= {"measured_norm": np.asarray(measured.size), "measured_slope": np.asarray(measured.slope)}
         return row
 
     def _agreement(self, row, predicted) -> dict[str, np.ndarray]:
@@ -273,7 +292,10 @@ class Record:
     def history(self) -> dict[str, Any]:
         """Returns the rows so far, stacked."""
         self.flush()
-        rows = self.rows or [self._row_of_zeros(self.compiled.shapes(self.now.state)[1])]
+        rows = self.rows
+        if not rows:
+            with self.rules.as_asked():
+                rows = [self._row_of_zeros(self.compiled.shapes(self.now.state)[1])]
         return jax.tree.map(lambda *x: np.stack(x)[: len(self.rows)], *rows)
 
     def _row_of_zeros(self, report: OuterReport) -> dict[str, Any]:
@@ -312,7 +334,8 @@ class Record:
         """Continues from the checkpoint in `run_dir`, if there is one."""
         if self.run_dir is None or not self.run_dir.begun:
             return
-        after, report, traced = self.compiled.shapes(self.now.state, placed=jax.process_count() > 1)
+        with self.rules.as_asked():
+            after, report, traced = self.compiled.shapes(self.now.state, placed=jax.process_count() > 1)
         self.loss = digests(*traced, self.now.state)
         row = self._row_of_zeros(report)
         like = self.now._replace(state=after, best_hparams=report.hparams)
@@ -325,9 +348,12 @@ class Record:
         self.now = LoopState(**{name: tree[name] for name in LoopState._fields})
         # Includes the time of callbacks after the last row: a run that had spent its seconds has spent them.
         self.started -= max(before.pop("seconds", 0.0), float(self.rows[-1]["seconds"]))
+        if own := before.pop("rules", None):
+            self.rules.restore(own, self.now.state)
         self.origin = f"resumed from {os.fspath(self.run_dir.folder)!r} after {len(self.rows)} outer steps"
         self.past, here = before.pop("past", []), self._settings()
         here.pop("past")
+        here.pop("rules")
         before["inner_steps"] = before["inner_steps"] or here["inner_steps"]  # 0: none was counted
         step = before["loss"]["step"], here["loss"]["step"]
         self.changed, self.another_loss = changes(before.pop("loss"), here.pop("loss"))
@@ -346,7 +372,13 @@ class Record:
 
     def _settings(self) -> dict[str, Any]:
         past = [*self.past, *self.own][-MOST_NOTES:]
-        return {**self.settings, "inner_steps": self.compiled.step.inner_steps, "loss": self.loss, "past": past}
+        return {
+            **self.settings,
+            "inner_steps": self.compiled.step.inner_steps,
+            "loss": self.loss,
+            "past": past,
+            "rules": self.rules.saved(),
+        }
 
     def begin_scores(self) -> None:
         """Forgets the best step, and who has ended: those scores are of another loss."""

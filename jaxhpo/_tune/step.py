@@ -139,6 +139,7 @@ class Step:
     Attributes:
       inner_steps: those of all solves that were traced for a step; under `vmap` or a scan each counts once.
       truncated: whether linear solvers of a fixed number of terms were among them, which have no tolerance.
+      place: gives the rule that a solve takes in the place of the one that it asks for.
     """
 
     def __init__(self, outer_loss, optimizer, transforms, projections, remedies, gradient):
@@ -148,6 +149,7 @@ class Step:
         self.optimizer = optax.with_extra_args_support(optimizer)
         self.transforms, self.projections, self.remedies = transforms, projections, remedies
         self.inner_steps, self.truncated = 0, False
+        self.place: Callable[[Any], Any] = lambda rule: rule
 
     def init(self, hparams: PyTree, carry: PyTree = None, key: jax.Array | None = None) -> OuterState:
         """Returns the state before the first step."""
@@ -209,7 +211,7 @@ class Step:
 
     def _counted(self, point, carry, key):
         log = SolveLog(schedules=False)
-        with recording(solves=log):
+        with recording(solves=log, rule=self.place):
             out = self._value_and_grad(point, carry, key)
         self.inner_steps, self.truncated = self.remedies.accumulate * log.num_steps, log.truncated
         _check_carry(carry, out[2])

@@ -222,7 +222,7 @@ def _named(adjoints) -> dict[str, Adjoint]:
 def default_adjoints(log: SolveLog, num_hparams: int, unrolls: bool) -> list[Adjoint]:
     """The rules without required settings that suit the problem."""
     rules: list[Adjoint] = []
-    longest = max(run.num_steps for run in log.runs)
+    longest = log.longest
     if unrolls:
         rules.append(Unroll())
         if any(row.num_steps * (row.state + row.residuals) > LITTLE for row in log.schedules):

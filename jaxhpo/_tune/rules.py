@@ -1,0 +1,209 @@
+"""The derivative rules of a run: what `Auto` chose, and what `on_error` put in the place of a rule that misled."""
+
+import contextlib
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxhpo._adjoint.implicit import Implicit
+from jaxhpo._adjoint.pushforward import Forward, ForwardGradient, Smoothing
+from jaxhpo._adjoint.reversible import Reversible
+from jaxhpo._adjoint.unroll import Unroll
+from jaxhpo._core.mesh import ravel
+from jaxhpo._core.record import SolveLog, recording
+from jaxhpo._core.validate import short_name
+from jaxhpo._diagnostics.auto import Auto, choose, listed
+from jaxhpo._diagnostics.rows import Layout
+from jaxhpo._linear.direct import Direct
+from jaxhpo._linear.general import General
+from jaxhpo._linear.neumann import Neumann
+from jaxhpo._tune.error_bar import POOLED
+from jaxhpo._tune.population import Compiled
+from jaxhpo._tune.step import OuterState
+
+STALL = 8  # outer steps without a lower outer loss after which `Auto` chooses anew
+MEASURED = 6  # moves on which `on_error` decides
+DOWNHILL = 0.05  # the mean cosine of moves and the exact descent direction, below which they go nowhere
+ROUGH = 0.3  # relative error of a hypergradient below which it cannot be at fault
+
+
+class Unchosen(Exception):
+    """`Auto` was met, and has not chosen."""
+
+
+class Rules:
+    """The rules that take the place of those of a run's outer loss.
+
+    Args:
+      compiled: the compiled step, whose `step.place` this becomes.
+      on_error: None, "tighten" or "stop".
+
+    Attributes:
+      index: of the rule that `Auto` chose, in its list; None before.
+      chosen: that rule.
+      probed: the outer step before which it chose.
+      wait: steps without a lower outer loss after which it chooses anew.
+      level: how many times rules were tightened.
+      since: the outer step before which they were last.
+      said: what was chosen and tightened, in words.
+    """
+
+    def __init__(self, compiled: Compiled, on_error: str | None):
+        self.compiled, self.on_error = compiled, on_error
+        self.index: int | None = None
+        self.chosen: Any = None
+        self.probed, self.wait, self.level, self.since = 0, STALL, 0, 0
+        self.said: list[str] = []
+        compiled.step.place = self.place
+
+    def place(self, rule: Any) -> Any:
+        """The rule that a solve takes when it asks for `rule`."""
+        if isinstance(rule, Auto):
+            if self.compiled.size is not None or self.compiled.step.gradient is not None:
+                return rule
+            if self.chosen is None:
+                raise Unchosen
+            rule = self.chosen
+        for _ in range(self.level):
+            rule = stronger(rule) or rule
+        return rule
+
+    @contextlib.contextmanager
+    def as_asked(self) -> Iterator[None]:
+        """While active, solves take the rules that they ask for."""
+        self.compiled.step.place = lambda rule: rule
+        try:
+            yield
+        finally:
+            self.compiled.step.place = self.place
+
+    # --- what a checkpoint holds ---
+
+    def saved(self) -> dict[str, Any]:
+        """What `restore` takes."""
+        return {name: getattr(self, name) for name in ("index", "probed", "wait", "level", "since", "said")}
+
+    def restore(self, saved: dict[str, Any], state: OuterState) -> None:
+        """Takes up the rules of an earlier call."""
+        for name, value in saved.items():
+            setattr(self, name, value)
+        if self.index is not None:
+            self.chosen = listed(*self._outer_loss(state))[self.index]
+        self.compiled.renew()
+
+    # --- decisions ---
+
+    def choose(self, state: OuterState, rows: int) -> str:
+        """Lets `Auto` choose at a state; returns its choice in words, empty where that is the same as before."""
+        with self.as_asked(), warnings.catch_warnings(action="ignore"):
+            choice = choose(*self._outer_loss(state), Layout(state.point).parts)
+        same, self.probed = choice.index == self.index, rows
+        self.wait = 2 * self.wait if same else STALL
+        self.index, self.chosen = choice.index, choice.rule
+        if same:
+            return ""
+        self.compiled.renew()
+        return self._say(choice.why, rows)
+
+    def has_stalled(self, rows: list[dict[str, Any]]) -> bool:
+        """Whether `Auto` is to choose anew: no lower outer loss for `wait` steps."""
+        if self.chosen is None or len(rows) - self.probed < self.wait:
+            return False
+        values = [float(row["value"]) for row in rows]
+        return min(values[-self.wait :]) >= min(values[: -self.wait], default=math.inf)
+
+    def misleads(self, rows: list[dict[str, Any]]) -> str:
+        """Why the hypergradients of the last steps are not to be followed, in words; empty where they are.
+
+        Moves Δ whose mean cosine with the exact descent direction −g is below a twentieth, with hypergradients that are
+        off by 30 % or more.
+        """
+        if self.on_error is None or len(rows) - self.since < MEASURED:
+            return ""
+        own = [row for row in rows[self.since :] if np.isfinite(row["measured_slope"])][-MEASURED:]
+        if len(own) < MEASURED or not np.isfinite(rows[-1]["measured_slope"]):
+            return ""
+        size = math.sqrt(np.mean([float(row["measured_norm"]) ** 2 for row in own]))
+        cosine = -float(np.mean([row["measured_slope"] for row in own])) / size if size else 1.0
+        bars = [float(row["error"]) / float(row["hypergradient_norm"]) for row in own[-POOLED:]]
+        if not (cosine < DOWNHILL and bars[-1] > ROUGH):
+            return ""
+        return (
+            f"the last {MEASURED} measured moves go nowhere (mean cosine {cosine:.2f} with the exact descent "
+            f"direction; the hypergradient is off by {100 * bars[-1]:.3g} %)"
+        )
+
+    def tighten(self, state: OuterState, rows: int, why: str) -> str:
+        """Takes stronger rules; returns them in words, empty where there are none."""
+        if self.on_error == "stop" or self.compiled.step.gradient is not None:
+            return ""
+        before = self._asked(state)
+        self.level += 1
+        after = [self.place(rule) for rule in before[1]]
+        if after == before[0] or not self._possible(state):
+            self.level -= 1
+            return ""
+        self.since = rows
+        self.compiled.renew()
+        changed = [f"{short_name(a)} becomes {short_name(b)}" for a, b in zip(before[0], after, strict=True) if a != b]
+        return self._say(f"{why}: {', '.join(dict.fromkeys(changed))}", rows)
+
+    def _asked(self, state) -> tuple[list, list]:
+        """The rules that solves take, and those for which they ask."""
+        log = SolveLog(schedules=False)
+        with self.as_asked(), recording(solves=log), warnings.catch_warnings(action="ignore"):
+            value, flat = self._outer_loss(state)
+            jax.eval_shape(value, flat)
+        return [self.place(rule) for rule in log.adjoints], list(log.adjoints)
+
+    def _possible(self, state) -> bool:
+        value, flat = self._outer_loss(state)
+        try:
+            with recording(rule=self.place), warnings.catch_warnings(action="ignore"):
+                jax.eval_shape(jax.grad(value), flat)
+        except Exception:  # whatever a rule refuses, as a run to a `tol`
+            return False
+        return True
+
+    def _outer_loss(self, state) -> tuple[Callable, jax.Array]:
+        step, key = self.compiled.step, jax.random.fold_in(state.key, state.step)
+        flat, unravel = ravel(state.point)
+        return lambda flat: step.objective(unravel(flat), state.carry, key)[0], flat
+
+    def _say(self, text, rows) -> str:
+        self.said.append(f"before step {rows}: {text}" if rows else text)
+        return self.said[-1]
+
+
+def stronger(rule: Any) -> Any:
+    """The next rule that is nearer to the exact one; None for an exact one."""
+    if isinstance(rule, Unroll):
+        if rule.truncate is not None and rule.truncate < 100:
+            return dataclasses.replace(rule, truncate=10 * rule.truncate)
+        if rule.truncate is None and rule.hvp_fraction in (None, 1):
+            return None
+        return dataclasses.replace(rule, truncate=None, hvp_fraction=None)
+    if isinstance(rule, Reversible | Forward | Auto):
+        return None
+    if isinstance(rule, ForwardGradient) and rule.num_directions < 64:
+        return ForwardGradient(8 * rule.num_directions)
+    if isinstance(rule, Smoothing) and rule.num_pairs < 64:
+        return dataclasses.replace(rule, num_pairs=8 * rule.num_pairs)
+    if isinstance(rule, Implicit):
+        solver: Any = rule.linear_solver
+        if rule.curvature == "hessian" and (solver == Implicit().linear_solver or isinstance(solver, General | Direct)):
+            return Unroll()
+        if isinstance(solver, Neumann) and solver.num_terms < 100:
+            longer = dataclasses.replace(solver, num_terms=10 * solver.num_terms)
+            return dataclasses.replace(rule, linear_solver=longer)
+        maxiter = getattr(solver, "maxiter", 100)
+        if maxiter < 100:
+            longer = dataclasses.replace(solver, maxiter=10 * maxiter)
+            return dataclasses.replace(rule, linear_solver=longer)
+        return Implicit()
+    return Unroll()

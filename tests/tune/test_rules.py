@@ -1,0 +1,184 @@
+"""`Auto`, and `on_error`: the rules of a run are chosen, and replaced where they mislead."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxhpo
+from jaxhpo import CG, SAMA, Auto, Identity, Implicit, JaxhpoError, Neumann, Unroll, tune
+from jaxhpo._tune.rules import stronger
+
+RIDGE = jaxhpo.testing.ridge(0)
+POINT = jnp.asarray(RIDGE.hparams)
+
+
+def ridge(rule, num_steps=60, **settings):
+    solver = jaxhpo.from_optax(RIDGE.train_loss, optax.sgd(RIDGE.step_size))
+
+    def outer_loss(h):
+        start = solver.init(jnp.asarray(RIDGE.params), h)
+        sol = jaxhpo.solve(solver, start, h, num_steps=num_steps, adjoint=rule, **settings)
+        return RIDGE.val_loss(sol.params)
+
+    return outer_loss
+
+
+class Backwards:
+    """A rule of a user's with the wrong sign: the run diverges, and nothing says so."""
+
+    def run(self, problem):
+        final, steps = Unroll().run(problem)
+        stopped = jax.lax.stop_gradient(final)
+        return jax.tree.map(
+            lambda x, s: 2 * s - x if jnp.issubdtype(x.dtype, jnp.floating) else x, final, stopped
+        ), steps
+
+
+# --- Auto -------------------------------------------------------------------------------------------------------------
+
+
+def test_auto_is_exact_by_itself():
+    np.testing.assert_array_equal(jax.grad(ridge(Auto()))(POINT), jax.grad(ridge(Unroll()))(POINT))
+
+
+def test_auto_is_implicit_in_a_run_to_a_tolerance():
+    to_tol = jax.grad(ridge(Auto(), 400, tol=1e-9))(POINT)
+    np.testing.assert_array_equal(to_tol, jax.grad(ridge(Implicit(), 400, tol=1e-9))(POINT))
+
+
+def test_auto_is_implicit_where_nothing_else_fits(monkeypatch):
+    monkeypatch.setattr(
+        jaxhpo._diagnostics.auto, "available_bytes", lambda: -1
+    )  # a binomial schedule of a tiny model takes 0
+    np.testing.assert_array_equal(jax.grad(ridge(Auto()))(POINT), jax.grad(ridge(Implicit()))(POINT))
+
+
+def test_a_converged_run_is_tuned_by_a_cheap_rule():
+    result = tune(ridge(Auto(), 400), POINT, optax.adam(0.1), num_steps=6, progress=False)
+    name = result.message.removeprefix("Auto: ").partition(" (of the exact hypergradient explain ")[0]
+    assert name.startswith("Implicit(CG("), result.message
+    rule = {"Implicit(CG())": Implicit(CG()), "Implicit(CG(maxiter=5))": Implicit(CG(maxiter=5))}[name]
+    by_rule = tune(ridge(rule, 400), POINT, optax.adam(0.1), num_steps=6, progress=False)
+    np.testing.assert_array_equal(result.history["value"], by_rule.history["value"])
+
+
+def test_no_rule_is_chosen_that_cannot_see_a_leaf():
+    solver = jaxhpo.from_optax(
+        lambda w, h, batch: RIDGE.train_loss(w, h["penalty"], batch), lambda h: optax.sgd(jnp.exp(h["rate"]))
+    )
+
+    def outer_loss(h):
+        start = solver.init(jnp.asarray(RIDGE.params), h)
+        return RIDGE.val_loss(jaxhpo.solve(solver, start, h, num_steps=200, adjoint=Auto()).params)
+
+    start = {"penalty": POINT, "rate": jnp.asarray(np.log(RIDGE.step_size / 50))}
+    result = tune(outer_loss, start, optax.adam(0.1), num_steps=2, progress=False)
+    assert result.message.startswith(("Auto: Unroll", "Auto: Forward")) and "Implicit" not in result.message
+
+
+def test_auto_chooses_anew_where_the_loss_stalls():
+    start = jnp.zeros(3)  # the minimum: no step lowers the loss
+    solver = jaxhpo.from_optax(lambda w, h, batch: jnp.sum((w - h) ** 2), optax.sgd(0.1))
+
+    def outer_loss(h):
+        w = jaxhpo.solve(solver, solver.init(jnp.ones(3), h), h, num_steps=100, adjoint=Auto()).params
+        return jnp.sum((w - 1e-3) ** 2)
+
+    calls = []
+    choose = jaxhpo._tune.rules.choose
+
+    def counted(*args):
+        calls.append(args)
+        return choose(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jaxhpo._tune.rules, "choose", counted)
+        tune(outer_loss, start, optax.adam(0.3), num_steps=40, progress=False)
+    assert len(calls) == 3  # before step 0, after 8 steps without a lower loss, and after 16 more
+
+
+def test_auto_in_a_population_is_exact():
+    starts, settings = jnp.stack([POINT, POINT + 0.1]), {"num_steps": 3, "population": 2, "progress": False}
+    by_auto, exact = (tune(ridge(rule), starts, optax.adam(0.1), **settings) for rule in (Auto(), Unroll()))
+    np.testing.assert_array_equal(by_auto.history["value"], exact.history["value"])
+
+
+@pytest.mark.parametrize(("rule", "on_error"), [(Auto(), None), (Backwards(), "tighten")], ids=["auto", "on_error"])
+def test_a_resumed_run_takes_the_same_rules(tmp_path, rule, on_error):
+    settings = {"optimizer": optax.adam(0.1), "progress": False, "on_error": on_error}
+    whole = tune(ridge(rule, 200), POINT, num_steps=18, **settings)
+    tune(ridge(rule, 200), POINT, num_steps=14, run_dir=tmp_path, **settings)
+    resumed = tune(ridge(rule, 200), POINT, num_steps=18, run_dir=tmp_path, **settings)
+    np.testing.assert_array_equal(resumed.history["value"], whole.history["value"])
+    assert whole.message.partition(";")[0] in resumed.message
+
+
+# --- on_error ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_rule_that_misleads_is_replaced():
+    silent = tune(ridge(Backwards()), POINT, optax.adam(0.05), num_steps=40, progress=False)
+    assert silent.history["value"][-1] > 1.2 * silent.history["value"][0] and silent.status == "finished"
+    result = tune(ridge(Backwards()), POINT, optax.adam(0.05), num_steps=80, progress=False, on_error="tighten")
+    assert result.history["value"][-1] < result.history["value"][0]
+    assert result.message.startswith("before step 11: the last 6 measured moves go nowhere (mean cosine -")
+    assert "becomes Unroll()" in result.message
+    slope, size = (result.history[name] for name in ("measured_slope", "measured_norm"))
+    assert np.isfinite(slope[::2]).all() and np.isnan(slope[1::2]).all() and (size[::2] > 0).all()
+
+
+def test_a_rule_that_misleads_ends_the_run():
+    result = tune(ridge(Backwards()), POINT, optax.adam(0.1), num_steps=40, progress=False, on_error="stop")
+    assert result.status == "misled" and len(result.history["value"]) == 11
+    assert "the last 6 measured moves go nowhere" in result.message and "on_error='stop'" in result.message
+
+
+def test_where_nothing_stronger_is_left_the_run_ends():
+    def gradient(h, carry, key):
+        value, grad = jax.value_and_grad(ridge(Unroll()))(h)
+        return value, -grad, carry, None
+
+    result = tune(None, POINT, optax.adam(0.1), num_steps=40, gradient=gradient, progress=False, on_error="tighten")
+    assert result.status == "misled" and "`gradient` has no derivative rule to be replaced" in result.message
+
+
+def slow_ridge(last):
+    """Twenty steps at a small rate, of which the last are differentiated."""
+    solver = jaxhpo.from_optax(RIDGE.train_loss, optax.sgd(0.2 * RIDGE.step_size))
+
+    def outer_loss(h):
+        start = solver.init(jnp.asarray(RIDGE.params), h)
+        return RIDGE.val_loss(jaxhpo.solve(solver, start, h, num_steps=20, adjoint=Unroll(truncate=last)).params)
+
+    return outer_loss
+
+
+def test_a_poor_direction_that_leads_down_is_kept():
+    result = tune(slow_ridge(16), POINT, optax.adam(0.05), num_steps=24, progress=False, on_error="tighten")
+    error = result.history["error"] / result.history["hypergradient_norm"]
+    assert (error > 0.3).mean() > 0.8 and (np.diff(result.history["value"]) < 0).all()
+    assert result.message.startswith("24 outer steps")
+
+
+def test_a_truncation_that_leads_uphill_is_lengthened():
+    result = tune(slow_ridge(2), POINT, optax.adam(0.05), num_steps=24, progress=False, on_error="tighten")
+    assert (np.diff(result.history["value"])[:10] > 0).all() and (np.diff(result.history["value"])[15:] < 0).all()
+    assert "Unroll(truncate=2) becomes Unroll(truncate=20)" in result.message
+
+
+def test_the_ladder_of_rules_ends_at_exact_ones():
+    for rule in (Unroll(truncate=3), SAMA(), Implicit(CG(maxiter=3)), Implicit(Identity(0.1)), Backwards(), Auto()):
+        steps = [rule]
+        while (higher := stronger(steps[-1])) is not None:
+            steps.append(higher)
+        assert len(steps) <= 5 and steps[-1] in (Unroll(), Auto())
+    assert stronger(Implicit(Neumann(5, 0.1))) == Implicit(Neumann(50, 0.1))
+
+
+def test_settings_are_checked():
+    with pytest.raises(JaxhpoError, match="on_error"):
+        tune(ridge(Unroll()), POINT, optax.adam(0.1), num_steps=2, on_error="warn")
+    with pytest.raises(JaxhpoError, match="on_error='tighten'"):
+        tune(ridge(Unroll()), POINT[None], optax.adam(0.1), num_steps=2, on_error="tighten", population=1)
