@@ -183,6 +183,7 @@ class HypergradientInfo(NamedTuple):
       solution: the inner solve's `Info`.
       linear: the `LinearInfo` of the backward linear solve; None for methods without one.
       tolerance: the relative tolerance of the inner run and the linear solve; None for methods without one.
+      standard_error: of the hypergradient, a length, for means over random pairs; None for other methods.
     """
 
     value: jax.Array
@@ -190,6 +191,7 @@ class HypergradientInfo(NamedTuple):
     solution: Info
     linear: LinearInfo | None = None
     tolerance: jax.Array | None = None
+    standard_error: jax.Array | None = None
 
 
 class LinearStatus(enum.IntEnum):

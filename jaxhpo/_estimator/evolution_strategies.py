@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.transforms import to_natural, to_unconstrained
-from jaxhpo._core.tree import add_scaled, cast_like, map_in_chunks, normal, scaled, upcast, where, zeros_like
+from jaxhpo._core.tree import add_scaled, cast_like, map_in_chunks, norm, normal, scaled, upcast, where, zeros_like
 from jaxhpo._core.types import Hypergradient, HypergradientInfo, InnerState, PyTree, StatefulMethod
 from jaxhpo._core.validate import check_hparams, check_settings, require_key
 from jaxhpo._estimator.pair import check_pair_state, check_warm_start, inner_start
@@ -100,15 +100,16 @@ class EvolutionStrategies(StatefulMethod):
                 return solution, *outer_loss(solution, hparams, outer_batch)
 
             solution, value, metrics = train(hparams)
-            grad = self._estimate(lambda u: train(to_natural(self.transforms, u))[1], point, value, key)
+            in_natural_units = _natural_units(self.transforms, hparams)
+            loss = lambda u: train(to_natural(self.transforms, u))[1]  # noqa: E731
+            grad, error = self._estimate(loss, point, value, key, in_natural_units)
             after = EvolutionState(solution.state) if warm_start else state
-            grad = _in_natural_units(self.transforms, hparams, grad)
-            return grad, after, HypergradientInfo(value, metrics, solution.info)
+            return grad, after, HypergradientInfo(value, metrics, solution.info, standard_error=error)
 
         return Hypergradient(init, update)
 
-    def _estimate(self, loss, point, value, key):
-        """Return the estimated gradient of E F(u + σε) at `point`, for F = `loss`, where F is `value`."""
+    def _estimate(self, loss, point, value, key, in_natural_units):
+        """Return the estimated gradient of E F(u + σε) at `point`, and its error, for F = `loss` with value `value`."""
         # ∇_u E F(u + σε) = E ε F(u + σε) / σ, by parts under the normal density. As E ε = 0, F may have any constant
         # subtracted, such as F(u); and as −ε is distributed as ε, half the difference of F(u ± σε) has the same mean.
 
@@ -127,10 +128,13 @@ class EvolutionStrategies(StatefulMethod):
 
         def add(total, x):  # each ε is drawn again, so that only one is in memory
             slope, key = x
-            return add_scaled(total, slope / len(keys), normal(key, point)), None
+            noise = normal(key, point)
+            return add_scaled(total, slope / len(keys), noise), slope * norm(upcast(in_natural_units(noise)))
 
         # The sum is in float32 at least: in bfloat16 a long sum stops growing.
-        return cast_like(jax.lax.scan(add, upcast(zeros_like(point)), (slopes, keys))[0], point)
+        total, lengths = jax.lax.scan(add, upcast(zeros_like(point)), (slopes, keys))
+        grad = in_natural_units(cast_like(total, point))
+        return grad, _standard_error(lengths, grad)
 
 
 class PersistentState(NamedTuple):
@@ -260,11 +264,13 @@ class PersistentES(StatefulMethod):
             def mean(xi):
                 return jnp.tensordot(slopes.astype(xi.dtype), xi, axes=1, precision="highest") / self.num_pairs
 
-            grad = jax.tree.map(mean, total)
+            in_natural_units = _natural_units(self.transforms, hparams)
+            grad = in_natural_units(jax.tree.map(mean, total))
+            lengths = slopes * jax.lax.map(lambda xi: norm(upcast(in_natural_units(xi))), total)
             count = (jnp.where(anew, 0, state.count) + steps) % self.horizon
             after = PersistentState(state.start, solution.state, particles, total, count)
-            grad = _in_natural_units(self.transforms, hparams, grad)
-            return grad, after, HypergradientInfo(value, metrics, solution.info)
+            error = _standard_error(lengths, grad)
+            return grad, after, HypergradientInfo(value, metrics, solution.info, standard_error=error)
 
         return Hypergradient(init, update)
 
@@ -276,6 +282,18 @@ class PersistentES(StatefulMethod):
             )
 
 
-def _in_natural_units(transforms, hparams, gradient):
-    """Convert a gradient with respect to unconstrained u into one with respect to h: g_h = (du/dh)ᵀ g_u."""
-    return jax.vjp(lambda h: to_unconstrained(transforms, h), hparams)[1](gradient)[0]
+def _natural_units(transforms, hparams):
+    """Return what converts gradients with respect to unconstrained u into those with respect to h, (du/dh)ᵀ g_u."""
+    pullback = jax.vjp(lambda h: to_unconstrained(transforms, h), hparams)[1]
+    return lambda gradient: pullback(gradient)[0]
+
+
+def _standard_error(lengths, mean):
+    """Return the standard error, a length, of the mean of K independent vectors, of which the lengths are given.
+
+    Its square is Σ ‖x_k − x̄‖² / (K (K − 1)) = (Σ ‖x_k‖² / K − ‖x̄‖²) / (K − 1); NaN for K = 1.
+    """
+    number = len(lengths)
+    if number == 1:
+        return jnp.full((), jnp.nan, lengths.dtype)
+    return jnp.sqrt(jnp.maximum(jnp.mean(lengths**2) - norm(upcast(mean)) ** 2, 0) / (number - 1))

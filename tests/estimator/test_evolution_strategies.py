@@ -286,3 +286,21 @@ def test_empty_leaves(method):
     h, params = {"x": jnp.ones(2), "none": jnp.zeros(0)}, {"w": jnp.zeros(2), "none": jnp.zeros((0, 3))}
     grad, _, info = pair.update(h, pair.init(params, h), key=jax.random.key(0))
     assert grad["none"].shape == (0,) and (grad["x"] != 0).all() and jnp.isfinite(info.value)
+
+
+@pytest.mark.parametrize("name", ["es", "pes"])
+@pytest.mark.parametrize("transforms", [None, jaxhpo.positive], ids=["natural", "positive"])
+def test_the_standard_error_is_the_spread_of_draws(name, transforms):
+    """The mean of its square over 2000 draws is the mean square distance of draws from their mean."""
+    h = jnp.asarray([0.4, 1.5])
+    pair, state = of_map(METHODS[name](8, 0.2, transforms), lambda h: jnp.sum(jnp.log1p(h) * h), jnp.sin)
+
+    def draw(key):
+        hypergrad, _, info = pair.update(h, state, key=key)
+        return hypergrad, info.standard_error**2
+
+    got, squared = map(np.asarray, jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(5), 2000)))
+    wanted = np.sum((got - got.mean(0)) ** 2, axis=1)
+    # Six standard errors of the difference of two means.
+    assert abs(squared.mean() - wanted.mean()) < 6 * np.hypot(squared.std(), wanted.std()) / len(got) ** 0.5
+    assert wanted.std() / len(got) ** 0.5 < 0.1 * wanted.mean()
