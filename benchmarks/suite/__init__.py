@@ -9,10 +9,14 @@
 `python -m suite`, in this folder's parent, measures them.
 """
 
-from suite import regression
+from suite import classification, graphs, language, networks, regression
 from suite.problem import Problem
 
-_PROBLEMS = {**regression.PROBLEMS}
+_PROBLEMS = {
+    name: problem
+    for kind in (regression, classification, networks, language, graphs)
+    for name, problem in kind.PROBLEMS.items()
+}
 NAMES: tuple[str, ...] = tuple(_PROBLEMS)
 
 __all__ = ["NAMES", "Problem", "make"]

@@ -31,7 +31,7 @@ def convergence(problem: Problem) -> float:
 
     @jax.jit
     def norm(params, hparams):
-        return optax.global_norm(jax.grad(problem.train_loss)(params, hparams))
+        return optax.tree.norm(jax.grad(problem.train_loss)(params, hparams))
 
     h = problem.hparams
     return float(norm(jax.jit(problem.train)(h), h) / norm(problem.params, h))
@@ -92,6 +92,7 @@ def main(arguments=None) -> None:
     for name in parsed.problems:
         rows.append(measure(name, parsed.quick))
         print(line(rows[-1]), flush=True)
+        jax.clear_caches()
     costs = np.array([[row["training"], row["hypergradient"]] for row in rows])
     print(f"a training takes at most {costs.max(0)[0]:.3f} s, a hypergradient {costs.max(0)[1]:.3f} s")
     if not parsed.quick:

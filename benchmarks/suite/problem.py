@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import jaxhpo
 from jaxhpo.data import Examples, Split, split
@@ -101,8 +102,8 @@ def by(tx) -> Callable:
 
 
 def arrays(tree: PyTree) -> PyTree:
-    """JAX's arrays, with floats of its default type."""
-    return jax.tree.map(lambda x: jnp.asarray(x, float if np.issubdtype(x.dtype, np.floating) else x.dtype), tree)
+    """JAX's arrays, with floats of its default type and integers of 32 bits."""
+    return jax.tree.map(lambda x: jnp.asarray(x, float if np.issubdtype(x.dtype, np.floating) else np.int32), tree)
 
 
 def full(value: float, *shape: int) -> jax.Array:
@@ -135,3 +136,7 @@ def minibatches(part: PyTree, seed: int, num_steps: int, size: int) -> PyTree:
     total = len(jax.tree.leaves(part)[0])
     rows = jnp.asarray(np.random.default_rng(seed).integers(0, total, (num_steps, size)))
     return jax.tree.map(lambda x: x[rows], part)
+
+
+def cross_entropies(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)

@@ -18,7 +18,7 @@ def closed_form(make, title, num_steps, seed) -> Problem:
     """A problem of `jaxhpo.testing`, by gradient descent; there are no test data."""
     given = make(seed)
     return bilevel(
-        title,
+        f"{title}, a penalty for every weight",
         by(optax.sgd(given.step_size)),
         (None, None, None),
         jnp.asarray(given.params, float),
@@ -61,7 +61,7 @@ def designed(condition, momentum, num_steps, converged, seed, *, rate=1.0, dim=3
 
     kind = "a penalty for every weight" if penalties else "one penalty"
     return bilevel(
-        f"ridge regression of condition {condition:.0e}, {kind}",
+        f"ridge regression of condition {condition:.0e} in {num_steps} steps, {kind}",
         by(optax.sgd(rate, momentum)),
         parts,
         full(0.0, dim),
@@ -188,7 +188,7 @@ def outliers(seed: int) -> Problem:
         full(0.0, 150),
         train_loss=train_loss,
         loss=squared_error,
-        num_steps=200,
+        num_steps=300,
         step_size=0.1,
         outer_rate=0.2,
         convex=True,
@@ -196,10 +196,8 @@ def outliers(seed: int) -> Problem:
     )
 
 
-ridge = functools.partial(closed_form, jaxhpo.testing.ridge, "ridge regression, a penalty for every weight", 200)
-
 PROBLEMS = {
-    "ridge": ridge,
+    "ridge": functools.partial(closed_form, jaxhpo.testing.ridge, "ridge regression", 200),
     "ridge-1": functools.partial(designed, 1.0, None, 30, True, rate=0.5, penalties=False),
     "ridge-1e2": functools.partial(designed, 1e2, 0.8, 200, True),
     "ridge-1e4": functools.partial(designed, 1e4, 0.98, 2000, True),
