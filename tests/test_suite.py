@@ -9,7 +9,7 @@ from suite.__main__ import convergence, main, size
 
 import jaxhpo
 
-QUICK = ("ridge-1", "wine")  # fast to trace
+QUICK = ("ridge-1",)  # fast to trace
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +88,7 @@ def test_condition_is_that_of_the_hessian(problems, name):
     assert problem.step_size * eigenvalues[-1] < 2
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_row_for_each_problem(capsys):
     main(["--quick", "--problems", "ridge-1"])
     lines = capsys.readouterr().out.splitlines()

@@ -32,9 +32,14 @@ class LeNet(nn.Module):
         return nn.Dense(10)(x)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def initial(model: nn.Module, key: jax.Array, inputs) -> dict:
+    return model.init(key, inputs)["params"]
+
+
 def network(model: nn.Module, seed: int, inputs) -> tuple[dict, Callable]:
     """The initial parameters, and `(params, inputs) -> outputs`."""
-    params = jax.jit(model.init)(jax.random.key(seed), inputs[:1])["params"]
+    params = initial(model, jax.random.key(seed), inputs[:1])
     return arrays(params), lambda params, inputs: model.apply({"params": params}, inputs)
 
 
@@ -271,7 +276,8 @@ def lenet_augmentation(seed: int) -> Problem:
     rng, count = np.random.default_rng(seed), steps * size
     rows = rng.integers(0, 100, count)
     noise, shift, contrast = (arrays(rng.normal(size=shape)) for shape in ((count, 64), (count, 2), (count,)))
-    train = Augmented(parts.train.inputs[rows], parts.train.targets[rows], noise, shift, contrast)
+    inputs, targets = (jnp.asarray(np.asarray(x)[rows]) for x in parts.train)
+    train = Augmented(inputs, targets, noise, shift, contrast)
     params, apply = network(LeNet(), seed, parts.train.inputs)
 
     def train_loss(params, h, data):

@@ -107,7 +107,7 @@ def arrays(tree: PyTree) -> PyTree:
 
 
 def full(value: float, *shape: int) -> jax.Array:
-    return jnp.full(shape, value, float)
+    return jnp.asarray(np.full(shape, value), float)
 
 
 def tabular(load: Callable, seed: int, train: int, validation: int, features: Callable = np.asarray) -> Split:
@@ -125,17 +125,17 @@ def tabular(load: Callable, seed: int, train: int, validation: int, features: Ca
     )
 
 
-def corrupted(targets: jax.Array, seed: int, share: float, other: Callable) -> jax.Array:
+def corrupted(targets, seed: int, share: float, other: Callable) -> np.ndarray:
     """Targets with a random share of them replaced by `other(rng, targets)`."""
     rng = np.random.default_rng(seed)
-    return jnp.where(jnp.asarray(rng.uniform(size=targets.shape) < share), other(rng, targets), targets)
+    return np.where(rng.uniform(size=targets.shape) < share, other(rng, targets), targets)
 
 
 def minibatches(part: PyTree, seed: int, num_steps: int, size: int) -> PyTree:
     """Minibatches of a part, drawn with replacement, with a leading axis `num_steps`."""
     total = len(jax.tree.leaves(part)[0])
-    rows = jnp.asarray(np.random.default_rng(seed).integers(0, total, (num_steps, size)))
-    return jax.tree.map(lambda x: x[rows], part)
+    rows = np.random.default_rng(seed).integers(0, total, (num_steps, size))
+    return jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[rows]), part)
 
 
 def cross_entropies(logits: jax.Array, labels: jax.Array) -> jax.Array:

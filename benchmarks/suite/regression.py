@@ -173,7 +173,7 @@ def kernel_ridge(seed: int) -> Problem:
 def outliers(seed: int) -> Problem:
     """A fifth of the training targets have large errors; the weight of an example is 2 sigmoid(h)."""
     parts = tabular(load_diabetes, seed, 150, 100)
-    targets = corrupted(parts.train.targets, seed, 0.2, lambda rng, y: y + jnp.asarray(4 * rng.normal(size=y.shape)))
+    targets = corrupted(parts.train.targets, seed, 0.2, lambda rng, y: np.asarray(y) + 4 * rng.normal(size=y.shape))
     parts = parts._replace(train=arrays(parts.train._replace(targets=targets)))
 
     def train_loss(w, h, data):
