@@ -1,0 +1,216 @@
+"""`Auto` against the best fixed rule, silent failures under `on_error`, and what agreement tells; on the suite.
+
+Every problem is tuned for 40 outer steps by Adam at the problem's rate, in float32: with each rule of `compare`'s
+default list, with rough ones, and with `Auto()`. "auto" is the cost (counted operations and memory) at which a run
+reaches the validation loss that is 99 % of the way from the start to the lowest one of any default rule, over that of
+the default rule that reaches it at least cost; with and without the cost of trying rules. "on_error" are the runs of
+rules that in silence end above their start, or less than a fifth of the way that `Unroll()` goes: how each ends with
+`on_error="tighten"`, within 80 steps. "agreement" is the rank correlation, over the runs of problems with 20
+hyperparameters or more, of the median agreement with the part of the steps that lower the loss.
+
+    python benchmarks/auto.py [--out DIR] [--quick] [--problems NAME ...]
+"""
+
+import argparse
+import json
+import pathlib
+import warnings
+
+import jax
+import numpy as np
+import optax
+import scipy.stats
+import suite
+from jax.flatten_util import ravel_pytree
+from matplotlib.figure import Figure
+
+import jaxhpo
+from jaxhpo import SAMA, Auto, Identity, Implicit, Neumann, Unroll, plot
+from jaxhpo._core.cost import count_and_peak, with_memory
+from jaxhpo._core.errors import ZeroHypergradientWarning
+from jaxhpo._core.validate import short_name
+from jaxhpo._diagnostics import auto
+from jaxhpo._tune import rules as rules_of_runs
+
+STEPS = 40
+PART = 0.99  # of the way to the lowest loss, that is to be reached
+STALLED = 0.2  # of the way that `Unroll()` goes, below which a run has stalled
+WELL = 0.8  # of that way, from which a run has ended well
+
+
+def rough(problem):
+    total, rate = problem.num_steps, problem.step_size
+    return [
+        Unroll(truncate=1),
+        Unroll(truncate=max(2, total // 20)),
+        Implicit(Identity(rate)),
+        Implicit(Neumann(3, rate)),
+        SAMA(),
+    ]
+
+
+def tuned(problem, rule, steps=STEPS, **settings):
+    """A run, and whether a warning was issued; None where the rule is refused, or blind to a leaf."""
+    with warnings.catch_warnings(record=True, action="always") as caught:
+        try:
+            run = jaxhpo.tune(
+                problem.make_outer_loss(rule), problem.hparams, optax.adam(problem.outer_rate), num_steps=steps,
+                progress=False, **settings,
+            )  # fmt: skip
+        except jaxhpo.JaxhpoError:
+            return None
+    if any(issubclass(w.category, ZeroHypergradientWarning) for w in caught):
+        return None
+    return run, any("not finite" in str(w.message) or "tolerance" in str(w.message) for w in caught)
+
+
+def cost(problem, rule):
+    """Of a hypergradient at the start, with as many products as its linear solve takes there."""
+    h, unravel = ravel_pytree(problem.hparams)
+
+    def outer_loss(flat):
+        return problem.make_outer_loss(rule)(unravel(flat))
+
+    measured = auto.measure(lambda _: outer_loss, rule, h)
+    products = max((solve.num_iterations for solve in measured.linear_solves), default=1)
+    return with_memory(*count_and_peak(jax.value_and_grad(outer_loss), h, unknown_length=max(1, products)))
+
+
+def reached(values, goal):
+    """Hypergradients until a loss is reached: that of step i is known after i of them; inf where it never is."""
+    below = np.flatnonzero(np.asarray(values) <= goal)
+    return float(below[0]) if len(below) else float("inf")
+
+
+def tune_all(name):
+    """The record of one problem."""
+    problem = suite.make(name)
+    h, unravel = ravel_pytree(problem.hparams)
+    default = auto.listed(lambda flat: problem.make_outer_loss(Auto())(unravel(flat)), h)
+    runs, costs = {}, {}
+    for rule in dict.fromkeys([*default, *rough(problem)]):
+        found = tuned(problem, rule, record="agreement")
+        if found is not None:
+            runs[rule], costs[rule] = found, cost(problem, rule) if rule in default else None
+    first = float(runs[Unroll()][0].history["value"][0])
+    lowest = min(np.nanmin(run.history["value"]) for rule, (run, _) in runs.items() if rule in default)
+    goal = first - PART * (first - lowest)
+    fixed = {
+        rule: reached(run.history["value"], goal) * costs[rule] for rule, (run, _) in runs.items() if rule in default
+    }
+
+    choices = []
+
+    def choose(*args):
+        choices.append(auto.choose(*args))
+        return choices[-1]
+
+    rules_of_runs.choose = choose
+    run, _ = tuned(problem, Auto())
+    rules_of_runs.choose = auto.choose
+    starts = [
+        0,
+        *(int(text.split("before step ")[1].split(":")[0]) for text in run.message.split("; ") if "before" in text),
+    ]
+    steps = reached(run.history["value"], goal)
+    changes = [choices[0], *(b for a, b in zip(choices[:-1], choices[1:], strict=True) if b.index != a.index)]
+    spent, probing = 0.0, sum(row.cost for row in choices[0].tried)
+    for i, choice in enumerate(changes):
+        end = starts[i + 1] if i + 1 < len(changes) else steps
+        spent += max(0.0, min(end, steps) - starts[i]) * costs[choice.rule]
+        if i and starts[i] < steps:
+            probing += sum(row.cost for row in choice.tried)
+    best = min(fixed, key=fixed.get)
+    record = {
+        "problem": name,
+        "best": short_name(best),
+        "chosen": [short_name(choice.rule) for choice in changes],
+        "ratio": spent / fixed[best],
+        "with probing": (spent + probing) / fixed[best],
+        "fixed": {short_name(rule): fixed[rule] / fixed[best] for rule in fixed},
+        "agreement": agreement(runs) if h.size >= 20 else [],
+    }
+    print(f"{name}: best {record['best']}; Auto {record['chosen']}, ratio {record['ratio']:.2f}, ", end="")
+    print(f"with probing {record['with probing']:.2f}", flush=True)
+    record["silent"] = list(mended(problem, runs, first))
+    return record
+
+
+def agreement(runs):
+    rows = []
+    for rule, (run, _) in runs.items():
+        values, ratios = run.history["value"], run.history["agreement"]
+        if len(values) > 5 and np.isfinite(values).all():
+            rows.append([short_name(rule), float(np.nanmedian(ratios)), float(np.mean(np.diff(values) < 0))])
+    return rows
+
+
+def mended(problem, runs, first):
+    exact = first - float(np.min(runs[Unroll()][0].history["value"]))
+    for rule, (run, warned) in runs.items():
+        last = float(run.history["value"][-1])
+        if warned or rule == Unroll() or not exact > 0 or (np.isfinite(last) and first - last >= STALLED * exact):
+            continue
+        again, _ = tuned(problem, rule, 2 * STEPS, on_error="tighten")
+        gained = (first - float(np.nanmin(again.history["value"][-5:]))) / exact
+        row = {
+            "problem": problem.name,
+            "rule": short_name(rule),
+            "silent": (first - last) / exact,
+            "with on_error": gained,
+            "status": again.status,
+            "message": again.message,
+            "ends well or says why": bool(gained >= WELL or again.status in ("misled", "not_finite")),
+        }
+        print(
+            f"  {row['rule']}: {row['silent']:.2f} of the way of Unroll(), then {gained:.2f}: {again.message[:200]}",
+            flush=True,
+        )
+        yield row
+
+
+def draw(records, path):
+    figure = Figure((7, 6), layout="constrained")
+    axis = figure.subplots()
+    names = [record["problem"] for record in records]
+    for i, record in enumerate(records):
+        others = [x for x in record["fixed"].values() if np.isfinite(x)]
+        axis.plot(others, [i] * len(others), "|", color="0.6", ms=8, label="fixed rules" if not i else None)
+        axis.plot(record["ratio"], i, "o", color=plot.PALETTE[0], label="Auto" if not i else None)
+        axis.plot(record["with probing"], i, "x", color=plot.PALETTE[1], label="Auto, with trying" if not i else None)
+    axis.set(
+        xscale="log", yticks=range(len(names)), yticklabels=names, xlabel="cost to reach the loss, of the best rule's"
+    )
+    middle = np.median([record["ratio"] for record in records])
+    axis.set(title=f"Auto takes {middle:.2f} times the cost of the best fixed rule (median)")
+    axis.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def main(arguments=None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results")
+    parser.add_argument("--quick", action="store_true", help="two problems")
+    parser.add_argument("--problems", nargs="+", default=None, choices=suite.NAMES, metavar="NAME")
+    args = parser.parse_args(arguments)
+    records = [tune_all(name) for name in args.problems or (suite.NAMES[:2] if args.quick else suite.NAMES)]
+    summary = {}
+    for what in ("ratio", "with probing"):
+        values = [record[what] for record in records]
+        summary[what] = {"median": float(np.median(values)), "worst": float(np.max(values))}
+    rows = np.array([row[1:] for record in records for row in record["agreement"]]).reshape(-1, 2)
+    if len(rows) > 2:
+        summary["agreement"] = {"runs": len(rows), "rank correlation": float(scipy.stats.spearmanr(*rows.T).statistic)}
+    silent = [row for record in records for row in record["silent"]]
+    summary["silent runs"] = {
+        "number": len(silent),
+        "end well or say why": sum(r["ends well or says why"] for r in silent),
+    }
+    print(json.dumps(summary, indent=1))
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "auto.json").write_text(json.dumps({"summary": summary, "problems": records}, indent=1) + "\n")
+    draw(records, args.out / "auto.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,223 @@
+"""Error bars of rules on the suite: the bar against the true error, and what it costs.
+
+For each problem and rule `error_bar` is held against the truth, in float64: the exact hypergradient of the T steps
+(`Unroll()`) or that at the converged inner optimum (L-BFGS from the end of training, then a dense solve), whichever the
+bar names as its reference. Errors below a relative 1e-7 count as that. Where the optimum has no positive definite
+Hessian there is no such reference, and a bar that claims to know counts as wrong. "fresh" are six exact tangents,
+against the exact hypergradient, for five draws. Costs are counted operations beyond the hypergradient's, of those of
+`Unroll()`. The textbook bound, ‖B‖ / μ (‖r‖ + ‖∇²V‖ ‖∇L‖ / μ) for an implicit rule with residual r, curvature μ,
+mixed derivatives B and outer loss V, is that of quadratic problems.
+
+    python benchmarks/own_bars.py [--out DIR] [--quick] [--problems NAME ...]
+"""
+
+import argparse
+import json
+import pathlib
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.optimize
+import suite
+from jax.flatten_util import ravel_pytree
+from matplotlib.figure import Figure
+
+import jaxhpo
+from jaxhpo import CG, SAMA, ForwardGradient, Implicit, Neumann, Smoothing, Unroll, plot
+from jaxhpo._adjoint.implicit_function import attach
+from jaxhpo._core.cost import count_arithmetic
+from jaxhpo._core.record import recording
+from jaxhpo._diagnostics.error_bar import OPTIMUM, _by_tangents
+from jaxhpo._inner.loop import run
+
+FLOOR = 1e-7  # relative error below which errors are equal
+PRODUCTS = 20
+FRESH = "SAMA()", "Unroll(truncate=T/10)", "Unroll(truncate=T/4)"
+FAMILIES = ("implicit", "truncated", "random")
+
+
+class At:
+    """The implicit derivative at given parameters."""
+
+    def __init__(self, params):
+        self.params = params
+
+    def run(self, problem):
+        state, steps = run(problem)
+        state = jax.lax.stop_gradient(state)
+        exact = Implicit(jaxhpo.Direct())
+        root, leaves = exact.root(problem, state._replace(params=self.params), exact)
+        return state._replace(params=attach(root, self.params, leaves, None)), steps
+
+
+def rules(problem):
+    """The rules with an error bar of their own, by name, with their family."""
+    total, rate = problem.num_steps, problem.step_size
+    truncated = {f"Unroll(truncate=T/{n})": Unroll(truncate=max(4, total // n)) for n in (10, 4, 2)}
+    implicit = {
+        "Implicit(CG())": Implicit(CG()),
+        "Implicit(CG(5))": Implicit(CG(maxiter=5)),
+        "Implicit(Neumann(10))": Implicit(Neumann(10, rate)),
+        "SAMA()": SAMA(),
+    }
+    random = {"ForwardGradient(16)": ForwardGradient(16), "Smoothing(16)": Smoothing(16, 1e-4)}
+    for family, own in zip(FAMILIES, (implicit, truncated, random), strict=True):
+        for name, rule in own.items():
+            yield family, name, rule
+
+
+def optimum(problem, h):
+    """The converged inner solution from the end of training, and the eigenvalues of the Hessian; None without one."""
+    flat, unravel = ravel_pytree(jax.jit(problem.train)(h))
+    loss = jax.jit(jax.value_and_grad(lambda x: problem.train_loss(unravel(x), h)))
+
+    def fun(x):
+        value, grad = loss(jnp.asarray(x))
+        return float(value), np.asarray(grad)
+
+    start = np.asarray(flat)
+    options = {"maxiter": 20_000, "maxfun": 40_000, "ftol": 0.0, "gtol": 1e-11, "maxcor": 30}
+    end = scipy.optimize.minimize(fun, start, jac=True, method="L-BFGS-B", options=options)
+    if np.linalg.norm(end.jac) > 1e-6 * max(1e-3, np.linalg.norm(fun(np.asarray(ravel_pytree(problem.params)[0]))[1])):
+        return None
+    hessian = jax.jit(jax.hessian(lambda x: problem.train_loss(unravel(x), h)))
+    values = np.linalg.eigvalsh(np.asarray(hessian(jnp.asarray(end.x))))
+    return (unravel(jnp.asarray(end.x)), values) if values[0] > 1e-10 * values[-1] else None
+
+
+def counted(fn, h, solves):
+    """Operations of `fn(h)`, its linear solves as long as they were."""
+    one, two = (count_arithmetic(fn, h, unknown_length=length) for length in (1, 2))
+    return one + (two - one) / max(1, len(solves)) * sum(solve.num_iterations - 1 for solve in solves)
+
+
+def measure(name):
+    """The rows of a problem."""
+    problem = suite.make(name)
+    h, unravel = ravel_pytree(problem.hparams)
+
+    def loss(rule):
+        outer_loss = problem.make_outer_loss(rule)
+        return lambda flat: outer_loss(unravel(flat))
+
+    exact = np.asarray(jax.jit(jax.grad(loss(Unroll())))(h))
+    unrolled = count_arithmetic(jax.value_and_grad(loss(Unroll())), h)
+    found = optimum(problem, problem.hparams) if ravel_pytree(problem.params)[0].size <= 4000 else None
+    converged = None if found is None else np.asarray(jax.jit(jax.grad(loss(At(found[0]))))(h))
+    rows = []
+    for family, rule_name, rule in rules(problem):
+        try:
+            with warnings.catch_warnings(record=True, action="always") as caught:
+                jax.eval_shape(jax.grad(loss(rule)), h)
+            blind = any(issubclass(w.category, jaxhpo.ZeroHypergradientWarning) for w in caught)
+            solves = []
+            with recording(linear_solves=solves):
+                bar = jax.jit(jaxhpo.error_bar(loss(rule), products=PRODUCTS))(h)
+        except jaxhpo.JaxhpoError as error:
+            print(f"{name}, {rule_name}: refused, {str(error)[:80]}", flush=True)
+            continue
+        grad = np.asarray(bar.hypergradient)
+        if not np.isfinite(grad).all() or not grad.any() or (blind and family == "implicit"):
+            continue
+        reference = converged if bar.reference == OPTIMUM else exact
+        floor = FLOOR * np.linalg.norm(grad)
+        true = None if reference is None else max(floor, float(np.linalg.norm(grad - reference)))
+        plain = []
+        with recording(linear_solves=plain), warnings.catch_warnings(action="ignore"):
+            jax.block_until_ready(jax.jit(jax.grad(loss(rule)))(h))
+        with_bar = counted(jaxhpo.error_bar(loss(rule), products=PRODUCTS), h, solves)
+        without = counted(jax.value_and_grad(loss(rule)), h, plain)
+        fresh = []
+        if np.linalg.norm(grad - exact) > floor and rule_name in FRESH:
+            keys = jax.random.split(jax.random.key(1), 5)
+            outer_loss, given = loss(rule), bar.hypergradient
+            bars = jax.lax.map(lambda k, f=outer_loss, g=given: _by_tangents(f, h, g, 6, k, 0)[0], keys)
+            fresh = (np.asarray(bars) / np.linalg.norm(grad - exact)).tolist()
+        rows.append(
+            {
+                "problem": name,
+                "family": family,
+                "rule": rule_name,
+                "convex": problem.convex,
+                "converged": problem.converged,
+                "known": bool(bar.known),
+                "bar": max(floor, float(bar.error)) if np.isfinite(bar.error) else None,
+                "true": true,
+                "norm": float(bar.norm),
+                "cost": (with_bar - without) / unrolled,
+                "fresh": fresh,
+            }
+        )
+        print(f"{name}, {rule_name}: {bar}; true {true if true is None else f'{true:.2g}'}", flush=True)
+    return rows
+
+
+def ratio(row):
+    return None if row["true"] is None or row["bar"] is None else row["bar"] / row["true"]
+
+
+def summary(rows):
+    """What `Must show` asks for, by family."""
+    found = {}
+    for family in FAMILIES:
+        own = [row for row in rows if row["family"] == family]
+        known = [row for row in own if row["known"]]
+        wrong = [row for row in known if ratio(row) is None or not 0.5 <= ratio(row) <= 2]
+        easy = [row for row in own if row["convex"] or row["converged"]]
+        found[family] = {
+            "cases": len(own),
+            "known": len(known),
+            "known, and wrong by more than a factor of two": len(wrong),
+            "convex or converged": len(easy),
+            "of these, cannot tell": sum(not row["known"] for row in easy),
+            "median cost, of Unroll()": float(np.median([row["cost"] for row in own])) if own else None,
+        }
+    fresh = np.array([x for row in rows for x in row["fresh"]])
+    near = float(((fresh > 0.5) & (fresh < 2)).mean()) if len(fresh) else None
+    found["fresh tangents"] = {"cases": len(fresh), "within a factor of two": near}
+    return found
+
+
+def draw(rows, path):
+    figure = Figure((6, 5), layout="constrained")
+    axis = figure.subplots()
+    rows = [row for row in rows if ratio(row) is not None]
+    for colour, family in zip(plot.PALETTE, FAMILIES, strict=False):
+        for known, marker in ((True, "o"), (False, "x")):
+            own = [row for row in rows if row["family"] == family and row["known"] == known]
+            x, y = ([row[what] / row["norm"] for row in own] for what in ("true", "bar"))
+            label = f"{family}, {'known' if known else 'cannot tell'} ({len(own)})"
+            axis.plot(x, y, ls="", marker=marker, color=colour, ms=4, alpha=0.7, label=label)
+    ends = np.array([FLOOR / 2, 2 * max(max(row["true"], row["bar"]) / row["norm"] for row in rows)])
+    axis.plot(ends, ends, color="0.3", lw=1)
+    axis.fill_between(ends, ends / 2, ends * 2, color="0.5", alpha=0.2, linewidth=0)
+    known = [ratio(row) for row in rows if row["known"]]
+    near = np.mean([0.5 <= x <= 2 for x in known])
+    axis.set(xscale="log", yscale="log", xlim=ends, ylim=ends, xlabel="true error of the hypergradient, of its norm")
+    axis.set(
+        ylabel="error bar, of its norm", title=f"{100 * near:.0f} % of known error bars are within a factor of two"
+    )
+    axis.legend(frameon=False, fontsize=7)
+    figure.savefig(path, dpi=150)
+
+
+def main(arguments=None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results")
+    parser.add_argument("--quick", action="store_true", help="two problems")
+    parser.add_argument("--problems", nargs="+", default=None, choices=suite.NAMES, metavar="NAME")
+    args = parser.parse_args(arguments)
+    jax.config.update("jax_enable_x64", True)
+    names = args.problems or (suite.NAMES[:2] if args.quick else suite.NAMES)
+    rows = [row for name in names for row in measure(name)]
+    found = summary(rows)
+    print(json.dumps(found, indent=1))
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "own_bars.json").write_text(json.dumps({"summary": found, "rows": rows}, indent=1) + "\n")
+    draw(rows, args.out / "own_bars.png")
+
+
+if __name__ == "__main__":
+    main()
