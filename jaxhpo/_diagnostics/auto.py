@@ -20,6 +20,9 @@ from jaxhpo._diagnostics.compare.measure import measure
 from jaxhpo._diagnostics.tangents import Tangents, if_forward
 from jaxhpo._inner.problem import Adjoint, Problem
 
+CLEARLY = 0.8  # of the cost of `Unroll()`: rules above it are not tried
+NEARLY = 0.99  # of the exact hypergradient
+
 
 @dataclasses.dataclass(frozen=True)
 class Auto:
@@ -29,16 +32,17 @@ class Auto:
     not fit into memory, and `Implicit()` where neither does, or where the run ends at a `tol`.
 
     Under `tune`, before the first outer step, each rule of `compare`'s list that sees every hyperparameter, fits into
-    memory and costs less than the exact one is tried once at the start. The one that explains most for its cost is
-    taken: with :math:`\hat g_l` and :math:`g_l` its hypergradient and the exact one of leaf l, it explains
+    memory and costs clearly less than the exact one is tried once, the cheapest first, until one gives 99 % of the
+    exact hypergradient. The one that explains most for its cost is taken: with :math:`\hat g_l` and :math:`g_l` its
+    hypergradient and the exact one of leaf l, it explains
     :math:`\min_l 1 - \|\hat g_l - g_l\|^2 / \|g_l\|^2`. (In a run to a `tol`, where reverse mode is not exact, the
     squared slope along :math:`\hat g`, relative to the largest.) It is chosen anew where the outer loss has not fallen
     for 8 steps; after each choice that changes nothing, for twice as many. The choice and its reasons are printed, and
     in the result's `message`. Of a `population` all take the exact rule.
 
-    **Cost and bias**: that of the rule; each choice costs the exact hypergradient and those that are cheaper (two or
+    **Cost and bias**: that of the rule; each choice costs the exact hypergradient and those that are tried (one to
     three, of 1.1 to 1.5 trainings). Costs are counted operations and predicted memory, the same on every machine. A
-    rule that is chosen may be biased, by the angle that was found.
+    rule that is chosen may be biased, by what it does not explain.
 
     Example:
       >>> solver = jaxhpo.from_optax(lambda p, h, batch: jnp.sum((p - h) ** 2), optax.sgd(0.1))
@@ -100,12 +104,14 @@ class Choice(NamedTuple):
     Attributes:
       rule: the rule; None where none can be trusted.
       why: in words.
-      index: its place in `default_adjoints`.
+      index: its place in the list.
+      tried: the rules that were tried.
     """
 
     rule: Adjoint
     why: str
     index: int
+    tried: Sequence[Tried]
 
 
 def listed(value: Callable[[jax.Array], jax.Array], flat: jax.Array) -> list[Adjoint]:
@@ -129,7 +135,7 @@ def choose(value: Callable[[jax.Array], jax.Array], flat: jax.Array, parts: Sequ
     exact = next((row for row in tried if row.rule == Unroll()), None)
     best = max(tried, key=lambda row: (row.explains / row.cost, row is exact), default=None)
     if best is None or best.explains <= 0:
-        return Choice(Unroll(), "Auto: Unroll(), as no other rule can be trusted here", 0)
+        return Choice(Unroll(), "Auto: Unroll(), as no other rule can be trusted here", 0, tried)
 
     def words(row):
         part = "" if exact is None else f" for {row.cost / exact.cost:.2f} of its cost"
@@ -139,11 +145,14 @@ def choose(value: Callable[[jax.Array], jax.Array], flat: jax.Array, parts: Sequ
     why = f"Auto: {short_name(best.rule)}"
     if others:
         why += f" (of {'the exact hypergradient' if exact else 'the largest slope'} explain {', '.join(others)})"
-    return Choice(best.rule, why, rules.index(best.rule))
+    return Choice(best.rule, why, rules.index(best.rule), tried)
 
 
 def _tried(value, rules, flat, parts) -> list[Tried]:
-    """The rules that see every hyperparameter; others than `Unroll()`, which comes first, if they cost less."""
+    """The rules that see every hyperparameter; after `Unroll()`, the cheapest first, those that cost clearly less.
+
+    No more are tried after one that gives nearly all of the exact hypergradient: they cost more.
+    """
 
     def make(rule):
         def outer_loss(flat):
@@ -153,8 +162,9 @@ def _tried(value, rules, flat, parts) -> list[Tried]:
         return outer_loss
 
     found, limit = [], np.inf
-    for rule in sorted(rules, key=lambda rule: rule != Unroll()):
-        if _cost(make, rule, flat, 1) >= limit:
+    least = {rule: _cost(make, rule, flat, 1) for rule in rules}
+    for rule in sorted(rules, key=lambda rule: (rule != Unroll(), least[rule])):
+        if least[rule] >= CLEARLY * limit:
             continue
         measured = measure(make, rule, flat)
         if measured.error is not None or any(isinstance(w, ZeroHypergradientWarning) for w in measured.warnings):
@@ -164,18 +174,24 @@ def _tried(value, rules, flat, parts) -> list[Tried]:
             products = max((solve.num_iterations for solve in measured.linear_solves), default=1)
             found.append((rule, grad, _cost(make, rule, flat, products)))
             limit = found[-1][2] if rule == Unroll() else limit
+            if rule != Unroll() and np.isfinite(limit) and _explains(grad, found[0][1], parts) >= NEARLY:
+                break
     if not found:
         return []
     grads = np.stack([grad for _, grad, _ in found])
-    if found[0][0] == Unroll():
-        exact = [part for part in parts if grads[0, part].any()]
-        left = [[np.sum((grad[at] - grads[0, at]) ** 2) / np.sum(grads[0, at] ** 2) for at in exact] for grad in grads]
-        explain = [max(0.0, 1 - max(row)) for row in left]
+    if np.isfinite(limit):
+        explain = [_explains(grad, grads[0], parts) for grad in grads]
     else:
         units = grads / np.linalg.norm(grads, axis=1, keepdims=True)
         slopes = if_forward(lambda: Tangents(value, flat).along(units)[1])
         explain = [0.0] * len(found) if slopes is None else (np.maximum(slopes, 0) / (slopes.max() or 1.0)) ** 2
     return [Tried(rule, float(part), cost) for (rule, _, cost), part in zip(found, explain, strict=True)]
+
+
+def _explains(grad, exact, parts) -> float:
+    """The part of the exact hypergradient that another gives, of the leaf where it is least."""
+    left = [np.sum((grad[at] - exact[at]) ** 2) / np.sum(exact[at] ** 2) for at in parts if exact[at].any()]
+    return max(0.0, 1 - float(max(left)))
 
 
 def _cost(make, rule, flat, products) -> float:
