@@ -6,7 +6,8 @@ reaches the validation loss that is 99 % of the way from the start to the lowest
 the default rule that reaches it at least cost; with and without the cost of trying rules. "on_error" are the runs of
 rules that in silence end above their start, or less than a fifth of the way that `Unroll()` goes: how each ends with
 `on_error="tighten"`, within 80 steps. "agreement" is the rank correlation, over the runs of problems with 20
-hyperparameters or more, of the median agreement with the part of the steps that lower the loss.
+hyperparameters or more, of the median agreement with the part of the steps that lower the loss. "pooled error bars" are
+those of the rough rules' runs, against the exact hypergradient of every step.
 
     python benchmarks/auto.py [--out DIR] [--quick] [--problems NAME ...]
 """
@@ -26,11 +27,13 @@ from matplotlib.figure import Figure
 
 import jaxhpo
 from jaxhpo import SAMA, Auto, Identity, Implicit, Neumann, Unroll, plot
-from jaxhpo._core.cost import count_and_peak, with_memory
+from jaxhpo._core.cost import count_and_peak, count_arithmetic, with_memory
 from jaxhpo._core.errors import ZeroHypergradientWarning
 from jaxhpo._core.validate import short_name
 from jaxhpo._diagnostics import auto
+from jaxhpo._diagnostics.tangents import Tangents
 from jaxhpo._tune import rules as rules_of_runs
+from jaxhpo._tune.error_bar import EVERY, FRESH
 
 STEPS = 40
 PART = 0.99  # of the way to the lowest loss, that is to be reached
@@ -89,7 +92,8 @@ def tune_all(name):
     default = auto.listed(lambda flat: problem.make_outer_loss(Auto())(unravel(flat)), h)
     runs, costs = {}, {}
     for rule in dict.fromkeys([*default, *rough(problem)]):
-        found = tuned(problem, rule, record="agreement")
+        extra = () if rule in default else ("error", "hypergradient", "hparams")
+        found = tuned(problem, rule, record=("agreement", *extra))
         if found is not None:
             runs[rule], costs[rule] = found, cost(problem, rule) if rule in default else None
     first = float(runs[Unroll()][0].history["value"][0])
@@ -129,9 +133,11 @@ def tune_all(name):
         "with probing": (spent + probing) / fixed[best],
         "fixed": {short_name(rule): fixed[rule] / fixed[best] for rule in fixed},
         "agreement": agreement(runs) if h.size >= 20 else [],
+        "pooled": list(pooled(problem, runs)),
     }
     print(f"{name}: best {record['best']}; Auto {record['chosen']}, ratio {record['ratio']:.2f}, ", end="")
     print(f"with probing {record['with probing']:.2f}", flush=True)
+    record["tangent cost"] = tangent_cost(problem)
     record["silent"] = list(mended(problem, runs, first))
     return record
 
@@ -143,6 +149,36 @@ def agreement(runs):
         if len(values) > 5 and np.isfinite(values).all():
             rows.append([short_name(rule), float(np.nanmedian(ratios)), float(np.mean(np.diff(values) < 0))])
     return rows
+
+
+def pooled(problem, runs):
+    """For each run with error bars: of its steps, the parts within factors of two and three of the true error."""
+    exact = jax.jit(jax.grad(problem.make_outer_loss(Unroll())))
+    flat = lambda tree, i: ravel_pytree(jax.tree.map(lambda x: np.asarray(x)[i], tree))[0]  # noqa: E731
+    for rule, (run, _) in runs.items():
+        if "error" not in run.history:
+            continue
+        ratios = []
+        for i in range(len(run.history["value"])):
+            point = jax.tree.map(lambda x, i=i: x[i], run.history["hparams"])
+            wanted = ravel_pytree(exact(point))[0]
+            true = float(np.linalg.norm(flat(run.history["hypergradient"], i) - wanted))
+            if true > 1e-4 * float(run.history["hypergradient_norm"][i]):  # above the rounding of float32
+                ratios.append(float(run.history["error"][i]) / true)
+        if ratios:
+            found = {str(f): float(np.mean((np.array(ratios) > 1 / f) & (np.array(ratios) < f))) for f in (2, 3)}
+            yield {"rule": short_name(rule), "steps": len(ratios), "within": found}
+
+
+def tangent_cost(problem):
+    """Of the tangents of a run of 40 steps, per step, of the cost of `Unroll()`, counted."""
+    h, unravel = ravel_pytree(problem.hparams)
+    loss = lambda flat: problem.make_outer_loss(Unroll())(unravel(flat))  # noqa: E731
+    tangents = Tangents(loss, h)
+    one, full = (count_arithmetic(fn, *args, unknown_length=1) for fn, *args in (
+        (tangents.derivatives, jax.numpy.ones((1, h.size), h.dtype)), (jax.value_and_grad(loss), h),
+    ))  # fmt: skip
+    return (FRESH + (STEPS - 1) // EVERY) / STEPS * one / full
 
 
 def mended(problem, runs, first):
@@ -201,6 +237,16 @@ def main(arguments=None) -> None:
     rows = np.array([row[1:] for record in records for row in record["agreement"]]).reshape(-1, 2)
     if len(rows) > 2:
         summary["agreement"] = {"runs": len(rows), "rank correlation": float(scipy.stats.spearmanr(*rows.T).statistic)}
+    bars = [row["within"] for record in records for row in record["pooled"]]
+    if bars:
+        summary["pooled error bars"] = {
+            "runs": len(bars),
+            "within 2, mean": float(np.mean([row["2"] for row in bars])),
+            "within 2, worst run": float(np.min([row["2"] for row in bars])),
+            "runs below 0.8": int(np.sum([row["2"] < 0.8 for row in bars])),
+            "within 3, mean": float(np.mean([row["3"] for row in bars])),
+            "cost of `Unroll()`, median": float(np.median([record["tangent cost"] for record in records])),
+        }
     silent = [row for record in records for row in record["silent"]]
     summary["silent runs"] = {
         "number": len(silent),

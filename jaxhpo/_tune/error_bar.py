@@ -24,7 +24,7 @@ from jaxhpo._diagnostics.tangents import Tangents, if_forward
 from jaxhpo._tune.step import OuterReport, OuterState, Step
 
 FRESH = 6  # tangents at the first step
-EVERY = 2  # steps from one tangent to the next
+EVERY = 3  # steps from one tangent to the next; 2 where moves are measured too
 POOLED = 8  # tangents that are averaged
 
 
@@ -66,11 +66,11 @@ class ErrorBar:
           after: what it returned.
           report: of the device.
         """
-        if rows % EVERY:
+        if rows % (2 if self.moves else EVERY):
             return NONE
         flat, unravel = ravel(after.before)
         key = jax.random.fold_in(state.key, state.step)
-        normal = jax.random.normal(jax.random.fold_in(key, EVERY), (FRESH if rows == 0 else 1, flat.size))
+        normal = jax.random.normal(jax.random.fold_in(key, 2), (FRESH if rows == 0 else 1, flat.size))
         directions = np.asarray(whole(normal), float)
         if self.moves:
             move = np.asarray(whole(ravel(after.point)[0] - flat), float)
