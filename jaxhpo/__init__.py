@@ -89,8 +89,8 @@ from jaxhpo._core.types import Solver as Solver
 from jaxhpo._core.types import StatefulMethod as StatefulMethod
 from jaxhpo._core.types import Transform as Transform
 from jaxhpo._diagnostics.auto import Auto as Auto
-from jaxhpo._diagnostics.check import HypergradientCheck as HypergradientCheck
-from jaxhpo._diagnostics.check import check_hypergradient as check_hypergradient
+from jaxhpo._diagnostics.check.check import check_hypergradient as check_hypergradient
+from jaxhpo._diagnostics.check.result import HypergradientCheck as HypergradientCheck
 from jaxhpo._diagnostics.compare.compare import compare as compare
 from jaxhpo._diagnostics.compare.result import Comparison as Comparison
 from jaxhpo._diagnostics.compare.result import MethodRow as MethodRow

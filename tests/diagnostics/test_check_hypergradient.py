@@ -35,7 +35,7 @@ def test_progress_is_shown_after_a_while(monkeypatch, capsys):
     """Of the hypergradient, and of one coordinate."""
     loss = lambda h: h**3  # noqa: E731
     for delay, end in ((np.inf, ""), (0.0, "check_hypergradient 2/2\n")):
-        monkeypatch.setattr("jaxhpo._diagnostics.check.EVERY", delay)
+        monkeypatch.setattr("jaxhpo._diagnostics.check.check.EVERY", delay)
         jaxhpo.check_hypergradient(loss, jnp.asarray(1.0))
         shown = capsys.readouterr().err
         assert shown.endswith(end) and bool(shown) == bool(end)

@@ -15,10 +15,11 @@ from jaxhpo._adjoint.unroll import Unroll
 from jaxhpo._core.processes import agreed, from_first, whole
 from jaxhpo._core.record import InnerRun, SolveLog, recording
 from jaxhpo._core.trace import compilable, rules_in
-from jaxhpo._core.types import InnerState, LinearStatus, Schedule
+from jaxhpo._core.types import InnerState, Schedule
 from jaxhpo._core.validate import short_name
+from jaxhpo._diagnostics.check.evidence import Evidence
 from jaxhpo._diagnostics.origin import stops_in
-from jaxhpo._diagnostics.rows import Layout, Rows, judge
+from jaxhpo._diagnostics.rows import judge
 from jaxhpo._diagnostics.tangents import Constant, PlainLoop, Tangents
 from jaxhpo._inner.loop import run, scan_steps
 from jaxhpo._inner.problem import Problem
@@ -65,45 +66,19 @@ def _is_ours(rule: Any) -> bool:
 
 
 class Inquiry:
-    """Experiments with an outer loss whose hypergradient differs from the reference, to find out why.
+    """Experiments with an outer loss whose hypergradient differs from the reference, to find out why."""
 
-    Args:
-      value: `(flat, key) -> outer loss`.
-      flat: the point.
-      key: of the draw.
-      gradient: the hypergradient is a function of the user's, or of a pair: no other rule can take its place.
-      exact: the reference is the exact derivative of the steps; else `Unroll()` need not agree with it.
-      layout: of the hyperparameters.
-      rows: the directions.
-      given: (n,) the hypergradient's components along them.
-      reference: (n,) those of the reference.
-      log: the solves of the hypergradient.
-      statuses: of its linear solves.
-    """
-
-    def __init__(
-        self,
-        value: Callable,
-        flat: jax.Array,
-        key: jax.Array,
-        gradient: bool,
-        exact: bool,
-        layout: Layout,
-        rows: Rows,
-        given: np.ndarray,
-        reference: np.ndarray,
-        log: SolveLog,
-        statuses: tuple[LinearStatus, ...],
-    ):
-        self.value, self.flat, self.key, self.gradient, self.exact = value, flat, key, gradient, exact
-        self.layout, self.rows, self.given, self.reference = layout, rows, given, reference
-        self.log, self.statuses = log, statuses
-        self.error = self._error(given)
+    def __init__(self, evidence: Evidence):
+        self.value, self.flat, self.key, self.own = evidence.value, evidence.flat, evidence.key, evidence.own
+        self.layout, self.rows, self.exact = evidence.layout, evidence.rows, evidence.tangents is not None
+        self.log, self.statuses = evidence.log, evidence.statuses
+        self.given, self.reference = evidence.given.mean(0), evidence.wanted.mean(0)
+        self.error = self._error(self.given)
 
     def causes(self) -> tuple[str, ...]:
         """The causes in words, the likeliest first, each with its remedy."""
         with warnings.catch_warnings(action="ignore"):
-            exact = None if self.gradient or not self.log.adjoints else self._under(lambda rule: Exact())
+            exact = None if self.own or not self.log.adjoints else self._under(lambda rule: Exact())
             explained = exact is not None and self._explains(exact)
             if explained or (self.log.adjoints and not self.exact):
                 found = [text for rule in dict.fromkeys(self.log.adjoints) if (text := self._of_rule(rule))]
@@ -202,7 +177,7 @@ class Inquiry:
         own = [f"`{name}` ({place})" for name, _, place in (s.partition(" at ") for s in rules_in(plain.traced))]
         if own:
             return [f"{', '.join(own)}: a derivative rule that is not the derivative of its function. Look there."]
-        if self.gradient:
+        if self.own:
             return [
                 "The hypergradient comes from `gradient`: its method is approximate, a term of it is wrong, or it "
                 "holds what earlier calls left in `carry` (as `RealTime` does), which is constant in the reference."

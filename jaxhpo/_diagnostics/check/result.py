@@ -1,0 +1,100 @@
+"""The result of a check, as numbers and as text."""
+
+import dataclasses
+
+import numpy as np
+
+from jaxhpo._core.types import LinearStatus
+from jaxhpo._diagnostics.differences import DIFFERENCES
+from jaxhpo._diagnostics.predictivity import Predictivity
+
+AGREES = 3e-3  # a relative error up to which a hypergradient is called right: below that of products in bfloat16
+FORETELLS = 0.9  # a correlation of predicted and real change below which remedies are named
+
+
+@dataclasses.dataclass(frozen=True)
+class HypergradientCheck:
+    """A hypergradient compared with its reference; prints as a short report, the verdict first.
+
+    Attributes:
+      verdict: "agrees", "differs" or "cannot tell".
+      relative_error: ‖ĝ − g‖ / ‖g‖, of the hypergradient ĝ and its reference g.
+      interval: its 95 % confidence interval; both ends are equal where every coordinate was taken.
+      cosine: cosine of the angle between the two.
+      norm_ratio: ‖ĝ‖ / ‖g‖.
+      by_leaf: the relative error of every leaf; without all coordinates and without `by_leaf`, along its slope alone.
+      reference: "exact tangents" of the steps that were run, or "central differences" of the outer loss.
+      numeric_error: estimated relative error of the reference itself: of tangents by rounding, where it was measured,
+        else the precision of their type.
+      analytic: directional derivatives by the rule, shape (directions,).
+      numeric: the same of the reference.
+      coordinates: the name of each direction where they are coordinates, else None.
+      draws: hypergradients that were drawn, with different keys, and averaged.
+      noise: of several draws, the relative standard error of their mean; else 0.
+      linear_statuses: how the linear solves of the hypergradient ended, as `LinearStatus`.
+      causes: why it differs, and what to write instead, the likeliest first.
+      predictivity: with `step`, how well it foretells steps of that size, and of a third of it.
+    """
+
+    verdict: str
+    relative_error: float
+    interval: tuple[float, float]
+    cosine: float
+    norm_ratio: float
+    by_leaf: dict[str, float]
+    reference: str
+    numeric_error: float
+    analytic: np.ndarray
+    numeric: np.ndarray
+    coordinates: tuple[str, ...] | None
+    draws: int = 1
+    noise: float = 0.0
+    linear_statuses: tuple[int, ...] = ()
+    causes: tuple[str, ...] = ()
+    predictivity: tuple[Predictivity, ...] = ()
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        between = f" ({percent(low)} to {percent(high)})" if high > low else ""
+        size, causes = f"{percent(self.relative_error)}{between}", self.causes
+        head = {"agrees": f"agrees, to {size}: ", "differs": f"differs by {size}: "}.get(self.verdict, "")
+        if not head:
+            head, causes = f"cannot tell, because {causes[0][0].lower()}{causes[0][1:]}\n  ", causes[1:]
+        kind = "coordinates" if self.coordinates else "directions"
+        text = (
+            f"{head}hypergradient against {self.reference} along {len(self.numeric)} {kind}: relative error "
+            f"{self.relative_error:.1e}, cosine {self.cosine:.6f}, norm ratio {self.norm_ratio:.4f}"
+        )
+        if self.reference == DIFFERENCES:
+            text += f" (differences good to {self.numeric_error:.0e})"
+        if self.draws > 1:
+            text += f"\n  mean of {self.draws} draws, with a standard error of {percent(self.noise)}."
+        bad = sorted({LinearStatus(status).name for status in self.linear_statuses if status})
+        if bad:
+            text += f"\n  The linear solve of an implicit rule ended {', '.join(bad)}."
+        for cause in causes:
+            text += f"\n  {cause}"
+        for foretold in self.predictivity:
+            text += f"\n  It {foretold}."
+        if any(foretold.correlation < FORETELLS for foretold in self.predictivity):
+            text += (
+                "\n  What raises that: a lower outer rate; under Adam `eps_root=1e-6` or more; a decaying inner rate, "
+                "fewer inner steps; a penalty in the loss; tanh or gelu for ReLU."
+            )
+        if self.verdict == "agrees":
+            return text
+        worst = int(np.argmax(np.abs(self.analytic - self.numeric)))
+        where = f" at {self.coordinates[worst]}" if self.coordinates else ""
+        text += f"\n  worst{where}: {self.analytic[worst]:.4g} by the rule, {self.numeric[worst]:.4g} by the reference."
+        apart = {name: error for name, error in self.by_leaf.items() if error > AGREES}
+        if len(self.by_leaf) > 1 and apart:
+            some = sorted(apart, key=lambda name: -apart[name])[:4]
+            text += f"\n  by leaf: {', '.join(f'{name} {percent(apart[name])}' for name in some)}."
+        return text
+
+
+def percent(x: float) -> str:
+    """A part as a percentage of two digits, where that reads well."""
+    if x >= 10:
+        return f"{x:.2g} times"
+    return f"{100 * x:.3g} %" if x >= 1 else f"{100 * x:.2g} %" if x >= 1e-4 else f"{x:.0e}"
