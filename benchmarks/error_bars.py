@@ -166,7 +166,7 @@ def predictivity(seeds, draws):
 
             grad = np.asarray(jax.jit(jax.grad(outer_loss))(h), float)
             keys = jax.random.split(jax.random.key(seed), draws)
-            each = [retrain(jax.jit(outer_loss), h, 0.1, key)[0].predictivity(grad).correlation for key in keys]
+            each = [retrain(jax.jit(outer_loss), h, (0.1,), key)[0].predictivity(grad).correlation for key in keys]
             found[eps_root] = np.array(each)
         ranked = float((found[1e-5][:, None] > found[1e-8][None]).mean())
         means = {f"{eps_root:.0e}": float(x.mean()) for eps_root, x in found.items()}

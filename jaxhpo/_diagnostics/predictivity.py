@@ -12,7 +12,7 @@ from jaxhpo._core.trace import compilable
 from jaxhpo._core.tree import map_in_chunks
 
 NUMBER = 8  # steps of each size
-SMALLER = 1 / 3  # of the step asked for: the second size
+ONE_SIDED = 1.645  # standard deviations that a normal number exceeds in 5 % of cases
 TOGETHER = 8  # trainings under one `vmap`
 
 
@@ -30,6 +30,11 @@ class Predictivity(NamedTuple):
     correlation: float
     interval: tuple[float, float]
     slope: float
+
+    def above(self, other: "Predictivity") -> bool:
+        """True where the correlation is higher than another, over as many steps, by more than chance (5 %)."""
+        mine, others = (np.arctanh(np.clip(np.nan_to_num(x.correlation), -1, 1)) for x in (self, other))
+        return bool(mine - others > ONE_SIDED * np.sqrt(2 / (NUMBER - 3)))
 
     def __str__(self) -> str:
         low, high = self.interval
@@ -63,27 +68,27 @@ class Retrained(NamedTuple):
         return Predictivity(self.step, correlation, (float(np.tanh(ends[0])), float(np.tanh(ends[1]))), slope)
 
 
-def retrain(value: Callable, flat: jax.Array, step: float, key: jax.Array, *args: Any) -> tuple[Retrained, ...]:
-    """Trains at random points of two distances, `step` and a third of it, and takes the changes of the outer loss.
+def retrain(
+    value: Callable, flat: jax.Array, sizes: tuple[float, ...], key: jax.Array, *args: Any
+) -> tuple[Retrained, ...]:
+    """Trains at `NUMBER` random points of each distance, and takes the changes of the outer loss.
 
     Args:
       value: `(flat, *args) -> outer loss`.
       flat: the hyperparameters.
-      step: the standard deviation of each entry's move, in the hyperparameters' own units.
-      key: for the moves.
+      sizes: the standard deviations of each entry's move, in the hyperparameters' own units.
+      key: for the moves; those of the first size are the same for any number of sizes.
       *args: of `value`.
     """
-    normal = jax.random.normal(key, (2 * NUMBER, flat.size), flat.dtype)
-    sizes = step * jnp.repeat(jnp.array([1, SMALLER], flat.dtype), NUMBER)
-    moves = jnp.concatenate([jnp.zeros((1, flat.size), flat.dtype), normal * sizes[:, None]])
+    # JAX counts random numbers by their place: those of the first size are the same for any number of sizes.
+    normal = jax.random.normal(key, (len(sizes), NUMBER, flat.size), flat.dtype)
+    steps = jnp.asarray(sizes, flat.dtype)[:, None, None] * normal
+    moves = jnp.concatenate([jnp.zeros((1, flat.size), flat.dtype), steps.reshape(-1, flat.size)])
 
     def values(flat, moves, *args):
         return map_in_chunks(lambda move: value(flat + move, *args), moves, TOGETHER)
 
     program, given = compilable(values, flat, moves, *args)
     found, moves = np.asarray(whole(program(*given)), float), np.asarray(whole(moves), float)[1:]
-    changes = found[1:] - found[0]
-    parts = slice(NUMBER), slice(NUMBER, None)
-    return tuple(
-        Retrained(size, moves[part], changes[part]) for size, part in zip((step, step * SMALLER), parts, strict=True)
-    )
+    changes = (found[1:] - found[0]).reshape(len(sizes), NUMBER)
+    return tuple(map(Retrained, sizes, moves.reshape(len(sizes), NUMBER, flat.size), changes))

@@ -12,7 +12,8 @@ from jaxhpo._core.processes import from_first, whole
 from jaxhpo._core.record import SolveLog, recording
 from jaxhpo._core.trace import compilable
 from jaxhpo._core.types import LinearStatus
-from jaxhpo._diagnostics.check.result import AGREES, HypergradientCheck
+from jaxhpo._diagnostics.check.remedies import try_remedies
+from jaxhpo._diagnostics.check.result import AGREES, FORETELLS, HypergradientCheck
 from jaxhpo._diagnostics.differences import DIFFERENCES, TANGENTS, Differences, central_differences, difference_along
 from jaxhpo._diagnostics.health import raise_if_zero, raise_unless_finite
 from jaxhpo._diagnostics.not_finite import diagnose
@@ -60,6 +61,7 @@ class Evidence:
         self.numeric_error = float(jnp.finfo(self.flat.dtype).eps)
         self.tangents: Tangents | None = None
         self.predictivity: tuple[Predictivity, ...] = ()
+        self.remedies: dict[str, Predictivity] = {}
 
         def loss_of(hparams, key):
             return (loss or own)(hparams, carry, key)[0]
@@ -190,10 +192,12 @@ class Evidence:
         self.given = self.grads @ self.rows.directions.T
 
     def foretell(self, step) -> None:
-        """Measures predictivity."""
+        """Measures predictivity, and where it is low also that of other trainings."""
         key = jax.random.fold_in(self.direction_key, 3)
-        retrained = retrain(self.value, self.flat, step, key, self.key)
+        retrained = retrain(self.value, self.flat, (step, step / 3), key, self.key)
         self.predictivity = tuple(each.predictivity(self.grads[0]) for each in retrained)
+        if self.log.adjoints and not self.predictivity[0].correlation >= FORETELLS:  # it may be NaN
+            self.remedies = try_remedies(self.value, self.value_and_grad, self.flat, step, key, self.key)
 
     # --- judgement ---
 
@@ -280,4 +284,5 @@ class Evidence:
             self.statuses,
             causes,
             self.predictivity,
+            self.remedies,
         )

@@ -9,7 +9,7 @@ from jaxhpo._diagnostics.differences import DIFFERENCES
 from jaxhpo._diagnostics.predictivity import Predictivity
 
 AGREES = 3e-3  # a relative error up to which a hypergradient is called right: below that of products in bfloat16
-FORETELLS = 0.9  # a correlation of predicted and real change below which remedies are named
+FORETELLS = 0.9  # a correlation of predicted and real change below which remedies are tried
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +34,7 @@ class HypergradientCheck:
       linear_statuses: how the linear solves of the hypergradient ended, as `LinearStatus`.
       causes: why it differs, and what to write instead, the likeliest first.
       predictivity: with `step`, how well it foretells steps of that size, and of a third of it.
+      remedies: where that is badly, how well the hypergradients of other trainings foretell theirs, by name.
     """
 
     verdict: str
@@ -52,6 +53,7 @@ class HypergradientCheck:
     linear_statuses: tuple[int, ...] = ()
     causes: tuple[str, ...] = ()
     predictivity: tuple[Predictivity, ...] = ()
+    remedies: dict[str, Predictivity] = dataclasses.field(default_factory=dict)
 
     def __str__(self) -> str:
         low, high = self.interval
@@ -74,13 +76,7 @@ class HypergradientCheck:
             text += f"\n  The linear solve of an implicit rule ended {', '.join(bad)}."
         for cause in causes:
             text += f"\n  {cause}"
-        for foretold in self.predictivity:
-            text += f"\n  It {foretold}."
-        if any(foretold.correlation < FORETELLS for foretold in self.predictivity):
-            text += (
-                "\n  What raises that: a lower outer rate; under Adam `eps_root=1e-6` or more; a decaying inner rate, "
-                "fewer inner steps; a penalty in the loss; tanh or gelu for ReLU."
-            )
+        text += self._foretold()
         if self.verdict == "agrees":
             return text
         worst = int(np.argmax(np.abs(self.analytic - self.numeric)))
@@ -91,6 +87,24 @@ class HypergradientCheck:
             some = sorted(apart, key=lambda name: -apart[name])[:4]
             text += f"\n  by leaf: {', '.join(f'{name} {percent(apart[name])}' for name in some)}."
         return text
+
+    def _foretold(self) -> str:
+        """How well finite steps are foretold, what raised that, and what else may."""
+        if not self.predictivity:
+            return ""
+        first, *rest = self.predictivity
+        better = {name: found for name, found in self.remedies.items() if found.above(first)}
+        text = f"\n  It {first}{''.join(f'; with {name} {found.correlation:.2f}' for name, found in better.items())}."
+        text += "".join(f"\n  It {foretold}." for foretold in rest)
+        if all(foretold.correlation >= FORETELLS for foretold in self.predictivity):
+            return text
+        if vain := [f"{name} ({x.correlation:.2f})" for name, x in self.remedies.items() if name not in better]:
+            text += f"\n  Tried, and not better beyond chance: {', '.join(vain)}."
+        fewer = "" if self.remedies else " fewer inner steps;"
+        return (
+            f"{text}\n  What {'else ' * bool(self.remedies)}may raise that: a lower outer rate; under Adam "
+            f"`eps_root=1e-6` or more; a decaying inner rate;{fewer} a penalty in the loss; tanh or gelu for ReLU."
+        )
 
 
 def percent(x: float) -> str:

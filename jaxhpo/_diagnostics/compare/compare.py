@@ -80,7 +80,7 @@ def compare(
         three seconds in all.
       step: also measures predictivity, as `check_hypergradient` does: the correlation of the change that each method's
         hypergradient foretells with the real one, over 8 random steps by which each hyperparameter moves with this
-        standard deviation, the same for all methods; 17 trainings. None does not.
+        standard deviation, the same for all methods; 9 trainings. None does not.
       key: for the random directions; `jax.random.key(0)` when None.
       progress: shows progress on stderr, also within what takes longer than 5 s.
 
@@ -169,7 +169,7 @@ def compare(
                 loss, hparams, directions, direction_key, forward, by_rule, tried.update
             )
         bar.update("derivatives along directions")
-        retrained = None if step is None else retrain(loss, flat, step, jax.random.fold_in(direction_key, 1))[0]
+        retrained = None if step is None else retrain(loss, flat, (step,), jax.random.fold_in(direction_key, 1))[0]
         programs = [functools.partial(m.program, *m.args) for m in (plain, *found.values()) if m.error is None]
         # By its clock one process would call oftener than another, which then waits for it.
         at_least = 0.0 if repeats or jax.process_count() > 1 else 3.0
