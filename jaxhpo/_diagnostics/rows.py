@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from scipy.stats import chi2
+from scipy.stats import chi2, t
 
 from jaxhpo._core.tree import named_leaves
 from jaxhpo._core.types import PyTree
@@ -143,9 +143,7 @@ def judge(layout: Layout, rows: Rows, given: np.ndarray, reference: np.ndarray) 
         by_leaf = {name: _ratio(np.sum(off[at] ** 2), np.sum(reference[at] ** 2)) for name, at in named}
         return Judged(whole, (whole.relative_error, whole.relative_error), by_leaf)
     if not (rows.kinds == SLOPE).any():
-        whole, number = agreement(given, reference), len(given)
-        ends = [whole.relative_error * float(np.sqrt(number / chi2.ppf(end, number))) for end in (0.975, 0.025)]
-        return Judged(whole, (ends[0], ends[1]), {})
+        return Judged(agreement(given, reference), interval_of_ratio(off, reference), {})
     slope, random = rows.kinds == SLOPE, (rows.kinds == RANDOM) & (rows.leaves == -1)
     number = int(random.sum())
 
@@ -169,6 +167,22 @@ def judge(layout: Layout, rows: Rows, given: np.ndarray, reference: np.ndarray) 
             by_leaf[name] = _ratio(*parts)
     whole = Agreement(error(1.0), float(both.sum() / lengths) if lengths else 0.0, _ratio(size.sum(), right.sum()))
     return Judged(whole, (ends[0], ends[1]), by_leaf)
+
+
+def interval_of_ratio(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
+    """95 % confidence interval of ‖X‖ / ‖Y‖, for components x and y of two vectors along the same random directions.
+
+    That is a ratio of two standard deviations. With λ the true one, x + λ y and x − λ y are uncorrelated, which
+    Student's t tests (Pitman, 1939).
+    """
+    number, w = len(x), _ratio(float(x @ x), float(y @ y))
+    if number < 2 or not 0 < w < np.inf:
+        return (0.0, np.inf) if number < 2 else (w, w)
+    r = x @ y / np.sqrt((x @ x) * (y @ y))
+    # λ² / w² = q with (1 − q)² / 4 q (1 − r²) = t² / (n − 1), whose two roots are K ± √(K² − 1).
+    k = 1 + 2 * (1 - min(r**2, 1.0)) * t.ppf(0.975, number - 1) ** 2 / (number - 1)
+    larger = float(np.sqrt(k + np.sqrt(k**2 - 1)))
+    return w / larger, w * larger
 
 
 def _ratio(off: float, size: float) -> float:

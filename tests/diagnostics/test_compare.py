@@ -23,6 +23,7 @@ from jaxhpo._diagnostics.compare import compare as comparison
 from jaxhpo._diagnostics.compare import measure
 from jaxhpo._diagnostics.compare.result import MethodRow, ProblemSize, Reference
 from jaxhpo._diagnostics.compare.verdict import recommend
+from jaxhpo._diagnostics.rows import interval_of_ratio
 
 RIDGE, QUADRATIC = PROBLEMS["ridge"], PROBLEMS["quadratic"]
 
@@ -146,6 +147,8 @@ REASONS = [
     (Implicit(Direct()), UNCONVERGED, {}, "went from 3 to 0.5"),
     (ForwardGradient(3), CONVERGED, {}, "one draw"),
     (Broken(), CONVERGED, {}, "its approximation is too rough"),
+    (Broken(), CONVERGED, {"first_error": 0.2}, "its approximation is too rough"),
+    (Broken(), CONVERGED, {"first_error": 1e-3}, "right at its first call"),
     (Implicit(CG()), CONVERGED, {"blind": ("hparams['r']",)}, "it cannot see `hparams['r']`"),
 ]
 
@@ -199,6 +202,9 @@ def fixed(adjoint):
         (no_solve, {"num_directions": 0}, "num_directions"),
         (no_solve, {"repeats": 0}, "repeats"),
         (no_solve, {"key": jnp.zeros(2, jnp.uint32)}, "typed key"),
+        (no_solve, {"pairs": [jaxhpo.HOAG()]}, r"a name and a state.*from_pair\(pair\)"),
+        (no_solve, {"pairs": {"a": jaxhpo.HOAG()}}, r"`pairs\['a'\]` got HOAG.*pair.init"),
+        (no_solve, {"pairs": {"a": (jaxhpo.Hypergradient(None, None), None)}}, "`gradient` got a pair"),
     ],
 )
 def test_invalid_inputs_are_refused(make, options, words):
@@ -548,11 +554,65 @@ def test_method_that_exceeds_memory_is_not_run(monkeypatch):
     assert found.recommended == "Unroll(checkpoint=20)"
 
 
+def test_interval_of_a_ratio():
+    """It holds ‖x‖ / ‖y‖ in 95 of 100 draws of directions, whether the two are related or not; of multiples a point."""
+    rng = np.random.default_rng(0)
+    y, z = rng.normal(size=(2, 500))
+    for x in (z, 0.3 * y + 0.1 * z):
+        inside, true = 0, np.linalg.norm(x) / np.linalg.norm(y)
+        for _ in range(1000):
+            rows = rng.normal(size=(8, 500))
+            low, high = interval_of_ratio(rows @ x, rows @ y)
+            inside += low <= true <= high
+        assert abs(inside / 1000 - 0.95) < 4 * (0.95 * 0.05 / 1000) ** 0.5  # four standard errors
+    np.testing.assert_allclose(interval_of_ratio(0.3 * y, y), 0.3)
+    assert interval_of_ratio(0 * y, y) == (0, 0) and interval_of_ratio(y[:1], y[:1]) == (0, np.inf)
+
+
 @pytest.mark.slow
-def test_random_rule_is_noted_as_one_draw():
-    found = compare(lambda rule: outer_loss(QUADRATIC, rule, 5), jnp.asarray(QUADRATIC.hparams), [ForwardGradient(2)])
-    line = found["ForwardGradient(2)"]
-    assert line.notes[-1] == "A random estimate, judged by one draw." and line.relative_error > 0.1
+def test_random_rules_are_judged_by_several_draws():
+    """One draw of 16 directions is off by √((3 + 1) / 16) in the root mean square, as the rule's docstring has it."""
+    make = lambda rule: outer_loss(QUADRATIC, rule, 5)  # noqa: E731
+    found = compare(make, jnp.asarray(QUADRATIC.hparams), [ForwardGradient(16), Unroll(truncate=1)])
+    line, sure = found.rows
+    low, high = line.interval
+    assert line.draws == 8 and low < 0.5 < high and low < line.relative_error < high
+    mean = float(line.notes[-1].rpartition(" ")[2].rstrip("."))
+    assert "judged by 8 draws" in line.notes[-1] and 0 < mean < line.relative_error / 2**0.5  # expected: / 8**0.5
+    assert sure.draws == 1 and sure.interval == (sure.relative_error,) * 2 and "interval" in str(found)
+    # Along two random directions of three an error is not exact.
+    found = compare(
+        make, jnp.asarray(QUADRATIC.hparams), [Unroll(truncate=1)], reference="differences", num_directions=2
+    )
+    low, high = found.rows[0].interval
+    assert low <= found.rows[0].relative_error <= high
+
+
+@pytest.mark.slow
+def test_pairs_are_compared():
+    """On the quadratic: from one start a pair is its rule; from the last one it takes ever more steps."""
+    p, steps, h = QUADRATIC, 5, jnp.asarray(QUADRATIC.hparams)
+    solver = jaxhpo.from_optax(p.train_loss, optax.sgd(p.step_size))
+
+    def pair(method, warm_start):
+        val = lambda solution, h, batch: p.val_loss(solution.params)  # noqa: E731
+        made = jaxhpo.hypergradient(method, solver, val, num_steps=steps, warm_start=warm_start)
+        return jaxhpo.from_pair(made), made.init(jnp.asarray(p.params), h)
+
+    pairs = {"cold": pair(Unroll(), False), "warm": pair(Implicit(), True)}
+    pairs["broken"] = (lambda h, carry, key: 1 / 0, None)
+    found = compare(lambda rule: outer_loss(p, rule, steps), h, [Implicit()], pairs=pairs)
+    cold, warm = found["cold"], found["warm"]
+    assert cold.accurate and cold.first_error < 1e-12 and cold.draws == 1
+    assert warm.first_error == pytest.approx(found["Implicit(CG(fallback=General()))"].relative_error, rel=1e-6)
+    # The condition 2 (a − h) gives da/dh = 1, and the hypergradient 2 (a_T − target), against 2 (1 − ρ) (a_5 − target).
+    end = lambda number: h + (1 - 2 * p.step_size) ** number * (p.params - h)  # noqa: E731
+    target, rho = h - p.hypergradient(p.hparams) / 2, (1 - 2 * p.step_size) ** steps
+    want = relative_error(2 * (end(6 * steps) - target), 2 * (1 - rho) * (end(steps) - target))
+    assert warm.relative_error == pytest.approx(want, rel=1e-6) and "the 6th" in str(found)
+    assert "ZeroDivisionError" in found["broken"].error and found.recommended == "cold"
+    with pytest.raises(jaxhpo.JaxhpoError, match="another"):
+        compare(lambda rule: outer_loss(p, rule, steps), h, {"cold": Unroll()}, pairs=pairs)
 
 
 @pytest.mark.slow

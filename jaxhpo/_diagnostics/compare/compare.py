@@ -14,21 +14,32 @@ from jaxhpo._adjoint.unroll import Unroll
 from jaxhpo._core.cost import fastest, temporary_bytes
 from jaxhpo._core.errors import JaxhpoError, ZeroHypergradientWarning
 from jaxhpo._core.mesh import ravel
+from jaxhpo._core.outer import in_one_form
 from jaxhpo._core.processes import AnotherProcessError, together
 from jaxhpo._core.progress import EVERY, Progress, say
 from jaxhpo._core.record import SolveLog
 from jaxhpo._core.tree import names
-from jaxhpo._core.types import PyTree
+from jaxhpo._core.types import Hypergradient, PyTree
 from jaxhpo._core.validate import (
+    check_arrays,
     check_callable,
     check_count,
     check_key,
     check_params,
     check_positive,
     check_scalar,
+    describe,
     short_name,
 )
-from jaxhpo._diagnostics.compare.measure import Measured, RuleNotUsed, first_words, measure, run_once
+from jaxhpo._diagnostics.compare.measure import (
+    CALLS,
+    Measured,
+    RuleNotUsed,
+    first_words,
+    measure,
+    measure_pair,
+    run_once,
+)
 from jaxhpo._diagnostics.compare.reference import Standard, directional_derivatives, standard
 from jaxhpo._diagnostics.compare.result import Comparison, MethodRow, ProblemSize
 from jaxhpo._diagnostics.compare.verdict import failures, recommend
@@ -50,6 +61,7 @@ def compare(
     hparams: PyTree,
     adjoints: Sequence[Adjoint] | Mapping[str, Adjoint] | None = None,
     *,
+    pairs: Mapping[str, tuple[Callable, PyTree]] | None = None,
     reference: Adjoint | str | None = None,
     num_directions: int = 16,
     repeats: int | None = None,
@@ -68,12 +80,20 @@ def compare(
     **Cost and bias**: one compilation and 1 + `repeats` hypergradients per method (one more compilation for rules with
     an iterative linear solve), and 5 + 1.3 `num_directions` trainings for the tangents, or 4 `num_directions` for
     differences. Times are those of this machine, measured by calling all programs in turn; errors are those at
-    `hparams` alone. A randomised rule is judged by one draw, of the key that `make_outer_loss` gives it.
+    `hparams` alone. Where the reference is the exact rule, or a derivative along every coordinate, an error is exact;
+    along random directions it has a 95 % interval (Pitman's, of a ratio of two standard deviations). A random method
+    is judged by 8 draws, a rule's of the key that `make_outer_loss` gives it with 7 numbers folded in (one more
+    compilation, 7 hypergradients): the error is their root mean square, with an interval for log-normal errors.
 
     Args:
       make_outer_loss: `adjoint -> (hparams -> scalar)`: your outer loss, passing the rule on to `solve`.
       hparams: where to compare, a pytree of floating-point arrays.
       adjoints: the rules, in a sequence or as `{name: rule}`; None takes those without required settings.
+      pairs: stateful methods beside the rules, as `{name: (gradient, carry)}`, for instance `{"HOAG": (from_pair(pair),
+        pair.init(params, hparams))}`, with the same start and data as the outer loss. Each is called 6 times at
+        `hparams` (and 7 more where it is random), and its row is of the last call, in which warm starts have settled;
+        that of the first is in the notes. With a warm start the last is no derivative of the steps from the first
+        start, but nears it where the inner run converges.
       reference: the rule taken to be exact, or `"differences"`; `Unroll()` when None.
       num_directions: random directions of tangents or differences; up to as many hyperparameters are taken one by one.
       repeats: timed calls of each program, of which the fastest counts; None takes five, and more of short ones:
@@ -122,6 +142,7 @@ def compare(
         check_positive("step", step)
     direction_key = jax.random.key(0) if key is None else check_key(key)
     given = {} if adjoints is None else _named(adjoints)
+    pairs = {} if pairs is None else _checked_pairs(pairs)
     if isinstance(reference, str) and reference != "differences":
         raise JaxhpoError(f"`reference` got {reference!r}, which is no rule: write 'differences', or pass `Unroll()`.")
     exact = None if isinstance(reference, str) else Unroll() if reference is None else reference
@@ -148,11 +169,17 @@ def compare(
     plain = _run_plain(make_loss, [exact or Unroll(), *given.values(), Implicit()], flat)
     raise_unless_finite(plain.result, (), lambda: diagnose(make_outer_loss(plain.rule), hparams))
     methods = given or _named(default_adjoints(plain.log, flat.size, isinstance(plain.rule, Unroll)))
-    with Progress(len(methods) + 3, "compare", progress) as bar:
-        found = {}
+    if both := methods.keys() & pairs.keys():
+        raise JaxhpoError(f"`pairs` got the name {min(both)!r}, which a rule has: give it another.")
+    with Progress(len(methods) + len(pairs) + 3, "compare", progress) as bar:
+        found: dict[str, Measured] = {}
         for name, rule in methods.items():
             bar.note(f"compiling and running {name}")
             found[name] = measure(make_loss, rule, flat)
+            bar.update(name)
+        for name, (pair, carry) in pairs.items():
+            bar.note(f"compiling and running {name}")
+            found[name] = measure_pair(pair, carry, hparams, jax.random.fold_in(direction_key, 2))
             bar.update(name)
         of_exact = next((measured for measured in found.values() if measured.rule == exact), None)
         if exact is not None and of_exact is None:
@@ -219,6 +246,19 @@ def _named(adjoints) -> dict[str, Adjoint]:
     return methods
 
 
+def _checked_pairs(pairs) -> dict[str, tuple[Callable, PyTree]]:
+    """Each pair's gradient, in the form that checks its results, and its carry."""
+    wanted = "`{name: (gradient, carry)}`, such as `{'HOAG': (from_pair(pair), pair.init(params, hparams))}`"
+    if not isinstance(pairs, Mapping):
+        raise JaxhpoError(f"`pairs` got {describe(pairs)}, but a method needs a name and a state: write {wanted}.")
+    found = {}
+    for name, given in pairs.items():
+        if not isinstance(given, tuple) or isinstance(given, Hypergradient) or len(given) != 2:
+            raise JaxhpoError(f"`pairs[{name!r}]` got {describe(given)}: write {wanted}.")
+        found[str(name)] = in_one_form(None, given[0])[1], check_arrays(given[1], "carry")
+    return found
+
+
 def default_adjoints(log: SolveLog, num_hparams: int, unrolls: bool) -> list[Adjoint]:
     """The rules without required settings that suit the problem."""
     rules: list[Adjoint] = []
@@ -261,8 +301,11 @@ def _row(name, measured: Measured, against: Standard, parts, retrained, seconds:
     if measured.error is not None:
         return MethodRow(name, measured.rule, error=measured.error, notes=(f"It raised {measured.error}",))
     grad, took, temporary = measured.result[1], next(seconds), temporary_bytes(measured.program)
-    finite, solves = bool(np.all(np.isfinite(grad))), measured.linear_solves
-    fields: dict[str, Any] = against.scores(grad, parts, measured.warnings) if finite else {}
+    finite, solves = bool(np.all(np.isfinite(measured.draws))), measured.linear_solves
+    fields: dict[str, Any] = against.scores(measured.draws, parts, measured.warnings) if finite else {}
+    fields["draws"] = len(measured.draws)
+    if measured.first is not None and np.all(np.isfinite(measured.first)):
+        fields["first_error"] = against.error(np.asarray(measured.first, float))
     if solves:
         statuses = [solve.status.name.lower().replace("_", " ") for solve in solves]
         fields["linear_status"] = max(statuses, key=WORST_LAST.index)
@@ -273,14 +316,18 @@ def _row(name, measured: Measured, against: Standard, parts, retrained, seconds:
     fields |= {"gradients": took * problem.num_steps / problem.seconds, "seconds": took, "finite": finite}
     fields["copies"] = None if temporary is None else temporary / plain.log.param_bytes
     row = MethodRow(name, measured.rule, **fields)
-    return row._replace(notes=tuple(_notes(row, measured, problem, float(plain.result))))
+    mean_error = against.error(measured.draws.mean(0)) if finite else None
+    return row._replace(notes=tuple(_notes(row, measured, mean_error, problem, float(plain.result))))
 
 
-def _notes(row, measured, problem, plain_value) -> Iterator[str]:
+def _notes(row, measured, mean_error, problem, plain_value) -> Iterator[str]:
     for reason in failures(row, problem):
         yield f"{reason[0].upper()}{reason[1:]}."
-    if measured.log.random:
-        yield "A random estimate, judged by one draw."
+    if row.first_error is not None and row.relative_error is not None:
+        first, last = row.first_error, row.relative_error
+        yield f"Its first call has the relative error {first:.1e}, the {CALLS}th, which is in the table, {last:.1e}."
+    if row.draws > 1:
+        yield f"A random estimate, judged by {row.draws} draws, whose mean has the relative error {mean_error:.1e}."
     value, _ = measured.result
     if abs(value - plain_value) > 1e-3 * max(abs(plain_value), 1e-30):
         yield f"Its outer loss is {value:.6g}, that of the plain run {plain_value:.6g}."

@@ -15,8 +15,9 @@ class MethodRow(NamedTuple):
 
     Attributes:
       name: as the method was given, or as written in code.
-      rule: the derivative rule itself.
-      relative_error: ‖g − reference‖ / ‖reference‖.
+      rule: the derivative rule itself, or the `gradient` of a pair.
+      relative_error: ‖g − reference‖ / ‖reference‖; of a random method the root mean square over draws, and so of the
+        leaves and the norm ratio; the cosine is their mean.
       cosine: of the angle between g and the reference.
       norm_ratio: ‖g‖ / ‖reference‖.
       leaf_errors: the relative error of every leaf of the hyperparameters, against an exact reference.
@@ -33,6 +34,9 @@ class MethodRow(NamedTuple):
       error: the exception that the method raised, in which case nothing else was measured.
       notes: the method's faults on this problem, in words.
       predictivity: with `step`, the correlation of the change foretold by g with the real one, over finite steps.
+      interval: 95 % confidence interval of `relative_error`; a point where neither draws nor directions are sampled.
+      draws: hypergradients that were drawn, with other keys; 1 of what is not random.
+      first_error: of a pair, the relative error of its first call; the other figures are of the last of several.
     """
 
     name: str
@@ -53,6 +57,9 @@ class MethodRow(NamedTuple):
     error: str | None = None
     notes: tuple[str, ...] = ()
     predictivity: float | None = None
+    interval: tuple[float, float] | None = None
+    draws: int = 1
+    first_error: float | None = None
 
     @property
     def usable(self) -> bool:
@@ -159,20 +166,27 @@ class Comparison:
 def _table(rows) -> list[str]:
     width = min(max(len(row.name) for row in rows), 29)
     foretold = any(row.predictivity is not None for row in rows)
+    sampled = any(row.interval is not None and row.interval[0] < row.interval[1] for row in rows)
     extra = "  foretells" * foretold
-    head = f"{'method':{width}}  rel. error   cosine  norm ratio{extra}  gradients   copies  finite  linear solve"
+    between = "     interval" * sampled
+    head = (
+        f"{'method':{width}}  rel. error{between}   cosine  norm ratio{extra}  gradients   copies  finite  linear solve"
+    )
     legend = "gradients: time of the hypergradient in inner steps; copies: its peak memory in copies of the parameters"
-    return [head, "-" * WIDTH, *(_line(row, width, foretold) for row in rows), legend]
+    more = ["interval: of the relative error, 95 %"] * sampled
+    return [head, "-" * WIDTH, *(_line(row, width, sampled, foretold) for row in rows), legend, *more]
 
 
-def _line(row: MethodRow, width: int, foretold: bool) -> str:
+def _line(row: MethodRow, width: int, sampled: bool, foretold: bool) -> str:
     name = row.name if len(row.name) <= width else row.name[: width - 3] + "..."
     if row.error is not None:
         return f"{name:{width}}  raised: see below"
+    low, high = row.interval or (0.0, 0.0)
+    between = f"  {f'{low:.0e}–{high:.0e}' if high > low else '':>11}" * sampled
     extra = f"{_number(row.predictivity, '.2f'):>9}  " * foretold
     linear = f"{row.linear_status} {row.linear_iterations}, {_number(row.linear_residual, '.1e')}"
     return (
-        f"{name:{width}}  {_number(row.relative_error, '.1e'):>10}  {_number(row.cosine, '.4f'):>7}  "
+        f"{name:{width}}  {_number(row.relative_error, '.1e'):>10}{between}  {_number(row.cosine, '.4f'):>7}  "
         f"{_number(row.norm_ratio):>10}  {extra}{_number(row.gradients):>9}  {_number(row.copies):>7}  "
         f"{'yes' if row.finite else 'NO':>6}  {linear if row.linear_status else ''}"
     ).rstrip()

@@ -34,6 +34,8 @@ def failures(row: MethodRow, problem: ProblemSize) -> tuple[str, ...]:
         found.append("one draw of so few directions is noise")
     elif isinstance(row.rule, Unroll) and row.rule.truncate is not None:
         found.append(f"the last {row.rule.truncate} inner steps carry only part of the hypergradient")
+    elif row.first_error is not None and row.first_error <= 1e-2:
+        found.append("right at its first call, it continues from its last run, which is not that of the outer loss")
     else:
         found.append("its approximation is too rough")
     return tuple(found)
