@@ -24,7 +24,7 @@ from jaxhpo._diagnostics.tangents import Tangents, if_forward
 from jaxhpo._tune.step import OuterReport, OuterState, Step
 
 FRESH = 6  # tangents at the first step
-EVERY = 3  # steps from one tangent to the next; 2 where moves are measured too
+EVERY = 4  # steps from one tangent to the next; 2 where moves are measured too
 POOLED = 8  # tangents that are averaged
 
 
