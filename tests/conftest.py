@@ -8,11 +8,20 @@ that leaves XLA as it comes: `JAXHPO_TEST_CODEGEN=default pytest -m codegen`.
 import gc
 import importlib.metadata
 import os
+import shutil
 import signal
 import sys
+import tempfile
 
 import orphans
 import pytest
+
+# Without cached bytecode each process of a test spends two of its three seconds of imports on compiling jax's modules.
+# Where the environment wants none in the source tree, a folder of this session takes it.
+BYTECODE = None
+if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
+    BYTECODE = os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix = tempfile.mkdtemp(prefix="jaxhpo-bytecode-")
+    sys.dont_write_bytecode = False
 
 # Before jax is imported, and in each worker of xdist anew.
 DEFAULT_CODEGEN = os.environ.get("JAXHPO_TEST_CODEGEN") == "default"
@@ -53,6 +62,8 @@ def pytest_configure(config):
 
 def pytest_unconfigure(config):
     orphans.end()
+    if BYTECODE is not None:
+        shutil.rmtree(BYTECODE, ignore_errors=True)
 
 
 def refuse_network(event, args):
