@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -176,20 +175,12 @@ def grad(fn):
     return jax.jit(jax.grad(fn))
 
 
-def pairwise(*factors) -> list[tuple]:
-    """Rows, one value of each factor, that hold every pair of values of two factors; greedily few, always the same."""
-    every = list(itertools.product(*(range(len(factor)) for factor in factors)))
-
-    def pairs(row):
-        return set(itertools.combinations(enumerate(row), 2))
-
-    left, rows = set().union(*map(pairs, every)), []
-    while left:
-        rows.append(max(every, key=lambda row: len(pairs(row) & left)))
-        left -= pairs(rows[-1])
-    return [tuple(factor[i] for factor, i in zip(factors, row, strict=True)) for row in rows]
-
-
 def default_environment() -> dict[str, str]:
     """The environment that users have: for child processes of what they run, without the settings of `conftest.py`."""
     return {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS")}
+
+
+def cheap_environment() -> dict[str, str]:
+    """The same, but XLA optimises as little as in the tests themselves."""
+    flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag]
+    return os.environ | {"XLA_FLAGS": " ".join(flags)}

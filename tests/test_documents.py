@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import default_environment
+from helpers import cheap_environment, default_environment
 
 import jaxhpo
 import jaxhpo.data
@@ -43,7 +43,7 @@ validation_loss = lambda params: train_loss(params, h, {"image": images, "label"
 """
     code = setting + flax_model + use + warm_start.replace("num_steps=500", "num_steps=3")
     subprocess.run(
-        [sys.executable, "-c", code + "assert result.status == 'finished'"], env=default_environment(), check=True
+        [sys.executable, "-c", code + "assert result.status == 'finished'"], env=cheap_environment(), check=True
     )
 
 
@@ -54,7 +54,7 @@ def test_readme_examples_of_methods_run(tmp_path):
     code = "\n".join([first, comparing, planning, pair, "assert result.status == 'finished'"])
     command = [sys.executable, "-c", code]
     out = subprocess.run(
-        command, capture_output=True, text=True, env=default_environment(), check=True, cwd=tmp_path
+        command, capture_output=True, text=True, env=cheap_environment(), check=True, cwd=tmp_path
     ).stdout
     assert "Unroll()" in out and "binomial checkpointing" in out and (tmp_path / "comparison.png").exists()
 
@@ -64,7 +64,7 @@ def test_cross_validation_runs():
     """All solves converge, and the loss falls."""
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "cross_validation.md").read_text(), re.DOTALL)
     command = [sys.executable, "-W", "error", "-c", block + "assert penalty.shape == (D,)"]
-    out = subprocess.run(command, capture_output=True, text=True, env=default_environment(), check=True).stdout
+    out = subprocess.run(command, capture_output=True, text=True, env=cheap_environment(), check=True).stdout
     before, after = map(float, re.search(r"cross-validation ([\d.]+) -> ([\d.]+)", out).groups())
     assert after < before and "ended before" not in out
 
@@ -75,7 +75,7 @@ def test_flax_nnx_page_runs():
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "flax_nnx.md").read_text(), re.DOTALL)
     assert len([line for line in block.splitlines() if line.strip()]) <= 40
     code = f"{block}\nassert result.hparams[:60].mean() < 0.6 * result.hparams[60:].mean()"
-    subprocess.run([sys.executable, "-W", "error", "-c", code], env=default_environment(), check=True)
+    subprocess.run([sys.executable, "-W", "error", "-c", code], env=cheap_environment(), check=True)
 
 
 @pytest.mark.slow
@@ -86,7 +86,7 @@ def test_errors_page_runs_as_printed():
         re.findall(r"```text\n(.*?)```", page, re.DOTALL),
     )
     command = [sys.executable, "-c", block]
-    out = subprocess.run(command, capture_output=True, text=True, env=default_environment(), check=True).stdout
+    out = subprocess.run(command, capture_output=True, text=True, env=cheap_environment(), check=True).stdout
     numbers = r"\d+(?:\.\d+)?"
     assert re.sub(numbers, "#", " ".join(out.split())) == re.sub(numbers, "#", " ".join(shown.split()))
     got, want = (float(re.search(r"differs by (\d+) %", text).group(1)) for text in (out, shown))

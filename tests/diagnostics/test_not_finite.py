@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import pairwise
 
 import jaxhpo
 from jaxhpo._diagnostics import not_finite
@@ -92,15 +91,23 @@ def test_place_and_step_are_named(place, when, number):
     check(place, when, number, jaxhpo.Unroll())
 
 
+def every_place():
+    """The first step, which raises, and a later one, which warns, for each place; every pair of other values."""
+    numbers, rules, later = (np.nan, np.inf), (jaxhpo.Unroll(), jaxhpo.Implicit()), (STEPS // 2, STEPS - 1)
+    for i, place in enumerate(PLACES):
+        number, rule = i % 2, i // 2 % 2
+        yield place, 0, numbers[number], rules[rule]
+        yield place, later[(i + 1) // 2 % 2], numbers[1 - number], rules[1 - rule]
+
+
 @slow
 @pytest.mark.filterwarnings("ignore:The train loss holds `spoil`:RuntimeWarning")
 @pytest.mark.parametrize(
     ("place", "when", "number", "adjoint"),
-    pairwise([*PLACES], [0, STEPS // 2, STEPS - 1], [np.nan, np.inf], [jaxhpo.Unroll(), jaxhpo.Implicit()]),
+    [*every_place()],
     ids=lambda value: type(value).__name__.lower() if isinstance(value, (jaxhpo.Unroll, jaxhpo.Implicit)) else None,
 )
 def test_every_place_and_step_is_named(place, when, number, adjoint):
-    """Six places, three outer steps, two numbers, two rules, pairwise."""
     check(place, when, number, adjoint)
 
 
