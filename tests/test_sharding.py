@@ -1,5 +1,6 @@
 """The same hypergradient on one device and on eight, data-parallel or with one inner problem per device."""
 
+import functools
 import types
 
 import jax
@@ -83,6 +84,11 @@ def outer_loss(h, x, y, rule, mean=lambda v: v):
     return mean(0.5 * jnp.mean((x @ sol.params - 1.0) ** 2))
 
 
+@functools.cache
+def on_one_device(rule):
+    return jax.grad(outer_loss)(H, X, Y, rule)
+
+
 # 1e-12 is the figure asked for between one device and eight.
 @pytest.mark.parametrize("where", ["grad of shard_map", "shard_map of grad"])
 @pytest.mark.parametrize("rule", RULES, ids=str)
@@ -98,7 +104,7 @@ def test_data_parallel_shard_map(rule, where, mesh):
         fn = jax.grad(jax.shard_map(loss, **specs))
     else:
         fn = jax.shard_map(jax.grad(loss), **specs)
-    assert relative_error(jax.jit(fn)(H, X, Y), jax.grad(outer_loss)(H, X, Y, rule)) <= 1e-12
+    assert relative_error(jax.jit(fn)(H, X, Y), on_one_device(rule)) <= 1e-12
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)

@@ -86,31 +86,23 @@ def test_schedules_agree(checkpoint, num_steps):
 
 
 @rules
-def test_jit_equals_eager(case):
-    problem = PROBLEMS["ridge"]
-    h = jnp.asarray(problem.hparams)
-    loss = outer_loss(problem, case.make(problem), 20)
-    chex.assert_trees_all_close(jax.grad(loss)(h), grad(loss)(h), rtol=1e-12)
-
-
-@rules
-def test_vmap_equals_loop(case):
+def test_jit_vmap_and_scan_equal_an_eager_loop(case):
+    """Jitted as eagerly; three outer gradient steps in one scan, from several starts at once, are those of a loop."""
     problem = PROBLEMS["logistic"]
-    hs = jnp.asarray(problem.hparams)[None] + jnp.linspace(-0.3, 0.3, 4)[:, None]
-    one = grad(outer_loss(problem, case.make(problem), 20))
-    chex.assert_trees_all_close(jax.vmap(one)(hs), jnp.stack([one(h) for h in hs]), rtol=1e-11)
-
-
-@rules
-def test_inside_scan(case):
-    """Three outer gradient steps inside one scan are three steps of a Python loop."""
-    problem = PROBLEMS["ridge"]
     loss = outer_loss(problem, case.make(problem), 20)
-    h, once = jnp.asarray(problem.hparams), grad(loss)
-    scanned = jax.jit(lambda h: jax.lax.scan(lambda h, _: (h - 0.1 * jax.grad(loss)(h), None), h, length=3)[0])(h)
+    once, h = grad(loss), jnp.asarray(problem.hparams)
+    chex.assert_trees_all_close(jax.grad(loss)(h), once(h), rtol=1e-12)
+
+    def three_steps(h):
+        return jax.lax.scan(lambda h, _: (h - 0.1 * jax.grad(loss)(h), None), h, length=3)[0]
+
+    hs = h[None] + jnp.linspace(-0.3, 0.3, 4)[:, None]
+    scanned, looped = jax.jit(jax.vmap(three_steps))(hs), hs
     for _ in range(3):
-        h = h - 0.1 * once(h)
-    chex.assert_trees_all_close(scanned, h, rtol=1e-12)
+        looped = looped - 0.1 * jnp.stack([once(h) for h in looped])
+    chex.assert_trees_all_close(scanned, looped, rtol=1e-12)
+    # The steps themselves, of which h is a multiple.
+    chex.assert_trees_all_close(scanned - hs, looped - hs, rtol=1e-10)
 
 
 def ridge_outer(h, problem):
@@ -118,6 +110,12 @@ def ridge_outer(h, problem):
     A = jax.hessian(lambda w: problem.train_loss(w, h, None))(jnp.zeros(len(problem.params)))
     b = -jax.grad(lambda w: problem.train_loss(w, h, None))(jnp.zeros(len(problem.params)))
     return problem.val_loss(jnp.linalg.solve(A, b))
+
+
+@functools.cache
+def ridge_hessian():
+    problem = PROBLEMS["ridge"]
+    return jax.jit(jax.hessian(lambda h: ridge_outer(h, problem)))(jnp.asarray(problem.hparams))
 
 
 # One rule of each kind in both modes, the others in each in turn.
@@ -138,9 +136,8 @@ def test_hessian(name, outer):
     """Second derivatives of the outer loss: 1e-8 is the figure asked for."""
     problem = PROBLEMS["ridge"]
     h = jnp.asarray(problem.hparams)
-    want = jax.jit(jax.hessian(lambda h: ridge_outer(h, problem)))(h)
     got = jax.jit(outer(jax.grad(outer_loss(problem, BY_NAME[name].make(problem), CONVERGED))))(h)
-    assert relative_error(got, want) <= 1e-8
+    assert relative_error(got, ridge_hessian()) <= 1e-8
 
 
 LEVELS = {"unroll": Unroll(), "cg": Implicit(CG(tol=1e-13)), "direct": Implicit(Direct())}
@@ -201,11 +198,15 @@ def test_three_levels(rule, middle_rule):
 )
 @pytest.mark.parametrize("problem", ["ridge", pytest.param("logistic", marks=pytest.mark.slow)])
 def test_identity(problem, left, right):
-    problem = PROBLEMS[problem]
-    h = jnp.asarray(problem.hparams)
-    start = problem.solution(problem.hparams)
-    both = [grad(outer_loss(problem, r, CONVERGED, start=start))(h) for r in (left, right(problem.step_size))]
+    both = [at_the_solution(problem, rule) for rule in (left, right(PROBLEMS[problem].step_size))]
     chex.assert_trees_all_close(*both, rtol=1e-12)
+
+
+@functools.cache  # of unrolling, which is one side of several
+def at_the_solution(name, rule):
+    problem = PROBLEMS[name]
+    start = problem.solution(problem.hparams)
+    return grad(outer_loss(problem, rule, CONVERGED, start=start))(jnp.asarray(problem.hparams))
 
 
 class Classifier(NamedTuple):
