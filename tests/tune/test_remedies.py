@@ -1,4 +1,4 @@
-"""Each remedy on runs that diverge or stall without it, over ten seeds."""
+"""Each remedy on runs that diverge or stall without it, over ten seeds (embeddings over three)."""
 
 import importlib
 import pathlib
@@ -132,7 +132,7 @@ def test_shrinking_recovers_collapsed_embeddings(monkeypatch):
     monkeypatch.syspath_prepend(pathlib.Path(__file__).parents[2] / "benchmarks")
     benchmark = importlib.import_module("remedies")
     try:
-        problem = benchmark.Nations(len(SEEDS))
+        problem = benchmark.Nations(seeds := 3)  # their runs do not touch each other; the benchmark has ten
     except (ImportError, jaxhpo.JaxhpoError) as error:
         pytest.skip(str(error))
 
@@ -142,12 +142,12 @@ def test_shrinking_recovers_collapsed_embeddings(monkeypatch):
         return benchmark.judge(losses), losses, run["counts"]["shrunk_leaves"]
 
     judged, losses, _ = found(Remedies(), 3)
-    assert judged["stalled"] == 10
+    assert judged["stalled"] == seeds
     np.testing.assert_allclose(losses, 4.2115, atol=5e-5)  # recorded in kbc-meta's notebook
     judged, _, shrunk = found(Remedies(shrink=0.8, shrink_below=1e-4), 9)
-    assert judged["improved"] == 10
+    assert judged["improved"] == seeds
     # Trainings collapse from .018 on in that notebook: .05 x .8^4 is .0205, and .05 x .8^8 is .0084.
-    assert 40 <= shrunk <= 80
+    assert 4 * seeds <= shrunk <= 8 * seeds
 
 
 @slow
