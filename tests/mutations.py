@@ -99,8 +99,8 @@ MUTATIONS = [
         "test_random_rules_and_curvatures",
         "ForwardGradient",
         "True",
-        'sum(jnp.matmul(v, dz, precision="highest") / self.num_directions',
-        "sum(jnp.matmul(v, dz).at[1:].multiply(-1) / self.num_directions",
+        'weighted_sum(jnp.matmul(v, dz, precision="highest") * ',
+        "weighted_sum(jnp.matmul(v, dz).at[1:].multiply(-1) * ",
     ),
     Mutation(
         "Smoothing()",
