@@ -6,7 +6,7 @@ reaches the validation loss that is 99 % of the way from the start to the lowest
 the default rule that reaches it at least cost; with and without the cost of trying rules. "on_error" are the runs of
 rules that in silence end above their start, or less than a fifth of the way that `Unroll()` goes: how each ends with
 `on_error="tighten"`, within 80 steps. "agreement" is the rank correlation, over the runs of problems with 20
-hyperparameters or more, of the mean agreement (between −1 and 1) with the part of the steps that lower the loss. "pooled
+hyperparameters or more, of the mean agreement (between −1 and 1) with the part of steps that lower the loss. "pooled
 error bars" are those of the rough rules' runs, against the exact hypergradient of every step.
 
     python benchmarks/auto.py [--out DIR] [--quick] [--problems NAME ...]
