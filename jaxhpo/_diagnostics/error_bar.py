@@ -67,7 +67,7 @@ class ErrorBar:
         return f"hypergradient of length {self.norm:.3g}; cannot tell how far it is from {self.reference}"
 
 
-def error_bar(outer_loss: Callable, *, directions: int = 6, products: int = 20) -> Callable[..., ErrorBar]:
+def error_bar(outer_loss: Callable, *, directions: int = 6, products: int | None = None) -> Callable[..., ErrorBar]:
     r"""Transforms an outer loss into a function that returns a hypergradient with its error bar.
 
     How :math:`\|\hat g - g\|` is estimated depends on the rule of the `solve`s in the outer loss, as does what g is:
@@ -85,14 +85,15 @@ def error_bar(outer_loss: Callable, *, directions: int = 6, products: int = 20) 
       :math:`\|\hat g - g\|^2`.
 
     **Cost and bias**: beside the hypergradient, nothing but a few copies of the hyperparameters for the truncated sum
-    and the jackknife; about 4 `products` Hessian products for `Implicit` and the like; 1 + 1.3 `directions` trainings
-    for all others.
+    and the jackknife; at most 2.5 `products` Hessian products for `Implicit` and the like; 1 + 1.3 `directions`
+    trainings for all others.
 
     Args:
       outer_loss: as for `tune`, `hparams -> scalar` or `(hparams, carry, key) -> (scalar, carry, info)`.
       directions: random directions, where they are taken.
-      products: of the longer of two linear solves, where the hypergradient is continued; below 20, an error bar of
-        systems that are not well-conditioned is off by more than a factor of two in one case of five.
+      products: of the longer of two linear solves, where the hypergradient is continued. None takes a sixth of the
+        inner steps, so that the error bar costs about a quarter of `Unroll()`'s hypergradient, and 20 at least: with
+        fewer, one of a system that is not well-conditioned is off by more than a factor of two in one case of five.
 
     Returns:
       `(hparams, carry=None, key=None) -> ErrorBar`, a pure function, for `jit` and for callbacks of `tune`.
@@ -116,7 +117,8 @@ def error_bar(outer_loss: Callable, *, directions: int = 6, products: int = 20) 
     """
     loss, _ = in_one_form(outer_loss, None)
     check_count("directions", directions)
-    check_count("products", products)
+    if products is not None:
+        check_count("products", products)
 
     def measured(hparams: PyTree, carry: PyTree = None, key: jax.Array | None = None) -> ErrorBar:
         hparams = check_params(hparams, "hparams")
@@ -130,7 +132,7 @@ def error_bar(outer_loss: Callable, *, directions: int = 6, products: int = 20) 
         log = SolveLog(schedules=False)
         with warnings.catch_warnings(action="ignore"), recording(solves=log):
             jax.eval_shape(value, flat)
-        own = _levels(log, products)
+        own = _levels(log, products or max(20, log.longest // 6))
         if own is None:
             result, grad = jax.value_and_grad(value)(flat)
             error, known = _by_tangents(value, flat, grad, directions, key, roots=log.roots)
