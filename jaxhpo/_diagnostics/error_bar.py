@@ -34,6 +34,7 @@ from jaxhpo._linear.cg import CG
 STEPS = "the derivative of the inner steps that were run"
 SMOOTHED = "the derivative of the smoothed training"
 OPTIMUM = "the derivative at the converged inner optimum"
+FEWEST = 8  # last steps, two in each part, from which a tail can be told
 INDEPENDENT = 8  # directions of a random error from which its length is known
 STEADY = 0.3  # of an error bar: a change by the last doubling of the work up to which it is known
 
@@ -77,7 +78,8 @@ def error_bar(outer_loss: Callable, *, directions: int = 6, products: int | None
       iterations solve the linear system there. Known where half of all that gives the same up to 30 % of the error,
       and the Hessian that is met is positive definite.
     - `Unroll(truncate=K)`: g is the derivative of all T steps. The contributions of the last K steps, in four parts,
-      are extrapolated as a geometric series. Known where they at least halve from one part to the next, evenly.
+      are extrapolated as a geometric series. Known where they at least halve from one part to the next, evenly, and K
+      is 8 or more.
     - `ForwardGradient`, `Smoothing`: the jackknife over up to 16 groups of their directions or pairs. Known where the
       error has 8 directions or more: a draw of fewer may be much smaller than their root mean square.
     - every other rule, and several rules at once: g is the derivative of the steps that were run, by exact derivatives
@@ -188,7 +190,7 @@ class _Tail:
     reference: ClassVar[str] = STEPS
 
     def __init__(self):
-        self.left: list[float] = []  # parts that are left out, of every solve
+        self.left: list[tuple[int, float]] = []  # K, and the parts that are left out, of every solve
 
     def at(self, rule: Any, level: jax.Array) -> Adjoint:
         """The rule in the place of `rule`."""
@@ -198,12 +200,13 @@ class _Tail:
         """Error, and whether it is known, of the (levels, m) hypergradients."""
         c4, c3, c2 = jnp.linalg.norm(rows[:-1] - rows[1:], axis=1)
         ratio = c4 / c3
-        parts = max(self.left, default=0.0)
+        parts = max(left for _, left in self.left)
         if not parts:
             return jnp.zeros_like(c4), jnp.asarray(True)
         safe = jnp.minimum(ratio, 0.99)
         error = c4 * safe * (1 - safe**parts) / (1 - safe)
-        return error, (ratio <= 0.5) & (ratio <= 1.2 * c3 / c2)
+        enough = min(number for number, left in self.left if left) >= FEWEST
+        return error, enough & (ratio <= 0.5) & (ratio <= 1.2 * c3 / c2)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -212,13 +215,13 @@ class _Gated:
 
     rule: Unroll
     level: jax.Array
-    left: list[float]
+    left: list[tuple[int, float]]
 
     def run(self, problem: Problem) -> tuple[InnerState, jax.Array]:
         """Takes the steps."""
         total, number = problem.num_steps, min(problem.num_steps, self.rule.truncate or 0)
         part = max(1, number // 4)
-        self.left.append((total - number) / part)
+        self.left.append((number, (total - number) / part))
         early, whole = total - number, dataclasses.replace(self.rule, truncate=None)
         # The start is that of the first part which contributes; the plain steps before it are constant.
         given = jax.lax.stop_gradient((problem.state, problem.inputs, problem.xs))
