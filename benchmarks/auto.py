@@ -2,8 +2,8 @@
 
 Every problem is tuned for 40 outer steps by Adam at the problem's rate, in float32: with each rule of `compare`'s
 default list, with rough ones, and with `Auto()`. "auto" is the cost (counted operations and memory) at which a run
-reaches the validation loss that is 99 % of the way from the start to the lowest one of any default rule, over that of
-the default rule that reaches it at least cost; with and without the cost of trying rules. "on_error" are the runs of
+reaches the validation loss that is 99 % of the way from the start to the lowest one of `Unroll()`, over that of the
+default rule that reaches it at least cost; with and without the cost of trying rules. "on_error" are the runs of
 rules that in silence end above their start, or less than a fifth of the way that `Unroll()` goes: how each ends with
 `on_error="tighten"`, within 80 steps. "agreement" is the rank correlation, over the runs of problems with 20
 hyperparameters or more, of the mean agreement (between −1 and 1) with the part of steps that lower the loss. "pooled
@@ -15,6 +15,7 @@ error bars" are those of the rough rules' runs, against the exact hypergradient 
 import argparse
 import json
 import pathlib
+import unittest.mock as mock
 import warnings
 
 import jax
@@ -26,7 +27,7 @@ from jax.flatten_util import ravel_pytree
 from matplotlib.figure import Figure
 
 import jaxhpo
-from jaxhpo import SAMA, Auto, Identity, Implicit, Neumann, Unroll, plot
+from jaxhpo import SAMA, Auto, Implicit, Neumann, Unroll, plot
 from jaxhpo._core.cost import count_and_peak, count_arithmetic, with_memory
 from jaxhpo._core.errors import ZeroHypergradientWarning
 from jaxhpo._core.validate import short_name
@@ -46,7 +47,6 @@ def rough(problem):
     return [
         Unroll(truncate=1),
         Unroll(truncate=max(2, total // 20)),
-        Implicit(Identity(rate)),
         Implicit(Neumann(3, rate)),
         SAMA(),
     ]
@@ -92,43 +92,50 @@ def tune_all(name):
     default = auto.listed(lambda flat: problem.make_outer_loss(Auto())(unravel(flat)), h)
     runs, costs = {}, {}
     for rule in dict.fromkeys([*default, *rough(problem)]):
-        extra = () if rule in default else ("error", "hypergradient", "hparams")
+        measured = rule in rough(problem)[1:3] and rule not in default
+        extra = ("error", "hypergradient", "hparams") if measured else ()
         found = tuned(problem, rule, record=("agreement", *extra))
         if found is not None:
             runs[rule], costs[rule] = found, cost(problem, rule) if rule in default else None
     first = float(runs[Unroll()][0].history["value"][0])
-    lowest = min(np.nanmin(run.history["value"]) for rule, (run, _) in runs.items() if rule in default)
+    lowest = float(np.nanmin(runs[Unroll()][0].history["value"]))
     goal = first - PART * (first - lowest)
     fixed = {
         rule: reached(run.history["value"], goal) * costs[rule] for rule, (run, _) in runs.items() if rule in default
     }
 
-    choices = []
+    choices = []  # the outer step before which each was made, and the choice
 
     def choose(*args):
         choices.append(auto.choose(*args))
         return choices[-1]
 
-    rules_of_runs.choose = choose
-    run, _ = tuned(problem, Auto())
-    rules_of_runs.choose = auto.choose
-    starts = [
-        0,
-        *(int(text.split("before step ")[1].split(":")[0]) for text in run.message.split("; ") if "before" in text),
-    ]
+    def choose_at(self, state, rows):
+        text = choose_plainly(self, state, rows)
+        choices[-1] = rows, choices[-1]
+        return text
+
+    choose_plainly = rules_of_runs.Rules.choose
+    with (
+        mock.patch.object(rules_of_runs, "choose", choose),
+        mock.patch.object(rules_of_runs.Rules, "choose", choose_at),
+    ):
+        run, _ = tuned(problem, Auto())
     steps = reached(run.history["value"], goal)
-    changes = [choices[0], *(b for a, b in zip(choices[:-1], choices[1:], strict=True) if b.index != a.index)]
-    spent, probing = 0.0, sum(row.cost for row in choices[0].tried)
-    for i, choice in enumerate(changes):
-        end = starts[i + 1] if i + 1 < len(changes) else steps
-        spent += max(0.0, min(end, steps) - starts[i]) * costs[choice.rule]
-        if i and starts[i] < steps:
-            probing += sum(row.cost for row in choice.tried)
+    ends = [*(begin for begin, _ in choices[1:]), np.inf]
+    spent = sum(
+        max(0.0, min(end, steps) - begin) * costs[choice.rule]
+        for (begin, choice), end in zip(choices, ends, strict=True)
+    )
+    probing = sum(row.cost for begin, choice in choices if begin <= steps for row in choice.tried)
     best = min(fixed, key=fixed.get)
     record = {
         "problem": name,
         "best": short_name(best),
-        "chosen": [short_name(choice.rule) for choice in changes],
+        "chosen": [[begin, short_name(choice.rule)] for begin, choice in choices],
+        "values": {short_name(rule): run.history["value"].tolist() for rule, (run, _) in runs.items()},
+        "costs": {short_name(rule): costs[rule] for rule in fixed},
+        "Auto": {"values": run.history["value"].tolist(), "tried": probing},
         "ratio": spent / fixed[best],
         "with probing": (spent + probing) / fixed[best],
         "fixed": {short_name(rule): fixed[rule] / fixed[best] for rule in fixed},

@@ -11,7 +11,7 @@ from jaxhpo import CG, SAMA, FiniteDifference, ForwardGradient, Identity, Implic
 from jaxhpo._core.cost import count_arithmetic
 from jaxhpo._diagnostics.error_bar import OPTIMUM, SMOOTHED, STEPS
 
-RIDGE = jaxhpo.testing.ridge(0)
+RIDGE = jaxhpo.testing.ridge(dim=12)
 SOLVER = jaxhpo.from_optax(RIDGE.train_loss, optax.sgd(RIDGE.step_size))
 POINT = jnp.asarray(RIDGE.hparams)
 STEP = RIDGE.step_size
@@ -168,7 +168,7 @@ def test_carry_key_and_words():
         return carry * ridge(Unroll(truncate=12))(shifted), carry + 1, None
 
     bar = jaxhpo.error_bar(outer_loss)(POINT, 2.0, jax.random.key(3))
-    assert str(bar).startswith("hypergradient of length 0.") and "against the derivative of the inner steps" in str(bar)
+    assert str(bar).startswith("hypergradient of length 0.") and "the derivative of the inner steps" in str(bar)
     np.testing.assert_allclose(bar.value, outer_loss(POINT, 2.0, jax.random.key(3))[0], rtol=1e-12)
 
 
