@@ -21,7 +21,8 @@ from jaxhpo._diagnostics.tangents import Tangents, if_forward
 from jaxhpo._inner.problem import Adjoint, Problem
 
 CLEARLY = 0.8  # of the cost of `Unroll()`: rules above it are not tried
-NEARLY = 0.99  # of the exact hypergradient
+NEARLY = 0.99  # of the exact hypergradient, after which no more rules are tried
+TRUSTED = 0.95  # of it, below which a rule is not taken: what it lacks may be what a run needs in the end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +34,8 @@ class Auto:
 
     Under `tune`, before the first outer step, each rule of `compare`'s list that sees every hyperparameter, fits into
     memory and costs clearly less than the exact one is tried once, the cheapest first, until one gives 99 % of the
-    exact hypergradient. The one that explains most for its cost is taken: with :math:`\hat g_l` and :math:`g_l` its
-    hypergradient and the exact one of leaf l, it explains
+    exact hypergradient. The one that explains most for its cost is taken, and 95 % at least: with :math:`\hat g_l` and
+    :math:`g_l` its hypergradient and the exact one of leaf l, it explains
     :math:`\min_l 1 - \|\hat g_l - g_l\|^2 / \|g_l\|^2`. (In a run to a `tol`, where reverse mode is not exact, the
     squared slope along :math:`\hat g`, relative to the largest.) It is chosen anew where the outer loss has not fallen
     for 8 steps; after each choice that changes nothing, for twice as many. The choice and its reasons are printed, and
@@ -133,8 +134,9 @@ def choose(value: Callable[[jax.Array], jax.Array], flat: jax.Array, parts: Sequ
     rules = listed(value, flat)
     tried = _tried(value, rules, flat, parts)
     exact = next((row for row in tried if row.rule == Unroll()), None)
-    best = max(tried, key=lambda row: (row.explains / row.cost, row is exact), default=None)
-    if best is None or best.explains <= 0:
+    trusted = [row for row in tried if row.explains >= TRUSTED]
+    best = max(trusted, key=lambda row: (row.explains / row.cost, row is exact), default=None)
+    if best is None:
         return Choice(Unroll(), "Auto: Unroll(), as no other rule can be trusted here", 0, tried)
 
     def words(row):

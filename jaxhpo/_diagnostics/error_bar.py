@@ -34,7 +34,10 @@ from jaxhpo._linear.cg import CG
 STEPS = "the derivative of the inner steps that were run"
 SMOOTHED = "the derivative of the smoothed training"
 OPTIMUM = "the derivative at the converged inner optimum"
-FEWEST = 8  # last steps, two in each part, from which a tail can be told
+RIGHT = 1e-4  # of a hypergradient: an error up to which it is right, and need not be told within a factor of two
+FEWEST = 4  # last steps, one in each part, from which a tail can be told
+DECAYS = 0.4  # ratio of contributions of a part and the one after it, at most
+BENDS = 4  # by how much two such ratios may differ
 INDEPENDENT = 8  # directions of a random error from which its length is known
 STEADY = 0.3  # of an error bar: a change by the last doubling of the work up to which it is known
 
@@ -75,11 +78,10 @@ def error_bar(outer_loss: Callable, *, directions: int = 6, products: int | None
 
     - `Implicit`, `SAMA`, `FiniteDifference`: g is the derivative at the converged inner optimum. Two Newton steps, by
       conjugate gradients of `products` / 2 iterations each, bring the parameters nearer to it, and `products`
-      iterations solve the linear system there. Known where half of all that gives the same up to 30 % of the error,
-      and the Hessian that is met is positive definite.
+      iterations solve the linear system there. Known where half of all that gives the same up to 30 % of the error
+      (or all of it the rule's own result up to 1e-4), and the Hessian that is met is positive definite.
     - `Unroll(truncate=K)`: g is the derivative of all T steps. The contributions of the last K steps, in four parts,
-      are extrapolated as a geometric series. Known where they at least halve from one part to the next, evenly, and K
-      is 8 or more.
+      are extrapolated as a geometric series. Known where each part has at most 40 % of the one after it, evenly.
     - `ForwardGradient`, `Smoothing`, of 8 hyperparameters or more: the jackknife over up to 16 groups of their
       directions or pairs. Known where the error has 8 directions or more: a draw of fewer may be much smaller than
       their root mean square.
@@ -107,12 +109,12 @@ def error_bar(outer_loss: Callable, *, directions: int = 6, products: int | None
     Example:
       >>> solver = jaxhpo.from_optax(lambda p, h, batch: jnp.sum((p - h) ** 2), optax.sgd(0.1))
       >>> def outer_loss(h):
-      ...     adjoint = jaxhpo.Unroll(truncate=16)
+      ...     adjoint = jaxhpo.Unroll(truncate=20)
       ...     sol = jaxhpo.solve(solver, solver.init(jnp.zeros(2), h), h, num_steps=50, adjoint=adjoint)
       ...     return jnp.sum((sol.params - 3.0) ** 2)
       >>> bar = jax.jit(jaxhpo.error_bar(outer_loss))(jnp.ones(2))
-      >>> print(bar)  # exactly: 5.66 · 0.8¹⁶
-      hypergradient of length 5.5 ± 0.16 (2.9%), against the derivative of the inner steps that were run
+      >>> print(bar)  # exactly: 5.66 · 0.8²⁰
+      hypergradient of length 5.59 ± 0.065 (1.2%), against the derivative of the inner steps that were run
 
     References:
       Strakoš, Tichý. On Error Estimation in the Conjugate Gradient Method and why it Works in Finite Precision. 2002.
@@ -187,7 +189,7 @@ class _Tail:
     """The contributions of the last K steps in four parts, and the tail that they leave.
 
     Level l differentiates all but the first l of the parts. With cⱼ the contribution of part j, counted from the end,
-    and r = ‖c₄‖ / ‖c₃‖, the tail is ‖c₄‖ (r + r² + … + rⁿ), where n parts are left out.
+    and r² = ‖c₄‖ / ‖c₂‖, the tail is ‖c₄‖ (r + r² + … + rⁿ), where n parts are left out.
     """
 
     number: ClassVar[int] = 4
@@ -203,14 +205,15 @@ class _Tail:
     def judge(self, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Error, and whether it is known, of the (levels, m) hypergradients."""
         c4, c3, c2 = jnp.linalg.norm(rows[:-1] - rows[1:], axis=1)
-        ratio = c4 / c3
+        ratio, bend = jnp.sqrt(c4 / c2), c4 * c2 / c3**2
         parts = max(left for _, left in self.left)
         if not parts:
             return jnp.zeros_like(c4), jnp.asarray(True)
         safe = jnp.minimum(ratio, 0.99)
         error = c4 * safe * (1 - safe**parts) / (1 - safe)
         enough = min(number for number, left in self.left if left) >= FEWEST
-        return error, enough & (ratio <= 0.5) & (ratio <= 1.2 * c3 / c2)
+        small = parts * c4 <= RIGHT * jnp.linalg.norm(rows[0])
+        return error, enough & (((ratio <= DECAYS) & (bend <= BENDS) & (BENDS * bend >= 1)) | small)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -311,8 +314,7 @@ class _Continued:
     def judge(self, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Error, and whether it is known, of the (levels, m) hypergradients."""
         error, change = jnp.linalg.norm(rows[0] - rows[2]), jnp.linalg.norm(rows[1] - rows[2])
-        # Where less work and more give the same up to half of all digits, it is right.
-        same = error <= jnp.sqrt(jnp.finfo(rows.dtype).eps) * jnp.linalg.norm(rows[2])
+        same = error <= RIGHT * jnp.linalg.norm(rows[2])
         known = same | (change <= STEADY * error)
         return jnp.where(known, error, jnp.maximum(error, change)), known
 
