@@ -103,15 +103,13 @@ class Choice(NamedTuple):
     """The rule that was chosen, and why.
 
     Attributes:
-      rule: the rule; None where none can be trusted.
+      rule: the rule; `Auto()` itself where none of the list can be trusted.
       why: in words.
-      index: its place in the list.
       tried: the rules that were tried.
     """
 
     rule: Adjoint
     why: str
-    index: int
     tried: Sequence[Tried]
 
 
@@ -137,7 +135,7 @@ def choose(value: Callable[[jax.Array], jax.Array], flat: jax.Array, parts: Sequ
     trusted = [row for row in tried if row.explains >= TRUSTED]
     best = max(trusted, key=lambda row: (row.explains / row.cost, row is exact), default=None)
     if best is None:
-        return Choice(Unroll(), "Auto: Unroll(), as no other rule can be trusted here", 0, tried)
+        return Choice(Auto(), "Auto: the rule of `jax.grad`, as no other can be trusted here", tried)
 
     def words(row):
         part = "" if exact is None else f" for {row.cost / exact.cost:.2f} of its cost"
@@ -147,7 +145,7 @@ def choose(value: Callable[[jax.Array], jax.Array], flat: jax.Array, parts: Sequ
     why = f"Auto: {short_name(best.rule)}"
     if others:
         why += f" (of {'the exact hypergradient' if exact else 'the largest slope'} explain {', '.join(others)})"
-    return Choice(best.rule, why, rules.index(best.rule), tried)
+    return Choice(best.rule, why, tried)
 
 
 def _tried(value, rules, flat, parts) -> list[Tried]:

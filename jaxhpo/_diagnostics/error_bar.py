@@ -25,7 +25,7 @@ from jaxhpo._core.trace import trust
 from jaxhpo._core.tree import cast_like, is_inexact, norm, upcast, where
 from jaxhpo._core.types import InnerState, PyTree
 from jaxhpo._core.validate import check_arrays, check_count, check_key, check_params
-from jaxhpo._diagnostics.tangents import Tangents
+from jaxhpo._diagnostics.tangents import Tangents, if_forward
 from jaxhpo._inner.loop import scan_steps
 from jaxhpo._inner.problem import Adjoint, Problem
 from jaxhpo._linear.bicgstab import BiCGStab
@@ -37,6 +37,7 @@ OPTIMUM = "the derivative at the converged inner optimum"
 RIGHT = 1e-4  # of a hypergradient: an error up to which it is right, and need not be told within a factor of two
 FEWEST = 4  # last steps, one in each part, from which a tail can be told
 DECAYS = 0.4  # ratio of contributions of a part and the one after it, at most
+MOST_LEFT = 16  # parts that are left out, K ≥ T / 5: a mode that is slower than the parts may not show in them
 BENDS = 4  # by how much two such ratios may differ
 INDEPENDENT = 8  # directions of a random error from which its length is known
 STEADY = 0.3  # of an error bar: a change by the last doubling of the work up to which it is known
@@ -65,9 +66,11 @@ class ErrorBar:
     reference: str = dataclasses.field(metadata={"static": True})
 
     def __str__(self) -> str:
-        part = float(self.error) / float(self.norm) if self.norm else float("nan")
+        if jnp.ndim(self.norm):  # of a `vmap`
+            return "\n".join(str(jax.tree.map(lambda x, i=i: x[i], self)) for i in range(len(self.norm)))
         if self.known:
-            return f"hypergradient of length {self.norm:.3g} ± {self.error:.2g} ({part:.1%}), against {self.reference}"
+            part = f" ({float(self.error) / float(self.norm):.1%})" if self.norm else ""
+            return f"hypergradient of length {self.norm:.3g} ± {self.error:.2g}{part}, against {self.reference}"
         return f"hypergradient of length {self.norm:.3g}; cannot tell how far it is from {self.reference}"
 
 
@@ -81,13 +84,15 @@ def error_bar(outer_loss: Callable, *, directions: int = 6, products: int | None
       iterations solve the linear system there. Known where half of all that gives the same up to 30 % of the error
       (or all of it the rule's own result up to 1e-4), and the Hessian that is met is positive definite.
     - `Unroll(truncate=K)`: g is the derivative of all T steps. The contributions of the last K steps, in four parts,
-      are extrapolated as a geometric series. Known where each part has at most 40 % of the one after it, evenly.
-    - `ForwardGradient`, `Smoothing`, of 8 hyperparameters or more: the jackknife over up to 16 groups of their
-      directions or pairs. Known where the error has 8 directions or more: a draw of fewer may be much smaller than
-      their root mean square.
+      are extrapolated as a geometric series. Known where each part has at most 40 % of the one after it,
+      evenly, and K is a fifth of the steps or more: a slow mode may not show in fewer.
+    - `ForwardGradient`, `Smoothing`, 8 samples or more of as many hyperparameters: the jackknife over up to 16 groups
+      of their directions or pairs. Known where the error has 8 directions or more: a draw of fewer may be much smaller
+      than their root mean square.
     - every other rule, and several rules at once: g is the derivative of the steps that were run, by exact derivatives
       along random directions u, since :math:`\langle \hat g - g, u \rangle^2` has the mean
-      :math:`\|\hat g - g\|^2`; along every coordinate where there are no more than `directions`.
+      :math:`\|\hat g - g\|^2`; along every coordinate where there are no more than `directions`. Not known where there
+      is no forward mode (callbacks, `implicit` around another solver) or something rounds.
 
     **Cost and bias**: beside the hypergradient, nothing but a few copies of the hyperparameters for the truncated sum
     and the jackknife; at most 2.5 `products` Hessian products for `Implicit` and the like; 1 + 1.3 `directions`
@@ -163,8 +168,17 @@ def _by_tangents(value, flat, grad, number, key, roots) -> tuple[jax.Array, jax.
     every = flat.size <= number
     normal = jax.random.normal(jax.random.fold_in(key, 1), (number, flat.size), flat.dtype)
     rows = jnp.eye(flat.size, dtype=flat.dtype) if every else normal
-    off = rows @ grad - Tangents(value, flat).derivatives(rows)
-    return jnp.linalg.norm(off) if every else jnp.sqrt(jnp.mean(off**2)), jnp.asarray(True)
+
+    def derivatives():
+        tangents = Tangents(value, flat)
+        return None if tangents.rounded else tangents.derivatives(rows)
+
+    found = if_forward(derivatives)
+    if found is None:
+        return jnp.full((), jnp.nan, flat.dtype), jnp.asarray(False)
+    off = rows @ grad - found
+    error = jnp.linalg.norm(off) if every else jnp.sqrt(jnp.mean(off**2))
+    return error, jnp.isfinite(error)
 
 
 # --- levels -----------------------------------------------------------------------------------------------------------
@@ -180,7 +194,7 @@ def _levels(log: SolveLog, size: int, products: int) -> Any:
     if all(isinstance(rule, Unroll) and rule.truncate and rule.hvp_fraction in (None, 1) for rule in rules):
         return _Tail()
     sampled = size >= INDEPENDENT and all(isinstance(rule, ForwardGradient | Smoothing) for rule in rules)
-    if sampled and min(map(_samples, rules)) > 1:
+    if sampled and min(map(_samples, rules)) >= INDEPENDENT:
         return _Jackknife(min(map(_samples, rules)), any(isinstance(rule, Smoothing) for rule in rules))
     return None
 
@@ -205,6 +219,8 @@ class _Tail:
     def judge(self, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Error, and whether it is known, of the (levels, m) hypergradients."""
         c4, c3, c2 = jnp.linalg.norm(rows[:-1] - rows[1:], axis=1)
+        any_left = (c4 > 0) & (c3 > 0) & (c2 > 0)
+        c2, c3 = (jnp.where(any_left, c, 1.0) for c in (c2, c3))
         ratio, bend = jnp.sqrt(c4 / c2), c4 * c2 / c3**2
         parts = max(left for _, left in self.left)
         if not parts:
@@ -212,8 +228,8 @@ class _Tail:
         safe = jnp.minimum(ratio, 0.99)
         error = c4 * safe * (1 - safe**parts) / (1 - safe)
         enough = min(number for number, left in self.left if left) >= FEWEST
-        small = parts * c4 <= RIGHT * jnp.linalg.norm(rows[0])
-        return error, enough & (((ratio <= DECAYS) & (bend <= BENDS) & (BENDS * bend >= 1)) | small)
+        even = (ratio <= DECAYS) & (bend <= BENDS) & (BENDS * bend >= 1) & (parts <= MOST_LEFT)
+        return error, enough & any_left & (even | (parts * c4 <= RIGHT * jnp.linalg.norm(rows[0])))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

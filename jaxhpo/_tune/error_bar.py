@@ -66,15 +66,16 @@ class ErrorBar:
           after: what it returned.
           report: of the device.
         """
-        if rows % (2 if self.moves else EVERY):
-            return NONE
         flat, unravel = ravel(after.before)
+        if rows % (2 if self.moves else EVERY) or not flat.size:
+            return NONE
         key = jax.random.fold_in(state.key, state.step)
         normal = jax.random.normal(jax.random.fold_in(key, 2), (FRESH if rows == 0 else 1, flat.size))
         directions = np.asarray(whole(normal), float)
         if self.moves:
             move = np.asarray(whole(ravel(after.point)[0] - flat), float)
-            directions = np.concatenate([directions, move[None] / (np.linalg.norm(move) or 1.0)])
+            length = np.linalg.norm(move)
+            directions = np.concatenate([directions, move[None] / (length or 1.0)])
         found = if_forward(lambda: self._along(directions, flat, unravel, state.carry, key))
         if found is None:
             raise JaxhpoError(
@@ -83,7 +84,7 @@ class ErrorBar:
                 "calls back to Python. `check_hypergradient` takes differences there."
             )
         grad = np.asarray(whole(ravel(report.hypergradient)[0]), float)
-        slope = float(found[-1]) if self.moves else math.nan
+        slope = float(found[-1]) if self.moves and length else math.nan  # no move, as of `optax.MultiSteps`
         random = slice(len(normal))
         off, size = (np.sqrt(np.mean(x[random] ** 2)) for x in (directions @ grad - found, found))
         return Measured(float(off), float(size), slope)

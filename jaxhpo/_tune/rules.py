@@ -5,12 +5,13 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
 
 from jaxhpo._adjoint.implicit import Implicit
+from jaxhpo._adjoint.last_step import SAMA, FiniteDifference
 from jaxhpo._adjoint.pushforward import Forward, ForwardGradient, Smoothing
 from jaxhpo._adjoint.reversible import Reversible
 from jaxhpo._adjoint.unroll import Unroll
@@ -22,7 +23,6 @@ from jaxhpo._diagnostics.rows import Layout
 from jaxhpo._linear.direct import Direct
 from jaxhpo._linear.general import General
 from jaxhpo._linear.neumann import Neumann
-from jaxhpo._tune.error_bar import POOLED
 from jaxhpo._tune.population import Compiled
 from jaxhpo._tune.step import OuterState
 
@@ -44,20 +44,19 @@ class Rules:
       on_error: None, "tighten" or "stop".
 
     Attributes:
-      index: of the rule that `Auto` chose, in its list; None before.
-      chosen: that rule.
+      chosen: the rule that `Auto` chose; None before.
       probed: the outer step before which it chose.
       wait: steps without a lower outer loss after which it chooses anew.
       level: how many times rules were tightened.
       since: the outer step before which they were last.
+      longest: inner steps of the longest solve, where rules were tightened.
       said: what was chosen and tightened, in words.
     """
 
     def __init__(self, compiled: Compiled, on_error: str | None):
         self.compiled, self.on_error = compiled, on_error
-        self.index: int | None = None
         self.chosen: Any = None
-        self.probed, self.wait, self.level, self.since = 0, STALL, 0, 0
+        self.probed, self.wait, self.level, self.since, self.longest = 0, STALL, 0, 0, 0
         self.said: list[str] = []
         compiled.step.place = self.place
 
@@ -70,7 +69,7 @@ class Rules:
                 raise Unchosen
             rule = self.chosen
         for _ in range(self.level):
-            rule = stronger(rule) or rule
+            rule = stronger(rule, self.longest) or rule
         return rule
 
     @contextlib.contextmanager
@@ -86,14 +85,19 @@ class Rules:
 
     def saved(self) -> dict[str, Any]:
         """What `restore` takes."""
-        return {name: getattr(self, name) for name in ("index", "probed", "wait", "level", "since", "said")}
+        kept = ("probed", "wait", "level", "since", "longest", "said")
+        chosen = None if self.chosen is None else repr(self.chosen)
+        return {name: getattr(self, name) for name in kept} | {"chosen": chosen}
 
     def restore(self, saved: dict[str, Any], state: OuterState) -> None:
-        """Takes up the rules of an earlier call."""
+        """Takes up the rules of an earlier call; a choice that is in the list no more is made anew."""
+        chosen = saved.pop("chosen")
         for name, value in saved.items():
             setattr(self, name, value)
-        if self.index is not None:
-            self.chosen = listed(*self._outer_loss(state))[self.index]
+        if chosen is not None:
+            with self.as_asked(), warnings.catch_warnings(action="ignore"):
+                every = [Auto(), *listed(*self._outer_loss(state))]
+            self.chosen = next((rule for rule in every if repr(rule) == chosen), None)
         self.compiled.renew()
 
     # --- decisions ---
@@ -102,11 +106,12 @@ class Rules:
         """Lets `Auto` choose at a state; returns its choice in words, empty where that is the same as before."""
         with self.as_asked(), warnings.catch_warnings(action="ignore"):
             choice = choose(*self._outer_loss(state), Layout(state.point).parts)
-        same, self.probed = choice.index == self.index, rows
+        same, self.probed = choice.rule == self.chosen, rows
         self.wait = 2 * self.wait if same else STALL
-        self.index, self.chosen = choice.index, choice.rule
+        self.chosen = choice.rule
         if same:
             return ""
+        self.level = 0
         self.compiled.renew()
         return self._say(choice.why, rows)
 
@@ -130,41 +135,37 @@ class Rules:
             return ""
         size = math.sqrt(np.mean([float(row["measured_norm"]) ** 2 for row in own]))
         cosine = -float(np.mean([row["measured_slope"] for row in own])) / size if size else 1.0
-        bars = [float(row["error"]) / float(row["hypergradient_norm"]) for row in own[-POOLED:]]
-        if not (cosine < DOWNHILL and bars[-1] > ROUGH):
+        error, norm = (float(own[-1][name]) for name in ("error", "hypergradient_norm"))
+        if not (cosine < DOWNHILL and error > ROUGH * norm):
             return ""
         return (
             f"the last {MEASURED} measured moves go nowhere (mean cosine {cosine:.2f} with the exact descent "
-            f"direction; the hypergradient is off by {100 * bars[-1]:.3g} %)"
+            f"direction; the hypergradient, of length {norm:.2g}, is off by {error:.2g})"
         )
 
     def tighten(self, state: OuterState, rows: int, why: str) -> str:
         """Takes stronger rules; returns them in words, empty where there are none."""
         if self.on_error == "stop" or self.compiled.step.gradient is not None:
             return ""
-        before = self._asked(state)
-        self.level += 1
-        after = [self.place(rule) for rule in before[1]]
-        if after == before[0] or not self._possible(state):
-            self.level -= 1
-            return ""
-        self.since = rows
-        self.compiled.renew()
-        changed = [f"{short_name(a)} becomes {short_name(b)}" for a, b in zip(before[0], after, strict=True) if a != b]
-        return self._say(f"{why}: {', '.join(dict.fromkeys(changed))}", rows)
-
-    def _asked(self, state) -> tuple[list, list]:
-        """The rules that solves take, and those for which they ask."""
         log = SolveLog(schedules=False)
         with self.as_asked(), recording(solves=log), warnings.catch_warnings(action="ignore"):
             value, flat = self._outer_loss(state)
             jax.eval_shape(value, flat)
-        return [self.place(rule) for rule in log.adjoints], list(log.adjoints)
+        self.longest, before = log.longest, [self.place(rule) for rule in log.adjoints]
+        self.level += 1
+        after = [self.place(rule) for rule in log.adjoints]
+        if after == before or not self._possible(state):
+            self.level -= 1
+            return ""
+        self.since = rows
+        self.compiled.renew()
+        changed = [f"{_name(a)} becomes {_name(b)}" for a, b in zip(before, after, strict=True) if a != b]
+        return self._say(f"{why}: {', '.join(dict.fromkeys(changed))}", rows)
 
     def _possible(self, state) -> bool:
         value, flat = self._outer_loss(state)
         try:
-            with recording(rule=self.place), warnings.catch_warnings(action="ignore"):
+            with warnings.catch_warnings(action="ignore"):
                 jax.eval_shape(jax.grad(value), flat)
         except Exception:  # whatever a rule refuses, as a run to a `tol`
             return False
@@ -180,10 +181,20 @@ class Rules:
         return self.said[-1]
 
 
-def stronger(rule: Any) -> Any:
-    """The next rule that is nearer to the exact one; None for an exact one."""
+def _name(rule) -> str:
+    name = short_name(rule)
+    return type(rule).__name__ if " at 0x" in name else name  # an address differs from process to process
+
+
+def stronger(rule: Any, longest: int) -> Any:
+    """The next rule that is nearer to the exact one; None for an exact one.
+
+    Args:
+      rule: the present one.
+      longest: inner steps of the longest solve.
+    """
     if isinstance(rule, Unroll):
-        if rule.truncate is not None and rule.truncate < 100:
+        if rule.truncate is not None and 10 * rule.truncate < longest:
             return dataclasses.replace(rule, truncate=10 * rule.truncate)
         if rule.truncate is None and rule.hvp_fraction in (None, 1):
             return None
@@ -198,12 +209,10 @@ def stronger(rule: Any) -> Any:
         solver: Any = rule.linear_solver
         if rule.curvature == "hessian" and (solver == Implicit().linear_solver or isinstance(solver, General | Direct)):
             return Unroll()
-        if isinstance(solver, Neumann) and solver.num_terms < 100:
-            longer = dataclasses.replace(solver, num_terms=10 * solver.num_terms)
-            return dataclasses.replace(rule, linear_solver=longer)
-        maxiter = getattr(solver, "maxiter", 100)
-        if maxiter < 100:
-            longer = dataclasses.replace(solver, maxiter=10 * maxiter)
-            return dataclasses.replace(rule, linear_solver=longer)
+        if dataclasses.is_dataclass(solver):
+            name = "num_terms" if isinstance(solver, Neumann) else "maxiter"
+            number, replace = getattr(solver, name, None), cast(Any, dataclasses.replace)
+            if isinstance(number, int) and number < 100:
+                return replace(rule, linear_solver=replace(solver, **{name: 10 * number}))
         return Implicit()
-    return Unroll()
+    return Implicit() if isinstance(rule, SAMA | FiniteDifference) else Unroll()

@@ -383,7 +383,8 @@ class RunDir(contextlib.ExitStack):
         except ValueError as error:
             raise JaxhpoError(
                 f"`run_dir`: rows of the history in {self.folder} differ from those of this call ({error}): use "
-                "another folder, or the `record`, `population`, `accumulate`, `hparams` and info of that run."
+                "another folder, or the `record`, `on_error`, `population`, `accumulate`, `hparams` and info of that "
+                "run."
             ) from error
 
     def _adopt(self) -> list[str]:

@@ -9,7 +9,7 @@ import optax
 
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.outer import in_one_form, is_deterministic
-from jaxhpo._core.record import SolveLog, recording
+from jaxhpo._core.record import SolveLog, active, recording
 from jaxhpo._core.transforms import to_natural, to_unconstrained
 from jaxhpo._core.tree import add_scaled, all_finite, is_inexact, mixed_types, norm, upcast, without_weak_types
 from jaxhpo._core.types import Info, PyTree
@@ -197,7 +197,9 @@ class Step:
 
     def objective(self, point, carry, key):
         """Returns `(value, (carry, info))`, to be differentiated with respect to the point."""
-        value, carry, info = self.loss(to_natural(self.transforms, point), carry, key)
+        around = active().rule
+        with recording(rule=lambda rule: around(self.place(rule))):
+            value, carry, info = self.loss(to_natural(self.transforms, point), carry, key)
         return value, (carry, info)
 
     def _value_and_grad(self, point, carry, key):
@@ -211,7 +213,7 @@ class Step:
 
     def _counted(self, point, carry, key):
         log = SolveLog(schedules=False)
-        with recording(solves=log, rule=self.place):
+        with recording(solves=log):
             out = self._value_and_grad(point, carry, key)
         self.inner_steps, self.truncated = self.remedies.accumulate * log.num_steps, log.truncated
         _check_carry(carry, out[2])

@@ -527,6 +527,11 @@ def _loop(record, limits, on_not_finite, callbacks, called, save_every, signalle
             check_same_value(report.value)
         if not traced:
             _check_zeros(compiled, state, report, caught)
+        if not report.finite.all() and record.rules.chosen is not None and record.rules.probed < step:
+            if text := record.rules.choose(state, step):  # the rule fails here: perhaps another does not
+                bar.note(text)
+                after, report = compiled.update(state)
+                report = fetched(report)
         bad, halvings = active & ~report.finite, np.zeros(compiled.shape, np.int32)
         while on_not_finite == "backtrack" and step and (again := bad & (halvings < MOST_FAILURES)).any():
             state = compiled.select(again, backtracked(state), state)

@@ -154,6 +154,47 @@ def test_continuing_costs_its_products():
     assert with_bar - plain <= 0.25 * unrolled  # of 400 steps; four solves, each counted as long as the longest
 
 
+def quadratic(rule, curvatures, num_steps, rate=0.1):
+    """½ Σ cᵢ (wᵢ − hᵢ)²: a mode of each curvature."""
+    solver = jaxhpo.from_optax(lambda w, h, batch: 0.5 * jnp.sum(curvatures * (w - h) ** 2), optax.sgd(rate))
+    size = len(curvatures)
+
+    def outer_loss(h):
+        start = solver.init(jnp.zeros(size), h)
+        return jnp.sum(jaxhpo.solve(solver, start, h, num_steps=num_steps, adjoint=rule).params)
+
+    return jaxhpo.error_bar(outer_loss)(jnp.ones(size))
+
+
+def test_what_is_not_known_is_not_claimed():
+    slow = quadratic(Unroll(truncate=8), jnp.array([5.0, 0.01]), 200)  # of the slow mode 8 steps see nothing
+    ended = quadratic(Unroll(truncate=16), jnp.ones(2), 100, rate=1.0)  # of all but the last the contribution is zero
+    diverged = quadratic(Unroll(), jnp.ones(2), 400, rate=30.0)
+    assert not slow.known and not ended.known and not diverged.known and np.isfinite(ended.error)
+    rounded = jaxhpo.error_bar(lambda h: jnp.sum(jnp.round(h * 1000) / 1000))(jnp.ones(2))
+    called = jaxhpo.error_bar(with_a_callback)(jnp.ones(2))
+    assert not rounded.known and not called.known and np.isfinite(called.hypergradient).all()
+
+
+@jax.custom_vjp
+def with_a_callback(h):
+    return jax.pure_callback(lambda x: np.sum(x**2), jax.ShapeDtypeStruct((), h.dtype), h)
+
+
+with_a_callback.defvjp(lambda h: (with_a_callback(h), h), lambda h, ct: (2 * h * ct,))
+
+
+def test_few_random_directions_are_held_against_tangents():
+    exact = jax.grad(ridge(Unroll()))(POINT)
+    bar = jaxhpo.error_bar(ridge(ForwardGradient(2)), directions=12)(POINT)  # as many as hyperparameters
+    np.testing.assert_allclose(bar.error, off(bar, exact), rtol=1e-9)
+
+
+def test_a_vmap_prints_a_line_for_each():
+    bars = jax.vmap(jaxhpo.error_bar(ridge(Unroll(truncate=12))))(jnp.stack([POINT, POINT + 0.1]))
+    assert len(str(bars).splitlines()) == 2
+
+
 def test_a_solution_of_another_library_cannot_tell():
     def outer_loss(h):
         return jnp.sum(jaxhpo.implicit(lambda w, h: w - h, jnp.ones(2), h) ** 2)

@@ -1,5 +1,7 @@
 """`Auto`, and `on_error`: the rules of a run are chosen, and replaced where they mislead."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -144,15 +146,20 @@ def test_where_nothing_stronger_is_left_the_run_ends():
     assert result.status == "misled" and "`gradient` has no derivative rule to be replaced" in result.message
 
 
-def slow_ridge(last):
-    """Twenty steps at a small rate, of which the last are differentiated."""
+def slow_ridge_by(rule):
+    """Twenty steps at a small rate."""
     solver = jaxhpo.from_optax(RIDGE.train_loss, optax.sgd(0.2 * RIDGE.step_size))
 
     def outer_loss(h):
         start = solver.init(jnp.asarray(RIDGE.params), h)
-        return RIDGE.val_loss(jaxhpo.solve(solver, start, h, num_steps=20, adjoint=Unroll(truncate=last)).params)
+        return RIDGE.val_loss(jaxhpo.solve(solver, start, h, num_steps=20, adjoint=rule).params)
 
     return outer_loss
+
+
+def slow_ridge(last):
+    """Twenty steps at a small rate, of which the last are differentiated."""
+    return slow_ridge_by(Unroll(truncate=last))
 
 
 def test_a_poor_direction_that_leads_down_is_kept():
@@ -165,16 +172,65 @@ def test_a_poor_direction_that_leads_down_is_kept():
 def test_a_truncation_that_leads_uphill_is_lengthened():
     result = tune(slow_ridge(2), POINT, optax.adam(0.05), num_steps=24, progress=False, on_error="tighten")
     assert (np.diff(result.history["value"])[:10] > 0).all() and (np.diff(result.history["value"])[15:] < 0).all()
-    assert "Unroll(truncate=2) becomes Unroll(truncate=20)" in result.message
+    assert "Unroll(truncate=2) becomes Unroll()" in result.message
 
 
 def test_the_ladder_of_rules_ends_at_exact_ones():
     for rule in (Unroll(truncate=3), SAMA(), Implicit(CG(maxiter=3)), Implicit(Identity(0.1)), Backwards(), Auto()):
         steps = [rule]
-        while (higher := stronger(steps[-1])) is not None:
+        while (higher := stronger(steps[-1], 1000)) is not None:
             steps.append(higher)
         assert len(steps) <= 5 and steps[-1] in (Unroll(), Auto())
-    assert stronger(Implicit(Neumann(5, 0.1))) == Implicit(Neumann(50, 0.1))
+    assert stronger(Implicit(Neumann(5, 0.1)), 1000) == Implicit(Neumann(50, 0.1))
+    assert stronger(Unroll(truncate=20), 100) == Unroll()  # ten times as many are all steps
+
+
+def test_a_rule_that_fails_later_is_chosen_anew():
+    # The Hessian is diag(h₀, 1 + h₁²): each step lowers h₀, which at last is negative.
+    solver = jaxhpo.from_optax(
+        lambda w, h, batch: 0.5 * (h[0] * w[0] ** 2 + w[1] ** 2 * (1 + h[1] ** 2)) - w[0] - w[1], optax.sgd(0.1)
+    )
+
+    def outer_loss(h):
+        return -0.01 * jaxhpo.solve(solver, solver.init(jnp.zeros(2), h), h, num_steps=300, adjoint=Auto()).params[0]
+
+    result = tune(outer_loss, jnp.ones(2), optax.sgd(20.0), num_steps=4, progress=False)
+    assert result.message.startswith("Auto: Implicit(") and ": Auto: Unroll()" in result.message
+    assert result.status == "finished" and np.isfinite(result.history["hypergradient_norm"]).all()
+
+
+def test_no_move_is_no_reason():
+    """Of eight steps of `MultiSteps` seven do not move, and a dead rectifier never does."""
+    optimizer = optax.MultiSteps(optax.adam(0.05), 5)
+    result = tune(slow_ridge(16), POINT, optimizer, num_steps=30, progress=False, on_error="stop")
+    assert result.status == "finished"
+    solver = jaxhpo.from_optax(lambda w, h, batch: jnp.sum((w - h) ** 2), optax.sgd(0.1))
+
+    def dead(h):
+        w = jaxhpo.solve(solver, solver.init(jnp.zeros(2), h), h, num_steps=50).params
+        return jnp.sum(jax.nn.relu(w - 0.5))
+
+    assert (
+        tune(dead, jnp.ones(2), optax.sgd(0.3), num_steps=16, progress=False, on_error="tighten").status == "finished"
+    )
+
+
+def test_what_cannot_be_chosen_is_exact_by_itself():
+    def outer_loss(h):
+        solver = jaxhpo.from_optax(RIDGE.train_loss, optax.sgd(jnp.exp(h)))
+        start = solver.init(jnp.asarray(RIDGE.params), h)
+        return RIDGE.val_loss(jaxhpo.solve(solver, start, POINT, num_steps=400, tol=1e-3, adjoint=Auto()).params)
+
+    with pytest.raises(jaxhpo.ZeroHypergradientError), warnings.catch_warnings(action="ignore"):
+        tune(outer_loss, jnp.log(RIDGE.step_size), optax.adam(0.1), num_steps=2, progress=False)
+
+
+def test_a_run_goes_on_with_another_loss(tmp_path):
+    """A rule that is not in the other loss's list is chosen anew."""
+    settings = {"optimizer": optax.adam(0.1), "progress": False, "run_dir": tmp_path, "resume": "continue"}
+    tune(slow_ridge_by(Auto()), POINT, num_steps=2, **settings)
+    result = tune(ridge(Auto(), 400, tol=1e-6), POINT, num_steps=4, **settings)
+    assert result.status == "finished" and np.isfinite(result.history["value"]).all()
 
 
 def test_settings_are_checked():
