@@ -29,7 +29,7 @@ def test_every_public_method_has_a_row():
         if dataclasses.is_dataclass(value) and (hasattr(value, "run") or hasattr(value, "pair") or _solves(value))
     }
     assert rules >= {"Unroll", "Reversible", "CG", "HOAG", "EvolutionStrategies"}  # the search above finds them
-    missing = rules - {name for method in METHODS for name in method.names}
+    missing = rules - {name for method in METHODS for name in method.names} - {"Auto"}  # which takes one of the others
     assert not missing
 
 

@@ -24,8 +24,9 @@ from jaxhpo._diagnostics.tangents import Tangents, if_forward
 from jaxhpo._tune.step import OuterReport, OuterState, Step
 
 FRESH = 6  # tangents at the first step
-EVERY = 4  # steps from one tangent to the next; 2 where moves are measured too
-POOLED = 8  # tangents that are averaged
+EVERY = 2  # steps from one tangent to the next
+HALF = 4  # steps after which a tangent has half of its weight in the mean
+LAST = 32  # steps that are pooled: older ones have less than 1/256
 
 
 class Measured(NamedTuple):
@@ -67,11 +68,13 @@ class ErrorBar:
           report: of the device.
         """
         flat, unravel = ravel(after.before)
-        if rows % (2 if self.moves else EVERY) or not flat.size:
+        if rows % EVERY or not flat.size:
             return NONE
         key = jax.random.fold_in(state.key, state.step)
         normal = jax.random.normal(jax.random.fold_in(key, 2), (FRESH if rows == 0 else 1, flat.size))
         directions = np.asarray(whole(normal), float)
+        # All of one length, √m: ⟨e, u⟩² has the same mean as for normal ones, and varies less.
+        directions = directions * np.sqrt(flat.size) / np.linalg.norm(directions, axis=1, keepdims=True)
         if self.moves:
             move = np.asarray(whole(ravel(after.point)[0] - flat), float)
             length = np.linalg.norm(move)
@@ -122,11 +125,9 @@ def pooled(measured: Sequence[float], norms: Sequence[float]) -> float:
       measured: `ErrorBar.measure` of every step.
       norms: of the hypergradients.
     """
-    squares, count = 0.0, 0
-    for i in reversed(range(len(measured))):
-        if np.isfinite(measured[i]) and norms[i] > 0:
-            weight = min(FRESH if i == 0 else 1, POOLED - count)
-            squares, count = squares + weight * (measured[i] / norms[i]) ** 2, count + weight
-        if count == POOLED:
-            break
+    squares, count = 0.0, 0.0
+    for i, (off, norm) in enumerate(zip(measured, norms, strict=True)):
+        if np.isfinite(off) and norm > 0:
+            weight = (FRESH if i == 0 else 1) * 0.5 ** ((len(norms) - 1 - i) / HALF)
+            squares, count = squares + weight * (off / norm) ** 2, count + weight
     return float(norms[-1] * np.sqrt(squares / count)) if count else float("nan")

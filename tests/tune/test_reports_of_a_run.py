@@ -428,12 +428,13 @@ def test_error_bar_of_a_run(tmp_path):
     history = jaxhpo.tune(truncated, h, optax.adam(0.05), num_steps=10, **settings).history
     distance = lambda x: jnp.linalg.norm(jax.grad(truncated)(x) - jax.grad(exact)(x))  # noqa: E731
     ratio = history["error"] / jax.vmap(distance)(history["hparams"])
-    # √(χ² / n): 99.9 % lie between 0.22 and 2.00 for the first six directions, between 0.30 and 1.87 for eight.
-    assert 0.22 < ratio[0] < 2.0 and (ratio[1:] > 0.3).all() and (ratio[1:] < 1.87).all()
+    # √(χ² / n): 99.9 % lie between 0.22 and 2.00 for six directions, and there are six or more.
+    assert (ratio > 0.22).all() and (ratio < 2.0).all()
     measured, norms = history["measured_error"], history["hypergradient_norm"]
-    assert np.isnan(measured[1::4]).all() and np.isfinite(measured[::4]).all()
+    assert np.isnan(measured[1::2]).all() and np.isfinite(measured[::2]).all()
     relative = (measured / norms) ** 2
-    want = norms[8] * np.sqrt((6 * relative[0] + relative[4] + relative[8]) / 8)
+    weights = np.array([6, 1, 1, 1, 1]) * 0.5 ** (np.array([8, 6, 4, 2, 0]) / 4)  # six at first; half after four steps
+    want = norms[8] * np.sqrt(weights @ relative[:9:2] / weights.sum())
     np.testing.assert_allclose(history["error"][8], want, rtol=1e-12)
     other = jaxhpo.tune(truncated, h, optax.adam(0.05), num_steps=10, **settings | {"run_dir": None}).history
     np.testing.assert_array_equal(other["error"], history["error"])
