@@ -214,6 +214,31 @@ def mended(problem, runs, first):
         yield row
 
 
+def summary(records):
+    found = {}
+    for what in ("ratio", "with probing"):
+        values = [record[what] for record in records]
+        found[what] = {"median": float(np.median(values)), "worst": float(np.max(values))}
+        found[what]["above 1.25"] = [record["problem"] for record in records if record[what] > 1.25]
+    rows = np.array([row[1:] for record in records for row in record["agreement"]]).reshape(-1, 2)
+    if len(rows) > 2:
+        found["agreement"] = {"runs": len(rows), "rank correlation": float(scipy.stats.spearmanr(*rows.T).statistic)}
+    bars = [row["within"] for record in records for row in record["pooled"]]
+    if bars:
+        found["pooled error bars"] = {
+            "runs": len(bars),
+            "within 2, mean": float(np.mean([row["2"] for row in bars])),
+            "within 2, worst run": float(np.min([row["2"] for row in bars])),
+            "runs below 0.8": int(np.sum([row["2"] < 0.8 for row in bars])),
+            "within 3, mean": float(np.mean([row["3"] for row in bars])),
+            "cost of `Unroll()`, median": float(np.median([record["tangent cost"] for record in records])),
+        }
+    silent = [row for record in records for row in record["silent"]]
+    well = sum(row["ends well or says why"] for row in silent)
+    found["silent runs"] = {"number": len(silent), "end well or say why": well}
+    return found
+
+
 def draw(records, path):
     figure = Figure((7, 6), layout="constrained")
     axis = figure.subplots()
@@ -238,32 +263,14 @@ def main(arguments=None) -> None:
     parser.add_argument("--quick", action="store_true", help="two problems")
     parser.add_argument("--problems", nargs="+", default=None, choices=suite.NAMES, metavar="NAME")
     args = parser.parse_args(arguments)
-    records = [tune_all(name) for name in args.problems or (suite.NAMES[:2] if args.quick else suite.NAMES)]
-    summary = {}
-    for what in ("ratio", "with probing"):
-        values = [record[what] for record in records]
-        summary[what] = {"median": float(np.median(values)), "worst": float(np.max(values))}
-    rows = np.array([row[1:] for record in records for row in record["agreement"]]).reshape(-1, 2)
-    if len(rows) > 2:
-        summary["agreement"] = {"runs": len(rows), "rank correlation": float(scipy.stats.spearmanr(*rows.T).statistic)}
-    bars = [row["within"] for record in records for row in record["pooled"]]
-    if bars:
-        summary["pooled error bars"] = {
-            "runs": len(bars),
-            "within 2, mean": float(np.mean([row["2"] for row in bars])),
-            "within 2, worst run": float(np.min([row["2"] for row in bars])),
-            "runs below 0.8": int(np.sum([row["2"] < 0.8 for row in bars])),
-            "within 3, mean": float(np.mean([row["3"] for row in bars])),
-            "cost of `Unroll()`, median": float(np.median([record["tangent cost"] for record in records])),
-        }
-    silent = [row for record in records for row in record["silent"]]
-    summary["silent runs"] = {
-        "number": len(silent),
-        "end well or say why": sum(r["ends well or says why"] for r in silent),
-    }
-    print(json.dumps(summary, indent=1))
+    records = []
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "auto.json").write_text(json.dumps({"summary": summary, "problems": records}, indent=1) + "\n")
+    for name in args.problems or (suite.NAMES[:2] if args.quick else suite.NAMES):
+        records.append(tune_all(name))  # what is measured is kept, also of a run that is stopped
+        (args.out / "auto.json").write_text(
+            json.dumps({"summary": summary(records), "problems": records}, indent=1) + "\n"
+        )
+    print(json.dumps(summary(records), indent=1))
     draw(records, args.out / "auto.png")
 
 

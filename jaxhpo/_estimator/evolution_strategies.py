@@ -129,7 +129,7 @@ class EvolutionStrategies(StatefulMethod):
         def add(total, x):  # each ε is drawn again, so that only one is in memory
             slope, key = x
             noise = normal(key, point)
-            return add_scaled(total, slope / len(keys), noise), slope * norm(upcast(in_natural_units(noise)))
+            return add_scaled(total, slope / len(keys), noise), slope * _length(in_natural_units(noise), slope)
 
         # The sum is in float32 at least: in bfloat16 a long sum stops growing.
         total, lengths = jax.lax.scan(add, upcast(zeros_like(point)), (slopes, keys))
@@ -266,7 +266,7 @@ class PersistentES(StatefulMethod):
 
             in_natural_units = _natural_units(self.transforms, hparams)
             grad = in_natural_units(jax.tree.map(mean, total))
-            lengths = slopes * jax.lax.map(lambda xi: norm(upcast(in_natural_units(xi))), total)
+            lengths = jax.lax.map(lambda x: x[0] * _length(in_natural_units(x[1]), x[0]), (slopes, total))
             count = (jnp.where(anew, 0, state.count) + steps) % self.horizon
             after = PersistentState(state.start, solution.state, particles, total, count)
             error = _standard_error(lengths, grad)
@@ -296,4 +296,9 @@ def _standard_error(lengths, mean):
     number = len(lengths)
     if number == 1:
         return jnp.full((), jnp.nan, lengths.dtype)
-    return jnp.sqrt(jnp.maximum(jnp.mean(lengths**2) - norm(upcast(mean)) ** 2, 0) / (number - 1))
+    return jnp.sqrt(jnp.maximum(jnp.mean(lengths**2) - _length(mean, lengths) ** 2, 0) / (number - 1))
+
+
+def _length(tree, like):
+    """Return the norm of a tree, squares in float32 at least, in the type of another array."""
+    return jnp.asarray(norm(upcast(tree))).astype(like.dtype)

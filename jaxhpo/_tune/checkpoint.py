@@ -112,7 +112,12 @@ def damage_told():
 def to_npz(file: IO[bytes], header: Header, arrays: list[np.ndarray]) -> None:
     """Writes a checkpoint. Members are numbered: their names may be longer than the format allows."""
     texts = {name: np.frombuffer(text.encode(), np.uint8) for name, text in header.texts().items()}
-    np.savez(file, allow_pickle=False, **texts, **{str(i): x for i, x in enumerate(arrays)})
+    try:
+        np.savez(file, allow_pickle=False, **texts, **{str(i): x for i, x in enumerate(arrays)})
+    except ValueError as error:  # zipfile's, where Ctrl-C came while a member was open
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
+        raise
 
 
 def from_npz(path: pathlib.Path, check: Check) -> tuple[Header, list[np.ndarray]]:

@@ -1,5 +1,6 @@
 """The folder of a run: what others did to it, and what of theirs must stay as it is."""
 
+import array
 import contextlib
 import hashlib
 import io
@@ -22,7 +23,7 @@ import pytest
 import jaxhpo
 from jaxhpo._cli.main import main
 from jaxhpo._tune import run_dir
-from jaxhpo._tune.checkpoint import HEADER
+from jaxhpo._tune.checkpoint import HEADER, Header, to_npz
 from jaxhpo._tune.run_dir import in_use
 
 STEPS = 3  # of the run that each test is given
@@ -372,3 +373,15 @@ def test_a_folder_that_another_run_took(tmp_path):
         result = run(tmp_path, callbacks=[strike])
     others[0].close()
     assert result.status == "finished" and {path.name for path in tmp_path.iterdir()} == {"lock", "history.jsonl"}
+
+
+def test_ctrl_c_while_a_member_of_a_checkpoint_is_open_is_ctrl_c(monkeypatch):
+    """Not the error of a zip file that is closed before its member."""
+
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(zipfile._ZipWriteFile, "close", interrupted)
+    header = Header(["a"], ["float64[3]"], array.array("I"), "", {})
+    with pytest.raises(KeyboardInterrupt):
+        to_npz(io.BytesIO(), header, [np.ones(3)])
