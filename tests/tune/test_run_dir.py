@@ -375,6 +375,7 @@ def test_a_folder_that_another_run_took(tmp_path):
     assert result.status == "finished" and {path.name for path in tmp_path.iterdir()} == {"lock", "history.jsonl"}
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of the zip file, when it is collected
 def test_ctrl_c_while_a_member_of_a_checkpoint_is_open_is_ctrl_c(monkeypatch):
     """Not the error of a zip file that is closed before its member."""
 
