@@ -17,7 +17,7 @@ import orphans
 import pytest
 
 # Without cached bytecode each process of a test spends two of its three seconds of imports on compiling jax's modules.
-# Where the environment wants none in the source tree, a folder of this session takes it.
+# Where the environment wants none in the source tree, a folder of the test run takes it.
 BYTECODE = None
 if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
     BYTECODE = os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix = tempfile.mkdtemp(prefix="jaxhpo-bytecode-")
