@@ -5,8 +5,7 @@ For each problem and rule `error_bar` is held against the truth, in float64: the
 bar names as its reference. Errors below a relative 1e-4 count as that. Where the optimum has no positive definite
 Hessian there is no such reference, and a bar that claims to know counts as wrong. "fresh" are six exact tangents,
 against the exact hypergradient, for five draws. Costs are counted operations beyond the hypergradient's, of those of
-`Unroll()`. The textbook bound, ‖B‖ / μ (‖r‖ + ‖∇²V‖ ‖∇L‖ / μ) for an implicit rule with residual r, curvature μ,
-mixed derivatives B and outer loss V, is that of quadratic problems.
+`Unroll()`.
 
     python benchmarks/own_bars.py [--out DIR] [--quick] [--problems NAME ...]
 """

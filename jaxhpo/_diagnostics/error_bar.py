@@ -185,7 +185,7 @@ def _by_tangents(value, flat, grad, number, key, roots) -> tuple[jax.Array, jax.
 
 
 def _levels(log: SolveLog, size: int, products: int) -> Any:
-    """How the error of the rules of some solves is estimated, if they are of one kind with an estimate of its own."""
+    """The levels that estimate the error of some solves' rules; None where they are not of one kind that has some."""
     rules = list(log.adjoints)
     if not rules or log.roots:
         return None

@@ -30,7 +30,7 @@ LAST = 32  # steps that are pooled: older ones have less than 1/256
 
 
 class Measured(NamedTuple):
-    """What the tangents of a step told.
+    """Results of the tangents of a step.
 
     Attributes:
       off: root mean square of ⟨ĝ − g, u⟩ over random directions u.

@@ -84,7 +84,7 @@ class Rules:
     # --- what a checkpoint holds ---
 
     def saved(self) -> dict[str, Any]:
-        """What `restore` takes."""
+        """Returns the choices so far, for `restore`."""
         kept = ("probed", "wait", "level", "since", "longest", "said")
         chosen = None if self.chosen is None else repr(self.chosen)
         return {name: getattr(self, name) for name in kept} | {"chosen": chosen}
@@ -116,14 +116,14 @@ class Rules:
         return self._say(choice.why, rows)
 
     def has_stalled(self, rows: list[dict[str, Any]]) -> bool:
-        """Whether `Auto` is to choose anew: no lower outer loss for `wait` steps."""
+        """Returns whether `Auto` is to choose anew: no lower outer loss for `wait` steps."""
         if self.chosen is None or len(rows) - self.probed < self.wait:
             return False
         values = [float(row["value"]) for row in rows]
         return min(values[-self.wait :]) >= min(values[: -self.wait], default=math.inf)
 
     def misleads(self, rows: list[dict[str, Any]]) -> str:
-        """Why the hypergradients of the last steps are not to be followed, in words; empty where they are.
+        """Returns why the hypergradients of the last steps are not to be followed, in words; empty where they are.
 
         Moves Δ whose mean cosine with the exact descent direction −g is below a twentieth, with hypergradients that are
         off by 30 % or more.

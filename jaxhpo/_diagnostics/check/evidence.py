@@ -1,4 +1,4 @@
-"""What a check measures: a hypergradient, its reference, and their distance."""
+"""Measurements of a check: a hypergradient, its reference, and their distance."""
 
 import functools
 import warnings

@@ -168,7 +168,7 @@ def _table(rows) -> list[str]:
     foretold = any(row.predictivity is not None for row in rows)
     sampled = any(row.interval is not None and row.interval[0] < row.interval[1] for row in rows)
     extra = "  foretells" * foretold
-    between = "     interval" * sampled
+    between = "        interval" * sampled
     head = (
         f"{'method':{width}}  rel. error{between}   cosine  norm ratio{extra}  gradients   copies  finite  linear solve"
     )
@@ -182,7 +182,7 @@ def _line(row: MethodRow, width: int, sampled: bool, foretold: bool) -> str:
     if row.error is not None:
         return f"{name:{width}}  raised: see below"
     low, high = row.interval or (0.0, 0.0)
-    between = f"  {f'{low:.0e} to {high:.0e}' if high > low else '':>11}" * sampled
+    between = f"  {f'{low:.0e} to {high:.0e}' if high > low else '':>14}" * sampled
     extra = f"{_number(row.predictivity, '.2f'):>9}  " * foretold
     linear = f"{row.linear_status} {row.linear_iterations}, {_number(row.linear_residual, '.1e')}"
     return (
