@@ -1,0 +1,97 @@
+"""Runs the examples of pages, and compares or renews what the pages say that they print.
+
+The Python blocks of a page run in their order, in one new process, in an empty folder, with warnings as errors. A text
+block right after a Python block is what that one prints. Lines may be broken elsewhere, and numbers may differ by a
+tenth, as between machines; times by anything.
+
+    python docs/run.py [PAGE ...] [--write]
+"""
+
+import argparse
+import json
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+
+DOCS = pathlib.Path(__file__).parent
+ROOT = DOCS.parent
+# Pages whose script needs several processes, and the test that runs it.
+ELSEWHERE = {"several_hosts.md": "tests/tune/faults/test_processes.py"}
+
+BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", re.DOTALL | re.MULTILINE)
+NUMBER = re.compile(r"[-−+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
+TIME = re.compile(r"\d+(?:\.\d+)? ?(?:s|ms|min|h|seconds?|minutes?)\b")
+TOLERANCE = 0.1  # relative, and absolute for numbers below one
+
+# Reads blocks, runs them, writes what each printed. A page's own process, so that it starts from nothing.
+DRIVER = """
+import contextlib, io, json, pathlib, sys
+exchange, printed, names = pathlib.Path(sys.argv[1]), [], {"__name__": "__main__"}
+blocks = json.loads(exchange.read_text())
+for number, block in enumerate(blocks, 1):
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        exec(compile(block, f"{sys.argv[2]}, block {number}", "exec"), names)
+    printed.append(out.getvalue())
+exchange.write_text(json.dumps(printed))
+"""
+
+
+def pages() -> list[pathlib.Path]:
+    """The README and all pages with examples that run by themselves."""
+    found = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+    return [page for page in found if BLOCK.search(page.read_text()) and page.name not in ELSEWHERE]
+
+
+def run(page: pathlib.Path) -> list[str]:
+    """Run the Python blocks of a page, and return what each prints."""
+    blocks = [code for code, _ in BLOCK.findall(page.read_text())]
+    with tempfile.TemporaryDirectory() as folder:
+        exchange = pathlib.Path(folder) / "blocks.json"
+        exchange.write_text(json.dumps(blocks))
+        (empty := pathlib.Path(folder) / "empty").mkdir()
+        command = [sys.executable, "-W", "error", "-c", DRIVER, str(exchange), page.name]
+        subprocess.run(command, cwd=empty, check=True)
+        return json.loads(exchange.read_text())
+
+
+def difference(shown: str, printed: str) -> str | None:
+    """What differs between a text block and what is printed, but for line ends and for what numbers may differ by."""
+    there, here = (" ".join(TIME.sub("some time", text).split()) for text in (shown, printed))
+    if NUMBER.sub("#", there) != NUMBER.sub("#", here):
+        return f"the page has\n{shown}\nand it prints\n{printed}"
+    for a, b in zip(NUMBER.findall(there), NUMBER.findall(here), strict=True):
+        x, y = (float(text.replace("−", "-")) for text in (a, b))
+        if abs(x - y) > TOLERANCE * max(1.0, abs(x)):
+            return f"the page has {a} where it prints {b}, in\n{printed}"
+    return None
+
+
+def main() -> int:
+    """Check or renew pages; returns 1 where one differs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pages", nargs="*", type=pathlib.Path, metavar="PAGE", help="files (default: all)")
+    parser.add_argument("--write", action="store_true", help="renew the text blocks")
+    given = parser.parse_args()
+    failed = 0
+    for page in given.pages or pages():
+        printed = iter(run(page))
+
+        def renewed(match: re.Match, printed=printed) -> str:
+            text = next(printed)
+            return match[0] if match[2] is None else f"```python\n{match[1]}```\n\n```text\n{text.rstrip()}\n```\n"
+
+        text = page.read_text()
+        if given.write:
+            page.write_text(BLOCK.sub(renewed, text))
+            continue
+        for (_, shown), got in zip(BLOCK.findall(text), printed, strict=True):
+            if shown and (found := difference(shown, got)):
+                print(f"{page}: {found}", file=sys.stderr)
+                failed = 1
+    return failed
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
