@@ -1,4 +1,4 @@
-"""Registry of the methods, for README's table and the benchmark of costs."""
+"""Registry of the methods, for the table of `docs/choose.md` and the benchmark of costs."""
 
 from __future__ import annotations
 
@@ -380,7 +380,7 @@ HEADER = (
 
 
 def markdown(measured: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return README's table as Markdown.
+    """Return the table of `docs/choose.md` as Markdown.
 
     Args:
       measured: for each method's `call`, `{"time", "seconds_ratio", "memory"}` as `benchmarks/methods.py` writes.

@@ -5,7 +5,7 @@ An MLP 784-256-256-10 (gelu, minibatches of 128, T = 20 steps of SGD with moment
 maximum; memory is what the compiled program allocates beyond its arguments and results, in copies of the parameters.
 Neither is noisy. `Direct` forms a P × P matrix, so it is measured on a network 64-16-10, in that network's units.
 
-    python benchmarks/methods.py [--out DIR] [--readme README.md]
+    python benchmarks/methods.py [--out DIR] [--page docs/choose.md]
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def measure(function, problem, unit=None, iterations=ITERATIONS) -> dict[str, fl
 def main(arguments=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results")
-    parser.add_argument("--readme", type=pathlib.Path, help="a README whose table of methods is written anew")
+    parser.add_argument("--page", type=pathlib.Path, help="a page whose table of methods is written anew")
     parsed = parser.parse_args(arguments)
     parsed.out.mkdir(parents=True, exist_ok=True)
 
@@ -184,12 +184,12 @@ def main(arguments=None) -> None:
         "rows": rows,
     }
     (parsed.out / "methods.json").write_text(json.dumps(report, indent=1) + "\n")
-    if parsed.readme:
-        text, table = parsed.readme.read_text(), f"<!-- methods: begin -->\n{markdown(rows)}\n<!-- methods: end -->"
+    if parsed.page:
+        text, table = parsed.page.read_text(), f"<!-- methods: begin -->\n{markdown(rows)}\n<!-- methods: end -->"
         text, found = re.subn("<!-- methods: begin -->.*<!-- methods: end -->", lambda _: table, text, flags=re.DOTALL)
         if not found:
-            raise SystemExit(f"{parsed.readme} has no line `<!-- methods: begin -->` with its end")
-        parsed.readme.write_text(text)
+            raise SystemExit(f"{parsed.page} has no line `<!-- methods: begin -->` with its end")
+        parsed.page.write_text(text)
 
 
 if __name__ == "__main__":

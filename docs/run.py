@@ -20,6 +20,8 @@ ROOT = DOCS.parent
 # Pages whose script needs several processes, and the test that runs it.
 ELSEWHERE = {"several_hosts.md": "tests/tune/faults/test_processes.py"}
 
+MADE = {"_build", "api", "notebooks", "repository"}  # folders of pages that `sources.py` and Sphinx write
+
 BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", re.DOTALL | re.MULTILINE)
 NUMBER = re.compile(r"[-−+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
 TIME = re.compile(r"\d+(?:\.\d+)? ?(?:s|ms|min|h|seconds?|minutes?)\b")
@@ -40,8 +42,13 @@ exchange.write_text(json.dumps(printed))
 
 def pages() -> list[pathlib.Path]:
     """The README and all pages with examples that run by themselves."""
-    found = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+    found = [ROOT / "README.md", *written()]
     return [page for page in found if BLOCK.search(page.read_text()) and page.name not in ELSEWHERE]
+
+
+def written() -> list[pathlib.Path]:
+    """The pages that are written by hand."""
+    return [page for page in sorted(DOCS.rglob("*.md")) if not MADE & set(page.relative_to(DOCS).parts)]
 
 
 def run(page: pathlib.Path) -> list[str]:
@@ -76,7 +83,12 @@ def main() -> int:
     given = parser.parse_args()
     failed = 0
     for page in given.pages or pages():
-        printed = iter(run(page))
+        try:
+            printed = iter(run(page))
+        except subprocess.CalledProcessError:  # its traceback has been printed
+            print(f"{page}: an example raised", file=sys.stderr)
+            failed = 1
+            continue
 
         def renewed(match: re.Match, printed=printed) -> str:
             text = next(printed)

@@ -77,7 +77,7 @@ class ErrorBar:
 def error_bar(outer_loss: Callable, *, directions: int = 6, products: int | None = None) -> Callable[..., ErrorBar]:
     r"""Transforms an outer loss into a function that returns a hypergradient with its error bar.
 
-    How :math:`\|\hat g - g\|` is estimated depends on the rule of the `solve`s in the outer loss, as does what g is:
+    How :math:`\|\hat g - g\|` is estimated depends on the rule of each `solve` in the outer loss, as does what g is:
 
     - `Implicit`, `SAMA`, `FiniteDifference`: g is the derivative at the converged inner optimum. Two Newton steps, by
       conjugate gradients of `products` / 2 iterations each, bring the parameters nearer to it, and `products`
