@@ -15,6 +15,7 @@ DOCS = pathlib.Path(__file__).parent
 ROOT = DOCS.parent
 
 MODULES = {
+    "jaxhpo.criteria": "Outer objectives that select a model: cross-validation, evidence, variational bounds.",
     "jaxhpo.data": "Data sets, downloaded once and checked, or read from `$JAXHPO_DATA_DIR`.",
     "jaxhpo.models": "Models for examples and benchmarks, as pure functions.",
     "jaxhpo.plot": "Pictures of runs and comparisons. They need matplotlib.",
