@@ -16,12 +16,18 @@ Variational bounds
     local_dense: a dense layer whose outputs are drawn, one noise for each example
     density_at_zero, pruned: what may be left out
 
+Structure: discrete choices, relaxed
+    concrete, concrete_log_density: relaxed one-hot samples, straight-through if wished
+    width_mask: a number of units that has a derivative
+    one_hot, discretisation_gap: back to the discrete choice, and what that costs
+
 All are plain functions of JAX: `jax.grad`, `jit` and `jaxhpo.tune` take them, and the rule of the `solve` in `fit`
 decides how they are differentiated.
 """
 
 from jaxhpo.criteria._evidence import StochasticDeterminant, laplace_evidence
 from jaxhpo.criteria._ridge import generalised_cross_validation, leave_one_out
+from jaxhpo.criteria._structure import concrete, concrete_log_density, discretisation_gap, one_hot, width_mask
 from jaxhpo.criteria._validation import CrossValidation, cross_validation, folds, hold_out
 from jaxhpo.criteria._variational import (
     Posterior,
@@ -39,8 +45,11 @@ __all__ = [
     "Posterior",
     "StochasticDeterminant",
     "closest_prior",
+    "concrete",
+    "concrete_log_density",
     "cross_validation",
     "density_at_zero",
+    "discretisation_gap",
     "draw",
     "folds",
     "generalised_cross_validation",
@@ -50,5 +59,7 @@ __all__ = [
     "leave_one_out",
     "local_dense",
     "negative_elbo",
+    "one_hot",
     "pruned",
+    "width_mask",
 ]
