@@ -3,9 +3,10 @@
 MLP: a classifier
 SelfTuningDense, SelfTuningConv, SelfTuningMLP: layers for `Hypernetwork`
 link_prediction: models of knowledge graphs, losses and ranks
+regression: features, Bayesian linear regression, kernel ridge regression, in closed form
 """
 
-from jaxhpo.models import link_prediction
+from jaxhpo.models import link_prediction, regression
 from jaxhpo.models._layers import MLP, SelfTuningConv, SelfTuningDense, SelfTuningMLP
 
-__all__ = ["MLP", "SelfTuningConv", "SelfTuningDense", "SelfTuningMLP", "link_prediction"]
+__all__ = ["MLP", "SelfTuningConv", "SelfTuningDense", "SelfTuningMLP", "link_prediction", "regression"]

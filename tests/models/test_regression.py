@@ -1,0 +1,68 @@
+"""Regression in closed form, against SciPy's densities and scikit-learn."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+
+from jaxhpo import JaxhpoError
+from jaxhpo.models import regression
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(15, 4))
+Y = X @ np.array([1.0, -2.0, 0.0, 0.5]) + 0.3 * RNG.normal(size=15)
+H = np.array([0.3, -1.0, 2.0, 0.0])
+
+
+def test_evidence_is_the_marginal_likelihood():
+    covariance = np.eye(15) / np.exp(1.3) + X / np.exp(H) @ X.T
+    posterior = regression.bayesian_linear(X, Y, H, 1.3)
+    np.testing.assert_allclose(
+        posterior.log_evidence, scipy.stats.multivariate_normal.logpdf(Y, cov=covariance), rtol=1e-10
+    )
+    # the same Gaussian by conditioning the joint of weights and data
+    gain = np.diag(np.exp(-H)) @ X.T @ np.linalg.inv(covariance)
+    np.testing.assert_allclose(posterior.mean, gain @ Y, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(posterior.covariance, np.diag(np.exp(-H)) - gain @ X @ np.diag(np.exp(-H)), atol=1e-12)
+
+
+def test_gradient_of_the_evidence_is_the_papers():
+    """∂ log p/∂ log αᵢ = ½ − ½ αᵢ (mᵢ² + Σᵢᵢ) (MacKay 1992)."""
+    posterior = regression.bayesian_linear(X, Y, H, 1.3)
+    expected = 0.5 - 0.5 * np.exp(H) * (posterior.mean**2 + jnp.diag(posterior.covariance))
+    gradient = jax.grad(lambda h: regression.bayesian_linear(X, Y, h, 1.3).log_evidence)(H)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-8)
+
+
+def test_kernel_ridge_is_sklearns():
+    kernel_ridge = pytest.importorskip("sklearn.kernel_ridge")
+    lengthscales = np.array([0.5, 2.0, 1.0, 1e4])
+    theirs = kernel_ridge.KernelRidge(alpha=0.1, kernel="rbf", gamma=0.5).fit(X / lengthscales, Y)
+    kernel = regression.squared_exponential(X, X, np.log(lengthscales))
+    ours = regression.squared_exponential(X[:5] + 0.1, X, np.log(lengthscales)) @ regression.kernel_ridge(
+        kernel, Y, 0.1
+    )
+    np.testing.assert_allclose(ours, theirs.predict((X[:5] + 0.1) / lengthscales), rtol=1e-9)
+    assert np.all(np.isfinite(jax.grad(lambda h: regression.squared_exponential(X, X, h).sum())(np.zeros(4))))
+
+
+def test_features():
+    x = np.linspace(-1, 1, 7)
+    np.testing.assert_allclose(regression.polynomial(x, 3), np.vander(x, 4, increasing=True))
+    fourier = regression.fourier(np.arange(8) / 8, 3)
+    np.testing.assert_allclose(fourier.T @ fourier, np.diag([8.0] + [4.0] * 6), atol=1e-12)  # orthogonal on a period
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: regression.bayesian_linear(X, Y[:3], H), "do not fit"),
+        (lambda: regression.bayesian_linear(X, Y, H[:2]), "do not fit"),
+        (lambda: regression.polynomial(X[:, 0], -1), "degree"),
+        (lambda: regression.fourier(X[:, 0], 0), "num_frequencies"),
+    ],
+)
+def test_refusals_say_what_to_write(call, says):
+    with pytest.raises(JaxhpoError, match=says):
+        call()
