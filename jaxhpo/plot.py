@@ -66,8 +66,12 @@ def save(figure: Any, path: str | os.PathLike, *, dpi: int = 180) -> None:
 
     Example:
       >>> from jaxhpo import plot
+      >>> import pathlib, tempfile
+      >>> path = pathlib.Path(tempfile.mkdtemp()) / "empty.png"
       >>> figure, axes = plot.figure()
-      >>> plot.save(figure, "empty.png")  # doctest: +SKIP
+      >>> plot.save(figure, path)
+      >>> path.read_bytes()[1:4]
+      b'PNG'
     """
     form = pathlib.Path(path).suffix[1:].lower() or "png"
     if form not in (known := figure.canvas.get_supported_filetypes()):
@@ -220,7 +224,13 @@ def comparison(comparison: Comparison, path: str | os.PathLike | None = None) ->
 
     Example:
       >>> from jaxhpo import plot
-      >>> plot.comparison(jaxhpo.compare(make_outer_loss, hparams), "comparison.png")  # doctest: +SKIP
+      >>> solver = jaxhpo.from_optax(lambda p, h, batch: (p - h) ** 2, optax.sgd(0.25))
+      >>> def make_outer_loss(adjoint):
+      ...     return lambda h: jaxhpo.solve(solver, solver.init(0.0, h), h, num_steps=3, adjoint=adjoint).params ** 2
+      >>> rules = [jaxhpo.Unroll(), jaxhpo.Unroll(truncate=1)]
+      >>> figure = plot.comparison(jaxhpo.compare(make_outer_loss, 1.0, rules, repeats=1, progress=False))
+      >>> figure.axes[0].get_title()
+      'recommended here: Unroll()'
     """
     canvas, axes = figure(width=10.0, height=5.0)
     axis = axes[0, 0]
@@ -298,7 +308,10 @@ def run(source: TuneResult | str | os.PathLike, path: str | os.PathLike | None =
 
     Example:
       >>> from jaxhpo import plot
-      >>> plot.run("runs/1", "run.png")  # doctest: +SKIP
+      >>> result = jaxhpo.tune(lambda h: (h - 3.0) ** 2, 0.0, optax.sgd(0.25), num_steps=3, progress=False)
+      >>> figure = plot.run(result)
+      >>> [axis.get_ylabel() for axis in figure.axes]
+      ['loss', "norm, in the search's units", 'value, in natural units']
     """
     columns, which = table.columns_of_best(source)
     hparams, quantiles = _leaves(columns, "hparams")

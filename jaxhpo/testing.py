@@ -26,6 +26,15 @@ class BilevelProblem(NamedTuple):
       partial: `(hparams, inverse) -> dF/dh` with the inverse Hessian replaced by the matrix `inverse(H)`.
       unrolled: `(hparams, step_size, num_steps, truncate) -> dF/dh` through gradient descent from `params`, by a
         forward recursion for the Jacobian; None if the problem is not quadratic.
+
+    Example:
+      >>> problem = jaxhpo.testing.ridge()
+      >>> solver = jaxhpo.from_optax(problem.train_loss, optax.sgd(problem.step_size))
+      >>> def outer_loss(h):
+      ...     return problem.val_loss(jaxhpo.solve(solver, solver.init(problem.params, h), h, num_steps=20).params)
+      >>> exact = problem.unrolled(problem.hparams, problem.step_size, 20, None)
+      >>> bool(jnp.allclose(jax.grad(outer_loss)(problem.hparams), exact, rtol=1e-3))
+      True
     """
 
     train_loss: Callable

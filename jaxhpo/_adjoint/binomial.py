@@ -42,24 +42,56 @@ class Actions(NamedTuple):
 
 
 def least_slots(num_steps: int, repeats: int) -> int:
-    """The fewest slots s with which no step is taken more than r times: β(s, r) = C(s + r, r) ≥ T."""
+    """The fewest slots s with which no step is taken more than r times: β(s, r) = C(s + r, r) ≥ T.
+
+    Args:
+      num_steps: T, at least 1.
+      repeats: r, at least 1.
+
+    Example:
+      >>> least_slots(1000, 3)  # β(17, 3) = 1140, and β(16, 3) = 969
+      17
+    """
     return next(slots for slots in itertools.count(1) if math.comb(slots + repeats, repeats) >= num_steps)
 
 
 def least_repeats(num_steps: int, slots: int) -> int:
-    """The least r with β(s, r) ≥ T."""
+    """The least r with β(s, r) ≥ T.
+
+    Args:
+      num_steps: T, at least 1.
+      slots: s, at least 1.
+    """
     return next(repeats for repeats in itertools.count() if math.comb(slots + repeats, slots) >= num_steps)
 
 
 def split(num_steps: int, slots: int) -> int:
-    """The least optimal m: m ≥ β(s, r−2), and n − m ≤ β(s−1, r)."""
+    """The least optimal m: m ≥ β(s, r−2), and n − m ≤ β(s−1, r).
+
+    Args:
+      num_steps: n, at least 2.
+      slots: s, at least 2.
+    """
     repeats = least_repeats(num_steps, slots)
     least = math.comb(slots + repeats - 2, slots) if repeats > 1 else 1
     return max(least, num_steps - math.comb(slots - 1 + repeats, slots - 1))
 
 
 def make_actions(num_steps: int, slots: int) -> tuple[np.ndarray, Actions]:
-    """The slot in which the forward pass stores each state (or `NO_SLOT`), and the actions of the backward scan."""
+    """The slot in which the forward pass stores each state (or `NO_SLOT`), and the actions of the backward scan.
+
+    Args:
+      num_steps: n, at least 1.
+      slots: s in all, that of the first state included; at least 1.
+
+    Returns:
+      The slots, int32, an entry for each state before the first pullback, and the `Actions` from that on.
+
+    Example:
+      >>> stored, actions = make_actions(3, slots=1)
+      >>> stored.tolist(), actions.step.tolist(), actions.pull.tolist()  # from the start again for every step
+      ([0, -1, -1], [2, 0, 1, 0], [True, False, True, True])
+    """
     actions: list[tuple[int, int, int, bool]] = []
 
     def reverse(begin, length, slot, load, store, free):
@@ -91,7 +123,16 @@ def make_actions(num_steps: int, slots: int) -> tuple[np.ndarray, Actions]:
 
 
 def run_binomial(rule: Any, problem: Problem, slots: int) -> InnerState:
-    """Takes all steps, and stores `slots` states for the backward pass."""
+    """Takes all steps, and stores `slots` states for the backward pass.
+
+    Args:
+      rule: the derivative rule, for messages.
+      problem: of which `num_steps` steps are taken.
+      slots: states stored at a time, that of the start included.
+
+    Returns:
+      The final state, with the derivative of all steps.
+    """
     stored, actions = make_actions(problem.num_steps, slots)
 
     def forward(at):

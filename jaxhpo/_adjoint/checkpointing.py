@@ -54,7 +54,12 @@ class Sizes(NamedTuple):
 
 
 def sizes_of(problem: Problem, cost: Callable[[Schedule], tuple[float, int]]) -> Sizes:
-    """Returns the sizes of a problem's step."""
+    """Returns the sizes of a problem's step.
+
+    Args:
+      problem: whose step is traced when `activations` or `residuals` are called, and not before.
+      cost: as in `Sizes`.
+    """
     state, (hparams, closed_over) = problem.state, problem.inputs
     x = jax.tree.map(lambda x: x[0], problem.xs)
 
@@ -81,6 +86,20 @@ def choose(
     if these are stored: T/k · state + k (state + g), which is least at k = √(T state / (state + g)). A stored gradient
     saves a third of the work of recomputing a step; its memory matters only where the activations of the one step that
     is being differentiated are smaller.
+
+    Args:
+      checkpoint: the argument of `Unroll`: None, a segment's length k, "sqrt", "auto" or "binomial".
+      num_steps: T.
+      sizes: of a step.
+      memory_limit: the argument of `Unroll`: bytes, "device", or None; it replaces `checkpoint`.
+
+    Raises:
+      JaxhpoError: no schedule stays below the limit; a limit by device on several processes.
+
+    Example:
+      >>> sizes = Sizes(state=2**20, gradient=2**20, activations=lambda: 2**24, residuals=lambda: 2.0**24)
+      >>> choose("sqrt", 800, sizes)  # k = √(T / 2) = 20
+      Schedule(segment=20, gradients=True, slots=None)
     """
     imposed = active().schedule
     if imposed is not None:
@@ -219,7 +238,15 @@ def _in_slots(num_steps: int) -> Iterator[Schedule]:
 
 
 def describe_schedule(schedule: Schedule) -> str:
-    """Returns in words what a schedule stores."""
+    """Returns in words what a schedule stores.
+
+    Args:
+      schedule: as `choose` returns it.
+
+    Example:
+      >>> describe_schedule(Schedule(segment=20, gradients=True))
+      'a state every 20 steps, and every state and gradient of one segment'
+    """
     if schedule.slots is not None:
         return f"{schedule.slots} state{'s' * (schedule.slots > 1)}, by binomial checkpointing"
     if schedule.segment is None:

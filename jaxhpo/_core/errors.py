@@ -7,15 +7,43 @@ AROUND = ("jaxhpo", "jax", "contextlib")  # packages whose frames lie between th
 
 
 class JaxhpoError(ValueError):
-    """An argument cannot work; the message says what was given, why it cannot work, and what to write instead."""
+    """An argument cannot work; the message says what was given, why it cannot work, and what to write instead.
+
+    Example:
+      >>> try:
+      ...     jaxhpo.Unroll(truncate=0)
+      ... except jaxhpo.JaxhpoError as error:
+      ...     print(error)
+      `Unroll(truncate=...)` got 0, but it must be at least 1: write 1 or more.
+    """
 
 
 class ZeroHypergradientError(JaxhpoError):
-    """A hypergradient is exactly zero because the derivative rule, or the problem, cannot see the hyperparameter."""
+    """A hypergradient is exactly zero because the derivative rule, or the problem, cannot see the hyperparameter.
+
+    Example:
+      >>> solver = jaxhpo.from_optax(lambda p, rate, batch: (p - 1.0) ** 2, lambda rate: optax.sgd(rate))
+      >>> def outer_loss(rate):  # where training converges, the rate no longer matters
+      ...     start = solver.init(0.0, rate)
+      ...     return jaxhpo.solve(solver, start, rate, num_steps=3, adjoint=jaxhpo.Implicit(jaxhpo.CG())).params
+      >>> try:
+      ...     jaxhpo.tune(outer_loss, 0.1, optax.sgd(0.1), num_steps=1, progress=False)
+      ... except jaxhpo.ZeroHypergradientError as error:
+      ...     print(error)
+      The hypergradient of `hparams` is exactly zero in every entry: hparams does not enter the condition ...
+    """
 
 
 class NonFiniteError(JaxhpoError):
-    """A loss, a parameter or a hypergradient is NaN or infinite; the message names the first place where it is."""
+    """A loss, a parameter or a hypergradient is NaN or infinite; the message names the first place where it is.
+
+    Example:
+      >>> try:
+      ...     jaxhpo.tune(lambda h: jnp.log(h), -1.0, optax.sgd(0.1), num_steps=1, progress=False)
+      ... except jaxhpo.NonFiniteError as error:
+      ...     print(error)
+      Outer step 0: The outer loss is nan. ... It began where `log` ... took the logarithm of -1: ...
+    """
 
 
 def warn(warning: str | Warning, category: type[Warning] = RuntimeWarning) -> None:
@@ -37,6 +65,17 @@ class ZeroHypergradientWarning(UserWarning):
       message: the text, which names the input, the rule, and a rule that sees the input.
       leaf: the path of the input, such as `hparams['log_lr']`.
       partial: whether only some entries or steps of the input are treated as constants, not the whole leaf.
+
+    Example:
+      >>> import warnings
+      >>> solver = jaxhpo.from_optax(lambda p, rate, batch: (p - 1.0) ** 2, lambda rate: optax.sgd(rate))
+      >>> def outer_loss(rate):
+      ...     start = solver.init(0.0, 0.1)
+      ...     return jaxhpo.solve(solver, start, rate, num_steps=3, adjoint=jaxhpo.Implicit(jaxhpo.CG())).params
+      >>> with warnings.catch_warnings(record=True, action="always") as caught:
+      ...     hypergrad = jax.grad(outer_loss)(0.1)
+      >>> print(hypergrad == 0, caught[0].message.leaf)
+      True hparams
     """
 
     def __init__(self, message: str, leaf: str = "", partial: bool = False):

@@ -18,6 +18,12 @@ class InnerState(NamedTuple):
       params: the inner parameters θ, a pytree of floating-point arrays.
       opt_state: the inner optimiser's state.
       model_state: batch-norm statistics and the like; None without `has_state`.
+
+    Example:
+      >>> solver = jaxhpo.from_optax(lambda p, h, batch: (p - h) ** 2, optax.sgd(0.25))
+      >>> state = solver.init(1.0, 3.0)  # of the parameter 1, for the hyperparameter 3
+      >>> print(solver.step(state, 3.0, None).params)  # p ← p − (p − h) / 2
+      2.0
     """
 
     params: PyTree
@@ -36,6 +42,12 @@ class Info(NamedTuple):
       num_steps: inner steps taken (int32).
       finite: whether every parameter and the condition are finite (bool).
       converged: whether the run ended below its `tol` (bool); None where none was given.
+
+    Example:
+      >>> solver = jaxhpo.from_optax(lambda p, h, batch: (p - h) ** 2, optax.sgd(0.25))
+      >>> info = jaxhpo.solve(solver, solver.init(0.0, 1.0), 1.0, num_steps=3).info
+      >>> print(info.optimality, info.num_steps, info.finite)  # |2 (p − h)| = 2 · 0.5³
+      0.25 3 True
     """
 
     optimality: jax.Array
@@ -52,6 +64,13 @@ class Solution(NamedTuple):
       opt_state: the optimiser's final state.
       model_state: the final model state.
       info: the report of the solve.
+
+    Example:
+      >>> solver = jaxhpo.from_optax(lambda p, h, batch: (p - h) ** 2, optax.sgd(0.25))
+      >>> solution = jaxhpo.solve(solver, solver.init(0.0, 1.0), 1.0, num_steps=3)
+      >>> more = jaxhpo.solve(solver, solution.state, 1.0, num_steps=3)  # goes on from there
+      >>> print(solution.params, more.params)  # 1 − 0.5³ and 1 − 0.5⁶
+      0.875 0.984375
     """
 
     params: PyTree
@@ -80,6 +99,14 @@ class Solver(NamedTuple):
         not a function of a gradient.
       rates: `(params, hparams, count) -> (learning rates, momenta)`, two trees like `params` of arrays that broadcast
         to its leaves; only for `momentum_sgd`, else None.
+
+    Example:
+      >>> solver = jaxhpo.from_optax(lambda p, h, batch: h * (p - batch) ** 2, optax.sgd(0.25))
+      >>> h, state = 1.0, solver.init(0.0, 1.0)
+      >>> for batch in (1.0, 2.0, 3.0):
+      ...     state = solver.step(state, h, batch)  # p ← p − (p − batch) / 2
+      >>> print(state.params, solver.condition(state.params, h, 3.0, None))  # and 2 (p − 3)
+      2.125 -1.75
     """
 
     init: Callable[..., InnerState]
@@ -168,6 +195,17 @@ class Hypergradient(NamedTuple):
     Attributes:
       init: `(params, hparams, model_state=None) -> state`.
       update: `(hparams, state, batches=None, outer_batch=None, key=None) -> (hypergradient, state, info)`.
+
+    Example:
+      >>> solver = jaxhpo.from_optax(lambda p, h, batch: (p - h) ** 2, optax.sgd(0.25))
+      >>> def outer_loss(solution, h, batch):
+      ...     return solution.params**2
+      >>> pair = jaxhpo.hypergradient(jaxhpo.Unroll(), solver, outer_loss, num_steps=1)
+      >>> h, state, update = 1.0, pair.init(0.0, 1.0), jax.jit(pair.update)
+      >>> for _ in range(3):
+      ...     hypergrad, state, info = update(h, state)  # trains on from the last parameters
+      >>> print(hypergrad, info.value)  # p = 1 − 0.5³, and dp²/dh = p by one step
+      0.875 0.765625
     """
 
     init: Callable[..., PyTree]
@@ -184,6 +222,15 @@ class HypergradientInfo(NamedTuple):
       linear: the `LinearInfo` of the backward linear solve; None for methods without one.
       tolerance: the relative tolerance of the inner run and the linear solve; None for methods without one.
       standard_error: of the hypergradient, a length, for means over random pairs; None for other methods.
+
+    Example:
+      >>> solver = jaxhpo.from_optax(lambda p, h, batch: (p - h) ** 2, optax.sgd(0.25))
+      >>> def outer_loss(solution, h, batch):
+      ...     return solution.params**2
+      >>> pair = jaxhpo.hypergradient(jaxhpo.Implicit(jaxhpo.CG()), solver, outer_loss, num_steps=3)
+      >>> _, _, info = pair.update(1.0, pair.init(0.0, 1.0))
+      >>> print(info.value, info.solution.optimality, info.linear.num_iterations)  # p = 1 − 0.5³
+      0.765625 0.25 1
     """
 
     value: jax.Array
@@ -205,6 +252,11 @@ class LinearStatus(enum.IntEnum):
       STALLED: the residual is above the tolerance and no longer falls: rounding, a breakdown, a singular matrix, or a
         series that does not converge. Where no tolerance was given also: the residual is small, but the matrix so
         ill-conditioned that the answer may be wrong by more than 1 %. The answer is the best iterate.
+
+    Example:
+      >>> _, info = jaxhpo.CG(maxiter=1)(lambda v: jnp.array([1.0, 2.0]) * v, jnp.ones(2))
+      >>> jaxhpo.LinearStatus(int(info.status)).name
+      'MAX_ITERATIONS'
     """
 
     CONVERGED = 0
@@ -226,6 +278,11 @@ class LinearInfo(NamedTuple):
         of a dense solver whose residual is above √ε. `Implicit` then gives NaN. An answer that was stopped early has
         not failed. None, in a solver of your own, leaves it to the others: INDEFINITE, NOT_FINITE, or CONVERGED at a
         residual of 1 or more; then CONVERGED is checked, too (see `LinearSolver`).
+
+    Example:
+      >>> x, info = jaxhpo.CG()(lambda v: jnp.array([1.0, 2.0]) * v, jnp.ones(2))
+      >>> print(x.round(3), info.num_iterations, info.residual < 1e-5, info.failed)
+      [1.  0.5] 2 True False
     """
 
     residual: Any = None

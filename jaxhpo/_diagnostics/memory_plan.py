@@ -39,6 +39,15 @@ class PlanRow(NamedTuple):
       time: counted operations of outer loss and hypergradient, in units of the outer loss's alone.
       cost: the same, with 64 operations more for every byte beyond 32 MiB, as memory is slow.
       keeps: what it keeps, in words, for each inner solve.
+
+    Example:
+      >>> solver = jaxhpo.from_optax(lambda p, h, batch: jnp.sum(h * p**2), optax.sgd(0.1))
+      >>> def outer_loss(h):
+      ...     return jnp.sum(jaxhpo.solve(solver, solver.init(jnp.ones(10_000), h), h, num_steps=1000).params)
+      >>> plan = jaxhpo.memory_plan(outer_loss, jnp.ones(10_000))  # doctest: +ELLIPSIS
+      schedule ...
+      >>> plan.fitting[0].call, plan.fitting[0].bytes < plan.asked.bytes
+      ("Unroll(checkpoint='sqrt')", True)
     """
 
     call: str
@@ -59,6 +68,15 @@ class MemoryPlan:
       param_bytes: bytes of the largest inner problem's parameters.
       population: hyperparameter vectors that the outer loss takes at once.
       reasons: for each unrolled solve, the sizes by which its schedule was chosen.
+
+    Example:
+      >>> solver = jaxhpo.from_optax(lambda p, h, batch: jnp.sum(h * p**2), optax.sgd(0.1))
+      >>> def outer_loss(h):
+      ...     return jnp.sum(jaxhpo.solve(solver, solver.init(jnp.ones(10_000), h), h, num_steps=1000).params)
+      >>> plan = jaxhpo.memory_plan(outer_loss, jnp.ones(10_000))  # doctest: +ELLIPSIS
+      schedule ...
+      >>> print(plan.advice)  # doctest: +ELLIPSIS
+      On this machine write `Unroll(checkpoint='sqrt')`: ... trainings instead of ..., in ... of memory instead of ...
     """
 
     asked: PlanRow

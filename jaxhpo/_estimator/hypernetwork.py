@@ -41,6 +41,17 @@ class Perturbed(NamedTuple):
       value: the hyperparameters, which are passed to the losses.
       scale: the standard deviations of their perturbation in unconstrained units, a tree like `value` of positive
         arrays, each of the shape of its leaf or a scalar.
+
+    Example:
+      >>> solver = jaxhpo.from_optax(lambda p, h, batch: jnp.sum((p - h) ** 2), optax.sgd(0.1))
+      >>> def outer_loss(solution, h, batch):
+      ...     return jnp.sum(solution.params)
+      >>> method = jaxhpo.Hypernetwork(optax.sgd(0.1), entropy=0.1)
+      >>> pair = jaxhpo.hypergradient(method, solver, outer_loss, num_steps=100)
+      >>> h = jaxhpo.Perturbed(jnp.ones(2), scale=jnp.array(0.5))
+      >>> hypergrad, state, info = pair.update(h, pair.init(jnp.zeros(2), h), key=jax.random.key(0))
+      >>> jax.tree.map(jnp.shape, hypergrad)  # with respect to both
+      Perturbed(value=(2,), scale=())
     """
 
     value: PyTree
@@ -53,6 +64,17 @@ class AffineResponse(NamedTuple):
     Attributes:
       offset: b, like the model's parameters.
       slope: U, like the model's parameters, with one more axis at the end, over all m entries of the hyperparameters.
+
+    Example:
+      >>> solver = jaxhpo.from_optax(lambda p, h, batch: jnp.sum((p - h) ** 2), optax.sgd(0.1))
+      >>> def outer_loss(solution, h, batch):
+      ...     return jnp.sum(solution.params)
+      >>> pair = jaxhpo.hypergradient(jaxhpo.Hypernetwork(optax.sgd(0.1), scale=1.0), solver, outer_loss, num_steps=400)
+      >>> h = jnp.ones(2)
+      >>> _, state, _ = pair.update(h, pair.init(jnp.zeros(2), h), key=jax.random.key(0))
+      >>> response = state.inner.params
+      >>> print(response.offset.round(1), abs(response.slope.round(1)).tolist())  # the best response is h itself
+      [1. 1.] [[1.0, 0.0], [0.0, 1.0]]
     """
 
     offset: PyTree

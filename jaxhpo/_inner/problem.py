@@ -48,6 +48,18 @@ class Problem(NamedTuple):
       with_gradient: `(gradient, keys=None) -> Problem` whose steps compute the gradient of the train loss by
         `gradient(loss, params, hparams, batch, model_state, key) -> ((value, model_state), grad)`, with `keys[t]` at
         step t. With None, or if a step is not a function of a gradient, the solver's own step is taken.
+
+    Example:
+      >>> class Plain:  # reverse mode through all steps
+      ...     def run(self, problem):
+      ...         print(problem.solver.name, problem.num_steps, problem.inputs[0])
+      ...         def advance(state, x):
+      ...             return problem.advance(state, problem.inputs, x), None
+      ...         return jax.lax.scan(advance, problem.state, problem.xs)[0], problem.num_steps
+      >>> solver = jaxhpo.from_optax(lambda p, h, batch: (p - h) ** 2, optax.sgd(0.25))
+      >>> print(jaxhpo.solve(solver, solver.init(0.0, 1.0), 1.0, num_steps=3, adjoint=Plain()).params)
+      from_optax 3 1.0
+      0.875
     """
 
     advance: Callable[[InnerState, PyTree, PyTree], InnerState]

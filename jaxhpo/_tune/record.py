@@ -53,6 +53,15 @@ class TuneStep(NamedTuple):
       info: what the outer loss reported, or None.
       best_value: the lowest score so far, as in `TuneResult`; inf before the first one.
       seconds: since the start.
+
+    Example:
+      >>> def small(step):
+      ...     return step.value < 0.1
+      >>> result = jaxhpo.tune(
+      ...     lambda h: (h - 3.0) ** 2, 0.0, optax.sgd(0.25), num_steps=100, callbacks=[small], progress=False
+      ... )
+      >>> result.status, result.history["value"].tolist()  # 9 · 0.25ⁱ
+      ('callback', [9.0, 2.25, 0.5625, 0.140625, 0.03515625])
     """
 
     step: int

@@ -28,6 +28,13 @@ class OuterState(NamedTuple):
       key: the key of the loop; step i draws `jax.random.fold_in(key, i)`.
       step: steps taken.
       before: the previous point.
+
+    Example:
+      >>> step = jaxhpo.outer_step(lambda h, target, key: ((h - target) ** 2, target, None), optax.sgd(0.5))
+      >>> state, _ = step.update(step.init(0.0, carry=1.0))
+      >>> state, _ = step.update(state._replace(carry=jnp.array(2.0)))  # other data for the next step
+      >>> print(state.step, state.point)  # h ← target
+      2 2.0
     """
 
     point: PyTree
@@ -49,6 +56,12 @@ class OuterReport(NamedTuple):
       finite: whether value, hypergradient, new point, carry and the inner solves in `info` are finite.
       remedies: counts of what each remedy changed.
       info: what the outer loss reported, or None.
+
+    Example:
+      >>> step = jaxhpo.outer_step(lambda h: (h - 3.0) ** 2, optax.sgd(0.25))
+      >>> state, report = step.update(step.init(1.0))
+      >>> print(report.value, report.hparams, report.hypergradient, report.finite)
+      4.0 1.0 -4.0 True
     """
 
     value: jax.Array
@@ -67,6 +80,14 @@ class OuterStep(NamedTuple):
       init: `(hparams, carry=None, key=None) -> state`, an `OuterState`.
       update: `state -> (state, report)`, with an `OuterReport`.
       hparams: `state -> hparams`, in natural units.
+
+    Example:
+      >>> step = jaxhpo.outer_step(lambda h: (h - 3.0) ** 2, optax.sgd(0.25))
+      >>> state, update = step.init(1.0), jax.jit(step.update)
+      >>> for _ in range(3):
+      ...     state, report = update(state)
+      >>> print(step.hparams(state))  # 3 − 2 · 0.5³
+      2.75
     """
 
     init: Callable[..., OuterState]

@@ -52,6 +52,15 @@ class Member(NamedTuple):
     Attributes:
       status: one of those of a `TuneResult`.
       num_steps: rows of the history in which the member took part.
+
+    Example:
+      >>> starts = jnp.array([0.0, 2.9])
+      >>> result = jaxhpo.tune(
+      ...     lambda h: (h - 3.0) ** 2, starts, optax.sgd(0.25), num_steps=5, population=2, patience=1, min_delta=0.1,
+      ...     progress=False,
+      ... )
+      >>> result.members
+      (Member(status='finished', num_steps=5), Member(status='patience', num_steps=2))
     """
 
     status: str
@@ -82,6 +91,13 @@ class TuneResult(NamedTuple):
         "mixed" where all members of a population have ended, for different reasons.
       message: why it stopped, in words.
       members: of a population, a `Member(status, num_steps)` each; else empty.
+
+    Example:
+      >>> result = jaxhpo.tune(lambda h: (h - 3.0) ** 2, 0.0, optax.sgd(0.25), num_steps=3, progress=False)
+      >>> result
+      TuneResult(best_value=0.5625, steps=3, status='finished': 3 outer steps were taken, of 3 asked for)
+      >>> print(result.best_hparams, result.hparams, result.history["value"])  # h ← (h + 3) / 2
+      2.25 2.625 [9.     2.25   0.5625]
     """
 
     hparams: PyTree

@@ -35,6 +35,13 @@ class KnowledgeGraph(NamedTuple):
       test: int32 (n, 3), for one final evaluation.
       entities: names, in the order of their first occurrence in the three files: those missing in train come last.
       relations: likewise.
+
+    Example:
+      >>> from jaxhpo.data import KnowledgeGraph
+      >>> train, validation, test = np.array([[0, 0, 1], [1, 0, 2]]), np.array([[0, 1, 2]]), np.array([[2, 1, 0]])
+      >>> graph = KnowledgeGraph(train, validation, test, ("Ann", "Bob", "Eve"), ("knows", "likes"))
+      >>> graph.sizes, len(graph.known), [graph.entities[i] for i in graph.train[:, 0]]
+      ((3, 2), 3, ['Ann', 'Bob'])
     """
 
     train: np.ndarray
@@ -67,7 +74,7 @@ class KnowledgeGraph(NamedTuple):
 
 
 def knowledge_graph(source: str | os.PathLike) -> KnowledgeGraph:
-    """Read a knowledge graph by its name, or from a folder of `train.txt`, `valid.txt` and `test.txt`.
+    r"""Read a knowledge graph by its name, or from a folder of `train.txt`, `valid.txt` and `test.txt`.
 
     Each line is a triple: head, relation and tail, separated by tabs, in UTF-8; lines may end in CRLF. A named graph is
     read from `<JAXHPO_DATA_DIR>/kg/<archive>` if that environment variable is set and the file exists. Otherwise it is
@@ -99,6 +106,13 @@ def knowledge_graph(source: str | os.PathLike) -> KnowledgeGraph:
       >>> graph = knowledge_graph("nations")  # doctest: +SKIP
       >>> graph.sizes, graph.train.shape  # doctest: +SKIP
       ((14, 55), (1592, 3))
+      >>> import pathlib, tempfile
+      >>> folder = pathlib.Path(tempfile.mkdtemp())
+      >>> for name, line in {"train": "Ann\tknows\tBob", "valid": "Bob\tknows\tAnn", "test": "Bob\tknows\tBob"}.items():
+      ...     _ = (folder / f"{name}.txt").write_text(line)
+      >>> graph = knowledge_graph(folder)
+      >>> graph.entities, graph.validation.tolist()
+      (('Ann', 'Bob'), [[1, 0, 0]])
 
     References:
       Kok, Domingos. Statistical Predicate Invention. 2007.

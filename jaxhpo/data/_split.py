@@ -14,6 +14,12 @@ class Examples(NamedTuple):
     Attributes:
       inputs: array with one example per entry of the leading axis.
       targets: array with the same leading axis.
+
+    Example:
+      >>> from jaxhpo.data import Examples
+      >>> inputs, targets = Examples(np.zeros((10, 3)), targets=np.arange(10))
+      >>> inputs.shape, targets.shape
+      ((10, 3), (10,))
     """
 
     inputs: np.ndarray
@@ -27,6 +33,14 @@ class Split(NamedTuple):
       train: for the inner problem, the training of parameters.
       validation: for the outer problem, the choice of hyperparameters.
       test: for one final evaluation.
+
+    Example:
+      >>> from jaxhpo.data import Examples, split
+      >>> parts = split(Examples(np.arange(10.0), np.arange(10)), train=5, validation=3)
+      >>> sorted(np.concatenate([part.targets for part in parts]).tolist())  # each example is in one of them
+      [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
+      >>> parts.validation.inputs.shape
+      (3,)
     """
 
     train: Examples

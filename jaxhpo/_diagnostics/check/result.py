@@ -35,6 +35,18 @@ class HypergradientCheck:
       causes: why it differs, and what to write instead, the likeliest first.
       predictivity: with `step`, how well it foretells steps of that size, and of a third of it.
       remedies: where that is badly, how well the hypergradients of other trainings foretell theirs, by name.
+
+    Example:
+      >>> solver = jaxhpo.from_optax(lambda p, h, batch: (p - h) ** 2, optax.sgd(0.25))
+      >>> def outer_loss(h):
+      ...     adjoint = jaxhpo.Unroll(truncate=1)
+      ...     return jaxhpo.solve(solver, solver.init(0.0, h), h, num_steps=3, adjoint=adjoint).params
+      >>> check = jaxhpo.check_hypergradient(outer_loss, 1.0)
+      >>> check.verdict, round(check.relative_error, 3)  # 0.5 of 0.875
+      ('differs', 0.429)
+      >>> print(check.causes[0])
+      `Unroll(truncate=1)` differentiates the last 1 inner steps alone; `Unroll()`, which differentiates all, is right
+      here. Take more, until the hypergradient no longer changes.
     """
 
     verdict: str
@@ -89,7 +101,7 @@ class HypergradientCheck:
         return text
 
     def _foretold(self) -> str:
-        """How well finite steps are foretold, what raised that, and what else may."""
+        """The correlation with real changes at finite steps: in words, with what raised it, and what else may."""
         if not self.predictivity:
             return ""
         first, *rest = self.predictivity

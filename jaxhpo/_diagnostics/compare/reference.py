@@ -75,7 +75,7 @@ class Standard(NamedTuple):
         return agreement(given[0], want).relative_error
 
     def _components(self, grads) -> tuple[np.ndarray, np.ndarray]:
-        """What is compared of some hypergradients, and of the reference: all entries, or those along directions."""
+        """The components of hypergradients and of the reference to compare: all entries, or those along directions."""
         if self.gradient is not None:
             return grads, self.gradient
         return np.array([self.differences.along(grad) for grad in grads]), self.differences.numeric

@@ -23,6 +23,12 @@ class Grouped(NamedTuple):
       queries: for each side "s", "p", "o", int32 (q, 3), one triple of each question.
       answers: for each side, float32 (q, entities or relations), the number of times that this is the answer.
       counts: occurrences of entities as subjects, of relations, and of entities as objects, float32.
+
+    Example:
+      >>> from jaxhpo.models import link_prediction
+      >>> batch = link_prediction.group(np.array([[0, 0, 1], [0, 0, 2]]), num_entities=3, num_relations=1)
+      >>> len(batch.queries["o"]), batch.counts[0].tolist()  # (0, 0, ?) is asked once; 0 is the subject twice
+      (1, [2.0, 0.0, 0.0])
     """
 
     queries: dict[str, np.ndarray]

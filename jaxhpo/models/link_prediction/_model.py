@@ -23,6 +23,13 @@ class Model:
       reciprocal: give each relation p an inverse with an embedding of its own, in row p + number of relations. The
         subjects of (?, p, o) are then scored as the objects of (o, inverse of p, ?).
       scale: standard deviation of the initial embeddings.
+
+    Example:
+      >>> from jaxhpo.models import link_prediction
+      >>> model = link_prediction.DistMult(rank=8, reciprocal=True)
+      >>> params = model.init(jax.random.key(0), num_entities=5, num_relations=2)
+      >>> isinstance(model, link_prediction.Model), model.sizes(params), params["relations"].shape
+      (True, (5, 2), (4, 8))
     """
 
     rank: int = 100
@@ -145,6 +152,14 @@ class ComplEx(Model):
     Args:
       rank, reciprocal, scale: see `Model`.
 
+    Example:
+      >>> from jaxhpo.models import link_prediction
+      >>> params = {"entities": jnp.array([[1.0, 0.0], [0.0, 1.0]]), "relations": jnp.array([[0.0, 1.0]])}
+      >>> model = link_prediction.ComplEx(rank=1)  # of the entities 1 and i, and the relation i
+      >>> print(model.scores(params, jnp.array([[0, 0, 1], [1, 0, 0]]), "o"))  # (0, 0, 1) has 1, and (1, 0, 0) has −1
+      [[ 0.  1.]
+       [-1.  0.]]
+
     References:
       Trouillon, Welbl, Riedel, Gaussier, Bouchard. Complex Embeddings for Simple Link Prediction. 2016.
       arXiv:1606.06357
@@ -182,6 +197,13 @@ class CP(Model):
     Args:
       rank, reciprocal, scale: see `Model`.
 
+    Example:
+      >>> from jaxhpo.models import link_prediction
+      >>> model = link_prediction.CP(rank=8, reciprocal=True)
+      >>> params = model.init(jax.random.key(0), num_entities=5, num_relations=2)
+      >>> {name: table.shape for name, table in params.items()}
+      {'entities': (5, 8), 'relations': (4, 8), 'objects': (5, 8)}
+
     References:
       Lacroix, Usunier, Obozinski. Canonical Tensor Decomposition for Knowledge Base Completion. 2018. arXiv:1806.07297
     """
@@ -198,6 +220,13 @@ class TransE(Model):
 
     Args:
       rank, reciprocal, scale: see `Model`.
+
+    Example:
+      >>> from jaxhpo.models import link_prediction
+      >>> params = {"entities": jnp.array([[1.0, 0.0], [0.0, 1.0]]), "relations": jnp.array([[-1.0, 1.0]])}
+      >>> scores = link_prediction.TransE(rank=2).scores(params, jnp.array([[0, 0, 1]]), "o")
+      >>> [f"{score:.3f}" for score in scores[0]]  # s + p is the second entity, and √2 away from the first
+      ['-1.414', '-0.001']
 
     References:
       Bordes, Usunier, Garcia-Durán, Weston, Yakhnenko. Translating Embeddings for Modeling Multi-relational Data. 2013.

@@ -23,6 +23,12 @@ class Metrics(NamedTuple):
       hits1: share of ranks ≤ 1.
       hits3: share of ranks ≤ 3.
       hits10: share of ranks ≤ 10.
+
+    Example:
+      >>> from jaxhpo.models.link_prediction import Ranks
+      >>> metrics = Ranks(optimistic=np.array([[1, 2]]), pessimistic=np.array([[1, 4]])).metrics()
+      >>> print(f"MRR {metrics.mrr:.3f}, Hits@1 {metrics.hits1:.0%}, Hits@3 {metrics.hits3:.0%}")
+      MRR 0.667, Hits@1 50%, Hits@3 100%
     """
 
     mrr: float
@@ -37,6 +43,12 @@ class Ranks(NamedTuple):
     Attributes:
       optimistic: integers (n, 2), with answers of equal score ranked after the true one.
       pessimistic: integers (n, 2), with answers of equal score ranked before the true one.
+
+    Example:
+      >>> from jaxhpo.models.link_prediction import Ranks
+      >>> ranks = Ranks(optimistic=np.array([[1, 2]]), pessimistic=np.array([[1, 4]]))
+      >>> ranks.mean.tolist(), ranks.metrics("pessimistic").mrr  # (1 / 1 + 1 / 4) / 2
+      ([[1.0, 3.0]], 0.625)
     """
 
     optimistic: np.ndarray
