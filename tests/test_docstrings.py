@@ -20,6 +20,9 @@ NAMES = {"jaxhpo": jaxhpo, "jax": jax, "jnp": jnp, "np": np, "optax": optax}
 # Third-party packages of the extras: a module that needs an absent one is skipped.
 EXTRAS = {"flax", "sklearn", "matplotlib", "optuna", "pooch", "lineax", "optimistix"}
 
+SECTIONS = ("Args", "Attributes", "Returns", "Yields", "Raises", "Example", "References")
+NOT_RUN = {"mnist"}  # its example downloads 11 MB
+
 
 def module_names() -> list[str]:
     return ["jaxhpo", *(info.name for info in pkgutil.walk_packages(jaxhpo.__path__, "jaxhpo."))]
@@ -43,8 +46,21 @@ def public_objects(module):
     for name, value in vars(module).items():
         if name.startswith("_") or inspect.ismodule(value):
             continue
-        if (getattr(value, "__module__", None) or type(value).__module__).split(".")[0] == "jaxhpo":
+        if defined_in(value).split(".")[0] == "jaxhpo":
             yield name, value
+
+
+def defined_in(value) -> str:
+    return getattr(value, "__module__", None) or type(value).__module__
+
+
+def has_example(value) -> bool:
+    """True where the documentation of an object holds an example of its own that runs, and is no mere import."""
+    doc = _own_doc(value if inspect.isclass(value) or inspect.isroutine(value) else type(value)) or ""
+    return any(
+        not example.options.get(doctest.SKIP) and not example.source.startswith(("import ", "from "))
+        for example in doctest.DocTestParser().get_examples(doc)
+    )
 
 
 def problems(name: str, value) -> list[str]:
@@ -57,6 +73,11 @@ def problems(name: str, value) -> list[str]:
     found = []
     if _arguments(value) and not re.search(r"^\s*(Args|Attributes):$", doc, re.MULTILINE):
         found.append(f"{name} takes arguments and has no `Args:` section")
+    places = [SECTIONS.index(section) for section in re.findall(r"^(\w+):$", doc, re.MULTILINE) if section in SECTIONS]
+    if places != sorted(set(places)):
+        found.append(f"{name} has its sections out of order: {', '.join(SECTIONS)} is the order")
+    if re.match(r"(How|What|Whether|Why|Where)\b", doc):
+        found.append(f"{name} has a first line that does not say what it is or does")
     if inspect.isclass(value) and not issubclass(value, BaseException):
         methods = [(n, m) for n, m in vars(value).items() if not n.startswith("_") and inspect.isfunction(m)]
         found += [f"{name}.{n} has no docstring" for n, m in methods if not m.__doc__]
@@ -92,6 +113,15 @@ def test_public_names_are_documented(module_name):
     assert module.__doc__, f"{module_name} has no docstring"
     found = [line for name, value in public_objects(module) for line in problems(f"{module_name}.{name}", value)]
     assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("module_name", [name for name in module_names() if is_public(name)])
+def test_public_names_have_examples_that_run(module_name):
+    module = load(module_name)
+    own = {name: value for name, value in public_objects(module) if defined_in(value).startswith(module_name)}
+    listed = {name for name in getattr(module, "__all__", ()) if not inspect.ismodule(getattr(module, name))}
+    assert listed <= set(own)
+    assert {name for name, value in own.items() if not has_example(value)} == NOT_RUN & set(own)
 
 
 class Tolerant(doctest.OutputChecker):
@@ -165,6 +195,35 @@ class _Invented:
     x: int
 
 
+def _imports_only():
+    """Does a thing.
+
+    Example:
+      >>> import jaxhpo
+      >>> jaxhpo.data.mnist()  # doctest: +SKIP
+    """
+
+
+def _out_of_order(x):
+    """Does a thing.
+
+    Example:
+      >>> 1
+      1
+
+    Args:
+      x: a number.
+    """
+
+
+def _riddle():
+    """What it does."""
+
+
+class _Inherits(Exception):
+    pass
+
+
 class _Method:
     """A class."""
 
@@ -174,15 +233,28 @@ class _Method:
 
 @pytest.mark.parametrize(
     ("value", "complaint"),
-    [(_undocumented, "no docstring"), (_without_args, "Args"), (_Invented, "no docstring"), (_Method, "act has no")],
+    [
+        (_undocumented, "no docstring"),
+        (_without_args, "Args"),
+        (_Invented, "no docstring"),
+        (_Method, "act has no"),
+        (_out_of_order, "out of order"),
+        (_riddle, "first line"),
+    ],
 )
 def test_the_check_complains(value, complaint):
     (line,) = problems("it", value)
     assert complaint in line
 
 
+@pytest.mark.parametrize("value", [_undocumented, _without_args, _Invented, _Method, _imports_only, _Inherits])
+def test_the_check_sees_that_an_example_lacks(value):
+    assert not has_example(value)
+
+
 def test_the_check_accepts():
     assert problems("positive", jaxhpo.positive) == [] and problems("CG", jaxhpo.CG) == []
+    assert has_example(jaxhpo.positive) and has_example(jaxhpo.CG) and has_example(_out_of_order)
 
 
 def test_the_comparison_of_outputs():

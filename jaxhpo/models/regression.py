@@ -57,7 +57,7 @@ def fourier(x: jax.Array, num_frequencies: int, period: float = 1.0) -> jax.Arra
 
 
 class LinearPosterior(NamedTuple):
-    """What Bayesian linear regression knows after the data; made by `bayesian_linear`.
+    """The posterior of the weights of Bayesian linear regression, and the evidence; made by `bayesian_linear`.
 
     Attributes:
       mean: of the weights, shape (p,).
