@@ -12,9 +12,7 @@ error bars" are those of the rough rules' runs, against the exact hypergradient 
     python benchmarks/auto.py [--out DIR] [--quick] [--problems NAME ...]
 """
 
-import argparse
 import json
-import pathlib
 import unittest.mock as mock
 import warnings
 
@@ -258,20 +256,13 @@ def draw(records, path):
 
 
 def main(arguments=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results")
-    parser.add_argument("--quick", action="store_true", help="two problems")
-    parser.add_argument("--problems", nargs="+", default=None, choices=suite.NAMES, metavar="NAME")
-    args = parser.parse_args(arguments)
+    out, names = suite.chosen(__doc__, arguments)
     records = []
-    args.out.mkdir(parents=True, exist_ok=True)
-    for name in args.problems or (suite.NAMES[:2] if args.quick else suite.NAMES):
+    for name in names:
         records.append(tune_all(name))  # what is measured is kept, also of a run that is stopped
-        (args.out / "auto.json").write_text(
-            json.dumps({"summary": summary(records), "problems": records}, indent=1) + "\n"
-        )
+        (out / "auto.json").write_text(json.dumps({"summary": summary(records), "problems": records}, indent=1) + "\n")
     print(json.dumps(summary(records), indent=1))
-    draw(records, args.out / "auto.png")
+    draw(records, out / "auto.png")
 
 
 if __name__ == "__main__":

@@ -10,9 +10,7 @@ against the exact hypergradient, for five draws. Costs are counted operations be
     python benchmarks/own_bars.py [--out DIR] [--quick] [--problems NAME ...]
 """
 
-import argparse
 import json
-import pathlib
 import warnings
 
 import jax
@@ -202,21 +200,15 @@ def draw(rows, path):
 
 
 def main(arguments=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results")
-    parser.add_argument("--quick", action="store_true", help="two problems")
-    parser.add_argument("--problems", nargs="+", default=None, choices=suite.NAMES, metavar="NAME")
-    args = parser.parse_args(arguments)
+    out, names = suite.chosen(__doc__, arguments)
     jax.config.update("jax_enable_x64", True)
-    names = args.problems or (suite.NAMES[:2] if args.quick else suite.NAMES)
     rows = []
-    args.out.mkdir(parents=True, exist_ok=True)
     for name in names:
         rows += measure(name)  # what is measured is kept, also of a run that is stopped
         text = json.dumps({"summary": summary(rows), "rows": rows}, indent=1)
-        (args.out / "own_bars.json").write_text(text + "\n")
+        (out / "own_bars.json").write_text(text + "\n")
     print(json.dumps(summary(rows), indent=1))
-    draw(rows, args.out / "own_bars.png")
+    draw(rows, out / "own_bars.png")
 
 
 if __name__ == "__main__":
