@@ -22,7 +22,7 @@ REPOSITORY = f"https://github.com/{NAME}" if NAME else ""
 
 project = "jaxhpo"
 author = copyright = "The jaxhpo authors"
-version = release = META["project"]["version"]
+version = release = jaxhpo.__version__
 extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",

@@ -141,7 +141,7 @@ from jaxhpo._tune.tune import Member as Member
 from jaxhpo._tune.tune import TuneResult as TuneResult
 from jaxhpo._tune.tune import tune as tune
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if not _typing.TYPE_CHECKING:  # a type checker reads the imports above, and would take any name for granted
     __all__ = [name for name in dir() if not name.startswith("_")]

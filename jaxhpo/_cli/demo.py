@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
+import jaxhpo
 from jaxhpo import plot
 from jaxhpo._cli import demo_experiment
 from jaxhpo._cli.demo_experiment import BASELINES, OURS, TUNED, Settings
@@ -79,7 +80,8 @@ def _report(settings: Settings, results: dict, scores: dict, cost: dict) -> dict
     return {
         "settings": dataclasses.asdict(settings),
         "seeds": list(range(settings.seed, settings.seed + settings.seeds)),
-        "versions": {name: importlib.metadata.version(name) for name in ("jaxhpo", "jax", "jaxlib", "optax", "numpy")}
+        "versions": {"jaxhpo": jaxhpo.__version__}
+        | {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "optax", "numpy")}
         | {"python": platform.python_version(), "backend": jax.default_backend()},
         "num_hyperparameters": sum(leaf[0].size for leaf in jax.tree.leaves(results[OURS].best_hparams)),
         "cost": cost,
