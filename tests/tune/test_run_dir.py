@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pathlib
+import pickle
 import resource
 import shutil
 import signal
@@ -237,6 +238,63 @@ def test_a_strangers_checkpoint_is_damaged(forgery, folder):
     assert f"after {STEPS - 1} outer steps; state-00000003.npz is damaged" in message, message
     assert best_step in (STEPS - 2, STEPS - 1)  # the newer one, where only a run knows the shapes
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 128 * 1024  # kibibytes
+
+
+class Payload:
+    """What makes a file where it is unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "x")
+
+
+def of_several_processes(folder, members, arrays):
+    """Writes a checkpoint as several processes do, with a valid seal."""
+    pieces = {f"{i}, {json.dumps([[0, n] for n in x.shape])}": x for i, x in enumerate(arrays)}
+    raw = npz(pieces)
+    seal = {
+        "header": {name: members[name].tobytes().decode() for name in HEADER},
+        "leaves": [["float64", list(x.shape)] for x in arrays],
+        "files": {"part-0.npz": hashlib.sha256(raw).hexdigest()},
+    }
+    text = json.dumps(seal).encode()
+    path = folder / f"state-{STEPS:08d}.parts"
+    path.mkdir()
+    (path / "part-0.npz").write_bytes(raw)
+    (path / f"sealed-{hashlib.sha256(text).hexdigest()}.json").write_bytes(text)
+
+
+@pytest.mark.parametrize("place", ["an array", "the header", "an entry", "the file", "a part of several processes"])
+def test_nothing_is_unpickled(place, folder, tmp_path):
+    """SECURITY.md says so. The checkpoint has a valid checksum and a payload in the place of one of its parts."""
+    mark = tmp_path / "mark"
+    payload = np.array([Payload(mark)], object)
+    newest = max(folder.glob("state-*"))
+    with np.load(newest) as file:
+        members = {name: file[name] for name in file.files}
+    raw = pickle.dumps(payload)
+    if place in ("an array", "the header"):
+        raw = npz(members | {"0" if place == "an array" else "settings": payload})
+    elif place == "an entry":
+        archive = io.BytesIO(npz({name: x for name, x in members.items() if name != "0"}))
+        with zipfile.ZipFile(archive, "a") as file:
+            file.writestr("0.npy", raw)
+        raw = archive.getvalue()
+    newest.unlink()
+    if place.startswith("a part"):
+        number = len(members) - len(HEADER)
+        of_several_processes(folder, members, [payload, *(members[str(i)] for i in range(1, number))])
+    else:
+        (folder / f"state-{STEPS:08d}-{hashlib.sha256(raw).hexdigest()}.npz").write_bytes(raw)
+
+    assert jaxhpo.load(folder).status == "finished"
+    assert main(["show", str(folder)]) == main(["plot", str(folder)]) == 0
+    assert "is damaged" in run(folder).message
+    assert not mark.exists()
+    pickle.loads(pickle.dumps(payload))[0].close()
+    assert mark.exists()  # so it would have been seen
 
 
 def test_escape_sequences_of_files_are_not_printed(folder, capsys):
