@@ -107,3 +107,17 @@ def test_version_date_and_licence_agree():
     assert (citation["version"], citation["date-released"].isoformat()) == headings[1]
     assert citation["license"] == PROJECT["project"]["license"]
     assert "version" not in PROJECT["project"] and "version" in PROJECT["project"]["dynamic"]
+
+
+def test_workflows_test_the_pythons_that_are_named():
+    yaml = pytest.importorskip("yaml")
+    files = [*(ROOT / ".github").rglob("*.yml"), ROOT / ".pre-commit-config.yaml"]
+    read = {file.name: yaml.safe_load(file.read_text()) for file in files}
+    assert {"tests.yml", "docs.yml", "release.yml", "bug_report.yml", ".pre-commit-config.yaml"} <= set(read)
+    matrix = read["tests.yml"]["jobs"]["quick"]["strategy"]["matrix"]
+    named = [c.rpartition(" ")[2] for c in PROJECT["project"]["classifiers"] if "Python :: 3." in c]
+    assert matrix["python"] == named == ["3.11", "3.12", "3.13"]
+    assert PROJECT["project"]["requires-python"] == f">={named[0]}"
+    hooks = [hook["entry"] for repo in read[".pre-commit-config.yaml"]["repos"] for hook in repo["hooks"]]
+    lint = (ROOT / ".ci" / "run").read_text()
+    assert hooks and all(f".venv/bin/{hook.removeprefix('.venv/bin/')}" in lint for hook in hooks)
