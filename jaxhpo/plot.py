@@ -19,6 +19,7 @@ PANELS = 6  # at most so many of large hyperparameters, and of metrics
 # Distinct to the colour-blind: Okabe and Ito, Color Universal Design, 2008, jfly.uni-koeln.de/color
 BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 PALETTE = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
+TITLE, LEGEND = 10, {"frameon": False, "fontsize": 9}  # of a panel; a picture's own title has 12 points
 STRIP = 0.1  # of the height of `comparison`'s axes: where there is no error
 
 
@@ -230,7 +231,7 @@ def comparison(comparison: Comparison, path: str | os.PathLike | None = None) ->
       >>> rules = [jaxhpo.Unroll(), jaxhpo.Unroll(truncate=1)]
       >>> figure = plot.comparison(jaxhpo.compare(make_outer_loss, 1.0, rules, repeats=1, progress=False))
       >>> figure.axes[0].get_title()
-      'recommended here: Unroll()'
+      'Recommended here: Unroll()'
     """
     canvas, axes = figure(width=10.0, height=5.0)
     axis = axes[0, 0]
@@ -238,7 +239,7 @@ def comparison(comparison: Comparison, path: str | os.PathLike | None = None) ->
     axis.set(xscale="log", yscale="log", ylabel="relative error of the hypergradient")
     axis.set_xlabel("time of one hypergradient, in inner steps")
     best = [row.accurate for row in comparison.rows if row.name == comparison.recommended]
-    verdict = "nearest, but not accurate" if best == [False] else "recommended here"
+    verdict = "Nearest, but not accurate" if best == [False] else "Recommended here"
     axis.set_title(f"{verdict}: {_plain(comparison.recommended or 'none of these')}", fontsize=12)
     low, high = min([1e-2, *errors]) / 3, 10 * max([1.0, *errors])
     strip = STRIP * any(row.relative_error == 0 for row in comparison.rows)
@@ -268,7 +269,7 @@ def comparison(comparison: Comparison, path: str | os.PathLike | None = None) ->
     if times:
         axis.set_xlim(min(times) / 1.3, max(times) * 1.3)
         plain_log_ticks(axis.xaxis)
-    legend = axis.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5), labelspacing=0.9)
+    legend = axis.legend(**LEGEND, loc="center left", bbox_to_anchor=(1.0, 0.5), labelspacing=0.9)
     for handle in legend.legend_handles:
         handle.set_sizes([60.0])
     return _saved(canvas, path)
@@ -332,6 +333,7 @@ def run(source: TuneResult | str | os.PathLike, path: str | os.PathLike | None =
         axis.set_xlabel("outer step")
         axis.xaxis.get_major_locator().set_params(integer=True)
         draw(axis)
+        axis.title.set_fontsize(TITLE)
         if axis.get_xlabel() == "outer step":
             last = len(columns["value"]) - 1
             axis.set(xlim=(-0.04 * last, 1.04 * last)) if last else axis.set(xlim=(-0.5, 0.5), xticks=[0])
@@ -342,7 +344,7 @@ def run(source: TuneResult | str | os.PathLike, path: str | os.PathLike | None =
             # It would hide lines, or bands, which matplotlib does not avoid.
             below = axis.collections or (len(labels) > 3 and max(map(len, labels)) > 20)
             place = {"loc": "upper left", "bbox_to_anchor": (0, -0.2)} if below else {}
-            axis.legend(frameon=False, fontsize=8, **place)
+            axis.legend(**LEGEND, **place)
     for axis in axes.flat[len(panels) :]:
         axis.remove()
     if which:
@@ -500,7 +502,7 @@ def _values(axis, name, values, beside) -> None:
     """One large leaf (steps, ...): a matrix as a heat map, others as curves at three steps, scaled as `beside`."""
     values = values.reshape(len(values), *(n for n in values.shape[1:] if n > 1))
     title = _range(f"{name}, {values[0].size} entries", values[-1])
-    axis.set_title(title if len(title) <= 60 else title.replace(": ", ":\n"), fontsize=10)
+    axis.set_title(title if len(title) <= 60 else title.replace(": ", ":\n"))
     if values.ndim == 3:
         image(axis, values[-1], label="value", colormap="viridis")
         axis.set(xlabel=f"{values.shape[2]} columns", ylabel=f"{values.shape[1]} rows")

@@ -22,7 +22,7 @@ import jaxhpo
 from jaxhpo import plot
 from jaxhpo._cli import demo_experiment
 from jaxhpo._cli.demo_experiment import BASELINES, OURS, TUNED, Settings
-from jaxhpo._core.progress import write
+from jaxhpo._core.progress import text_table, write
 
 COLUMNS = {
     "test_loss": "loss as selected",
@@ -30,6 +30,7 @@ COLUMNS = {
     "refit_test_loss": "loss refitted",
     "refit_test_accuracy": "accuracy refitted",
 }
+HEADS = ("test loss", "test accuracy", "refitted loss", "refitted accuracy")  # of the same, in tables
 COLORS = dict(
     zip(
         (*BASELINES, *TUNED),
@@ -227,36 +228,28 @@ def render(report: dict) -> str:
         f"\nDigits: {settings['train']} training and {settings['validation']} validation images, the rest test. "
         f"Mean ± standard error of {settings['seeds']} seeds.",
         f"{report['num_hyperparameters']} hyperparameters by gradient; grid and random have one penalty and one rate.",
-        *_table(report["methods"]),
+        "",
+        *text_table("method", ["validation loss", *HEADS, "inner steps", "seconds"], map(_figures, report["methods"])),
+        "refitted: after training on training and validation images together, with the same hyperparameters.",
         f"\nOne hypergradient counts as {ratio:.2f} trainings, by the arithmetic of the two programs ({by_time:.1f} by "
         "this machine's clock).",
         f"Seconds: all seeds together, without {cost['compile_seconds']:.1f} s of compilation.\n",
-        f"{'Hypergradient minus':20}" + "".join(f"{words:>24}" for words in COLUMNS.values()),
+        *text_table(
+            "hypergradient minus",
+            HEADS,
+            ((row["against"], [_mean_in_words(row, c, "+") for c in COLUMNS]) for row in report["paired_differences"]),
+        ),
+        "",
     ]
-    for row in report["paired_differences"]:
-        lines.append(f"{row['against']:20}" + "".join(f"{_mean_in_words(row, c, '+'):>24}" for c in COLUMNS))
-    lines.append("")
     for sentence in report["conclusions"]:
         lines += textwrap.wrap(f"- {sentence}", 112, subsequent_indent="  ")
     return "\n".join(lines)
 
 
-def _table(rows: list[dict]) -> list[str]:
-    rule = f"{'-' * 28}+{'-' * 31}+{'-' * 38}+{'-' * 15}"
-    lines = [
-        f"\n{'':17}validation |{'test, as selected':^31}|{'test, refitted on train + validation':^38}|  inner",
-        f"{'method':23}loss |{'loss':^15} {'accuracy':^15}|{'loss':^18} {'accuracy':^19}|  steps seconds",
-        rule,
-    ]
-    for row in rows:
-        if row["name"] == "penalties-only":
-            lines.append(rule)
-        loss, accuracy, refit_loss, refit_accuracy = (_mean_in_words(row, column) for column in COLUMNS)
-        lines.append(
-            f"{row['name']:16}{_number(row['validation_loss']):>11} |{loss:^15} {accuracy:^15}|"
-            f"{refit_loss:^18} {refit_accuracy:^19}|{row['inner_steps']:>7}{row['seconds']:>8.1f}"
-        )
-    return lines
+def _figures(row: dict) -> tuple[str, list[str]]:
+    """A line of the table of methods."""
+    tested = [_mean_in_words(row, column) for column in COLUMNS]
+    return row["name"], [_number(row["validation_loss"]), *tested, str(row["inner_steps"]), f"{row['seconds']:.1f}"]
 
 
 # --- the picture ------------------------------------------------------------------------------------------------------
@@ -284,7 +277,7 @@ def _accuracy(axis, scores) -> None:
     }
     plot.dots(axis, list(scores), series, colors=[COLORS[name] for name in scores])
     axis.set(xlabel="test accuracy")
-    axis.legend(fontsize=9, loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=2, frameon=False)
+    axis.legend(**plot.LEGEND, loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=2)
 
 
 def _schedule(axis, results, settings) -> None:
@@ -295,7 +288,7 @@ def _schedule(axis, results, settings) -> None:
         plot.band(axis, steps + 1, mean, sem, label=name, color=COLORS[name])
         if name == OURS:
             ends = (f"{rate:.2g}" for rate in (mean[0], mean.max(), mean[-1]))
-            axis.set_title("Rate found: {}, at most {}, {} at the end".format(*ends), fontsize=11)
+            axis.set_title("Rate found: {}, at most {}, {} at the end".format(*ends), fontsize=plot.TITLE)
     axis.set_ylim(0, 1.3 * axis.get_ylim()[1])  # room for the legend
     axis.set(xlabel="training step", ylabel="learning rate")
-    axis.legend(frameon=False, fontsize=9, loc="upper center", ncols=2)
+    axis.legend(**plot.LEGEND, loc="upper center", ncols=2)

@@ -10,14 +10,15 @@ import pathlib
 import re
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 
 import jaxhpo
 from jaxhpo import plot
 from jaxhpo._cli import demo, problems
-from jaxhpo._core.progress import say, write
+from jaxhpo._core.progress import say, text_table, write
 from jaxhpo._tune import table
 
 QUICK = {"seeds": 2, "ablations": False}
@@ -40,7 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
       >>> main(["demo", "--quick", "--out", "/tmp/jaxhpo-demo"])  # doctest: +SKIP
       0
     """
-    parsed = _parser().parse_args(arguments)
+    parser = _parser()
+    parsed = parser.parse_args(arguments)
+    if parsed.name is None:
+        parser.error("name a COMMAND: demo, compare, show or plot")
     try:
         parsed.command(parsed)
         return 0
@@ -60,27 +64,56 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser that names the choice nearest to a misspelt one."""
+    """A parser that ends its help with examples, and names the choice or option nearest to a misspelt one."""
+
+    def __init__(self, *, description: str, examples: Sequence[str] = (), more: str = "", **settings):
+        lines = ["examples:", *(f"  jaxhpo {example}" for example in examples), *(["", _filled(more)] if more else [])]
+        settings |= {"description": _filled(description), "epilog": "\n".join(lines)}
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+
+    def parse_known_args(self, args=None, namespace=None):
+        """Refuses what this command does not know, with its own usage, where argparse shows that of all commands."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            options = re.findall(r"--[\w-]+", self.format_help())
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{_near(unknown[0].split('=')[0], options)}")
+        return found, unknown
 
     def error(self, message):
         """Prints the message and exits with code 2."""
         found = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message)
-        near = difflib.get_close_matches(found[1], re.findall(r"[\w-]+", found[2]), 1) if found else []
-        super().error(f"{message}. Did you mean {near[0]}?" if near else message)
+        super().error(message + _near(found[1], re.findall(r"[\w-]+", found[2])) if found else message)
+
+
+def _near(given: str, known: Collection[str]) -> str:
+    """Asks for what is nearest to what was given, if anything is near."""
+    near = difflib.get_close_matches(given, known, 1)
+    return f". Did you mean {near[0]}?" if near else ""
+
+
+def _filled(text: str) -> str:
+    return textwrap.fill(" ".join(text.split()), 79, break_on_hyphens=False)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="jaxhpo", description="Gradient-based hyperparameter optimisation in JAX.")
+    parser = _Parser(
+        prog="jaxhpo",
+        description="Hyperparameters by their gradient: a demo, a comparison of methods, and runs of jaxhpo.tune.",
+        examples=["demo --quick", "compare --problem ridge", "show runs/1"],
+        more="`jaxhpo COMMAND --help` has the options of a command.",
+    )
     parser.add_argument("--version", action="version", version=f"jaxhpo {jaxhpo.__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, dest="name")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="name")
 
-    def add(command: Callable[[argparse.Namespace], None], **more) -> argparse.ArgumentParser:
-        summary, _, description = (command.__doc__ or "").partition("\n\n")  # no docstrings under `python -OO`
-        added = commands.add_parser(command.__name__[1:], help=summary, description=description, **more)
+    def add(command: Callable[[argparse.Namespace], None], *examples: str, more: str = "") -> argparse.ArgumentParser:
+        summary, _, text = (command.__doc__ or "").partition("\n\n")  # no docstrings under `python -OO`
+        name = command.__name__[1:]
+        own = [f"{name} {example}" for example in examples]
+        added = commands.add_parser(name, help=summary, description=text, examples=own, more=more)
         added.set_defaults(command=command)
         return added
 
-    of_demo = add(_demo)
+    of_demo = add(_demo, "--quick", "--seeds 4 --out demo-of-4-seeds")
     for name, minimum, text in (
         ("seeds", 2, "repetitions, each with its own split, initial weights and minibatches"),
         ("outer_steps", 1, "hypergradient steps; the other methods get as many training steps"),
@@ -93,15 +126,16 @@ def _parser() -> argparse.ArgumentParser:
     text = f"half the work: {QUICK['seeds']} seeds, without penalties and schedule alone"
     of_demo.add_argument("--quick", action="store_true", help=text)
 
-    of_compare = add(_compare, epilog="methods: " + ", ".join(problems.METHODS))
+    methods = f"methods: {', '.join(problems.METHODS)}; without --methods {', '.join(problems.USUAL)}"
+    of_compare = add(_compare, "--problem ridge", "--problem mlp --methods unroll,cg,neumann", more=methods)
     of_compare.add_argument("--problem", required=True, choices=list(problems.PROBLEMS), help="mlp needs scikit-learn")
-    names = f"comma-separated names (default: {','.join(problems.USUAL)})"
+    names = "comma-separated names, of those below"
     of_compare.add_argument("--methods", type=_methods, default=problems.USUAL, metavar="NAMES", help=names)
     _add_count(of_compare, "--num-steps", "inner steps (default: the problem's own)")
     _add_count(of_compare, "--seed", "seed of the data and initial weights (default: %(default)s)", 0, 0)
     _add_out(of_compare, "jaxhpo-compare")
 
-    of_show, of_plot = add(_show), add(_plot)
+    of_show, of_plot = add(_show, "runs/1", "runs/1 --rows 50"), add(_plot, "runs/1", "runs/1 --out run.pdf")
     for of_run in (of_show, of_plot):
         of_run.add_argument("run_dir", type=pathlib.Path, metavar="RUN_DIR", help="the run_dir of jaxhpo.tune")
     _add_count(of_show, "--rows", "rows of the table (default: %(default)s)", 1, 10)
@@ -131,7 +165,8 @@ def _methods(text: str) -> tuple[str, ...]:
     unknown = [name for name in names if name not in problems.METHODS]
     if unknown or not names:
         got = f"got the unknown method {unknown[0]!r}" if unknown else "got no name"
-        raise argparse.ArgumentTypeError(f"{got}: write some of {', '.join(problems.METHODS)}, separated by commas")
+        near = _near(unknown[0], problems.METHODS) if unknown else ""
+        raise argparse.ArgumentTypeError(f"{got}: write some of {', '.join(problems.METHODS)}, with commas{near}")
     return tuple(dict.fromkeys(names))
 
 
@@ -139,7 +174,7 @@ def _methods(text: str) -> tuple[str, ...]:
 
 
 def _demo(parsed: argparse.Namespace) -> None:
-    """Tune about 5000 hyperparameters of a digit classifier by their gradient, and compare (about a minute).
+    """Tune about 5000 hyperparameters, and compare (about a minute).
 
     Trains a small network on scikit-learn's handwritten digits (no download). Tunes one penalty per weight and a
     learning-rate schedule by the gradient of the validation loss through training. Compares with untuned defaults, a
@@ -151,7 +186,7 @@ def _demo(parsed: argparse.Namespace) -> None:
 
 
 def _compare(parsed: argparse.Namespace) -> None:
-    """Measure hypergradient methods on a ready-made problem, and recommend one.
+    """Measure hypergradient methods on a ready-made problem.
 
     Measures the error, time and memory of hypergradient methods on a small ready-made problem, and recommends one.
     Prints a table and writes comparison.json and comparison.png. For your own problem, call jaxhpo.compare.
@@ -174,16 +209,15 @@ def _compare(parsed: argparse.Namespace) -> None:
 
 
 def _show(parsed: argparse.Namespace) -> None:
-    """Print the state of a run of tune, finished or not.
+    """Print the state of a run of jaxhpo.tune, finished or not.
 
     Prints the last outer steps of a run, its best one, and the counts of remedies.
     """
     columns, which = table.columns_of_best(parsed.run_dir)
     steps, score = len(columns["value"]), columns["score"]
     shown = _fitting({name: x for name, x in columns.items() if x.ndim == 1 and not name.startswith("remedies")})
-    lines = [f"{'step':>6}" + "".join(f"  {name:>{_width(name)}}" for name in shown)]
-    for step in range(max(0, steps - parsed.rows), steps):
-        lines.append(f"{step:6}" + "".join(f"  {float(x[step]):{_width(name)}.6g}" for name, x in shown.items()))
+    rows = range(max(0, steps - parsed.rows), steps)
+    lines = text_table("step", list(shown), ((f"{i:4}", [f"{float(x[i]):.6g}" for x in shown.values()]) for i in rows))
     lines += [f"\n{which}"] * bool(which)
     best = int(np.nanargmin(score)) if not np.isnan(score).all() else None
     found = "no step had a score" if best is None else f"best: {score[best]:.6g} at step {best}"
@@ -221,7 +255,7 @@ def _width(name: str) -> int:
 
 
 def _plot(parsed: argparse.Namespace) -> None:
-    """Draw the history of a run of tune, finished or not.
+    """Draw the history of a run of jaxhpo.tune, finished or not.
 
     Draws convergence, the norm of the hypergradient, and the paths of the hyperparameters.
     """

@@ -3,6 +3,7 @@
 import contextlib
 import sys
 import time
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 EVERY = 5.0  # seconds between plain lines
@@ -17,6 +18,14 @@ def write(text: str, stream) -> None:
         print(text, file=stream, flush=True)
     except UnicodeEncodeError:
         print(text.encode(stream.encoding, "backslashreplace").decode(stream.encoding), file=stream, flush=True)
+
+
+def text_table(corner: str, heads: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]]) -> list[str]:
+    """Returns the lines of a table: a head, a rule, and rows, each a name and its figures."""
+    cells = [(corner, *heads), *((name, *figures) for name, figures in rows)]
+    name, *widths = (max(map(len, column)) for column in zip(*cells, strict=True))
+    lines = [f"{row[0]:{name}}" + "".join(f"  {x:>{w}}" for x, w in zip(row[1:], widths, strict=True)) for row in cells]
+    return [lines[0], "-" * len(lines[0]), *lines[1:]]
 
 
 def say(text: str) -> None:

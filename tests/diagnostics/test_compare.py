@@ -660,7 +660,7 @@ def test_picture_shows_every_row(tmp_path):
     markers = [points for points in axis.collections if len(points.get_sizes())]
     assert len(markers) == len(rows)
     assert not any(np.isclose(points.get_offsets()[:, 1], 0).any() for points in markers)
-    assert axis.get_title() == "recommended here: good"
+    assert axis.get_title() == "Recommended here: good"
     check_picture(tmp_path / "picture.png")
 
 

@@ -354,7 +354,7 @@ def test_show_and_plot(result, capsys):
     assert main(["show", str(folder), "--rows", "3"]) == 0
     out = capsys.readouterr().out
     assert f"20 outer steps in {result.history['seconds'][-1]:.3g} s; best: {result.best_value:.6g} at step" in out
-    assert len(out.split("\n\n")[0].splitlines()) == 4 and "skipped steps" in out
+    assert len(out.split("\n\n")[0].splitlines()) == 2 + 3 and "skipped steps" in out
     assert "finished: 20 outer steps were taken, of 20 asked for" in out
     assert max(map(len, out.split("\n\n")[0].splitlines())) <= 80  # the width of a terminal, where none tells its own
     assert main(["plot", str(folder)]) == 0 and (folder / "run.png").exists()
