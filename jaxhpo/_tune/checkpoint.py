@@ -113,11 +113,19 @@ def to_npz(file: IO[bytes], header: Header, arrays: list[np.ndarray]) -> None:
     """Writes a checkpoint. Members are numbered: their names may be longer than the format allows."""
     texts = {name: np.frombuffer(text.encode(), np.uint8) for name, text in header.texts().items()}
     try:
-        np.savez(file, allow_pickle=False, **texts, **{str(i): x for i, x in enumerate(arrays)})
+        write_npz(file, texts | {str(i): x for i, x in enumerate(arrays)})
     except ValueError as error:  # zipfile's, where Ctrl-C came while a member was open
         if isinstance(error.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from error
         raise
+
+
+def write_npz(file: IO[bytes], arrays: dict[str, np.ndarray]) -> None:
+    """Writes arrays as `np.savez` does, and pickles nothing, which NumPy before 2.2 cannot be told."""
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, x in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, np.asanyarray(x), allow_pickle=False)
 
 
 def from_npz(path: pathlib.Path, check: Check) -> tuple[Header, list[np.ndarray]]:

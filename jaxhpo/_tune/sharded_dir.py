@@ -25,6 +25,7 @@ from jaxhpo._tune.checkpoint import (
     is_spread,
     opened,
     set_aside,
+    write_npz,
 )
 from jaxhpo._tune.history import key_data
 from jaxhpo._tune.run_dir import PAUSE, RunDir
@@ -147,7 +148,7 @@ def _write_part(path: pathlib.Path, arrays: list) -> None:
             own = [(shard.index, shard.data) for shard in x.addressable_shards if shard.replica_id == 0]
         pieces |= {f"{i}, {json.dumps(bounds(index, x.shape))}": np.asarray(data) for index, data in own}
     with opened(path, "xb") as file:
-        np.savez(file, allow_pickle=False, **pieces)
+        write_npz(file, pieces)
         file.flush()
         os.fsync(file.fileno())
 
