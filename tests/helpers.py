@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.experimental
+import jax.monitoring
 import jax.numpy as jnp
 import lineax
 import numpy as np
@@ -173,6 +176,25 @@ def relative_error(got, want) -> float:
 def grad(fn):
     """The jitted gradient."""
     return jax.jit(jax.grad(fn))
+
+
+@contextlib.contextmanager
+def compile_events(kind=""):
+    """A list of the events that happen within of tracing, lowering and compiling, or of those of one kind."""
+    _heard.append((f"/jax/core/compile/{kind}", []))
+    try:
+        yield _heard[-1][1]
+    finally:
+        _heard.pop()
+
+
+_heard: list[tuple[str, list[str]]] = []  # of the blocks that are open
+# For the whole process, as jax 0.7 cannot take a listener back.
+jax.monitoring.register_event_duration_secs_listener(
+    lambda event, seconds, **_: [events.append(event) for kind, events in _heard if event.startswith(kind)]
+)
+# jax 0.7 has it under the old name.
+enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
 
 
 def default_environment() -> dict[str, str]:

@@ -6,6 +6,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from helpers import enable_x64
 from jax.flatten_util import ravel_pytree
 
 import jaxhpo
@@ -20,7 +21,7 @@ def unroll(monkeypatch):
     monkeypatch.setattr(sys, "path", [str(pathlib.Path(__file__).parents[1] / "benchmarks"), *sys.path])
     import unroll
 
-    with jax.numpy_rank_promotion("allow"), jax.enable_x64(False):
+    with jax.numpy_rank_promotion("allow"), enable_x64(False):
         yield unroll
 
 

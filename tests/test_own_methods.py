@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import PROBLEMS, outer_loss, partial_sum, relative_error
+from helpers import PROBLEMS, enable_x64, outer_loss, partial_sum, relative_error
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxhpo
@@ -279,6 +279,6 @@ def test_the_page_runs_as_written(capsys):
     page = (pathlib.Path(__file__).parents[1] / "docs" / "write_your_own.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", page, re.S)
     assert len(blocks) == 6
-    with jax.enable_x64(False):
+    with enable_x64(False):
         exec("\n".join(blocks), {"__name__": "page"})
     assert "LastStep()" in capsys.readouterr().out

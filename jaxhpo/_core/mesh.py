@@ -16,8 +16,7 @@ from jaxhpo._core.types import PyTree
 
 def varying_axes(tree: PyTree) -> frozenset:
     """Mesh axes of an enclosing `shard_map` over which any leaf varies."""
-    kinds = [_typeof(x).manual_axis_type for x in jax.tree.leaves(tree)]
-    return frozenset().union(*(kind.varying for kind in kinds if kind is not None))
+    return frozenset().union(*(_varying(_typeof(x)) for x in jax.tree.leaves(tree)))
 
 
 def cast_varying(tree: PyTree, axes: frozenset) -> PyTree:
@@ -25,7 +24,7 @@ def cast_varying(tree: PyTree, axes: frozenset) -> PyTree:
 
     def cast(x):
         missing = tuple(sorted(axes - varying_axes(x)))
-        return jax.lax.pcast(x, missing, to="varying") if missing else x
+        return _to_varying(x, missing) if missing else x
 
     return jax.tree.map(cast, tree) if axes else tree
 
@@ -109,6 +108,17 @@ def on_auto_axes(solve: Callable, matvec: Callable, b: PyTree, arrays: PyTree) -
     outs = (placed, NamedSharding(mesh, PartitionSpec()))
     untyped: Any = auto_axes(functools.partial(solve, typed), axes=axes, out_sharding=outs)
     return untyped(b, arrays)
+
+
+def _to_varying(x: jax.Array, axes: tuple) -> jax.Array:
+    lax: Any = jax.lax
+    return lax.pcast(x, axes, to="varying") if hasattr(lax, "pcast") else lax.pvary(x, axes)  # jax 0.7
+
+
+def _varying(aval: Any) -> frozenset:
+    if hasattr(aval, "manual_axis_type"):
+        return aval.manual_axis_type.varying if aval.manual_axis_type is not None else frozenset()
+    return aval.vma or frozenset()  # before jax 0.10
 
 
 def _typeof(x: Any) -> Any:

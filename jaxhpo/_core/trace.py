@@ -4,7 +4,7 @@ import functools
 import inspect
 import operator
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -72,6 +72,11 @@ def equations(program: Any) -> Iterator:
         yield equation
         for inner in subprograms(list(equation.params.values())):
             yield from equations(inner)
+
+
+def named(variables: Sequence) -> list:
+    """Those that have a name: the type of the others, results that nobody uses, is public since jax 0.10 only."""
+    return [v for v in variables if type(v) is jex.Var]
 
 
 def primitives(fn: Callable, *args) -> set[str]:
@@ -252,7 +257,7 @@ def _alters_tangents(equation) -> bool:
     if _computes(body):
         return False
     variables: Any = list(dict.fromkeys(v for v in equation.invars if isinstance(v, jex.Var)))
-    results = [v for v in equation.outvars if is_inexact(v.aval) and not isinstance(v, jex.DropVar)]
+    results = [v for v in named(equation.outvars) if is_inexact(v.aval)]
     alone = jex.Jaxpr((), variables, results, [equation], debug_info=body.jaxpr.debug_info)
     call = jex.jaxpr_as_fun(jex.ClosedJaxpr(alone, ()))
 

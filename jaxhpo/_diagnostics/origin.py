@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex
 
-from jaxhpo._core.trace import STOP, equations, scan_layout
+from jaxhpo._core.trace import STOP, equations, named, scan_layout
 from jaxhpo._core.tree import all_finite, is_inexact
 
 ARITHMETIC = {"add", "add_any", "sub", "mul", "dot_general", "conv_general_dilated", "reduce_sum", "cumsum", "square"}
@@ -177,7 +177,7 @@ def _follow_scan(equation, given, which) -> Origin | _Entry | None:
 def _values(closed, operands) -> dict:
     """The value of every variable of a program."""
     program = closed.jaxpr
-    made = [v for e in program.eqns for v in e.outvars if not isinstance(v, jex.DropVar)]
+    made = [v for e in program.eqns for v in named(e.outvars)]
     unnamed = program.debug_info._replace(result_paths=None)  # the results have other paths now
     every = jex.ClosedJaxpr(program.replace(outvars=made, debug_info=unnamed), closed.consts)
     found = jax.jit(jex.jaxpr_as_fun(every))(*operands)

@@ -1,5 +1,6 @@
 """Model states that the train loss computes behind `stop_gradient`: said where a derivative would need them."""
 
+import importlib.metadata
 import warnings
 
 import jax
@@ -130,4 +131,5 @@ def test_nnx_batch_norm(subclass):
         net.eval()
         return jnp.mean(net(x))
 
-    assert said(jax.grad(outer_loss)) == ["model_state['mean'].value"] * (not subclass)
+    stops = [int(n) for n in importlib.metadata.version("flax").split(".")[:3]] >= [0, 12, 1]  # older ones never do
+    assert said(jax.grad(outer_loss)) == ["model_state['mean'].value"] * (stops and not subclass)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import PROBLEMS
+from helpers import PROBLEMS, enable_x64
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType
@@ -105,7 +105,7 @@ def test_200_random_factors_are_undone():
 @settings(max_examples=50, deadline=None)
 @given(momenta=st.lists(st.floats(0, 1), min_size=8, max_size=8), seed=st.integers(0, 99), x64=st.booleans())
 def test_any_factors_are_undone(momenta, seed, x64):
-    with jax.enable_x64(x64):
+    with enable_x64(x64):
         round_trip(np.tile(momenta, PRODUCTS // 8), seed).check()
 
 
@@ -114,7 +114,7 @@ def test_any_factors_are_undone(momenta, seed, x64):
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9, 0.98, 0.99, 1.0])
 def test_buffer_holds_the_information_of_each_product(momentum, x64):
     """log2(d/n) bits per product: 0.152 at 0.9, 0.029 at 0.98, 0.0145 at 0.99, 16 at 0 (n = 1), none at 1 (n = d)."""
-    with jax.enable_x64(x64):
+    with enable_x64(x64):
         trip = round_trip(np.full(PRODUCTS, momentum))
         trip.check()
         want = PRODUCTS * SHAPE[0] * -np.log2(nearest(momentum))
@@ -125,7 +125,7 @@ def test_buffer_holds_the_information_of_each_product(momentum, x64):
 @pytest.mark.parametrize("x64", [True, False], ids=["int64", "int32"])
 def test_error_of_a_product_is_one_unit(x64):
     """Against Python's integers: the guard digit takes the noise, so `high` is exact to one unit in the last place."""
-    with jax.enable_x64(x64):
+    with enable_x64(x64):
         trip = round_trip(np.array([0.9] + [1.0] * (PRODUCTS - 1)))  # one product; at 1, n = d
         exact = [int(c) * 58982 // D for c in trip.high.ravel()]  # n = ⌊0.9 · 65536 + ½⌋
         added = trip.added.sum(0).ravel()
@@ -337,7 +337,7 @@ def test_equals_plain_reverse_mode():
 def test_int32_is_as_accurate_as_float32():
     """Without x64 the numbers have 28 fractional bits, and the error is that of reverse mode in float32."""
     _, want = small_grads(small_plain)
-    with jax.enable_x64(False):
+    with enable_x64(False):
         (_, got), (_, plain) = small_grads(small_exact), small_grads(small_plain)
         assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(got))
     error, float32 = relative_error(got, want), relative_error(plain, want)
@@ -457,7 +457,7 @@ def test_mnist_hypergradient_equals_plain_reverse_mode(mnist_data, momentum):
     assert sum(x.size for x in jax.tree.leaves(got)) == 1612
     assert value == pytest.approx(float(want_value), rel=1e-8)
     error = relative_error(got, want)
-    with jax.enable_x64(False):
+    with enable_x64(False):
         low = mnist_hparams(momentum, jnp.float32)
         int32, float32 = (
             relative_error(jax.jit(jax.grad(f))(low, mnist_data), want)
@@ -475,7 +475,7 @@ def test_mnist_hypergradient_equals_plain_reverse_mode(mnist_data, momentum):
 @slow
 def test_mnist_reversal_in_float32_loses_the_weights(mnist_data):
     """Control: undoing the steps in float32, v ← (v + (1 − m) g) / m, has an error larger than the weights."""
-    with jax.enable_x64(False):
+    with enable_x64(False):
         error = float_reversal_error(mnist_data, 0.9, 300)
     print(f"float32, momentum 0.9, 300 steps: relative error of the initial weights {error:.1e}")
     assert not error < 1

@@ -1,18 +1,27 @@
 """Every derivative rule against its own closed form, through every transformation."""
 
-import contextlib
 import dataclasses
 import functools
 from typing import Any, NamedTuple
 
 import chex
 import jax
-import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import ALL_RULES, BY_NAME, PROBLEMS, QUICK, grad, outer_loss, partial_sum, relative_error, rows
+from helpers import (
+    ALL_RULES,
+    BY_NAME,
+    PROBLEMS,
+    QUICK,
+    compile_events,
+    grad,
+    outer_loss,
+    partial_sum,
+    relative_error,
+    rows,
+)
 
 import jaxhpo
 from jaxhpo import CG, Direct, Identity, Implicit, Neumann, Nystrom, Unroll
@@ -375,37 +384,21 @@ def test_bfloat16_curvature(curvature, linear_solver):
     assert seen and set(seen) == {jnp.dtype(jnp.float32)}
 
 
-@contextlib.contextmanager
-def compilations():
-    """The durations of the compilations that happen within."""
-    found = []
-
-    def listen(event, seconds, **more):
-        if event == "/jax/core/compile/backend_compile_duration":
-            found.append(seconds)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield found
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
-
-
 @rules
 def test_one_compilation(case):
     """100 outer steps of a plain loop compile in the first alone; eagerly, each later one compiles its loops alone."""
     problem = PROBLEMS["quadratic"]
     loss, h = outer_loss(problem, case.make(problem), 5), jnp.asarray(problem.hparams)
     step = grad(loss)
-    with compilations() as first:
+    with compile_events("backend_compile") as first:
         h = h - 0.01 * step(h)  # what comes out must be, in type and place, what went in
-    with compilations() as later:
+    with compile_events("backend_compile") as later:
         for _ in range(99):
             h = h - 0.01 * step(h)
     assert first and not later
     counts = []
     for _ in range(3):
-        with compilations() as found:
+        with compile_events("backend_compile") as found:
             h = h - 0.01 * jax.grad(loss)(h)
         counts.append(len(found))
     # JAX compiles a loop anew where its body is a new function: the run, the way back, those of a linear solve

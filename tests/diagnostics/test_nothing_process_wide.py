@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from helpers import compile_events
 
 import jaxhpo
 from jaxhpo import CG, Implicit, Unroll
@@ -39,16 +40,9 @@ class Traced:
 @contextlib.contextmanager
 def unchanged(*calls):
     """Calls functions before and after the block; fails if JAX traces, lowers or compiles them after it."""
-    events = []
-
-    def listen(event, seconds, **_):
-        if event.startswith("/jax/core/compile/"):
-            events.append(event)
-
     for call in calls:
         jax.block_until_ready(call())
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
+    with compile_events() as events:
         jax.jit(lambda x: x + 1)(1.0)
         assert any("backend_compile" in event for event in events)  # the listener hears compilations
         yield
@@ -56,8 +50,6 @@ def unchanged(*calls):
         for call in calls:
             jax.block_until_ready(call())
         assert not events
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def outer_loss(rule):

@@ -189,7 +189,6 @@ WRAPPERS = {
     "optax.lbfgs, no line search": lambda rate: optax.lbfgs(rate, linesearch=None),
     "optax.lookahead": lambda rate: optax.lookahead(optax.sgd(rate), 2, 0.5),
     "optax.masked": lambda rate: on_kernel(optax.scale_by_adam(eps_root=1e-8), rate),
-    "optax.monitor": before(optax.monitor({"norm": optax.tree.norm})),
     "optax.multi_transform": lambda rate: optax.multi_transform({"a": optax.sgd(rate), "b": adam(rate)}, LABELS),
     "optax.named_chain": lambda rate: optax.named_chain(("trace", optax.trace(0.9)), ("sgd", optax.sgd(rate))),
     "optax.partition": lambda rate: optax.partition({"a": optax.sgd(rate), "b": adam(rate)}, LABELS),
@@ -209,6 +208,8 @@ WRAPPERS = {
     "optax.trace": before(optax.trace(0.9)),
     "optax.with_extra_args_support": lambda rate: optax.with_extra_args_support(adam(rate)),
 }
+if hasattr(optax, "monitor"):
+    WRAPPERS["optax.monitor"] = before(optax.monitor({"norm": optax.tree.norm}))
 MAKERS = makers()
 OPTIMISERS = MAKERS | WRAPPERS
 NOT_OPTIMISERS = {
@@ -278,6 +279,8 @@ EXCEPTIONS = {
     "optax.signum": SIGN,
 }
 
+# In none of the versions before 0.2.7.
+SINCE = {"optax.contrib.galore", "optax.contrib.scale_by_galore", "optax.monitor", "optax.signum"}
 QUICK = {
     "optax.adamw",
     "optax.chain",
@@ -351,7 +354,7 @@ def test_no_transformation_is_missing():
     assert not missing, f"add a row to WRAPPERS, which says how to call them, for {sorted(missing)}"
     assert {"optax.adam", "optax.nadam", "optax.contrib.dog", "optax.scale_by_adam"} <= set(MAKERS)
     assert len(MAKERS) >= 80  # 83 in optax 0.2.8
-    assert set(EXCEPTIONS) | QUICK <= set(OPTIMISERS)
+    assert set(EXCEPTIONS) | QUICK <= set(OPTIMISERS) | SINCE
 
 
 # These take the square root of the second moment of an entry whose gradient is always zero, and have no `eps_root`.

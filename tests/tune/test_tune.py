@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import enable_x64
 
 import jaxhpo
 from jaxhpo._tune import checkpoint
@@ -355,7 +356,7 @@ def test_run_dir_of_another_schema_is_refused(tmp_path, monkeypatch):
 
 def test_run_dir_of_another_precision_is_refused(tmp_path):
     run(num_steps=2, run_dir=tmp_path)
-    with jax.enable_x64(False), pytest.raises(jaxhpo.JaxhpoError, match=r"is float64.*but float32.*jax_enable_x64"):
+    with enable_x64(False), pytest.raises(jaxhpo.JaxhpoError, match=r"is float64.*but float32.*jax_enable_x64"):
         start = jax.tree.map(lambda x: x.astype(jnp.float32), START)
         jaxhpo.tune(outer_loss, start, optax.adam(0.1), num_steps=3, run_dir=tmp_path, progress=False)
 
