@@ -155,8 +155,8 @@ def solve_by(linear_solver: Any, equation: Callable, matvec: Callable, b: PyTree
       b: the right-hand side.
       x0: where to start, or None.
     """
-    given = functools.partial(linear_solver).keywords.items()
-    arrays = {k: x for k, x in given if all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(x))}
+    given = linear_solver.keywords if isinstance(linear_solver, functools.partial) else {}
+    arrays = {k: x for k, x in given.items() if all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(x))}
 
     def solved(matvec, b, arguments):
         x0, arrays = arguments
