@@ -222,6 +222,18 @@ def test_importing_the_library_is_light():
     assert json.loads(run.stdout) == []
 
 
+def test_a_cuda_plugin_that_was_left_behind_is_told(tmp_path):
+    """By JAX: a jaxlib that was replaced without its plugin would run on the processor, and nobody would know."""
+    plugin = tmp_path / "jax_cuda12_plugin"
+    plugin.mkdir()
+    for name, text in {"__init__": "", "_linalg": "", "version": "__version__ = '0.0.1'"}.items():
+        (plugin / f"{name}.py").write_text(text)
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import jaxhpo"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert "plugin jax_cuda12_plugin version 0.0.1 is installed, but it is not compatible with" in run.stderr
+
+
 @pytest.mark.slow
 def test_modules_are_imported_where_they_are_used():
     code = """if True:
