@@ -2,8 +2,6 @@
 
 import builtins
 import functools
-import pathlib
-import re
 import shutil
 
 import jax
@@ -360,36 +358,6 @@ def test_show_and_plot(result, capsys):
     assert main(["plot", str(folder)]) == 0 and (folder / "run.png").exists()
     assert main(["show", str(folder / "no")]) == 1
     assert "name the `run_dir`" in capsys.readouterr().err
-
-
-class FakeWriter:
-    """Stands for TensorBoard's writer and for Weights & Biases."""
-
-    def __init__(self):
-        self.rows = []
-
-    def add_scalar(self, name, value, step):
-        self.rows.append((name, float(value), step))
-
-    def log(self, values, step):
-        self.rows += [(name, float(value), step) for name, value in values.items()]
-
-
-def test_logging_callbacks_of_the_readme():
-    """The README's callbacks for TensorBoard and Weights & Biases log every step."""
-    readme = (pathlib.Path(__file__).parents[2] / "README.md").read_text()
-    (code,) = [block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "to_tensorboard" in block]
-    writer = FakeWriter()
-    found = {"writer": writer, "wandb": writer}
-    exec(code, found)
-    for callback in (found["to_tensorboard"], found["to_wandb"]):
-        writer.rows.clear()
-        history = jaxhpo.tune(
-            lambda h: jnp.sum(h**2), jnp.ones(2), optax.sgd(0.1), num_steps=3, callbacks=[callback], progress=False
-        ).history
-        want = [("outer loss", float(v), i) for i, v in enumerate(history["value"])]
-        assert [row for row in writer.rows if row[0] == "outer loss"] == want
-        assert len(writer.rows) == 6
 
 
 def test_agreement_of_predicted_and_actual_change(tmp_path):
