@@ -1,10 +1,12 @@
 """README, the pages of the documentation and the notebooks: their examples run, and print what they show."""
 
+import importlib.metadata
 import importlib.util
 import pathlib
 import re
 import subprocess
 import sys
+import types
 
 import pytest
 from helpers import cheap_environment, default_environment
@@ -115,22 +117,114 @@ def test_links_lead_somewhere():
 
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+@pytest.fixture(scope="module")
+def notebooks():
+    for package in ("nbclient", "nbformat", "ipykernel"):
+        pytest.importorskip(package)
+    return load(ROOT / "notebooks" / "run.py")
 
 
 def test_there_are_notebooks():
-    assert len(NOTEBOOKS) >= 3
+    assert len(NOTEBOOKS) >= 5
+
+
+@each_notebook
+def test_notebook_holds_the_outputs_of_its_code(notebooks, path):
+    notebook = notebooks.read(path)
+    assert not notebooks.faults(notebook)
+    stamp = notebook.metadata.get("jaxhpo", {}).get("full_run")
+    assert stamp == notebooks.digest(notebook), f"code or outputs have changed: `python notebooks/run.py {path.stem}`"
+    assert path.stat().st_size < 300_000
+    # Below the title is the place of Colab's badge.
+    assert notebook.cells[0].cell_type == "markdown" and notebook.cells[0].source.startswith("# ")
+
+
+def test_faults_of_notebooks_are_found(notebooks):
+    v4 = pytest.importorskip("nbformat").v4
+
+    def faults(*outputs, number=1):
+        return notebooks.faults(
+            v4.new_notebook(cells=[v4.new_code_cell("f()", execution_count=number, outputs=list(outputs))])
+        )
+
+    assert not faults(v4.new_output("stream", text="1/2 of https://example.org/a/b, loss 0.5"))
+    assert "warning" in faults(v4.new_output("stream", name="stderr", text="UserWarning: no"))[0]
+    assert "error" in faults(v4.new_output("error", ename="ValueError", evalue="no"))[0]
+    assert "/home/me" in faults(v4.new_output("stream", text="saved in /home/me"))[0]
+    assert "path" in faults(v4.new_output("execute_result", data={"text/plain": "'C:\\\\Users'"}))[0]
+    assert "None" in faults(number=None)[0]
+
+
+def test_digest_is_of_code_and_outputs(notebooks):
+    v4 = pytest.importorskip("nbformat").v4
+
+    def digest(code="f()", text="1", title="# Title"):
+        cell = v4.new_code_cell(code, outputs=[v4.new_output("stream", text=text)])
+        return notebooks.digest(v4.new_notebook(cells=[v4.new_markdown_cell(title), cell]))
+
+    assert digest() == digest(title="# Another title")
+    assert len({digest(), digest(code="g()"), digest(text="2")}) == 3
+
+
+def first_code(notebooks, path):
+    return notebooks.code_cells(notebooks.read(path))[0].source
+
+
+@pytest.mark.parametrize(
+    "folder, installed, by_pip, commands",
+    [
+        ("elsewhere", {"jaxhpo": "0.2.0"}, {}, []),
+        ("elsewhere", {"jax": "0.10.2"}, {}, ['-q "jaxhpo[demo]"']),
+        ("clone", {}, {"jax": "0.10.2"}, ['-q ".[demo]"']),
+        ("clone/notebooks", {}, {"jax": "0.10.2"}, ['-q "..[demo]"']),
+        ("elsewhere", {"jax": "0.7.2", "jax-cuda12-plugin": "0.7.2"}, {}, ['-q "jaxhpo[demo]"']),
+        (
+            "elsewhere",
+            {"jax": "0.7.2", "jax-cuda12-plugin": "0.7.2"},
+            {"jax": "0.10.2"},
+            ['-q "jaxhpo[demo]"', '-q "jax[cuda12]==0.10.2"'],
+        ),
+    ],
+    ids=["installed", "no-clone", "clone", "notebooks-of-a-clone", "gpu", "gpu-and-a-newer-jax"],
+)
+def test_first_cell_installs_what_is_absent(notebooks, folder, installed, by_pip, commands, tmp_path, monkeypatch):
+    """A notebook is opened in a clone, in its folder of notebooks, or without a clone, as on Colab."""
+    transform = pytest.importorskip("IPython.core.inputtransformer2").TransformerManager().transform_cell
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("clone/notebooks", "clone/jaxhpo"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "clone" / "jaxhpo" / "__init__.py").touch()
+    monkeypatch.chdir(tmp_path / folder)
+    packages, given, names = dict(installed), [], {}
+
+    def run_line_magic(magic, line):
+        assert magic == "pip" and line.startswith("install ")
+        given.append(line.removeprefix("install ").format(**names))  # IPython fills in {names}
+        packages.update(by_pip)
+
+    def distributions(name):
+        return [types.SimpleNamespace(version=packages[name])] if name in packages else []
+
+    monkeypatch.setattr(importlib.metadata, "distributions", distributions)
+    names["get_ipython"] = lambda: types.SimpleNamespace(run_line_magic=run_line_magic)
+    exec(transform(first_code(notebooks, NOTEBOOKS[0])), names)
+    assert given == commands
+
+
+def test_first_cells_are_the_same_but_for_extras(notebooks):
+    assert len({re.sub(r"\[demo[a-z,]*\]", "[]", first_code(notebooks, path)) for path in NOTEBOOKS}) == 1
 
 
 @pytest.mark.codegen
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_runs(path):
-    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+@each_notebook
+def test_notebook_runs(notebooks, path):
+    """In its short form; the full one has been run by `notebooks/run.py`."""
     if "link_prediction" in path.stem:
         try:
             jaxhpo.data.knowledge_graph("nations")
         except (ImportError, jaxhpo.JaxhpoError) as error:
             pytest.skip(str(error))
-    notebook = nbformat.read(path, as_version=4)
-    nbformat.validate(notebook)
-    assert not any(cell.get("outputs") for cell in notebook.cells), "notebooks are kept without outputs"
-    nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3").execute(env=default_environment())
+    assert not notebooks.faults(notebooks.execute(path, quick=True, env=default_environment()))
