@@ -179,6 +179,8 @@ def summary(rows):
 def draw(rows, path):
     figure = Figure((6, 5), layout="constrained")
     axis = figure.subplots()
+    known = [ratio(row) for row in rows if row["known"]]  # without a true error, which is a miss, there is no point
+    near = np.mean([x is not None and 0.5 <= x <= 2 for x in known])
     rows = [row for row in rows if ratio(row) is not None]
     for colour, family in zip(plot.PALETTE, FAMILIES, strict=False):
         for known, marker in ((True, "o"), (False, "x")):
@@ -189,8 +191,6 @@ def draw(rows, path):
     ends = np.array([FLOOR / 2, 2 * max(max(row["true"], row["bar"]) / row["norm"] for row in rows)])
     axis.plot(ends, ends, color="0.3", lw=1)
     axis.fill_between(ends, ends / 2, ends * 2, color="0.5", alpha=0.2, linewidth=0)
-    known = [ratio(row) for row in rows if row["known"]]
-    near = np.mean([0.5 <= x <= 2 for x in known])
     axis.set(xscale="log", yscale="log", xlim=ends, ylim=ends, xlabel="true error of the hypergradient, of its norm")
     axis.set(
         ylabel="error bar, of its norm", title=f"{100 * near:.0f} % of known error bars are within a factor of two"
