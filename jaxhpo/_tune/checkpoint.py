@@ -344,8 +344,7 @@ def opened(path: pathlib.Path, mode: str, more: int = 0, buffering: int = -1) ->
 
 def replace(folder: pathlib.Path, name: str, write: Callable[[IO[bytes]], Any]) -> pathlib.Path:
     """Writes a file and syncs it under another name first; a `{}` in its name is replaced by its checksum."""
-    temporary = folder / TEMPORARY
-    temporary.unlink(missing_ok=True)
+    temporary = _temporary(folder)
     try:
         with opened(temporary, "xb") as file:
             write(file)
@@ -357,6 +356,14 @@ def replace(folder: pathlib.Path, name: str, write: Callable[[IO[bytes]], Any]) 
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+    return path
+
+
+def _temporary(folder: pathlib.Path) -> pathlib.Path:
+    """Returns a free name, where a file that a kill left behind is removed; what is no file is not this library's."""
+    names = (folder / (f"{i}-{TEMPORARY}" if i else TEMPORARY) for i in itertools.count())
+    path = next(p for p in names if not os.path.lexists(p) or stat.S_ISREG(p.lstat().st_mode))
+    path.unlink(missing_ok=True)
     return path
 
 

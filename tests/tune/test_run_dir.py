@@ -184,6 +184,24 @@ def test_links_are_not_followed(name, tmp_path):
     assert target.read_text() == "precious"
 
 
+@pytest.mark.parametrize("make", [pathlib.Path.mkdir, os.mkfifo, lambda path: path.symlink_to("nowhere")])
+@pytest.mark.parametrize("history", [False, True])
+def test_what_is_no_file_at_the_temporary_name_stays_and_the_run_is_saved(make, history, tmp_path):
+    """Also where the history has to be written anew, because a folder lies at its name."""
+    run(tmp_path, num_steps=2)
+    make(tmp_path / "jaxhpo.tmp")
+    kind = (tmp_path / "jaxhpo.tmp").lstat().st_mode
+    if history:
+        (tmp_path / "history.jsonl").unlink()
+        (tmp_path / "history.jsonl").mkdir()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run(tmp_path)
+    assert (tmp_path / "jaxhpo.tmp").lstat().st_mode == kind
+    assert jaxhpo.load(tmp_path).status == "finished"
+    assert not [path for path in tmp_path.glob("*jaxhpo.tmp") if path.name != "jaxhpo.tmp"]
+
+
 def packed(members):
     """256 MiB of zeros, which take 1 MiB in the file."""
     file = io.BytesIO(npz(members))
