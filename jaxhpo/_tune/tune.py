@@ -485,7 +485,7 @@ def _check_resumption(record, limits, resume) -> bool:
     if reached:
         record.now = before
     if record.changed and (reached or not silent):
-        then = "the best step so far is one of before. Name a new `run_dir` to start anew, or write"
+        then = "the run goes on, and its best step is one of before. Name a new `run_dir` to start anew, or write"
         if reached:
             then = f"no step is taken ({reached[1]}). Name a new `run_dir` to start anew, or write a larger limit, and"
         message = f"since the run in {folder!r} was saved, {record.changed}; {then} `resume='continue'` to go on."

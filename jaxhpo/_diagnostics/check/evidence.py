@@ -97,7 +97,8 @@ class Evidence:
             self.notes = (
                 f"The condition given to `implicit` is not zero at the solution: Newton's step from there is {far:.1e} "
                 "of its length, and the derivative is that of neither point. Write the gradient of what the solver "
-                "minimises (scikit-learn's `C`, halves, sums or means over examples), or give it a smaller tolerance.",
+                "minimises (scikit-learn's `C`, halves, sums or means over examples), for |w| the fixed point of a "
+                "proximal step, or give the solver a smaller tolerance.",
             )
         self.keys, self.loss = [self.key], float(whole(loss))
         self.grads = np.asarray(whole(grad), float)[None]
