@@ -15,7 +15,7 @@ _STOPPED = (
     "is read by what is being differentiated, but the train loss computes it behind `stop_gradient`, as flax nnx's "
     "batch norm does with its running statistics: it is a constant to every derivative, and the hypergradient lacks "
     "the part through it. Write a subclass that updates it without `stop_gradient` (the documentation has one, in its "
-    "recipe for flax nnx), take linen's `BatchNorm`, or let the outer loss normalise by the statistics of its own batch."
+    "recipe for flax nnx), take linen's, or let the outer loss normalise by the statistics of its own batch."
 )
 
 

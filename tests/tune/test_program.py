@@ -146,7 +146,7 @@ def test_another_loss_is_said_and_nothing_changes(tmp_path):
         with pytest.warns(RuntimeWarning, match=match):
             result = tuned(tmp_path, 5.0, 3, resume=resume)
         np.testing.assert_array_equal(result.best_hparams, first.best_hparams)
-    with pytest.warns(RuntimeWarning, match="data that the outer loss closes over are others; the best step so far"):
+    with pytest.warns(RuntimeWarning, match="data that the outer loss closes over are others; the run goes on, and its best step"):
         assert len(tuned(tmp_path, 1.0, 4, edited(DATA[:4], 0)).history["value"]) == 4
 
 

@@ -80,7 +80,7 @@ def test_resume_reports_accepted_changes(tmp_path):
 
     simplex = optax.projections.projection_simplex
     run(tmp_path, 2, loss(5), jnp.array([0.4, 0.6]), projections=simplex)
-    with pytest.warns(RuntimeWarning, match="the outer loss is another; the run goes on, and its best step is one of before"):
+    with pytest.warns(RuntimeWarning, match="is another; the run goes on, and its best step is one of before"):
         message = run(tmp_path, 4, loss(7), jnp.array([0.4, 0.6]), on_not_finite="backtrack").message
     for said in (
         "projections is None, was <function projection_simplex>",
