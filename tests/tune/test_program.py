@@ -181,7 +181,7 @@ def test_a_run_that_had_ended_says_so(tmp_path, monkeypatch):
         assert run().best_value == first.best_value
     assert told[0].filename == __file__  # the user's line
     assert run(resume="continue").best_value == first.best_value
-    with pytest.warns(RuntimeWarning, match="first carry is another .that of the checkpoint is taken.; the run goes on"):
+    with pytest.warns(RuntimeWarning, match="carry is another .that of the checkpoint is taken.; the run goes on"):
         run(1.0, num_steps=3)
     monkeypatch.setattr(jax, "__version__", "99.0")
     with pytest.warns(RuntimeWarning, match=rf"saved, jax is 99.0, was {jax.version.__version__}; the run goes on"):
