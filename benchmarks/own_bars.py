@@ -5,7 +5,7 @@ For each problem and rule `error_bar` is held against the truth, in float64: the
 bar names as its reference. Errors below a relative 1e-4 count as that. Where the optimum has no positive definite
 Hessian there is no such reference, and a bar that claims to know counts as wrong. "fresh" are six exact tangents,
 against the exact hypergradient, for five draws. Costs are counted operations beyond the hypergradient's, of those of
-`Unroll()`.
+`Unroll()`. Beside the bar stands, of quadratic train losses, the bound of the textbooks, with exact constants.
 
     python benchmarks/own_bars.py [--out DIR] [--quick] [--problems NAME ...]
 """
@@ -46,6 +46,47 @@ class At:
         exact = Implicit(jaxhpo.Direct())
         root, leaves = exact.root(problem, state._replace(params=self.params), exact)
         return state._replace(params=attach(root, self.params, leaves, None)), steps
+
+
+class Value:
+    """The outer loss at given parameters."""
+
+    def __init__(self, params):
+        self.params = params
+
+    def run(self, problem):
+        return run(problem)[0]._replace(params=self.params), 0
+
+
+def textbook(problem, h, unravel, rule):
+    """The bound of the error of an implicit hypergradient by Lipschitz constants (Pedregosa 2016; Ehrhardt 2021).
+
+    With w the trained parameters, w* the optimum, H the Hessian (constant here), μ its least eigenvalue, B the mixed
+    derivative of the train loss, v the gradient of the outer loss with respect to w, and q what the linear solver
+    returns: ‖w − w*‖ ≤ e = ‖∇L(w)‖/μ, and
+
+        ĝ − g = [∂ₕV(w) − ∂ₕV(w*)] − Bᵀ(q − H⁻¹v) − BᵀH⁻¹(v − v*) − (B − B*)ᵀH⁻¹v*
+        ‖ĝ − g‖ ≤ Lₕ e + ‖B‖ ‖Hq − v‖/μ + ‖B‖ Lᵥ e/μ + L_B e (‖v‖ + Lᵥ e)/μ,
+
+    with Lᵥ the norm of ∂v/∂w, Lₕ that of ∂²V/∂h∂w, and L_B that of ∂B/∂w, as matrices.
+    """
+    w, parameters = ravel_pytree(jax.jit(problem.train)(unravel(h)))
+
+    def outer(w, h):
+        return problem.make_outer_loss(Value(parameters(w)))(unravel(h))
+
+    inner_gradient = jax.grad(lambda w, h: problem.train_loss(parameters(w), unravel(h)))
+    mixed = jax.jacfwd(inner_gradient, 1)
+    hessian, v = np.asarray(jax.jacfwd(inner_gradient)(w, h)), jax.grad(outer)(w, h)
+    least = np.linalg.eigvalsh(hessian)[0]
+    solved = rule.linear_solver(lambda x: hessian @ x, v)[0]
+    norm = np.linalg.norm
+    of_b, of_v = norm(mixed(w, h), 2), norm(jax.hessian(outer)(w, h), 2)
+    of_h = norm(jax.jacfwd(jax.grad(outer, 1))(w, h), 2)
+    change_of_b = norm(jax.jacfwd(mixed)(w, h).reshape(-1, w.size), 2)
+    e = norm(inner_gradient(w, h)) / least
+    solver = of_b * norm(hessian @ solved - v) / least
+    return float(of_h * e + solver + of_b * of_v * e / least + change_of_b * e * (norm(v) + of_v * e) / least)
 
 
 def rules(problem):
@@ -144,6 +185,9 @@ def measure(name):
                 "norm": float(bar.norm),
                 "cost": (with_bar - without) / unrolled,
                 "fresh": fresh,
+                "textbook": textbook(problem, h, unravel, rule)
+                if problem.condition and isinstance(rule, Implicit)
+                else None,
             }
         )
         print(f"{name}, {rule_name}: {bar}; true {true if true is None else f'{true:.2g}'}", flush=True)
@@ -169,6 +213,15 @@ def summary(rows):
             "convex or converged": len(easy),
             "of these, cannot tell": sum(not row["known"] for row in easy),
             "median cost, of Unroll()": float(np.median([row["cost"] for row in own])) if own else None,
+        }
+    quadratic = [row for row in rows if row.get("textbook") and row["true"]]
+    if quadratic:
+        found["textbook, of quadratic train losses"] = {
+            "cases": len(quadratic),
+            "median of bound over error": float(np.median([row["textbook"] / row["true"] for row in quadratic])),
+            "largest of bound over error": max(row["textbook"] / row["true"] for row in quadratic),
+            "below the error": int(sum(row["textbook"] < row["true"] for row in quadratic)),
+            "median of bar over error": float(np.median([row["bar"] / row["true"] for row in quadratic if row["bar"]])),
         }
     fresh = np.array([x for row in rows for x in row["fresh"]])
     near = float(((fresh > 0.5) & (fresh < 2)).mean()) if len(fresh) else None
