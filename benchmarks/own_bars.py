@@ -185,7 +185,7 @@ def measure(name):
                 "norm": float(bar.norm),
                 "cost": (with_bar - without) / unrolled,
                 "fresh": fresh,
-                "textbook": textbook(problem, h, unravel, rule)
+                "textbook": max(floor, textbook(problem, h, unravel, rule))
                 if problem.condition and isinstance(rule, Implicit)
                 else None,
             }
@@ -220,8 +220,10 @@ def summary(rows):
             "cases": len(quadratic),
             "median of bound over error": float(np.median([row["textbook"] / row["true"] for row in quadratic])),
             "largest of bound over error": max(row["textbook"] / row["true"] for row in quadratic),
-            "below the error": int(sum(row["textbook"] < row["true"] for row in quadratic)),
-            "median of bar over error": float(np.median([row["bar"] / row["true"] for row in quadratic if row["bar"]])),
+            "below the error": sum(row["textbook"] < row["true"] for row in quadratic),
+            "of bars, between": [
+                fold(row["bar"] / row["true"] for row in quadratic if row["bar"]) for fold in (min, max)
+            ],
         }
     fresh = np.array([x for row in rows for x in row["fresh"]])
     near = float(((fresh > 0.5) & (fresh < 2)).mean()) if len(fresh) else None
