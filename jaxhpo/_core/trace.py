@@ -75,7 +75,7 @@ def equations(program: Any) -> Iterator:
 
 
 def named(variables: Sequence) -> list:
-    """Those that have a name: the type of the others, results that nobody uses, is public since jax 0.10 only."""
+    """The variables that something may use; the type of the others, `DropVar`, is public since jax 0.10 only."""
     return [v for v in variables if type(v) is jex.Var]
 
 

@@ -103,7 +103,7 @@ class Rules:
     # --- decisions ---
 
     def choose(self, state: OuterState, rows: int) -> str:
-        """Lets `Auto` choose at a state; returns its choice in words, empty where that is the same as before."""
+        """The choice of `Auto` at a state, in words, and from now on in use; empty where it is the same as before."""
         with self.as_asked(), warnings.catch_warnings(action="ignore"):
             choice = choose(*self._outer_loss(state), Layout(state.point).parts)
         same, self.probed = choice.rule == self.chosen, rows
