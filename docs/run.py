@@ -22,7 +22,7 @@ ELSEWHERE = {"several_hosts.md": "tests/tune/faults/test_processes.py"}
 
 MADE = {"_build", "api", "notebooks", "repository"}  # folders of pages that `sources.py` and Sphinx write
 
-BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", re.DOTALL | re.MULTILINE)
+BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```(?:\n|\Z))?", re.DOTALL | re.MULTILINE)
 NUMBER = re.compile(r"[-−+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
 TIME = re.compile(r"\d+(?:\.\d+)? ?(?:s|ms|min|h|seconds?|minutes?)\b")
 TOLERANCE = 0.1  # relative, and absolute for numbers below one
@@ -36,7 +36,7 @@ for number, block in enumerate(blocks, 1):
     with contextlib.redirect_stdout(io.StringIO()) as out:
         exec(compile(block, f"{sys.argv[2]}, block {number}", "exec"), names)
     printed.append(out.getvalue())
-exchange.write_text(json.dumps(printed))
+exchange.with_name("printed.json").write_text(json.dumps(printed))
 """
 
 
@@ -60,7 +60,7 @@ def run(page: pathlib.Path) -> list[str]:
         (empty := pathlib.Path(folder) / "empty").mkdir()
         command = [sys.executable, "-W", "error", "-c", DRIVER, str(exchange), page.name]
         subprocess.run(command, cwd=empty, check=True)
-        return json.loads(exchange.read_text())
+        return json.loads(exchange.with_name("printed.json").read_text())
 
 
 def difference(shown: str, printed: str) -> str | None:
@@ -85,7 +85,7 @@ def main() -> int:
     for page in given.pages or pages():
         try:
             printed = iter(run(page))
-        except subprocess.CalledProcessError:  # its traceback has been printed
+        except (subprocess.CalledProcessError, FileNotFoundError):  # told by the traceback, or the page ended by itself
             print(f"{page}: an example raised", file=sys.stderr)
             failed = 1
             continue

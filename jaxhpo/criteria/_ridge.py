@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxhpo._core.errors import JaxhpoError
 
@@ -37,8 +38,8 @@ def leave_one_out(x: Any, y: Any, penalties: Any, *, intercept: bool = True) -> 
     References:
       Allen. The Relationship Between Variable Selection and Data Augmentation and a Method for Prediction. 1974.
     """
-    residuals, leverages = _fitted(x, y, penalties, intercept)
-    return jnp.mean((residuals / (1 - leverages)[:, None]) ** 2)
+    residuals, left = _fitted(x, y, penalties, intercept)
+    return jnp.mean((residuals / left[:, None]) ** 2)
 
 
 def generalised_cross_validation(x: Any, y: Any, penalties: Any, *, intercept: bool = True) -> jax.Array:
@@ -69,12 +70,12 @@ def generalised_cross_validation(x: Any, y: Any, penalties: Any, *, intercept: b
     References:
       Golub, Heath, Wahba. Generalized Cross-Validation as a Method for Choosing a Good Ridge Parameter. 1979.
     """
-    residuals, leverages = _fitted(x, y, penalties, intercept)
-    return jnp.mean((residuals / (1 - leverages.mean())) ** 2)
+    residuals, left = _fitted(x, y, penalties, intercept)
+    return jnp.mean((residuals / left.mean()) ** 2)
 
 
 def _fitted(x, y, penalties, intercept) -> tuple[jax.Array, jax.Array]:
-    """The residuals, shape (n, m), and leverages S_ii, shape (n,)."""
+    """The residuals, shape (n, m), and 1 − S_ii, shape (n,)."""
     x, y, penalties = jnp.asarray(x), jnp.asarray(y), jnp.asarray(penalties)
     n, p = x.shape if x.ndim == 2 else (-1, -1)
     if n < 0 or y.ndim not in (1, 2) or y.shape[0] != n or penalties.shape not in ((), (p,)):
@@ -86,12 +87,15 @@ def _fitted(x, y, penalties, intercept) -> tuple[jax.Array, jax.Array]:
     if intercept:  # b = mean(y) − mean(x) w at the optimum, so centred data have none; its leverage is 1/n for each
         x, y = x - x.mean(0, keepdims=True), y - y.mean(0, keepdims=True)
     scaled = x / jnp.sqrt(jnp.broadcast_to(penalties, (1, p)))
-    if p <= n:  # S = Z (I + ZᵀZ)⁻¹ Zᵀ, Z = X Λ^(−1/2)
+    if p < n:  # S = Z (I + ZᵀZ)⁻¹ Zᵀ, Z = X Λ^(−1/2)
         factor = jax.scipy.linalg.cho_factor(jnp.eye(p) + scaled.T @ scaled)
         smoothed = scaled @ jax.scipy.linalg.cho_solve(factor, scaled.T @ y)
         leverages = jnp.sum(scaled * jax.scipy.linalg.cho_solve(factor, scaled.T).T, 1)
-        residuals = y - smoothed
-    else:  # I − S = (I + ZZᵀ)⁻¹
-        rest = jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(jnp.eye(n) + scaled @ scaled.T), jnp.eye(n))
-        residuals, leverages = rest @ y, 1 - jnp.diag(rest)
-    return residuals, leverages + (1 / n if intercept else 0)
+        return y - smoothed, 1 - leverages - (1 / n if intercept else 0)
+    # I − S = Q (I + QᵀZZᵀQ)⁻¹ Qᵀ, where the columns of Q are orthogonal to the constant, which the intercept fits: as a
+    # difference of numbers near 1/n it would be lost to rounding where the penalty is small.
+    basis = jnp.asarray(np.linalg.qr(np.ones((n, 1)), "complete")[0][:, 1:] if intercept else np.eye(n), scaled.dtype)
+    kernel = basis.T @ scaled
+    factor = jax.scipy.linalg.cho_factor(jnp.eye(basis.shape[1], dtype=scaled.dtype) + kernel @ kernel.T)
+    rest = jax.scipy.linalg.cho_solve(factor, basis.T)
+    return basis @ (rest @ y), jnp.sum(basis.T * rest, 0)

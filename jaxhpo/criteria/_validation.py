@@ -77,8 +77,8 @@ class CrossValidation:
 
     def __call__(self, hparams: PyTree) -> jax.Array:
         """The mean over all held-out examples: of folds of equal size, the mean over folds."""
-        masks = jnp.asarray(self.masks)
-        return jnp.sum(self.by_fold(hparams) * masks.sum(1)) / masks.sum()
+        counts = jnp.asarray(self.masks).astype(jnp.result_type(float)).sum(1)
+        return jnp.sum(self.by_fold(hparams) * counts) / counts.sum()
 
     def by_fold(self, hparams: PyTree) -> jax.Array:
         """The mean loss of each fold, shape (k,): their spread is an error bar of the mean, if a narrow one."""

@@ -211,7 +211,8 @@ def local_dense(kernel: Posterior, bias: Posterior | None, x: jax.Array, key: ja
     mean, variance = x @ kernel.mean, x**2 @ jnp.exp(2 * kernel.log_scale)
     if bias is not None:
         mean, variance = mean + bias.mean[None], variance + jnp.exp(2 * bias.log_scale)[None]
-    return mean + jnp.sqrt(variance) * jax.random.normal(key, mean.shape, mean.dtype)
+    spread = jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1)), 0)  # of no input: no NaN
+    return mean + spread * jax.random.normal(key, mean.shape, mean.dtype)
 
 
 def density_at_zero(posterior: Posterior) -> PyTree:
@@ -231,7 +232,7 @@ def density_at_zero(posterior: Posterior) -> PyTree:
     References:
       Graves. Practical Variational Inference for Neural Networks. 2011.
     """
-    return jax.tree.map(lambda mu, s: jnp.exp(-0.5 * (mu * jnp.exp(-s)) ** 2), *posterior)
+    return jax.tree.map(lambda mu, s: jnp.exp(-0.5 * jnp.where(mu == 0, 0, mu * jnp.exp(-s)) ** 2), *posterior)
 
 
 def pruned(posterior: Posterior, fraction: float) -> PyTree:
@@ -258,6 +259,6 @@ def pruned(posterior: Posterior, fraction: float) -> PyTree:
     if not 0 <= fraction <= 1:
         raise JaxhpoError(f"`fraction` got {fraction}: write a number from 0 to 1.")
     flat, unravel = ravel_pytree(posterior.mean)
-    ratio = jnp.abs(flat) * jnp.exp(-ravel_pytree(posterior.log_scale)[0])  # orders as the density does
+    ratio = jnp.log(jnp.abs(flat)) - ravel_pytree(posterior.log_scale)[0]  # orders as the density does
     order = jnp.argsort(ratio, stable=True)
     return unravel(flat.at[order[: int(fraction * flat.size + 1e-9)]].set(0.0))

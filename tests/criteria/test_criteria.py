@@ -404,3 +404,24 @@ def test_tune_minimises_criteria():
 def test_refusals_say_what_to_write(call, says):
     with pytest.raises(JaxhpoError, match=says):
         call()
+
+
+def test_leave_one_out_in_float32_with_a_small_penalty():
+    """Of many features the fit is nearly exact, and 1 − S_ii small: it is no difference of numbers near 1/n."""
+    x, y = RNG.normal(size=(5, 20)), RNG.normal(size=5)
+    for criterion in (criteria.leave_one_out, criteria.generalised_cross_validation):
+        exact, rounded = (criterion(x.astype(t), y.astype(t), np.asarray(1e-6, t)) for t in (np.float64, np.float32))
+        np.testing.assert_allclose(rounded, exact, rtol=1e-3)  # ε = 1e-7 times the condition of a 5 × 5 kernel
+
+
+def test_nothing_is_nan_or_lost_at_the_ends():
+    kernel = Posterior(jnp.ones((3, 2)), jnp.zeros((3, 2)))
+    gradient = jax.grad(lambda q: criteria.local_dense(q, None, jnp.zeros((1, 3)), jax.random.key(0)).sum())(kernel)
+    assert all(np.isfinite(g).all() for g in gradient)
+    sharp = Posterior(jnp.array([3.0, 2.0, 0.0]), jnp.full(3, -800.0))
+    assert criteria.density_at_zero(sharp).tolist() == [0, 0, 1]
+    assert criteria.pruned(sharp, 0.67).tolist() == [3, 0, 0]
+    cv = criteria.cross_validation(
+        lambda h, w: h, lambda w, h: jnp.ones(3000), jnp.asarray(criteria.folds(3000, 5), jnp.bfloat16)
+    )
+    assert cv(0.0) == 1
