@@ -1,8 +1,8 @@
 """Checks every link and anchor of the built site that leads within it: python docs/links.py [docs/_build/html]."""
 
+import argparse
 import html.parser
 import pathlib
-import sys
 import urllib.parse
 
 
@@ -27,14 +27,20 @@ class Page(html.parser.HTMLParser):
 
 def broken(site: pathlib.Path) -> tuple[list[str], int]:
     """The links that lead nowhere, and the number of all that were followed."""
-    pages = {path.resolve(): Page(path.read_text()) for path in site.rglob("*.html")}
+    pages = {path.resolve(): Page(path.read_text("utf-8", errors="replace")) for path in site.rglob("*.html")}
     found, count = [], 0
     for path, page in pages.items():
         for link in page.links:
-            parts = urllib.parse.urlsplit(link)
+            try:
+                parts = urllib.parse.urlsplit(link)
+            except ValueError:  # no address at all
+                found.append(f"{path.relative_to(site.resolve())}: {link}")
+                continue
             if parts.scheme or parts.netloc:
                 continue
             count += 1
+            if link in ("#", "#top"):  # HTML's names of a page's top
+                continue
             target = (path.parent / urllib.parse.unquote(parts.path)).resolve() if parts.path else path
             anchor = urllib.parse.unquote(parts.fragment)
             if target.is_dir():
@@ -46,7 +52,12 @@ def broken(site: pathlib.Path) -> tuple[list[str], int]:
 
 def main() -> int:
     """Print them, and return 1 where there are any."""
-    site = pathlib.Path(sys.argv[1] if len(sys.argv) > 1 else pathlib.Path(__file__).parent / "_build" / "html")
+    parser = argparse.ArgumentParser(description=__doc__)
+    built = pathlib.Path(__file__).parent / "_build" / "html"
+    parser.add_argument("site", nargs="?", type=pathlib.Path, default=built, help="folder of pages")
+    site = parser.parse_args().site
+    if not site.is_dir():
+        parser.error(f"`{site}` is not a folder: build the site first, `python -m sphinx -b html docs {built}`")
     found, count = broken(site)
     print(*found, f"{count} links within the site, {len(found)} broken", sep="\n")
     return int(bool(found) or count == 0)

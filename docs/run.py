@@ -23,6 +23,8 @@ ELSEWHERE = {"several_hosts.md": "tests/tune/faults/test_processes.py"}
 MADE = {"_build", "api", "notebooks", "repository"}  # folders of pages that `sources.py` and Sphinx write
 
 BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```(?:\n|\Z))?", re.DOTALL | re.MULTILINE)
+# Every fence that says that it is Python: of those that BLOCK does not match, `blocks` says so.
+FENCE = re.compile(r"^ *(?:```|:::)+ *(?:\{.*\} *)?(?:python|py|pycon)", re.MULTILINE)
 NUMBER = re.compile(r"[-−+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
 TIME = re.compile(r"\d+(?:\.\d+)? ?(?:s|ms|min|h|seconds?|minutes?)\b")
 TOLERANCE = 0.1  # relative, and absolute for numbers below one
@@ -51,12 +53,25 @@ def written() -> list[pathlib.Path]:
     return [page for page in sorted(DOCS.rglob("*.md")) if not MADE & set(page.relative_to(DOCS).parts)]
 
 
+def blocks(page: pathlib.Path) -> list[re.Match]:
+    """The Python blocks of a page, each with the text block below it.
+
+    Raises:
+      ValueError: where a fence of Python is written so that its block would be left out.
+    """
+    text = page.read_text()
+    found = list(BLOCK.finditer(text))
+    if outside := {match.start() for match in FENCE.finditer(text)} - {match.start() for match in found}:
+        line = text[: min(outside)].count("\n") + 1
+        raise ValueError(f"the block at line {line} would not run: write ```python at a line's start")
+    return found
+
+
 def run(page: pathlib.Path) -> list[str]:
     """Run the Python blocks of a page, and return what each prints."""
-    blocks = [code for code, _ in BLOCK.findall(page.read_text())]
     with tempfile.TemporaryDirectory() as folder:
         exchange = pathlib.Path(folder) / "blocks.json"
-        exchange.write_text(json.dumps(blocks))
+        exchange.write_text(json.dumps([match[1] for match in blocks(page)]))
         (empty := pathlib.Path(folder) / "empty").mkdir()
         command = [sys.executable, "-W", "error", "-c", DRIVER, str(exchange), page.name]
         subprocess.run(command, cwd=empty, check=True)
@@ -83,26 +98,39 @@ def main() -> int:
     given = parser.parse_args()
     failed = 0
     for page in given.pages or pages():
+        if not page.is_file():
+            parser.error(f"`{page}` is not a file")
         try:
-            printed = iter(run(page))
+            found, printed = blocks(page), run(page)
+            shown = [got for match, got in zip(found, printed, strict=True) if match[2] is not None]
+            if any(line.startswith("```") for got in shown for line in got.splitlines()):
+                raise ValueError("an example prints a fence, which would end its text block: print it indented")
         except (subprocess.CalledProcessError, FileNotFoundError):  # told by the traceback, or the page ended by itself
-            print(f"{page}: an example raised", file=sys.stderr)
             failed = 1
-            continue
-
-        def renewed(match: re.Match, printed=printed) -> str:
-            text = next(printed)
-            return match[0] if match[2] is None else f"```python\n{match[1]}```\n\n```text\n{text.rstrip()}\n```\n"
-
-        text = page.read_text()
-        if given.write:
-            page.write_text(BLOCK.sub(renewed, text))
-            continue
-        for (_, shown), got in zip(BLOCK.findall(text), printed, strict=True):
-            if shown and (found := difference(shown, got)):
-                print(f"{page}: {found}", file=sys.stderr)
-                failed = 1
+            print(f"{page}: an example raised", file=sys.stderr)
+        except ValueError as error:
+            failed = 1
+            print(f"{page}: {error}", file=sys.stderr)
+        else:
+            if given.write:
+                renew(page, printed)
+                continue
+            for match, got in zip(found, printed, strict=True):
+                if match[2] is not None and (differs := difference(match[2], got)):
+                    failed = 1
+                    print(f"{page}: {differs}", file=sys.stderr)
     return failed
+
+
+def renew(page: pathlib.Path, printed: list[str]) -> None:
+    """Write what the blocks print into their text blocks; nothing else of the page changes."""
+    prints, crlf = iter(printed), b"\r\n" in page.read_bytes()
+
+    def renewed(match: re.Match) -> str:
+        text = next(prints)
+        return match[0] if match[2] is None else f"```python\n{match[1]}```\n\n```text\n{text.rstrip()}\n```\n"
+
+    page.write_text(BLOCK.sub(renewed, page.read_text()), newline="\r\n" if crlf else "\n")
 
 
 if __name__ == "__main__":

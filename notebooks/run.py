@@ -2,7 +2,8 @@
 
 Each runs in a fresh kernel, in an empty folder, and is written with its outputs and a digest of code and outputs, by
 which the tests know that the one made the other. One that fails, warns or shows a path of this machine is not written.
-With `--quick` the short form runs, which the environment variable `QUICK` chooses in a notebook; nothing is written.
+With `--quick` the short form runs, which the environment variable `QUICK` chooses in a notebook; XLA optimises less, as
+most of its time is compilation, and nothing is written.
 """
 
 import argparse
@@ -51,7 +52,9 @@ def execute(path: pathlib.Path, *, quick: bool, env: dict[str, str]) -> nbformat
     notebook = read(path)
     kept = notebook.metadata.copy()
     # A kept output has no progress bars, nor the hint that these would be finer with another package.
-    env = env | {"QUICK": "1" if quick else "", "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore:IProgress not found"}
+    env = env | {"QUICK": "", "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore:IProgress not found"}
+    if quick:
+        env |= {"QUICK": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     with tempfile.TemporaryDirectory() as folder:
         client = nbclient.NotebookClient(
             notebook,

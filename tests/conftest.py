@@ -1,7 +1,7 @@
 """Eight host devices, float64 and cheap code generation for every test; each test says where it wants another setting.
 
 Two thirds of the time of the tests is compilation of small programs that run once, so XLA optimises little. What
-depends on its optimisation (memory, time, notebooks, one closed form a rule) is marked `codegen`, and runs in a process
+depends on its optimisation (memory, time, one closed form a rule) is marked `codegen`, and runs in a process
 that leaves XLA as it comes: `JAXHPO_TEST_CODEGEN=default pytest -m codegen`.
 """
 

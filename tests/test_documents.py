@@ -60,12 +60,10 @@ def test_page_runs_as_printed(page):
 def test_every_example_is_run():
     """No Python block is outside of what `docs/run.py` finds, and what it leaves out a test runs."""
     for page in pages.written():
-        blocks = re.findall(r"^ *(?:```|:::)+ *(?:\{.*\} *)?(?:python|py|pycon)", page.read_text(), re.MULTILINE)
         if page.name in pages.ELSEWHERE:
             assert page.name in (ROOT / pages.ELSEWHERE[page.name]).read_text()
         else:
-            assert len(blocks) == len(pages.BLOCK.findall(page.read_text())), page
-            assert not blocks or page in PAGES
+            assert not pages.blocks(page) or page in PAGES
 
 
 @pytest.mark.parametrize(
@@ -90,7 +88,40 @@ def test_a_page_whose_example_raises_or_warns_is_found(tmp_path):
         assert subprocess.run(command, capture_output=True).returncode == 1
 
 
+@pytest.mark.parametrize(
+    ("page", "said"),
+    [
+        ("```python\nprint(1)\n```\n\n```text\n```\n", "it prints"),
+        ("```python\nprint('``' + '`')\n```\n\n```text\n1\n```\n", "prints a fence"),
+        ("# A\n\n- Do:\n\n  ```python\n  1 / 0\n  ```\n", "block at line 5 would not run"),
+        ("``` python\n1 / 0\n```\n", "block at line 1 would not run"),
+    ],
+    ids=["empty", "fence", "indented", "space"],
+)
+def test_a_block_that_cannot_be_compared_is_found(page, said, tmp_path, capsys, monkeypatch):
+    (tmp_path / "page.md").write_text(page)
+    monkeypatch.setattr(sys, "argv", ["run.py", str(tmp_path / "page.md")])
+    assert pages.main() == 1 and said in capsys.readouterr().err
+
+
+def test_renewing_a_page_keeps_all_but_the_output(tmp_path, monkeypatch):
+    page = tmp_path / "page.md"
+    text = b"A\r\n\r\n```python\r\nprint(2)\r\n```\r\n\r\n```text\r\n%d\r\n```\r\n\r\nB\r\n"
+    page.write_bytes(text % 1)
+    monkeypatch.setattr(sys, "argv", ["run.py", str(page), "--write"])
+    assert pages.main() == 0 and page.read_bytes() == text % 2
+
+
+@pytest.mark.parametrize("script", ["run.py", "links.py"])
+def test_scripts_of_the_documentation_say_what_is_not_there(script):
+    out = subprocess.run([sys.executable, str(ROOT / "docs" / script), "nowhere"], capture_output=True, text=True)
+    assert out.returncode == 2 and "`nowhere` is not a f" in out.stderr
+
+
 def test_broken_links_of_the_site_are_found(tmp_path):
+    (tmp_path / "odd.html").write_bytes(b'\xff<a href="#top"></a><a href="http://[x"></a>')
+    assert links.broken(tmp_path) == (["odd.html: http://[x"], 1)
+    (tmp_path / "odd.html").unlink()
     (tmp_path / "index.html").write_text('<a id="top" href="other.html#there"></a><img src="no.png"><a href="#no"></a>')
     (tmp_path / "other.html").write_text('<h1 id="there"></h1><a href="index.html#top"><a href="https://x.y/z">')
     found, count = links.broken(tmp_path)
@@ -218,7 +249,7 @@ def test_first_cells_are_the_same_but_for_extras(notebooks):
     assert len({re.sub(r"\[demo[a-z,]*\]", "[]", first_code(notebooks, path)) for path in NOTEBOOKS}) == 1
 
 
-@pytest.mark.codegen
+@pytest.mark.slow
 @each_notebook
 def test_notebook_runs(notebooks, path):
     """In its short form; the full one has been run by `notebooks/run.py`."""
@@ -227,4 +258,4 @@ def test_notebook_runs(notebooks, path):
             jaxhpo.data.knowledge_graph("nations")
         except (ImportError, jaxhpo.JaxhpoError) as error:
             pytest.skip(str(error))
-    assert not notebooks.faults(notebooks.execute(path, quick=True, env=default_environment()))
+    assert not notebooks.faults(notebooks.execute(path, quick=True, env=cheap_environment()))

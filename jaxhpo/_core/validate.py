@@ -103,9 +103,15 @@ def check_finite(tree: PyTree, what: str, allow_infinite: bool = False) -> None:
     for name, leaf in named_leaves(tree, what):
         if isinstance(leaf, Tracer) or not is_inexact(leaf):
             continue
+        xp, values = np, leaf
+        if not isinstance(leaf, jax.Array):  # as JAX will hold it: 1e300 is infinite in float32
+            with np.errstate(over="ignore"):
+                values = np.asarray(leaf).astype(jnp.result_type(leaf))
+        elif not leaf.is_fully_addressable or any(device.platform != "cpu" for device in leaf.devices()):
+            xp = jnp  # where the array lies; on the host NumPy spares a compilation for each shape
         with jax.ensure_compile_time_eval():  # concrete even while an enclosing function is traced
-            bad = jnp.isnan(leaf) if allow_infinite else ~jnp.isfinite(leaf)
-            count = int(jnp.sum(bad))
+            bad = xp.isnan(values) if allow_infinite else ~xp.isfinite(values)
+            count = int(xp.sum(bad))
         if count:
             at = f", the first at index {np.argwhere(np.asarray(bad))[0].tolist()}" if bad.ndim else ""
             raise JaxhpoError(
