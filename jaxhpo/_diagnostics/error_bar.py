@@ -25,7 +25,7 @@ from jaxhpo._core.trace import trust
 from jaxhpo._core.tree import cast_like, is_inexact, norm, upcast, where
 from jaxhpo._core.types import InnerState, PyTree
 from jaxhpo._core.validate import check_arrays, check_count, check_key, check_params
-from jaxhpo._diagnostics.tangents import Tangents, if_forward
+from jaxhpo._diagnostics.tangents import Tangents, if_forward, length_factor, orthogonal
 from jaxhpo._inner.loop import scan_steps
 from jaxhpo._inner.problem import Adjoint, Problem
 from jaxhpo._linear.bicgstab import BiCGStab
@@ -99,8 +99,8 @@ def error_bar(outer_loss: Callable, *, directions: int = 6, products: int | None
       of their directions or pairs. Known where the error has 8 directions or more: a draw of fewer may be much smaller
       than their root mean square.
     - every other rule, and several rules at once: g is the derivative of the steps that were run, by exact derivatives
-      along random directions u, since :math:`\langle \hat g - g, u \rangle^2` has the mean
-      :math:`\|\hat g - g\|^2`; along every coordinate where there are no more than `directions`. Not known where there
+      along random orthogonal directions u, since :math:`\langle \hat g - g, u \rangle^2` has the mean
+      :math:`\|\hat g - g\|^2`; exact where there are no more hyperparameters than `directions`. Not known where there
       is no forward mode (callbacks, `implicit` around another solver) or something rounds.
 
     **Cost and bias**: beside the hypergradient, nothing but a few copies of the hyperparameters for the truncated sum
@@ -174,9 +174,8 @@ def error_bar(outer_loss: Callable, *, directions: int = 6, products: int | None
 def _by_tangents(value, flat, grad, number, key, roots) -> tuple[jax.Array, jax.Array]:
     if roots:  # a forward tangent under `implicit` is its rule
         return jnp.full((), jnp.nan, flat.dtype), jnp.asarray(False)
-    every = flat.size <= number
-    normal = jax.random.normal(jax.random.fold_in(key, 1), (number, flat.size), flat.dtype)
-    rows = jnp.eye(flat.size, dtype=flat.dtype) if every else normal
+    number = min(number, flat.size)
+    rows = orthogonal(jax.random.fold_in(key, 1), number, flat.size).astype(flat.dtype)
 
     def derivatives():
         tangents = Tangents(value, flat)
@@ -185,8 +184,7 @@ def _by_tangents(value, flat, grad, number, key, roots) -> tuple[jax.Array, jax.
     found = if_forward(derivatives)
     if found is None:
         return jnp.full((), jnp.nan, flat.dtype), jnp.asarray(False)
-    off = rows @ grad - found
-    error = jnp.linalg.norm(off) if every else jnp.sqrt(jnp.mean(off**2))
+    error = length_factor(number, flat.size) * jnp.sqrt(jnp.mean((rows @ grad - found) ** 2))
     return error, jnp.isfinite(error)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.special
 from jax.extend import core as jex
 from jax.interpreters.partial_eval import dce_jaxpr
 
@@ -23,6 +25,29 @@ from jaxhpo._inner.loop import run
 from jaxhpo._inner.problem import Adjoint, Problem
 
 WIDTH = 8  # directions pushed together, in which they share the run
+
+
+def orthogonal(key: jax.Array, number: int, size: int) -> jax.Array:
+    """Random directions of length √m that are orthogonal to each other, shape (number, m), of at most m."""
+    normal = jax.random.normal(key, (size, number))
+    return jnp.linalg.qr(normal)[0].T * math.sqrt(size)
+
+
+def length_factor(number: float, size: int) -> float:
+    r"""What the root mean square of ⟨e, u⟩ over k directions of `orthogonal` is multiplied by to estimate ‖e‖.
+
+    The sum of ⟨e, u⟩² is m ‖e‖² times a variable with the distribution Beta(k/2, (m − k)/2), whose logarithm has the
+    mean ψ(k/2) − ψ(m/2). The factor makes the estimate's logarithm unbiased, as error bars are read on a scale of
+    factors: with k = 6 of many entries 97 % are within a factor of two, without it 96 %.
+
+    Args:
+      number: k, which need not be whole (of weighted means); of m or more directions the length is exact.
+      size: m.
+    """
+    if number >= size:
+        return 1.0
+    off = math.log(size / number) + float(scipy.special.digamma(number / 2) - scipy.special.digamma(size / 2))
+    return math.exp(-off / 2)
 
 
 @dataclasses.dataclass(frozen=True)

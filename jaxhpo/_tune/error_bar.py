@@ -1,8 +1,9 @@
 """The error bar of a hypergradient while a run goes on: exact tangents along random directions, pooled over steps.
 
-With ĝ the hypergradient, g the derivative of the steps that were run and u a normal direction, ⟨ĝ − g, u⟩² has the
-mean ‖ĝ − g‖². One direction says little, but errors relative to ‖ĝ‖ change slowly from step to step, so the last few
-are pooled.
+With ĝ the hypergradient, g the derivative of the steps that were run and u a random direction of length √m,
+⟨ĝ − g, u⟩² has the mean ‖ĝ − g‖². One direction says little, but errors change slowly from step to step, so the last
+few are pooled; successive directions are orthogonal, so that m of them say all of an error that stays. Pooled is
+⟨ĝ − g, u⟩² / ‖ĝ‖: far from an optimum errors go with the hypergradient's norm, near it the norm falls and they stay.
 """
 
 import math
@@ -20,13 +21,14 @@ from jaxhpo._core.processes import whole
 from jaxhpo._core.record import SolveLog, recording
 from jaxhpo._core.transforms import to_natural
 from jaxhpo._core.types import PyTree
-from jaxhpo._diagnostics.tangents import Tangents, if_forward
+from jaxhpo._diagnostics.tangents import Tangents, if_forward, length_factor, orthogonal
 from jaxhpo._tune.step import OuterReport, OuterState, Step
 
 FRESH = 6  # tangents at the first step
 EVERY = 2  # steps from one tangent to the next
 HALF = 4  # steps after which a tangent has half of its weight in the mean
 LAST = 32  # steps that are pooled: older ones have less than 1/256
+MOST = 64  # directions that are made orthogonal to each other
 
 
 class Measured(NamedTuple):
@@ -71,10 +73,8 @@ class ErrorBar:
         if rows % EVERY or not flat.size:
             return NONE
         key = jax.random.fold_in(state.key, state.step)
-        normal = jax.random.normal(jax.random.fold_in(key, 2), (FRESH if rows == 0 else 1, flat.size))
-        directions = np.asarray(whole(normal), float)
-        # All of one length, √m: ⟨e, u⟩² has the same mean as for normal ones, and varies less.
-        directions = directions * np.sqrt(flat.size) / np.linalg.norm(directions, axis=1, keepdims=True)
+        directions = _directions(state.key, rows, flat.size)
+        number = len(directions)
         if self.moves:
             move = np.asarray(whole(ravel(after.point)[0] - flat), float)
             length = np.linalg.norm(move)
@@ -88,8 +88,7 @@ class ErrorBar:
             )
         grad = np.asarray(whole(ravel(report.hypergradient)[0]), float)
         slope = float(found[-1]) if self.moves and length else math.nan  # no move, as of `optax.MultiSteps`
-        random = slice(len(normal))
-        off, size = (np.sqrt(np.mean(x[random] ** 2)) for x in (directions @ grad - found, found))
+        off, size = (np.sqrt(np.mean(x[:number] ** 2)) for x in (directions @ grad - found, found))
         return Measured(float(off), float(size), slope)
 
     def _along(self, directions, flat, unravel, carry, key) -> np.ndarray | None:
@@ -118,16 +117,29 @@ class ErrorBar:
         return value(key) if times == 1 else jnp.mean(jax.lax.map(value, jax.random.split(key, times)))
 
 
-def pooled(measured: Sequence[float], norms: Sequence[float]) -> float:
-    """The error bar of the last of some steps: its norm times the pooled relative error; NaN before the first.
+def _directions(key: jax.Array, rows: int, size: int) -> np.ndarray:
+    """The directions of a step, shape (k, m): the next of a sequence that the key gives."""
+    block, first = size if size <= MOST else FRESH, min(FRESH, size)
+    which, start = divmod(first + rows // EVERY - 1 if rows else 0, block)
+    every = orthogonal(jax.random.fold_in(jax.random.fold_in(key, 2), which), block, size)
+    return np.asarray(whole(every), float)[start : start + (1 if rows else first)]
+
+
+def pooled(measured: Sequence[float], norms: Sequence[float], size: int) -> float:
+    """The error bar of the last of some steps; NaN before the first that was measured.
 
     Args:
       measured: `ErrorBar.measure` of every step.
       norms: of the hypergradients.
+      size: the number of hyperparameters.
     """
-    squares, count = 0.0, 0.0
+    # Sums over directions; the last of the squares of weights.
+    squares, counts, weights = 0.0, 0.0, 0.0
     for i, (off, norm) in enumerate(zip(measured, norms, strict=True)):
         if np.isfinite(off) and norm > 0:
-            weight = (FRESH if i == 0 else 1) * 0.5 ** ((len(norms) - 1 - i) / HALF)
-            squares, count = squares + weight * (off / norm) ** 2, count + weight
-    return float(norms[-1] * np.sqrt(squares / count)) if count else float("nan")
+            weight, number = 0.5 ** ((len(norms) - 1 - i) / HALF), min(FRESH, size) if i == 0 else 1
+            squares += number * weight * off**2 / norm
+            counts, weights = counts + number * weight, weights + number * weight**2
+    if not counts:
+        return float("nan")
+    return float(length_factor(counts**2 / weights, size) * np.sqrt(norms[-1] * squares / counts))

@@ -283,7 +283,8 @@ class Record:
             first = [math.nan] * (len(self.rows) + 1 - len(every))
             offs = [*first, *(float(each["measured_error"]) for each in every)]
             norms = [*first, *(float(each["hypergradient_norm"]) for each in every)]
-            row |= {"measured_error": np.asarray(measured.off), "error": np.asarray(pooled(offs, norms))}
+            size = sum(x.size for x in jax.tree.leaves(report.hparams))
+            row |= {"measured_error": np.asarray(measured.off), "error": np.asarray(pooled(offs, norms, size))}
         if "slope" in self.extras:
             row |= {"measured_norm": np.asarray(measured.size), "measured_slope": np.asarray(measured.slope)}
         return row

@@ -268,9 +268,9 @@ def tune(
         parabola, below 0 where the loss rose instead (of a random loss, also by chance);
         "error": the `error` bar ‖ĝ − g‖ of the hypergradient, in the units of its norm, against the exact derivative g
         of the steps that were run: by exact tangents along random directions, six at the first step and one at every
-        second after it (`measured_error`, 2.3 trainings each), which are pooled relative to the norm, with half of the
-        weight after four steps; while the relative error stays the same, it is as sure as one of six directions, whose
-        95 % interval is from 0.64 to 2.2 times itself;
+        second after it (`measured_error`, 2.3 trainings each), whose squares are pooled for each unit of the norm, with
+        half of the weight after four steps; while these stay the same, it is as sure as one of six directions, which
+        is within a factor of two in 97 % of cases;
         "linear_solves", for which the device calls back: of the linear solves of implicit rules (of all members) the
         largest `residual`, the `num_iterations`, and how many were `not_converged`. (An inner solve's optimality is
         recorded where the info holds its `sol.info`.) What is recorded is judged at the end: where linear solves, or

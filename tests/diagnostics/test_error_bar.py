@@ -5,11 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import scipy.stats
 
 import jaxhpo
 from jaxhpo import CG, SAMA, FiniteDifference, ForwardGradient, Identity, Implicit, Neumann, Smoothing, Unroll
 from jaxhpo._core.cost import count_arithmetic
 from jaxhpo._diagnostics.error_bar import OPTIMUM, SMOOTHED, STEPS
+from jaxhpo._diagnostics.tangents import length_factor, orthogonal
 
 RIDGE = jaxhpo.testing.ridge(dim=12)
 SOLVER = jaxhpo.from_optax(RIDGE.train_loss, optax.sgd(RIDGE.step_size))
@@ -188,6 +190,24 @@ def test_few_random_directions_are_held_against_tangents():
     exact = jax.grad(ridge(Unroll()))(POINT)
     bar = jaxhpo.error_bar(ridge(ForwardGradient(2)), directions=12)(POINT)  # as many as hyperparameters
     np.testing.assert_allclose(bar.error, off(bar, exact), rtol=1e-9)
+
+
+@pytest.mark.parametrize(("number", "size"), [(6, 1000), (6, 12), (6, 6), (3, 2)])
+def test_length_from_random_directions(number, size):
+    """The logarithm is unbiased, and as many are within a factor of two as SciPy's Beta distribution says."""
+    e = jnp.zeros(size).at[0].set(1.0)  # any of that length: the directions have no preferred one
+    rows = jax.vmap(lambda key: orthogonal(key, min(number, size), size))(jax.random.split(jax.random.key(0), 4000))
+    np.testing.assert_allclose(
+        rows @ rows.mT, jnp.broadcast_to(size * jnp.eye(rows.shape[1]), (4000, *rows.shape[1:2] * 2)), atol=1e-9 * size
+    )
+    lengths = length_factor(number, size) * np.sqrt(np.mean((rows @ e) ** 2, axis=1))
+    logs = np.log(lengths)
+    assert abs(logs.mean()) <= 4 * logs.std() / 4000**0.5 + 1e-12
+    if number < size:
+        part, beta = np.mean((lengths > 0.5) & (lengths < 2)), scipy.stats.beta(number / 2, (size - number) / 2)
+        to_square = size / number * length_factor(number, size) ** 2  # of one unit of Beta
+        within = beta.cdf(4 / to_square) - beta.cdf(0.25 / to_square)
+        assert within >= 0.97 and abs(part - within) <= 4 * (within * (1 - within) / 4000) ** 0.5
 
 
 def test_a_vmap_prints_a_line_for_each():
