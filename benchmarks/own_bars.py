@@ -220,7 +220,7 @@ def summary(rows):
             "cases": len(quadratic),
             "median of bound over error": float(np.median([row["textbook"] / row["true"] for row in quadratic])),
             "largest of bound over error": max(row["textbook"] / row["true"] for row in quadratic),
-            "below the error": sum(row["textbook"] < row["true"] for row in quadratic),
+            "below the error": sum(bool(row["textbook"] < row["true"]) for row in quadratic),
             "of bars, between": [
                 fold(row["bar"] / row["true"] for row in quadratic if row["bar"]) for fold in (min, max)
             ],
