@@ -14,11 +14,13 @@ A step of the method is a step of `tune`: one training at the present h, and the
 leads to the next point of the design.
 """
 
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 
@@ -31,7 +33,7 @@ from jaxhpo._core.validate import check_callable, check_count, check_params, che
 MOST_MOVES = 16  # trainings beyond the design that the state has room for
 SETTLED = 3  # moves that change little, after which the search ends
 EMPTY = 1e6  # noise of a place in the state that holds no training
-LEAST_NOISE = {"float32": 1e-5, "float64": 1e-10}  # variance, in that of the process
+LEAST_NOISE = {"float32": 3e-5, "float64": 1e-10}  # variance, where that of the values is 1
 SCALES = (0.2, 1.0)  # length scales from which the likelihood is raised, where the design's extent is 1
 FIT_STEPS = 25  # of L-BFGS, from each of them
 
@@ -164,18 +166,21 @@ def value_function(
             f"`num_steps` got {num_steps}, of which {method.number} are the trainings of the design: write a number "
             f"from {method.number + 1} to {most}."
         )
-    result = jaxhpo.tune(
-        None,
-        method.at(0),
-        optax.sgd(1.0),
-        num_steps=num_steps,
-        gradient=method.step,
-        carry=method.init(multiplier, penalty),
-        monitor=lambda info: info["score"],
-        score_window=1,
-        callbacks=[*callbacks, lambda step: step.info["settled"] >= SETTLED],
-        **run,
-    )
+    with warnings.catch_warnings():
+        # Along the design only some of the hyperparameters may move.
+        warnings.simplefilter("ignore", jaxhpo.ZeroHypergradientWarning)
+        result = jaxhpo.tune(
+            None,
+            method.at(0),
+            optax.sgd(1.0),
+            num_steps=num_steps,
+            gradient=method.step,
+            carry=method.init(multiplier, penalty),
+            monitor=lambda info: info["score"],
+            score_window=1,
+            callbacks=[*callbacks, lambda step: step.info["settled"] >= SETTLED],
+            **run,
+        )
     settled = result.history["info"]["settled"]
     if result.status == "callback" and settled[-1] >= SETTLED:
         message = f"after {len(settled)} trainings: {SETTLED} moves changed the outer loss by less than {tol:g}"
@@ -209,6 +214,8 @@ class _Method:
                 f"`design` has one value only of {int(flat.sum())} of {flat.size} hyperparameters, so that nothing is "
                 "learned of them, and they could not move: vary each, or close over it in the losses."
             )
+        if len(np.unique(self.design, axis=0)) < self.number:
+            raise JaxhpoError("`design` has the same hyperparameters twice, of which one training says all: omit one.")
 
     def at(self, i: int) -> PyTree:
         """Hyperparameters of the design's training i."""
@@ -330,14 +337,16 @@ def gaussian_process(points: jax.Array, values: jax.Array, count: jax.Array, ker
     spread = jnp.sqrt(jnp.sum(jnp.where(there, values - centre, 0.0) ** 2) / count)
     spread = jnp.where(spread > 0, spread, 1.0)
     targets = jnp.where(there, (values - centre) / spread, 0.0)
-    form = {"matern52": tinygp.kernels.Matern52, "rbf": tinygp.kernels.ExpSquared}[kernel]
+    # tinygp's default distance is |x|₁, with which Matérn's function is not positive definite in two dimensions.
+    distance = tinygp.kernels.distance.L2Distance()
+    form = {"matern52": tinygp.kernels.Matern52, "rbf": tinygp.kernels.ExpSquared}[kernel](distance=distance)
     least = LEAST_NOISE[str(values.dtype)]
 
     def process(setting):
         noise = jnp.where(there, least + jnp.exp(setting["log_noise"]), EMPTY)
         amplitude, scales = jnp.exp(setting["log_amplitude"]), jnp.exp(setting["log_scales"])
-        covariance = amplitude * tinygp.transforms.Linear(1 / scales, form())
-        return tinygp.GaussianProcess(covariance, points, diag=amplitude * noise)
+        covariance = amplitude * tinygp.transforms.Linear(1 / scales, form)
+        return tinygp.GaussianProcess(covariance, points, diag=noise)
 
     def loss(setting):
         # Normal priors on the logarithms: they matter where the values say nothing.
@@ -355,17 +364,19 @@ def gaussian_process(points: jax.Array, values: jax.Array, count: jax.Array, ker
             "log_noise": jnp.full_like(scale, -14.0),
         }
 
-        def body(carry, _):
-            setting, state = carry
+        def body(loop, _):
+            setting, state, kept = loop
             value, grad = value_and_grad(setting, state=state)
+            kept = where(value < kept[0], (value, setting), kept)  # False of NaN, as of a matrix that is singular
             updates, state = optimizer.update(grad, state, setting, value=value, grad=grad, value_fn=loss)
-            return (optax.apply_updates(setting, updates), state), None
+            return (optax.apply_updates(setting, updates), state, kept), None
 
-        (setting, _), _ = jax.lax.scan(body, (setting, optimizer.init(setting)), length=FIT_STEPS)
-        return setting, loss(setting)
+        loop = setting, optimizer.init(setting), (jnp.full_like(scale, jnp.inf), setting)
+        (_, _, kept), _ = jax.lax.scan(body, loop, length=FIT_STEPS)
+        return kept
 
-    settings, losses = jax.vmap(fitted)(jnp.asarray(SCALES, points.dtype))
-    best = jnp.argmin(jnp.where(jnp.isfinite(losses), losses, jnp.inf))
+    losses, settings = jax.vmap(fitted)(jnp.asarray(SCALES, points.dtype))
+    best = jnp.argmin(losses)
     gp = process(jax.tree.map(lambda x: x[best], settings))
     weights = gp.solver.solve_triangular(gp.solver.solve_triangular(targets), transpose=True)
 
