@@ -102,7 +102,7 @@ def test_a_run_goes_on(tmp_path):
 
 @pytest.mark.parametrize("kernel", ["rbf", "matern52"])
 def test_the_model_in_two_dimensions(kernel):
-    """Of a smooth function on a 5 × 5 grid, flat in the second coordinate, in float32: between the points within 2 %."""
+    """Of a function on a 5 × 5 grid, flat in the second coordinate: within 2 % between the points, in float32."""
     with enable_x64(False):
         one = jnp.linspace(0.0, 1.0, 5)
         points = jnp.stack([x.ravel() for x in jnp.meshgrid(one, one)], axis=1)
