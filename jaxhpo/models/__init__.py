@@ -3,7 +3,7 @@
 MLP: a classifier
 SelfTuningDense, SelfTuningConv, SelfTuningMLP: layers for `Hypernetwork`
 link_prediction: models of knowledge graphs, losses and ranks
-regression: features, Bayesian linear regression, kernel ridge regression, in closed form
+regression: features; Bayesian linear, kernel ridge, logistic and softmax regression, at the optimum
 """
 
 from jaxhpo.models import link_prediction, regression

@@ -330,6 +330,7 @@ def gaussian_process(points: jax.Array, values: jax.Array, count: jax.Array, ker
     """
     try:
         import tinygp
+        from tinygp.kernels.distance import L2Distance
     except ImportError as error:
         raise JaxhpoError("`value_function` needs tinygp: `pip install 'jaxhpo[search]'`.") from error
     there = jnp.arange(len(values)) < count
@@ -338,8 +339,7 @@ def gaussian_process(points: jax.Array, values: jax.Array, count: jax.Array, ker
     spread = jnp.where(spread > 0, spread, 1.0)
     targets = jnp.where(there, (values - centre) / spread, 0.0)
     # tinygp's default distance is |x|₁, with which Matérn's function is not positive definite in two dimensions.
-    distance = tinygp.kernels.distance.L2Distance()
-    form = {"matern52": tinygp.kernels.Matern52, "rbf": tinygp.kernels.ExpSquared}[kernel](distance=distance)
+    form = {"matern52": tinygp.kernels.Matern52, "rbf": tinygp.kernels.ExpSquared}[kernel](distance=L2Distance())
     least = LEAST_NOISE[str(values.dtype)]
 
     def process(setting):

@@ -2,10 +2,13 @@
 
 import jax
 import jax.numpy as jnp
+import jax.test_util
 import numpy as np
 import pytest
 import scipy.stats
 
+import jaxhpo
+import jaxhpo.criteria
 from jaxhpo import JaxhpoError
 from jaxhpo.models import regression
 
@@ -47,6 +50,49 @@ def test_kernel_ridge_is_sklearns():
     assert np.all(np.isfinite(jax.grad(lambda h: regression.squared_exponential(X, X, h).sum())(np.zeros(4))))
 
 
+@pytest.mark.parametrize("classes", [2, 3])
+def test_logistic_regression_is_sklearns(classes):
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    labels = np.digitize(Y, [0.0] if classes == 2 else [-1.0, 1.0])
+    weights = np.arange(15) % 3
+    ours = regression.logistic_regression(X, labels, 0.5, weights, num_classes=classes)
+    theirs = linear_model.LogisticRegression(C=2.0, tol=1e-10, max_iter=3000).fit(X, labels, sample_weight=weights)
+    np.testing.assert_allclose(
+        ours.weights.T, theirs.coef_[slice(None) if classes > 2 else 0], atol=1e-5
+    )  # their error
+    shift = theirs.intercept_ - theirs.intercept_.mean() if classes > 2 else theirs.intercept_[0]
+    np.testing.assert_allclose(ours.intercept, shift, atol=1e-5)
+    logs = np.log(theirs.predict_proba(X))[np.arange(15), labels]
+    np.testing.assert_allclose(ours.losses(X, labels), -logs, atol=1e-5)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_logistic_regression_is_differentiable(classes):
+    """In penalties, examples' weights and features, against differences."""
+    labels = np.digitize(Y, [0.0] if classes == 2 else [-1.0, 1.0])
+
+    def loss(h, weights, x):
+        fitted = regression.logistic_regression(x, labels, jnp.exp(h), weights, num_classes=classes)
+        return fitted.losses(1.1 * X, labels).sum()
+
+    given = jnp.asarray(H), jnp.linspace(0.5, 2.0, 15), jnp.asarray(X)
+    jax.test_util.check_grads(jax.jit(loss), given, order=1, modes=["rev"], atol=1e-5, rtol=1e-5, eps=1e-5)
+
+
+def test_logistic_regression_in_criteria():
+    """Folds in one program, against one fold after the other."""
+    labels = np.digitize(Y, [0.0])
+
+    def fit(h, weights):
+        return regression.logistic_regression(X, labels, jnp.exp(h), weights)
+
+    folds = jaxhpo.criteria.cross_validation(
+        fit, lambda fitted, h: fitted.losses(X, labels), jaxhpo.criteria.folds(15, 3)
+    )
+    one = [float(np.mean(fit(H, 1 - mask).losses(X, labels)[mask == 1])) for mask in jaxhpo.criteria.folds(15, 3)]
+    np.testing.assert_allclose(folds.by_fold(H), one, rtol=1e-9)
+
+
 def test_features():
     x = np.linspace(-1, 1, 7)
     np.testing.assert_allclose(regression.polynomial(x, 3), np.vander(x, 4, increasing=True))
@@ -57,6 +103,8 @@ def test_features():
 @pytest.mark.parametrize(
     ("call", "says"),
     [
+        (lambda: regression.logistic_regression(X, Y[:3], 1.0), "do not fit"),
+        (lambda: regression.logistic_regression(X, Y > 0, 1.0, num_classes=1), "num_classes"),
         (lambda: regression.bayesian_linear(X, Y[:3], H), "do not fit"),
         (lambda: regression.bayesian_linear(X, Y, H[:2]), "do not fit"),
         (lambda: regression.polynomial(X[:, 0], -1), "degree"),
