@@ -15,7 +15,7 @@ from jax.interpreters.partial_eval import dce_jaxpr
 from jaxhpo._adjoint import exact_arithmetic as exact
 from jaxhpo._adjoint.pullback import Inputs, Pullback, varying_zeros
 from jaxhpo._core.errors import JaxhpoError
-from jaxhpo._core.mesh import cast_varying, gathered, sharded_like, varying_axes
+from jaxhpo._core.mesh import cast_varying, gathered, sharded_like, varying_axes, whole
 from jaxhpo._core.record import report_fault
 from jaxhpo._core.trace import closure_convert
 from jaxhpo._core.tree import all_finite, cast_like, mixed_types, names, partition
@@ -408,8 +408,11 @@ def _rates(plan, inputs, t):
 def _gradient(plan, weights, inputs, t, x):
     """The gradient of the train loss at fixed-point weights."""
 
+    # Of another sharding a gradient is summed in another order, and the compiler would choose one for each direction,
+    # by what surrounds it: so weights and gradient enter and leave whole, as their packed arrays are on any device.
     def gradient(weights, shared, x):
-        return plan.gradient(shared, plan.layout.unpack(plan.format.decode(weights)), x)
+        params = whole(plan.layout.unpack(plan.format.decode(weights)))
+        return whole(plan.gradient(shared, params, x))
 
     return _isolated(gradient, t, weights, _shared(inputs), x)
 

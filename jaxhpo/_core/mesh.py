@@ -62,6 +62,18 @@ def gathered(x: jax.Array) -> jax.Array:
     return x if everywhere(x) is None else reshard(x, everywhere(x))
 
 
+def whole(tree: PyTree) -> PyTree:
+    """Has the leaves lie whole on every device, where mesh axes are `Auto` and the compiler would choose."""
+
+    def constrained(x):
+        mesh = jax.typeof(x).sharding.mesh
+        if set(mesh.axis_types) != {AxisType.Auto}:
+            return x
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec()))
+
+    return jax.tree.map(constrained, tree)
+
+
 def sharded_like(x: jax.Array, like: Any) -> jax.Array:
     """Shards an array over `Explicit` mesh axes as `like`, an array or its type."""
     sharding = _explicit(like)

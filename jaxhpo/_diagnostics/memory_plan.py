@@ -27,6 +27,7 @@ from jaxhpo._core.record import SolveLog, UnrolledSolve, recording
 from jaxhpo._core.types import PyTree
 from jaxhpo._core.validate import check_callable, check_hparams, check_positive, short_name
 
+_MORE_ARGUMENTS = ", or of more arguments give `lambda hparams: outer_loss(hparams, carry, key)[0]`"
 CHOICES = (None, 1, "sqrt", "auto", "binomial")
 
 
@@ -169,7 +170,7 @@ def memory_plan(
     References:
       Griewank, Walther. Algorithm 799: Revolve. 2000.
     """
-    check_callable("outer_loss", outer_loss, "outer_loss(hparams)", 1)
+    check_callable("outer_loss", outer_loss, "outer_loss(hparams)", 1, _MORE_ARGUMENTS)
     hparams = check_hparams(hparams)
     if memory_limit is not None:
         check_positive("memory_limit", memory_limit)

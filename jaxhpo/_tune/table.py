@@ -148,7 +148,7 @@ def standing(folder: str | os.PathLike, steps: int) -> str:
         text = "cut off: it left no message, so it was killed"
     saved = max(map(rows_of, saved_in(folder)), default=0)
     if 0 < saved < steps:
-        text += f". The same call goes on after step {saved - 1}, from the last checkpoint"
+        text += f". The same call goes on after {saved} outer steps, from the last checkpoint"
     header = newest_header(folder)
     return ". ".join([text, *map(printable, [] if header is None else header.settings.get("past", []))])
 

@@ -234,3 +234,8 @@ def test_memory_limit_is_tried_when_no_row_fits():
     least = min(row.bytes for row in jaxhpo.memory_plan(outer, h).rows)
     with pytest.raises(jaxhpo.JaxhpoError, match=r"What would fit: `Unroll\(memory_limit="):
         jaxhpo.memory_plan(outer, h, memory_limit=0.9 * least)
+
+
+def test_an_outer_loss_of_three_arguments_is_told_what_to_write():
+    with pytest.raises(jaxhpo.JaxhpoError, match=r"give `lambda hparams: outer_loss\(hparams, carry, key\)\[0\]`"):
+        jaxhpo.memory_plan(lambda h, carry, key: (h**2, carry, None), 1.0)

@@ -245,7 +245,7 @@ def test_status_of_a_killed_run(tmp_path):
     done = subprocess.run([sys.executable, "-c", program], capture_output=True)
     assert done.returncode == -signal.SIGKILL
     said = standing(tmp_path, 12)
-    assert said.startswith("cut off") and said.endswith("goes on after step 9, from the last checkpoint")
+    assert said.startswith("cut off") and said.endswith("goes on after 10 outer steps, from the last checkpoint")
 
 
 @pytest.mark.parametrize("value", [complex(1, np.inf), complex(-0.0, -0.0), complex(np.nan, 1)])
