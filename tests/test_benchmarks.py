@@ -315,3 +315,39 @@ def test_remedies_refuse_arguments(remedies, monkeypatch, more):
     monkeypatch.setattr(remedies, "Nations", None)  # arguments are checked before any data are loaded
     with pytest.raises(SystemExit, match="2"):
         remedies.main()
+
+
+@pytest.fixture
+def structure(monkeypatch):
+    """Imports one of the benchmarks of structure by name."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["pruning", "ard", "choices", "stacking"])
+def test_benchmarks_of_structure_run_quick(structure, tmp_path, name):
+    structure(name).main(["--quick", "--out", str(tmp_path)])
+    report = json.loads((tmp_path / f"{name}.json").read_text())
+    assert report["summary"] and (tmp_path / f"{name}.png").stat().st_size > 0
+
+
+def test_ard_cost_is_the_evidence_that_leaving_out_a_feature_costs(structure):
+    """Savage and Dickey's ratio against the evidence with a precision that leaves the feature out, of two targets."""
+    ard = structure("ard")
+    keys = jax.random.split(jax.random.key(0), 2)
+    x, y = jax.random.normal(keys[0], (30, 3)), jax.random.normal(keys[1], (30, 2))
+    h = {"weights": jnp.array([0.3, -1.0, 2.0]), "noise": jnp.array(0.5)}
+
+    def evidence(h):
+        return ard.posterior(h, x, y).log_evidence.sum()
+
+    without = [evidence(h | {"weights": h["weights"].at[i].set(30.0)}) for i in range(3)]  # e^30 leaves a weight out
+    (cost,) = ard.cost(*jax.tree.map(lambda leaf: leaf[None], (h, x, y)))
+    np.testing.assert_allclose(cost, evidence(h) - jnp.stack(without), rtol=1e-7)
+
+
+def test_benchmarks_of_structure_refuse_no_seeds(structure, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        structure("_arguments").parse("", ["--seeds", "0", "--out", str(tmp_path)], seeds=2, quick=1)
+    assert "--seeds got 0: write a whole number from 1 on" in capsys.readouterr().err
