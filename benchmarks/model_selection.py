@@ -21,11 +21,12 @@ of h is chosen for each algorithm on the paper's grid {r 10^s, s ≤ 1, r in 1, 
 outer steps on data that are not reported; MNIST has digits' rates. The h of best criterion is judged by training anew:
 Q, and the error E on new data (RMSE or accuracy), with noise on the weights, and of trainings on noisy inputs.
 
-    python benchmarks/model_selection.py [--out DIR] [--seeds N] [--quick] [--problems NAME ...]
+    python benchmarks/model_selection.py [--out DIR] [--seeds N] [--quick] [--problems NAME ...] [--criteria NAME ...]
 """
 
 import argparse
 import functools
+import itertools
 import json
 import math
 import pathlib
@@ -597,37 +598,34 @@ def gaps(rows):
 
 def draw(rows, path):
     names = [name for name in PROBLEMS if any(row["data"] == name for row in rows)]
-    figure, axes = plot.figure(len(CRITERIA), len(names), width=3 * len(names) + 0.5, height=8.0)
-    for j, name in enumerate(names):
-        for i, kind in enumerate(CRITERIA):
-            axis = axes[i, j]
-            own = [row for row in rows if (row["data"], row["criterion"]) == (name, kind) and "Q" in row]
-            for row in own:
-                values = np.array(row["input_noise"])
-                colour = plot.PALETTE[ALGORITHMS.index(row["algorithm"])]
-                sem = values.std(0, ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0 * values[0]
-                plot.band(axis, np.array(INPUT_NOISE), values.mean(0), sem, label=row["algorithm"], color=colour)
-            what = "accuracy" if PROBLEMS[name].network else "RMSE"
-            axis.set_title(f"{name}: {kind}" if own else f"{name}: {kind}, not run", fontsize=plot.TITLE)
-            axis.set(ylabel=f"{what} on new data")
-            if i == len(CRITERIA) - 1:
-                axis.set(xlabel="noise on the training inputs")
-    handles = {label: line for axis in axes.flat for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    axes[0, 0].legend(handles.values(), handles.keys(), **plot.LEGEND)
-    figure.suptitle(headline(rows), fontsize=12)
+    figure, axes = plot.figure(len(CRITERIA), len(names), width=4.2 * len(names), height=9.5)
+    for (i, kind), (j, name) in itertools.product(enumerate(CRITERIA), enumerate(names)):
+        axis, own = axes[i, j], [row for row in rows if (row["data"], row["criterion"]) == (name, kind) and "Q" in row]
+        axis.set_visible(bool(own))
+        for row in own:
+            k, values = ALGORITHMS.index(row["algorithm"]), np.array(row["input_noise"])
+            sem = values.std(0, ddof=1) / len(values) ** 0.5 if len(values) > 1 else None
+            x = np.array(INPUT_NOISE) + 0.008 * (k - 2.5)  # beside each other
+            axis.errorbar(x, values.mean(0), sem, label=row["algorithm"], color=plot.PALETTE[k], lw=1.2, capsize=2)
+        what = "accuracy" if PROBLEMS[name].network else "RMSE"
+        axis.set(xlabel="noise on the training inputs", ylabel=f"{what} on new data")
+        axis.set_title(f"{name}: {kind}", fontsize=plot.TITLE)
+        if own and not figure.legends:
+            figure.legend(loc="outside lower center", ncols=len(ALGORITHMS), **plot.LEGEND)
+    figure.suptitle(headline(rows), fontsize=11)
     plot.save(figure, path)
 
 
 def headline(rows):
-    """The finding: by how much the algorithms by gradient are above random search, from the worst to the best."""
+    """The finding: what the algorithms by gradient gain in each criterion over random search, from worst to best."""
     found, told = gaps(rows), []
     for kind in CRITERIA:
         parts = []
         for name in PROBLEMS:
             gains = [gain for gain, _ in found.get(f"{name}, {kind}", {}).values()]
-            parts += [f"{name} {min(gains):+.3g} to {max(gains):+.3g}"] if gains else []
-        told += [f"{kind}: " + "; ".join(parts)] if parts else []
-    return "Gain in the criterion by gradient over random search, in nats\n" + "\n".join(told)
+            parts += [f"{min(gains):.3g} to {max(gains):.3g} ({name})"] if gains else []
+        told += [f"{kind} " + ", ".join(parts)] if parts else []
+    return "Gain of gradients over random search in the criterion, nats\n" + "\n".join(told)
 
 
 def main(arguments=None) -> None:
@@ -636,18 +634,19 @@ def main(arguments=None) -> None:
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="repeats")
     parser.add_argument("--quick", action="store_true", help="the polynomial's bound with few steps, by two algorithms")
     parser.add_argument("--problems", nargs="+", choices=PROBLEMS, metavar="NAME", help="the others' rows are kept")
+    parser.add_argument("--criteria", nargs="+", choices=CRITERIA, metavar="NAME", help="the others' rows are kept")
     parsed = parser.parse_args(arguments)
     if parsed.seeds < 1:
         parser.error(f"--seeds got {parsed.seeds}, but it is a whole number from 1 on")
     parsed.out.mkdir(parents=True, exist_ok=True)
-    path, chosen, rates = parsed.out / "report.json", parsed.problems or list(PROBLEMS), {}
-    kept = json.loads(path.read_text())["rows"] if parsed.problems and path.exists() else []
-    rows = [row for row in kept if row["data"] not in chosen]
+    path, rates, rows = parsed.out / "report.json", {}, []
+    chosen, asked = parsed.problems or list(PROBLEMS), parsed.criteria or CRITERIA
+    if (parsed.problems or parsed.criteria) and path.exists():
+        kept = json.loads(path.read_text())["rows"]
+        rows = [row for row in kept if row["data"] not in chosen or row["criterion"] not in asked]
     rates |= {(row["data"], row["criterion"], row["algorithm"]): row["rate"] for row in rows if row.get("rate")}
     for problem in [PROBLEMS[name] for name in PROBLEMS if name in chosen]:
-        kinds, grid, algorithms = CRITERIA, GRID, ALGORITHMS
-        if problem.plain:
-            kinds = CRITERIA[1:2]
+        kinds, grid, algorithms = [kind for kind in asked if kind == "ELBO" or not problem.plain], GRID, ALGORITHMS
         if parsed.quick:
             kinds, grid, algorithms = CRITERIA[1:2], [1.0], ALGORITHMS[:2]
             problem = problem._replace(num_steps=5, outer=3, calibration=2)
@@ -655,12 +654,11 @@ def main(arguments=None) -> None:
             for row in measure(problem, kind, parsed.seeds, grid, rates, algorithms):
                 print({k: v for k, v in row.items() if k not in ("input_noise", "error")}, flush=True)
                 rows.append(row)
-                ordered = sorted(rows, key=lambda row: list(PROBLEMS).index(row["data"]))
-                report = {"seeds": parsed.seeds, "above random search": gaps(ordered), "rows": ordered}
+                rows.sort(key=lambda row: (list(PROBLEMS).index(row["data"]), CRITERIA.index(row["criterion"])))
+                report = {"seeds": parsed.seeds, "above random search": gaps(rows), "rows": rows}
                 path.write_text(json.dumps(report, indent=1) + "\n")  # what is measured is kept
         if parsed.quick:
             break
-    rows.sort(key=lambda row: list(PROBLEMS).index(row["data"]))
     print(table(rows))
     draw(rows, parsed.out / "model_selection.png")
 

@@ -354,3 +354,8 @@ def test_model_selection_has_the_diagonal_of_the_gauss_newton_matrix(model_selec
 def test_model_selection_counts_steps_to_99_percent(model_selection):
     losses = np.array([[5.0, 1.0, 0.0, 0.0], [5.0, 5.0, 5.0, 5.0], [4.0, 3.0, 0.03, 0.0]])
     np.testing.assert_array_equal(model_selection.steps_to_converge(losses), [3, 1, 3])
+
+
+def test_model_selection_page_has_the_recorded_table(model_selection):
+    rows = json.loads((ROOT / "benchmarks/results/model_selection/report.json").read_text())["rows"]
+    assert model_selection.table(rows) in (ROOT / "docs/model_selection.md").read_text()
