@@ -180,7 +180,7 @@ def initial(problem, key):
     if not problem.network:
         return {"w": jnp.zeros(problem.sizes)}
     d, hidden, classes = problem.sizes
-    k1, k2 = jax.random.split(key)
+    k1, k2 = jax.random.split(jax.random.fold_in(key, 1))  # not the numbers that the first h is made of
     return {
         "k1": jax.random.normal(k1, (d, hidden)) * (2 / d) ** 0.5,
         "b1": jnp.zeros(hidden),
