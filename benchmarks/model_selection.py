@@ -10,7 +10,7 @@ row is the implicit hypergradient by 20 conjugate gradients on the Gauss-Newton 
 
 Data: the polynomial is the paper's (40 points x ~ N(0, 1), y = x + N(0, 1); powers up to 9, sine, cosine), its features
 of largest absolute value 1. Training is in coordinates of curvature about 1, u = √(e^h + c) w; "plain" trains the
-bound in w itself, by the largest rate that is stable for every h in the range. Diabetes is linear, digits a network
+bound in w itself, by one rate that is stable for every h in the range. Diabetes is linear, digits a network
 64-32-10 (500 images), MNIST 784-300-10 (a subset of 2000 images, few and short trainings, so its accuracy is below
 the paper's). The prior has a precision for each weight, in cross-validation of networks one for each of four arrays.
 Networks are trained by minibatches of 50; their bound draws outputs in place of weights, and their evidence has the
