@@ -122,8 +122,7 @@ def tune_all(name):
     steps = reached(run.history["value"], goal)
     ends = [*(begin for begin, _ in choices[1:]), np.inf]
     spent = sum(
-        max(0.0, min(end, steps) - begin)
-        * costs[Unroll() if choice.rule == Auto() else choice.rule]
+        max(0.0, min(end, steps) - begin) * costs[Unroll() if choice.rule == Auto() else choice.rule]
         for (begin, choice), end in zip(choices, ends, strict=True)
     )
     probing = sum(row.cost for begin, choice in choices if begin <= steps for row in choice.tried)

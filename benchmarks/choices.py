@@ -223,7 +223,7 @@ def picture(rows, found, path):
         axis.set_xticks(range(len(names)), names)
     made.set(ylabel="% of data sets", ylim=(0, 105))
     made.set_title("The activation that made the data is chosen", fontsize=plot.TITLE)
-    digits.set(ylabel="regret, in standard errors (diamonds: means)")
+    digits.set(ylabel="regret, standard errors")
     digits.set_title("Digits: regret of the choice", fontsize=plot.TITLE)
     rights = [found[f"made, {name}"] for name in ("expected", "softmax")]
     title = "Networks of their own choose right in {} of {} runs, mixtures in {}"

@@ -184,7 +184,9 @@ def picture(found, path):
     axis.set_xticks([100, 50, 20, 10, 5, 2], ["100", "50", "20", "10", "5", "2"])
     axis.minorticks_off()
     lost = 100 * (found["the same, tempered"][0] - found["the same, tempered"][FRACTIONS.index(0.95)]).mean()
-    axis.set_title(f"Pruned by the posterior, 95 % of the weights go for {max(0.0, lost):.1f} points", fontsize=11)
+    axis.set_title(
+        f"Pruned by a tempered posterior, 95 % of the weights go for {max(0.0, lost):.1f} points", fontsize=11
+    )
     axis.legend(**plot.LEGEND | {"fontsize": 8})
     plot.save(figure, path)
 

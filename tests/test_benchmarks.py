@@ -351,3 +351,47 @@ def test_benchmarks_of_structure_refuse_no_seeds(structure, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         structure("_arguments").parse("", ["--seeds", "0", "--out", str(tmp_path)], seeds=2, quick=1)
     assert "--seeds got 0: write a whole number from 1 on" in capsys.readouterr().err
+
+
+@pytest.fixture
+def model_selection(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    with jax.numpy_rank_promotion("allow"):
+        yield importlib.import_module("model_selection")
+
+
+def test_model_selection_is_quick(model_selection, tmp_path, capsys):
+    model_selection.main(["--quick", "--seeds", "2", "--out", str(tmp_path)])
+    assert "| polynomial | ELBO | greedy |" in capsys.readouterr().out
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [row["algorithm"] for row in report["rows"]] == ["random", "greedy"]
+    assert all(np.isfinite(row["Q"]).all() and np.shape(row["error"]) == (2, 3) for row in report["rows"])
+    gain, _ = report["above random search"]["polynomial, ELBO"]["greedy"]
+    np.testing.assert_allclose(gain, np.mean(np.subtract(report["rows"][1]["Q"], report["rows"][0]["Q"])))
+    assert (tmp_path / "model_selection.png").stat().st_size > 0
+
+
+def test_model_selection_has_the_diagonal_of_the_gauss_newton_matrix(model_selection):
+    rng = np.random.default_rng(0)
+    w = {"k1": (5, 4), "b1": (4,), "k2": (4, 3), "b2": (3,)}
+    w, x = {name: jnp.asarray(rng.normal(size=shape)) for name, shape in w.items()}, rng.normal(size=(7, 5))
+    problem = model_selection.PROBLEMS["digits"]
+    flat, unravel = jax.flatten_util.ravel_pytree(w)
+
+    def predict(v):
+        return model_selection.predict(problem, unravel(v), x)
+
+    jacobian, p = jax.jacobian(predict)(flat), jax.nn.softmax(predict(flat))
+    curvature = jnp.eye(3) * p[:, :, None] - p[:, :, None] * p[:, None, :]
+    exact = unravel(jnp.einsum("nip,nij,njp->p", jacobian, curvature, jacobian))
+    chex.assert_trees_all_close(model_selection.gauss_newton_diagonal(w, x), exact, rtol=1e-10)
+
+
+def test_model_selection_counts_steps_to_99_percent(model_selection):
+    losses = np.array([[5.0, 1.0, 0.0, 0.0], [5.0, 5.0, 5.0, 5.0], [4.0, 3.0, 0.03, 0.0]])
+    np.testing.assert_array_equal(model_selection.steps_to_converge(losses), [3, 1, 3])
+
+
+def test_model_selection_page_has_the_recorded_table(model_selection):
+    rows = json.loads((ROOT / "benchmarks/results/model_selection/report.json").read_text())["rows"]
+    assert model_selection.table(rows) in (ROOT / "docs/model_selection.md").read_text()

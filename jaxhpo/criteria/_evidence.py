@@ -10,11 +10,12 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from jaxhpo._core.errors import JaxhpoError
+from jaxhpo._core.tree import upcast
 from jaxhpo._core.types import PyTree
-from jaxhpo._core.validate import check_callable, check_key, check_settings, describe
+from jaxhpo._core.validate import check_callable, check_key, check_scalar, check_settings, describe
 from jaxhpo._linear.cg import CG
 from jaxhpo._linear.curvature import GaussNewton
-from jaxhpo.criteria._validation import FIT
+from jaxhpo.criteria._validation import FIT, check_losses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +140,7 @@ def laplace_evidence(
       A function of the hyperparameters.
 
     Raises:
-      JaxhpoError: a function of another signature, or another setting.
+      JaxhpoError: a function of another signature or that returns other shapes, or another setting.
 
     Example:
       >>> x, y = jnp.array([[1.0], [2.0]]), jnp.array([1.0, 2.0])
@@ -167,10 +168,11 @@ def laplace_evidence(
         )
 
     def negative_log_joint(params, hparams):
-        return jnp.vdot(jnp.asarray(weights), losses(params, hparams)) + prior(params, hparams)
+        values = check_losses(losses(params, hparams), weights)
+        return jnp.vdot(jnp.asarray(weights), values) + check_scalar(jnp.asarray(prior(params, hparams)), "prior")
 
     def criterion(hparams):
-        params = fit(hparams, jnp.asarray(weights))
+        params = upcast(jax.tree.map(jnp.asarray, fit(hparams, jnp.asarray(weights))))  # no Cholesky in bfloat16
         flat, unravel = ravel_pytree(params)
         if curvature == "exact":
             gradient = jax.grad(lambda p: negative_log_joint(unravel(p), hparams))

@@ -5,8 +5,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxhpo._core.errors import JaxhpoError
+from jaxhpo._core.tree import upcast
 
 
 def leave_one_out(x: Any, y: Any, penalties: Any, *, intercept: bool = True) -> jax.Array:
@@ -28,7 +30,7 @@ def leave_one_out(x: Any, y: Any, penalties: Any, *, intercept: bool = True) -> 
       The error, a scalar.
 
     Raises:
-      JaxhpoError: shapes that do not fit.
+      JaxhpoError: shapes that do not fit, fewer than two rows, or a penalty that is not above 0.
 
     Example:
       >>> x = jnp.array([[0.0], [1.0], [2.0]])
@@ -60,7 +62,7 @@ def generalised_cross_validation(x: Any, y: Any, penalties: Any, *, intercept: b
       The criterion, a scalar.
 
     Raises:
-      JaxhpoError: shapes that do not fit.
+      JaxhpoError: shapes that do not fit, fewer than two rows, or a penalty that is not above 0.
 
     Example:
       >>> x, y = jnp.eye(3), jnp.arange(3.0)
@@ -76,19 +78,23 @@ def generalised_cross_validation(x: Any, y: Any, penalties: Any, *, intercept: b
 
 def _fitted(x, y, penalties, intercept) -> tuple[jax.Array, jax.Array]:
     """The residuals, shape (n, m), and 1 − S_ii, shape (n,)."""
-    x, y, penalties = jnp.asarray(x), jnp.asarray(y), jnp.asarray(penalties)
+    x, y, penalties = upcast((jnp.asarray(x), jnp.asarray(y), jnp.asarray(penalties)))  # no Cholesky in bfloat16
     n, p = x.shape if x.ndim == 2 else (-1, -1)
     if n < 0 or y.ndim not in (1, 2) or y.shape[0] != n or penalties.shape not in ((), (p,)):
         raise JaxhpoError(
             f"shapes {x.shape} of x, {y.shape} of y and {penalties.shape} of penalties do not fit: write (n, p), "
             "(n,) or (n, m), and () or (p,)."
         )
+    if n < 2:
+        raise JaxhpoError(f"x has {n} rows, of which none is left to train on where one is left out: give two or more.")
+    if not isinstance(penalties, Tracer) and not np.all(np.asarray(penalties) > 0):
+        raise JaxhpoError("`penalties` has entries that are not above 0, by whose root x is divided: write 1e-6, say.")
     y = y.reshape(n, -1)
     if intercept:  # b = mean(y) − mean(x) w at the optimum, so centred data have none; its leverage is 1/n for each
         x, y = x - x.mean(0, keepdims=True), y - y.mean(0, keepdims=True)
     scaled = x / jnp.sqrt(jnp.broadcast_to(penalties, (1, p)))
     if p < n:  # S = Z (I + ZᵀZ)⁻¹ Zᵀ, Z = X Λ^(−1/2)
-        factor = jax.scipy.linalg.cho_factor(jnp.eye(p) + scaled.T @ scaled)
+        factor = jax.scipy.linalg.cho_factor(jnp.eye(p, dtype=scaled.dtype) + scaled.T @ scaled)
         smoothed = scaled @ jax.scipy.linalg.cho_solve(factor, scaled.T @ y)
         leverages = jnp.sum(scaled * jax.scipy.linalg.cho_solve(factor, scaled.T).T, 1)
         return y - smoothed, 1 - leverages - (1 / n if intercept else 0)

@@ -4,9 +4,20 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
+from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.types import PyTree
-from jaxhpo._core.validate import check_callable
+from jaxhpo._core.validate import check_callable, check_count
+
+
+def _check_temperature(temperature) -> None:
+    if not isinstance(temperature, Tracer) and not np.all(np.asarray(temperature) > 0):
+        raise JaxhpoError(
+            f"`temperature` got {temperature}, by which is divided: write a number above 0, such as 0.1; for the limit "
+            "at 0 there are `one_hot` and `concrete(..., hard=True)`."
+        )
 
 
 def concrete(
@@ -31,6 +42,9 @@ def concrete(
     Returns:
       Of the shape of `log_weights`.
 
+    Raises:
+      JaxhpoError: a temperature that is not above 0.
+
     Example:
       >>> sample = jaxhpo.criteria.concrete(jax.random.key(0), jnp.zeros(3), 0.5)
       >>> print(f"{sample.sum():.3f}", jaxhpo.criteria.concrete(jax.random.key(0), jnp.zeros(3), 0.5, hard=True).max())
@@ -40,7 +54,8 @@ def concrete(
       Maddison, Mnih, Teh. The Concrete Distribution. 2016. arXiv:1611.00712
       Jang, Gu, Poole. Categorical Reparameterization with Gumbel-Softmax. 2016. arXiv:1611.01144
     """
-    log_weights = jnp.asarray(log_weights)
+    _check_temperature(temperature)
+    log_weights = jnp.true_divide(jnp.asarray(log_weights), 1)  # of integers, floats
     noisy = log_weights + jax.random.gumbel(key, log_weights.shape, log_weights.dtype)
     soft = jax.nn.softmax(noisy / temperature, axis=-1)
     if not hard:
@@ -63,6 +78,9 @@ def concrete_log_density(sample: jax.Array, log_weights: jax.Array, temperature:
     Returns:
       Of the shape of `sample` without its last axis.
 
+    Raises:
+      JaxhpoError: as for `concrete`.
+
     Example:
       >>> print(f"{jaxhpo.criteria.concrete_log_density(jnp.array([0.3, 0.7]), jnp.zeros(2), 1.0):.3f}")  # uniform
       0.000
@@ -70,7 +88,8 @@ def concrete_log_density(sample: jax.Array, log_weights: jax.Array, temperature:
     References:
       Maddison, Mnih, Teh. The Concrete Distribution. 2016. arXiv:1611.00712
     """
-    sample, log_weights = jnp.asarray(sample), jnp.asarray(log_weights)
+    _check_temperature(temperature)
+    sample, log_weights = (jnp.true_divide(jnp.asarray(x), 1) for x in (sample, log_weights))
     log_sample, k = jnp.log(sample), sample.shape[-1]
     total = jax.nn.logsumexp(log_weights - temperature * log_sample, axis=-1)
     each = jnp.sum(log_weights - (temperature + 1) * log_sample, axis=-1)
@@ -105,10 +124,15 @@ def width_mask(width: jax.Array | float, size: int, temperature: jax.Array | flo
     Returns:
       Shape (size,); multiply the outputs of the layer by it.
 
+    Raises:
+      JaxhpoError: a size that is no count, or a temperature as for `concrete`.
+
     Example:
       >>> print(jaxhpo.criteria.width_mask(2.0, 4, 0.01).round(2))
       [1. 1. 0. 0.]
     """
+    check_count("size", size)
+    _check_temperature(temperature)
     return jax.nn.sigmoid((width - jnp.arange(size) - 0.5) / temperature)
 
 

@@ -23,14 +23,14 @@ def folds(num_examples: int, k: int = 5, *, seed: int = 0, stratify: Any = None)
     Args:
       num_examples: n.
       k: folds, of n / k examples, rounded up or down.
-      seed: of the random order.
+      seed: of the random order, an integer ≥ 0.
       stratify: n labels; each fold then has its share of each, up to one example. None does not look at labels.
 
     Returns:
       Shape (k, n): 1 where an example is held out, else 0.
 
     Raises:
-      JaxhpoError: fewer examples than folds, or as many labels as examples are not.
+      JaxhpoError: fewer examples than folds, another seed, as many labels as examples are not, or one that is missing.
 
     Example:
       >>> masks = jaxhpo.criteria.folds(10, 5)
@@ -39,6 +39,7 @@ def folds(num_examples: int, k: int = 5, *, seed: int = 0, stratify: Any = None)
     """
     check_count("num_examples", num_examples)
     check_count("k", k, 2)
+    check_count("seed", seed, 0)
     if k > num_examples:
         raise JaxhpoError(f"`k` got {k} folds for {num_examples} examples: write {num_examples} or fewer.")
     order = np.random.default_rng(seed).permutation(num_examples)
@@ -48,10 +49,27 @@ def folds(num_examples: int, k: int = 5, *, seed: int = 0, stratify: Any = None)
             raise JaxhpoError(
                 f"`stratify` got {describe(stratify)}: write one label for each of {num_examples} examples."
             )
+        missing = [i for i, label in enumerate(labels.tolist()) if label is None or label != label]
+        if missing:
+            raise JaxhpoError(
+                f"`stratify` has no label (None or NaN) for {len(missing)} examples, the first at {missing[0]}, which "
+                "are of no class: write a label of their own there, such as 'unknown', or leave them away."
+            )
+        labels = labels.astype(str) if labels.dtype == object else labels  # of several types there is no order
         order = order[np.argsort(labels[order], kind="stable")]  # dealt out class by class
     fold = np.empty(num_examples, int)
     fold[order] = np.arange(num_examples) % k
     return np.eye(k)[:, fold]
+
+
+def check_losses(values: Any, weights: Any) -> jax.Array:
+    """Raises unless there is a loss for each weighted example; returns them."""
+    if jnp.ndim(weights) != 1 or jnp.shape(values) != jnp.shape(weights):
+        raise JaxhpoError(
+            f"`losses` returned shape {jnp.shape(values)}, but the examples' weights have shape {jnp.shape(weights)}: "
+            "write one loss and one weight for each of them, shape (n,), without a sum or a mean."
+        )
+    return jnp.asarray(values)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -84,12 +102,7 @@ class CrossValidation:
         """The mean loss of each fold, shape (k,): their spread is an error bar of the mean, if a narrow one."""
 
         def fold(mask):
-            values = self.losses(self.fit(hparams, 1 - mask), hparams)
-            if jnp.shape(values) != mask.shape:
-                raise JaxhpoError(
-                    f"`losses` returned shape {jnp.shape(values)}, but there are {len(mask)} examples: return the loss "
-                    "of each of them."
-                )
+            values = check_losses(self.losses(self.fit(hparams, 1 - mask), hparams), mask)
             return jnp.where(mask > 0, values * mask, 0).sum() / mask.sum()  # of the others a NaN is none of its own
 
         masks = jnp.asarray(self.masks)
@@ -115,7 +128,8 @@ def cross_validation(fit: Callable, losses: Callable, masks: Any) -> CrossValida
       A function of the hyperparameters, with `by_fold(hparams)` beside it.
 
     Raises:
-      JaxhpoError: a function of another signature; masks that are no matrix, or with a fold that holds nothing out.
+      JaxhpoError: a function of another signature; masks that are no matrix of 0 and 1, or with a fold that holds out
+        nothing or everything.
 
     Example:
       >>> x = jax.random.normal(jax.random.key(0), (40, 3))
@@ -138,8 +152,14 @@ def cross_validation(fit: Callable, losses: Callable, masks: Any) -> CrossValida
         raise JaxhpoError(
             f"`masks` got {describe(masks)}: write an array of shape (folds, examples), as of `folds(n, k)`."
         )
-    if not isinstance(masks, Tracer) and not np.asarray(masks).any(1).all():
-        raise JaxhpoError("`masks` has a fold that holds nothing out: leave it away.")
+    if not isinstance(masks, Tracer):
+        held = np.asarray(masks)
+        if not np.isin(held, (0, 1)).all():
+            raise JaxhpoError(
+                "`masks` has entries other than 0 (in training) and 1 (held out): weigh examples in `fit`."
+            )
+        if not (held.any(1) & (held == 0).any(1)).all():
+            raise JaxhpoError("`masks` has a fold that holds out nothing, or everything: leave it away.")
     return CrossValidation(fit, losses, masks)
 
 

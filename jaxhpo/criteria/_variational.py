@@ -5,12 +5,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.flatten_util import ravel_pytree
 
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.tree import normal
 from jaxhpo._core.types import PyTree
-from jaxhpo._core.validate import check_callable, check_count
+from jaxhpo._core.validate import check_callable, check_count, describe
 
 
 class Posterior(NamedTuple):
@@ -45,8 +46,8 @@ def draw(posterior: Posterior, key: jax.Array) -> PyTree:
       >>> print(jaxhpo.criteria.draw(q, jax.random.key(0)))
       [1. 1.]
     """
-    noise = normal(key, posterior.mean)
-    return jax.tree.map(lambda m, s, e: m + jnp.exp(s) * e, posterior.mean, posterior.log_scale, noise)
+    mean = jax.tree.map(lambda m: jnp.true_divide(m, 1), posterior.mean)  # of Python numbers, arrays of floats
+    return jax.tree.map(lambda m, s, e: m + jnp.exp(s) * e, mean, posterior.log_scale, normal(key, mean))
 
 
 def kl(posterior: Posterior, log_precision: PyTree, prior_mean: PyTree = None) -> jax.Array:
@@ -62,6 +63,9 @@ def kl(posterior: Posterior, log_precision: PyTree, prior_mean: PyTree = None) -
     Returns:
       A scalar, in nats.
 
+    Raises:
+      JaxhpoError: a precision or mean that is no prefix tree of the parameters.
+
     Example:
       >>> q = jaxhpo.criteria.Posterior(jnp.zeros(2), jnp.zeros(2))
       >>> print(jaxhpo.criteria.kl(q, 0.0))
@@ -69,7 +73,7 @@ def kl(posterior: Posterior, log_precision: PyTree, prior_mean: PyTree = None) -
     """
     prior_mean = 0.0 if prior_mean is None else prior_mean
     mean, scale = posterior
-    log_precision, prior_mean = _spread(log_precision, mean), _spread(prior_mean, mean)
+    log_precision, prior_mean = _spread("log_precision", log_precision, mean), _spread("prior_mean", prior_mean, mean)
     parts = jax.tree.map(
         lambda a, m, mu, s: 0.5 * jnp.sum(jnp.exp(a) * (jnp.exp(2 * s) + (mu - m) ** 2) - 1 - a - 2 * s),
         log_precision,
@@ -80,11 +84,17 @@ def kl(posterior: Posterior, log_precision: PyTree, prior_mean: PyTree = None) -
     return jax.tree.reduce(jnp.add, parts)
 
 
-def _spread(prefix: PyTree, like: PyTree) -> PyTree:
+def _spread(what: str, prefix: PyTree, like: PyTree) -> PyTree:
     """Each leaf of a prefix tree, broadcast to the leaves below it."""
-    return jax.tree.map(
-        lambda x, below: jax.tree.map(lambda leaf: jnp.broadcast_to(x, leaf.shape), below), prefix, like
-    )
+    try:
+        return jax.tree.map(
+            lambda x, below: jax.tree.map(lambda leaf: jnp.broadcast_to(x, jnp.shape(leaf)), below), prefix, like
+        )
+    except ValueError:
+        raise JaxhpoError(
+            f"`{what}` got {jax.tree.map(describe, prefix)}, but the parameters are {jax.tree.map(describe, like)}: "
+            "write one number for all, or a tree like theirs with a number for each leaf, or an array of its shape."
+        ) from None
 
 
 def negative_elbo(losses: Callable, *, num_samples: int = 1, local: bool = False) -> Callable[..., jax.Array]:
@@ -106,10 +116,10 @@ def negative_elbo(losses: Callable, *, num_samples: int = 1, local: bool = False
 
     Returns:
       `(posterior, prior, batch, key) -> scalar`, where `prior` is the log precision, or `(log precision, mean)`: prefix
-      trees of the parameters, as for `kl`.
+      trees of the parameters, as for `kl`. Of parameters that are a tuple, write `(log precision, None)` for the first.
 
     Raises:
-      JaxhpoError: a function of another signature, or no sample.
+      JaxhpoError: a function of another signature, or no sample; a tuple in another form as prior.
 
     Example:
       >>> elbo = jaxhpo.criteria.negative_elbo(lambda w, batch: 0.5 * (w - batch) ** 2, num_samples=50)
@@ -134,12 +144,24 @@ def negative_elbo(losses: Callable, *, num_samples: int = 1, local: bool = False
         return jnp.sum(jax.vmap(lambda example, key: losses(draw(posterior, key), example))(batch, keys))
 
     def criterion(posterior, prior, batch, key):
-        log_precision, mean = prior if isinstance(prior, tuple) else (prior, None)
+        log_precision, mean = _pair(prior, posterior.mean)
         keys = jax.random.split(key, num_samples)
         fits = jax.vmap(lambda key: expected(posterior, batch, key))(keys)
         return fits.mean() + kl(posterior, log_precision, mean)
 
     return criterion
+
+
+def _pair(prior: PyTree, params: PyTree) -> tuple[PyTree, PyTree]:
+    """(log precision, mean or None) of a prior. A tuple may be a tree like the parameters, where those are a tuple."""
+    if type(prior) is not tuple:  # named tuples are trees
+        return prior, None
+    if len(prior) == 2 and (type(params) is not tuple or prior[1] is None or type(prior[0]) is tuple):
+        return prior
+    raise JaxhpoError(
+        f"`prior` got a tuple of {len(prior)}, but a tuple is the pair `(log_precision, mean)`: write that, or the log "
+        "precision alone; where the parameters are a tuple, too, `(log_precision, None)`, with a tuple like them."
+    )
 
 
 def closest_prior(posterior: Posterior, per: str = "weight", *, with_mean: bool = False) -> tuple[PyTree, PyTree]:
@@ -256,9 +278,10 @@ def pruned(posterior: Posterior, fraction: float) -> PyTree:
     References:
       Graves. Practical Variational Inference for Neural Networks. 2011.
     """
-    if not 0 <= fraction <= 1:
+    if not isinstance(fraction, Tracer) and not 0 <= fraction <= 1:
         raise JaxhpoError(f"`fraction` got {fraction}: write a number from 0 to 1.")
     flat, unravel = ravel_pytree(posterior.mean)
     ratio = jnp.log(jnp.abs(flat)) - ravel_pytree(posterior.log_scale)[0]  # orders as the density does
-    order = jnp.argsort(ratio, stable=True)
-    return unravel(flat.at[order[: int(fraction * flat.size + 1e-9)]].set(0.0))
+    rank = jnp.argsort(jnp.argsort(ratio, stable=True))  # not the first so many of an order: `fraction` may be traced
+    count = jnp.floor((fraction + jnp.finfo(jnp.result_type(fraction, float)).eps) * flat.size)
+    return unravel(jnp.where(rank < count, 0, flat))

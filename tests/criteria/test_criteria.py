@@ -383,6 +383,19 @@ def test_tune_minimises_criteria():
         assert result.best_value < result.history["value"][0]
 
 
+ONES = np.ones(N)
+PAIR = Posterior((jnp.ones(2), jnp.ones(1)), (jnp.zeros(2), jnp.zeros(1)))
+
+
+def bound(posterior, prior):
+    elbo = criteria.negative_elbo(lambda w, batch: sum(jnp.sum(x**2) for x in jax.tree.leaves(w)))
+    return elbo(posterior, prior, None, jax.random.key(0))
+
+
+def evidence(losses, prior=normal_prior, fit=exact_fit, weights=ONES, h=H):
+    return criteria.laplace_evidence(fit, losses, prior, weights)(h)
+
+
 @pytest.mark.parametrize(
     ("call", "says"),
     [
@@ -390,7 +403,29 @@ def test_tune_minimises_criteria():
         (lambda: criteria.folds(6, 3, stratify=[0, 1]), "one label for each of 6"),
         (lambda: criteria.cross_validation(lambda h: h, squared, np.eye(N)), "fit"),
         (lambda: criteria.cross_validation(ridge_fit, squared, np.ones(N)), "shape"),
-        (lambda: criteria.cross_validation(ridge_fit, squared, np.zeros((2, N))), "holds nothing out"),
+        (lambda: criteria.cross_validation(ridge_fit, squared, np.zeros((2, N))), "holds out nothing"),
+        (lambda: criteria.cross_validation(ridge_fit, squared, np.ones((1, N))), "or everything"),
+        (lambda: criteria.cross_validation(ridge_fit, squared, np.full((2, N), 0.5)), "other than 0"),
+        (lambda: criteria.hold_out(ridge_fit, squared, np.arange(N)), "other than 0"),
+        (lambda: criteria.folds(6, 3, seed=-1), "seed.*0 or more"),
+        (lambda: criteria.folds(6, 3, seed=None), "seed"),
+        (lambda: criteria.folds(4, 2, stratify=["a", None, "a", "b"]), "1 examples, the first at 1"),
+        (lambda: criteria.folds(4, 2, stratify=[1.0, 0.0, np.nan, np.nan]), "2 examples, the first at 2"),
+        (lambda: evidence(lambda w, h: squared(w, h).sum()), "shape \\(\\).*one loss"),
+        (lambda: evidence(squared, lambda w, h: w**2), "scalar"),
+        (lambda: evidence(squared, fit=lambda h, weights: jnp.ones(P), weights=1.0), "one weight"),
+        (lambda: criteria.leave_one_out(X[:1], Y[:1], 1.0), "1 rows"),
+        (lambda: criteria.generalised_cross_validation(X[:0], Y[:0], 1.0), "0 rows"),
+        (lambda: criteria.leave_one_out(X, Y, np.zeros(P)), "above 0"),
+        (lambda: criteria.concrete(jax.random.key(0), np.zeros(3), 0), "`one_hot`"),
+        (lambda: criteria.concrete_log_density(np.full(2, 0.5), np.zeros(2), -1.0), "above 0"),
+        (lambda: criteria.width_mask(1.0, 2, 0.0), "above 0"),
+        (lambda: criteria.width_mask(1.0, -2), "size"),
+        (lambda: criteria.kl(Posterior(jnp.ones(2), jnp.ones(2)), jnp.ones(3)), "float64\\[3\\].*each leaf"),
+        (lambda: criteria.kl(Posterior(jnp.ones(2), jnp.ones(2)), {"a": 1.0}), "log_precision.*each leaf"),
+        (lambda: bound(PAIR, (0.0,)), "tuple of 1"),
+        (lambda: bound(PAIR, (0.0, 0.0, 0.0)), "tuple of 3"),
+        (lambda: bound(PAIR, (0.0, 5.0)), "None"),  # of a tuple of parameters, it may be meant as a precision of each
         (lambda: criteria.cross_validation(ridge_fit, lambda w, h: squared(w, h).mean(), np.eye(N))(H), "each of them"),
         (lambda: criteria.leave_one_out(X, Y, np.ones(P + 1)), "do not fit"),
         (lambda: criteria.laplace_evidence(exact_fit, normal_losses, normal_prior, 1.0, curvature="diagonal"), "exact"),
@@ -425,3 +460,61 @@ def test_nothing_is_nan_or_lost_at_the_ends():
         lambda h, w: h, lambda w, h: jnp.ones(3000), jnp.asarray(criteria.folds(3000, 5), jnp.bfloat16)
     )
     assert cv(0.0) == 1
+
+
+def test_a_prior_of_a_tuple_of_parameters():
+    both, flat = bound(PAIR, ((0.0, 5.0), None)), bound(Posterior(*map(list, PAIR)), [0.0, 5.0])
+    assert both == flat == bound(PAIR, ((0.0, 5.0), (0.0, 0.0)))
+    assert bound(PAIR, (3.0, None)) == bound(PAIR, 3.0)
+
+
+def test_python_numbers_are_parameters():
+    q, arrays = (
+        Posterior({"a": 1, "b": 0.5}, {"a": -2, "b": 0.0}),
+        Posterior(*({"a": jnp.array(float(a)), "b": jnp.array(b)} for a, b in [(1, 0.5), (-2, 0.0)])),
+    )
+    for call in (
+        lambda q: criteria.draw(q, jax.random.key(0)),
+        lambda q: criteria.kl(q, 0.3),
+        criteria.density_at_zero,
+    ):
+        assert jax.tree.all(jax.tree.map(jnp.array_equal, call(q), call(arrays)))
+    assert criteria.pruned(q, 0.5) == {"a": 1, "b": 0}
+    assert np.isfinite(evidence(lambda w, h: (w - Y) ** 2, lambda w, h: 0.5 * h * w**2, lambda h, weights: 1.0, h=2.0))
+
+
+def test_half_precision_is_computed_in_float32():
+    low, h = jnp.bfloat16, jnp.float32(0.5)
+    x, y, w = jnp.asarray(X, low), jnp.asarray(Y, low), jnp.ones(P, low)
+
+    def losses(w, h):
+        return 0.5 * (x @ w - y) ** 2
+
+    def value(determinant, w):
+        made = criteria.laplace_evidence(
+            lambda h, weights: w,
+            losses,
+            lambda w, h: h * jnp.sum(w**2),
+            jnp.ones(N, jnp.float32),
+            determinant=determinant,
+        )
+        return made(h)
+
+    for determinant in ("dense", "diagonal", criteria.StochasticDeterminant(4, P)):
+        np.testing.assert_allclose(value(determinant, w), value(determinant, w.astype(jnp.float32)), rtol=1e-6)
+    for criterion in (criteria.leave_one_out, criteria.generalised_cross_validation):
+        np.testing.assert_array_equal(criterion(x, y, h), criterion(x.astype(jnp.float32), y.astype(jnp.float32), h))
+
+
+def test_pruning_is_jitted_and_mapped_over_fractions():
+    q = Posterior(jnp.asarray(RNG.normal(size=100)), jnp.asarray(RNG.normal(size=100)))
+    fractions = jnp.arange(101) / 100
+    curve = jax.jit(jax.vmap(criteria.pruned, (None, 0)))(q, fractions)
+    np.testing.assert_array_equal((curve == 0).sum(1), np.arange(101))  # 0.29 · 100 is 28.999999999999996
+    for at in (0, 29, 57, 100):
+        np.testing.assert_array_equal(criteria.pruned(q, at / 100), curve[at])
+
+
+def test_labels_may_be_of_several_types():
+    masks = criteria.folds(6, 3, stratify=np.array(["a", 1] * 3, object))
+    assert (masks[:, ::2].sum(1) == 1).all()

@@ -101,3 +101,13 @@ def test_the_gap_is_between_one_hot_and_mixture():
     np.testing.assert_allclose(criteria.discretisation_gap(loss, weights), 5.0 + 2.0 - soft, rtol=1e-12)
     with pytest.raises(JaxhpoError, match="loss"):
         criteria.discretisation_gap(lambda: 0.0, weights)
+
+
+def test_integer_weights_are_floats():
+    key, whole = jax.random.key(0), [0, 1, 2]
+    np.testing.assert_array_equal(criteria.concrete(key, whole, 1), criteria.concrete(key, jnp.arange(3.0), 1.0))
+    sample = jnp.array([0.2, 0.3, 0.5])
+    np.testing.assert_array_equal(
+        criteria.concrete_log_density(sample, whole, 2), criteria.concrete_log_density(sample, jnp.arange(3.0), 2.0)
+    )
+    jax.jit(criteria.concrete)(key, jnp.arange(3), 0.5)  # a temperature that is traced is not looked at
