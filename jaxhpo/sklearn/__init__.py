@@ -1,6 +1,7 @@
 """Estimators in the style of scikit-learn that choose a penalty per feature, group or covariate by its gradient.
 
-BilevelRidge, BilevelLogisticRegression: by evidence, leave-one-out or folds, in closed form; NumPy in float64
+BilevelRidge, BilevelLogisticRegression: by evidence, leave-one-out or folds, in closed form
+BilevelKernelRidge: a lengthscale per feature or group, by evidence
 
 What they find is in `penalties_`, `groups_`, `reason_` and `plot()`. scikit-learn is needed:
 pip install 'jaxhpo[sklearn]'.
@@ -11,7 +12,8 @@ from jaxhpo._core.extra import needs_extra
 with needs_extra("`jaxhpo.sklearn` builds on scikit-learn", "sklearn"):
     import sklearn as _  # noqa: F401
 
+from jaxhpo.sklearn._kernel import BilevelKernelRidge
 from jaxhpo.sklearn._logistic import BilevelLogisticRegression
 from jaxhpo.sklearn._ridge import BilevelRidge
 
-__all__ = ["BilevelLogisticRegression", "BilevelRidge"]
+__all__ = ["BilevelKernelRidge", "BilevelLogisticRegression", "BilevelRidge"]

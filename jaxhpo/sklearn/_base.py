@@ -10,8 +10,11 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from jaxhpo import plot
 from jaxhpo._core.errors import JaxhpoError
-from jaxhpo.sklearn._outer import SHRINKAGES, Criterion, Level, by_group, search
+from jaxhpo.sklearn._outer import SHRINKAGES, Criterion, Level, Region, by_group, search
 
+REACH = 12.0  # log penalties stay within that of the log of a column's sum of squares
+GRID = np.linspace(-5, 7, 13)  # of one penalty, in the same units
+NOISE = 1e-12  # of the variance of y: the least variance of the noise, so that its logarithm is finite
 LARGEST = 5000  # columns, after `rotated`: matrices of that many rows and columns are inverted
 
 
@@ -50,6 +53,8 @@ class Bilevel(BaseEstimator):
     """What the estimators share; see `BilevelRidge`."""
 
     _criteria: tuple[str, ...] = ()
+    _penalty = "penalty"  # what one of them is called
+    path_: list[Level]
 
     def __init__(
         self,
@@ -102,27 +107,13 @@ class Bilevel(BaseEstimator):
             spread = np.sqrt(mass @ X**2)
             self._scale = np.where(spread > 1e-12 * (np.abs(self._mean) + spread.max()), spread, 1.0)
             X = X / self._scale
-        labels, plan = self._plan(X.shape[1])
-        x, sizes, back = rotated(X, self._index)
-        data = Data(x, y, weights, sizes, splits)
-        if (size := x.shape[1] * (y.shape[1] - 1 if y.ndim == 2 else 1)) > LARGEST:
-            raise JaxhpoError(
-                f"{size} coefficients need a matrix of as many rows, and {LARGEST} are the most: write `groups=`, of "
-                "which each counts for at most as many features as there are rows, or select features."
-            )
-        columns = np.maximum(by_group(weights @ x**2, data.starts, 0) / np.bincount(self._index), 0)
-        columns = np.where(columns > 1e-12 * columns.max(), columns, columns.max() or 1.0)
-        self.path_ = search(self._make_criterion(data, name), plan, columns, shrinkages)
-        level = self._choose(self.path_)
-        w, self.intercept_ = self._solve(data, level.log_penalties)
-        self.coef_ = (back(w).T / self._scale).reshape(back(w).T.shape)
-        self.intercept_ = self.intercept_ - self.coef_ @ self._mean
-        self.penalties_ = np.exp(level.log_penalties)[self._index]
-        self.groups_ = dict(zip(labels, np.exp(level.log_penalties).tolist(), strict=True))
+        self._labels, plan = self._plan(X.shape[1])
+        found = self._fit(Data(X, y, weights, np.bincount(self._index), splits), plan, name, shrinkages)
+        self.groups_ = dict(zip(self._labels, found.tolist(), strict=True))
         return self
 
     def plot(self, path=None):
-        """Draw the penalties, beside the single one, and the score of each shrinkage; needs matplotlib.
+        """Draw the penalties, and the score of each shrinkage; needs matplotlib.
 
         Args:
           path: a file to write the picture to.
@@ -136,11 +127,9 @@ class Bilevel(BaseEstimator):
         names, values = list(self.groups_), np.array(list(self.groups_.values()))
         order = np.argsort(values, kind="stable")
         left.plot(values[order], np.arange(len(names)), "o", ms=4)
-        left.axvline(np.exp(np.mean(self.path_[0].log_penalties)), color="0.6", lw=1, label="one penalty")
         shown = order if len(names) <= 30 else []
         left.set_yticks(np.arange(len(shown)), [str(names[i]) for i in shown], fontsize=8)
-        left.set(xscale="log", xlabel="penalty", title=f"shrinkage {self.shrinkage_:g}")
-        left.legend(frameon=False, fontsize=8)
+        left.set(xscale="log", xlabel=self._penalty, title=f"shrinkage {self.shrinkage_:g}")
         right.plot([f"{level.shrinkage:g}" for level in self.path_], [level.score for level in self.path_], "o-")
         right.set(xlabel="shrinkage", ylabel="score in nats, lower is better")
         figure.suptitle(self.reason_, fontsize=10)
@@ -190,12 +179,12 @@ class Bilevel(BaseEstimator):
 
     def _choose(self, path: list[Level]) -> Level:
         """The level of the lowest score, if it gains enough over the first one; says why."""
-        common = "one penalty" if self.covariates is None else "the covariates alone"
+        common = f"one {self._penalty}" if self.covariates is None else "the covariates alone"
         best = min(path, key=lambda level: level.score)
         if self.shrinkage != "score":
             best, self.reason_ = path[-1], f"shrinkage {self.shrinkage:g} was given"
-        elif len(path[0].log_penalties) == 1:
-            self.reason_ = "there is only one penalty"
+        elif len(self._labels) == 1:
+            self.reason_ = f"there is only one {self._penalty}"
         elif path[0].score - best.score > self.min_gain:
             gain = path[0].score - best.score
             self.reason_ = f"shrinkage {best.shrinkage:g} scores {gain:.1f} nats below {common}"
@@ -203,7 +192,7 @@ class Bilevel(BaseEstimator):
             gain = path[0].score - min(level.score for level in path[1:])
             best, self.reason_ = path[0], f"{common} kept: others gain {gain:.1f} nats at most, of {self.min_gain:g}"
         self.shrinkage_ = best.shrinkage
-        self.one_penalty_ = bool(best.shrinkage == 0 and (self.covariates is None or len(path[0].log_penalties) == 1))
+        self.one_penalty_ = bool(best.shrinkage == 0 and (self.covariates is None or len(self._labels) == 1))
         return best
 
     def _rows(self, X) -> np.ndarray:
@@ -212,7 +201,39 @@ class Bilevel(BaseEstimator):
         return np.asarray(validate_data(self, X, dtype=np.float64, reset=False))
 
     def _encode(self, y) -> np.ndarray:
+        return y.astype(np.float64)
+
+    def _fit(self, data: Data, plan: np.ndarray, name: str, shrinkages: tuple[float, ...]) -> np.ndarray:
+        """Sets what is found, and returns it for each label. The features are not in the order of `data.sizes` yet."""
         raise NotImplementedError
+
+
+class Linear(Bilevel):
+    """What is linear in the features."""
+
+    def _fit(self, data, plan, name, shrinkages):
+        x, sizes, back = rotated(data.x, self._index)
+        data = data._replace(x=x, sizes=sizes)
+        if (size := x.shape[1] * (data.y.shape[1] - 1 if data.y.ndim == 2 else 1)) > LARGEST:
+            raise JaxhpoError(
+                f"{size} coefficients need a matrix of as many rows, and {LARGEST} are the most: write `groups=`, of "
+                "which each counts for at most as many features as there are rows, or select features."
+            )
+        columns = by_group(data.weights @ x**2, data.starts, 0) / np.bincount(self._index)
+        columns = np.where(columns > 1e-12 * columns.max(), columns, columns.max() or 1.0)
+        starts = [np.full(len(plan), np.log(columns.mean()) + m) for m in GRID]
+        region = Region(starts, np.log(columns.min()) - REACH, np.log(columns.max()) + REACH)
+        self.path_ = search(self._make_criterion(data, name), plan, region, shrinkages)
+        h = self._level(data, self._choose(self.path_).log_penalties)
+        w, intercept = self._solve(data, h)
+        self.coef_ = back(w).T / self._scale
+        self.intercept_ = intercept - self.coef_ @ self._mean
+        self.penalties_ = np.exp(h)[self._index]
+        return np.exp(h)
+
+    def _level(self, data: Data, h: np.ndarray) -> np.ndarray:
+        """The log penalties, all moved by one number if the criterion does not see it well."""
+        return h
 
     def _make_criterion(self, data: Data, name: str) -> Criterion:
         raise NotImplementedError

@@ -4,27 +4,30 @@ from typing import NamedTuple
 
 import numpy as np
 import scipy.linalg
+import scipy.optimize
 from scipy.special import log_softmax, softmax
 from sklearn.base import ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets
 
 from jaxhpo._core.errors import JaxhpoError
-from jaxhpo.sklearn._base import Bilevel, Data
+from jaxhpo.sklearn._base import Data, Linear
 from jaxhpo.sklearn._outer import Criterion, by_group, inverse
 
+MOVED = 6.0  # log penalties move by at most so much from the evidence's level
 FREE = 1e-6  # the penalty of intercepts
 BLOCK = 2**25  # numbers in a temporary array, at most about so many
 
 
-class BilevelLogisticRegression(ClassifierMixin, Bilevel):
+class BilevelLogisticRegression(ClassifierMixin, Linear):
     r"""Logistic or softmax regression with a penalty per feature, group or covariate, chosen by the evidence.
 
     It minimises :math:`-\sum_i m_i \log p(y_i | x_i) + \frac12 \sum_j \lambda_j |w_j|^2`, m the sample weights, with a
     free intercept; :math:`w_j` are the weights of feature j, of all classes. Log penalties are chosen as by
-    `BilevelRidge`, by Laplace's approximation of the evidence, with its exact Hessian where τ is chosen.
+    `BilevelRidge`, by Laplace's approximation of the evidence, with its exact Hessian where τ is chosen. The evidence
+    says how penalties differ, but of separable classes not how large they are: their common level is then moved to
+    where the loss of leave-one-out is lowest.
 
-    Do not use it where few features matter and the others not at all, which an l1 penalty finds better. Where classes
-    are nearly separable, in few rows, the evidence penalises too much: `criterion="leave_one_out"` does not.
+    Do not use it where few features matter and the others not at all, which an l1 penalty finds better.
 
     **Cost and bias**: Newton's method at each h, and the inverse of its matrix, of P × P with P = (p + 1)(classes − 1).
     The Hessian over h takes a product of P × P matrices for each penalty. `LogisticRegressionCV` is faster where there
@@ -125,6 +128,18 @@ class BilevelLogisticRegression(ClassifierMixin, Bilevel):
 
     def _make_criterion(self, data, name):
         return {"evidence": laplace, "leave_one_out": left_out, "folds": held_out}[name](data)
+
+    def _level(self, data, h):
+        """The common level by leave-one-out, where h is the evidence's.
+
+        The evidence of classes that a plane separates does not fall where all penalties do, since nearly all of a wide
+        prior's mass that separates them fits perfectly; so it says how penalties differ, and not how large they are.
+        """
+        if self.criterion != "evidence" or self.cv is not None:
+            return h
+        loss = left_out(data).value_and_grad
+        search = {"method": "bounded", "bounds": (-MOVED, MOVED), "options": {"xatol": 0.05}}
+        return h + scipy.optimize.minimize_scalar(lambda move: loss(h + move)[0], **search).x
 
     def _solve(self, data, h):
         theta = fit(data, np.exp(data.expand(h)), None) @ contrasts(data.y.shape[1]).T

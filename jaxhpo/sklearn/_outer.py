@@ -8,8 +8,6 @@ import scipy.linalg
 import scipy.optimize
 
 SHRINKAGES = (0.0, 0.3, 0.6, 1.2, 2.5, 5.0)
-REACH = 12.0  # log penalties stay within that of the log of a column's sum of squares
-GRID = np.linspace(-5, 7, 13)  # of one penalty, in the same units
 RISEN = 5.0  # nats above the lowest score at which the search for a shrinkage ends
 FLAT = 1e-3  # eigenvalues below it are those of a direction in which the criterion does not change
 
@@ -42,7 +40,21 @@ class Level(NamedTuple):
     score: float
 
 
-def search(criterion: Criterion, plan: np.ndarray, columns: np.ndarray, shrinkages: Sequence[float]) -> list[Level]:
+class Region(NamedTuple):
+    """Where to look.
+
+    Attributes:
+      starts: some h on the plan; the search begins at the best of them.
+      low: the least h, a number or one for each entry.
+      high: the largest h.
+    """
+
+    starts: list[np.ndarray]
+    low: np.ndarray
+    high: np.ndarray
+
+
+def search(criterion: Criterion, plan: np.ndarray, region: Region, shrinkages: Sequence[float]) -> list[Level]:
     """Minimise C(h) + |Mh|²/(2τ²) for growing τ, each from the solution before it.
 
     h = Zb + d, where b is free and d ~ N(0, τ²). With U an orthonormal basis of the columns of Z and M = I − UUᵀ the
@@ -50,36 +62,33 @@ def search(criterion: Criterion, plan: np.ndarray, columns: np.ndarray, shrinkag
 
     Args:
       criterion: of h.
-      plan: U, shape (penalties, free); the constant lies in its span.
-      columns: sums of squares of the columns that each penalty is for, shape (penalties,).
+      plan: U, shape (penalties, free).
+      region: where h lies.
       shrinkages: those to try, in growing order, the first of them zero.
     """
-    sizes = np.log(columns)
-    low, high = sizes.min() - REACH, sizes.max() + REACH
-    starts = [np.full(len(plan), np.log(columns.mean()) + m) for m in GRID]
-    h = min(starts, key=lambda h: criterion.value_and_grad(h)[0])
+    h = min(region.starts, key=lambda h: criterion.value_and_grad(h)[0])
     levels: list[Level] = []
     for tau in shrinkages:
-        h = _on_the_plan(criterion, plan, h, low, high) if tau == 0 else _shrunk(criterion, plan, h, low, high, tau)
+        h = _on_the_plan(criterion, plan, h, region) if tau == 0 else _shrunk(criterion, plan, h, region, tau)
         levels.append(Level(tau, h, criterion.value_and_grad(h)[0], _score(criterion, plan, h, tau)))
         if levels[-1].score > min(level.score for level in levels) + RISEN:
             break
     return levels
 
 
-def _on_the_plan(criterion, plan, h, low, high):
+def _on_the_plan(criterion, plan, h, region):
     """The minimum over b of C(Ub)."""
 
     def objective(b):
-        inside = np.clip(plan @ b, low, high)
+        inside = np.clip(plan @ b, region.low, region.high)
         value, grad = criterion.value_and_grad(inside)
         return value, plan.T @ (grad * (inside == plan @ b))
 
     found = scipy.optimize.minimize(objective, plan.T @ h, jac=True, method="L-BFGS-B", options={"ftol": 1e-9})
-    return np.clip(plan @ found.x, low, high)
+    return np.clip(plan @ found.x, region.low, region.high)
 
 
-def _shrunk(criterion, plan, h, low, high, tau):
+def _shrunk(criterion, plan, h, region, tau):
     """The minimum over h of C(h) + |Mh|²/(2τ²)."""
 
     def objective(h):
@@ -87,7 +96,7 @@ def _shrunk(criterion, plan, h, low, high, tau):
         away = _off(plan, h) / tau**2
         return value + 0.5 * h @ away, grad + away
 
-    bounds, options = [(low, high)] * len(h), {"ftol": 1e-8, "maxiter": 200}
+    bounds, options = scipy.optimize.Bounds(region.low, region.high), {"ftol": 1e-8, "maxiter": 200}
     return scipy.optimize.minimize(objective, h, jac=True, method="L-BFGS-B", bounds=bounds, options=options).x
 
 

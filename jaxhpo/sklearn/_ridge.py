@@ -3,13 +3,11 @@
 import numpy as np
 from sklearn.base import RegressorMixin
 
-from jaxhpo.sklearn._base import Bilevel, Data
+from jaxhpo.sklearn._base import NOISE, Data, Linear
 from jaxhpo.sklearn._outer import Criterion, by_group, inverse
 
-NOISE = 1e-12  # of the variance of y: the least variance of the noise, so that its logarithm is finite
 
-
-class BilevelRidge(RegressorMixin, Bilevel):
+class BilevelRidge(RegressorMixin, Linear):
     r"""Ridge regression with a penalty per feature, group or covariate, chosen by the evidence.
 
     It minimises :math:`\sum_i m_i (y_i - x_i w - b)^2 + \sum_j \lambda_j w_j^2`, m the sample weights. The log
@@ -76,9 +74,6 @@ class BilevelRidge(RegressorMixin, Bilevel):
           Shape (rows,).
         """
         return self._rows(X) @ self.coef_ + self.intercept_
-
-    def _encode(self, y):
-        return y.astype(np.float64)
 
     def _make_criterion(self, data, name):
         if name == "evidence":

@@ -20,16 +20,19 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import check_estimator
 
-from jaxhpo.sklearn import BilevelLogisticRegression, BilevelRidge, _logistic, _ridge
+from jaxhpo.sklearn import BilevelKernelRidge, BilevelLogisticRegression, BilevelRidge, _kernel, _logistic, _ridge
 from jaxhpo.sklearn._base import Data, rotated
 
-ESTIMATORS = [BilevelRidge, BilevelLogisticRegression]
+ESTIMATORS = [BilevelRidge, BilevelLogisticRegression, BilevelKernelRidge]
 FOLDS = [(np.arange(24) % 3 != k, np.arange(24) % 3 == k) for k in range(3)]
 FOLDS = [(np.flatnonzero(train), np.flatnonzero(test)) for train, test in FOLDS]
 
 
 @pytest.mark.filterwarnings("ignore")  # the checks give bad input on purpose, which scikit-learn warns of
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize(
+    "estimator",
+    [BilevelRidge, *(pytest.param(e, marks=pytest.mark.slow) for e in ESTIMATORS if e is not BilevelRidge)],
+)
 def test_scikit_learns_checks_pass(estimator):
     results = check_estimator(estimator(), on_skip=None)  # raises where one fails
     passed = [result for result in results if result["status"] == "passed"]
@@ -116,6 +119,49 @@ def test_the_log_loss_left_out_is_near_that_of_refits(classes):
     splits = [(np.delete(np.arange(24), i), np.array([i])) for i in range(24)]
     expected, _ = _logistic.held_out(given._replace(splits=splits)).value_and_grad(h + 3)
     np.testing.assert_allclose(value, expected, rtol=1e-3 if classes == 2 else 1e-2)
+
+
+def test_the_kernels_evidence_and_its_prediction():
+    """The marginal likelihood of what is orthogonal to ones, and the kriging equations with a free intercept."""
+    given, h = data(weighted=False)
+    u = np.append(-1.0, h)
+    _, grad = _kernel.evidence(given).value_and_grad(u)
+    values = [[_kernel.evidence(given).value_and_grad(u + s * e)[0] for s in (-1e-5, 1e-5)] for e in np.eye(6)]
+    np.testing.assert_allclose(grad, [(right - left) / 2e-5 for left, right in values], atol=1e-7)
+    x, y, _ = problem(n=30, p=3)
+    model = BilevelKernelRidge(shrinkage=1.0).fit(x, y)
+    assert len(set(model.lengthscales_)) == 3
+    z = (x - x.mean(0)) / x.std(0) / model.lengthscales_
+    k = np.exp(-0.5 * ((z[:, None] - z) ** 2).sum(-1))
+    q = np.linalg.svd(np.ones((30, 1)))[0][:, 1:]
+    cov = np.eye(29) + q.T @ k @ q / model.penalty_
+    energy = 0.5 * (29 * np.log(y @ q @ np.linalg.solve(cov, q.T @ y)) + np.linalg.slogdet(cov)[1])
+    np.testing.assert_allclose(model.path_[-1].criterion, energy, rtol=1e-9)
+    bordered = np.block([[k + model.penalty_ * np.eye(30), np.ones((30, 1))], [np.ones((1, 30)), np.zeros((1, 1))]])
+    *weights, intercept = np.linalg.solve(bordered, np.append(y, 0.0))
+    np.testing.assert_allclose(model.predict(x), k @ weights + intercept, rtol=1e-7)
+
+
+def test_lengthscales_tell_which_features_matter():
+    rng = np.random.default_rng(0)
+    x = rng.uniform(-2, 2, (80, 4))
+    model = BilevelKernelRidge().fit(x, np.sin(2 * x[:, 0]) + x[:, 1] ** 2 + 0.1 * rng.normal(size=80))
+    assert model.lengthscales_[2:].min() > 3 * model.lengthscales_[:2].max() and "one lengthscale" in model.reason_
+    grouped = BilevelKernelRidge(groups=["yes", "yes", "no", "no"]).fit(x, x[:, 0] * x[:, 1])
+    assert grouped.groups_["no"] > 3 * grouped.groups_["yes"]
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_the_level_of_the_evidence_is_that_of_leave_one_out(classes):
+    """A plane separates the classes, so the evidence alone would hardly penalise."""
+    x, _, signal = problem(n=60, p=4)
+    labels = np.digitize(signal, [0] if classes == 2 else [-1, 1])
+    model = BilevelLogisticRegression(shrinkage=0.0).fit(x, labels)
+    given = Data((x - x.mean(0)) / x.std(0), np.eye(classes)[labels], np.ones(60), np.ones(4, int), [])
+    loss = _logistic.left_out(given).value_and_grad
+    found = np.log(model.penalties_)
+    assert loss(found)[0] <= min(loss(found + 0.2)[0], loss(found - 0.2)[0], loss(model.path_[0].log_penalties)[0])
+    assert abs(found - model.path_[0].log_penalties).max() > 1
 
 
 @pytest.mark.parametrize("classes", [2, 3])
@@ -215,7 +261,7 @@ def test_groups_and_covariates():
     np.testing.assert_allclose(again.penalties_, by_covariate.penalties_, rtol=1e-3)
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("estimator", [BilevelRidge, BilevelLogisticRegression])
 def test_weights_are_repetitions(estimator):
     x, y, signal = problem(n=40, p=4)
     y = y if estimator is BilevelRidge else signal > 0
@@ -243,7 +289,7 @@ def test_folds_are_a_number_a_splitter_or_pairs():
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_within_scikit_learn(estimator):
     x, y, signal = problem(n=40, p=4)
-    y = y if estimator is BilevelRidge else signal > 0
+    y = signal > 0 if estimator is BilevelLogisticRegression else y
     fitted = make_pipeline(StandardScaler(), estimator()).fit(x, y)
     np.testing.assert_allclose(fitted.predict(x), estimator().fit(x, y).predict(x), rtol=1e-4)
     search = GridSearchCV(estimator(), {"shrinkage": ["score", 0.0], "groups": [None, [0, 0, 1, 1]]}, cv=2).fit(x, y)
@@ -251,7 +297,7 @@ def test_within_scikit_learn(estimator):
     model = clone(estimator(groups=np.array([0, 0, 1, 1]), min_gain=0.0)).fit(x, y)
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(model)).predict(x), model.predict(x))
     small = estimator().fit(np.float32(x), y)
-    np.testing.assert_allclose(small.coef_, estimator().fit(x, y).coef_, rtol=1e-3)
+    np.testing.assert_allclose(small.predict(x), estimator().fit(x, y).predict(x), rtol=1e-3)
 
 
 def test_names_of_features_are_shown():
