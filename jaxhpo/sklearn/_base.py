@@ -12,8 +12,7 @@ from jaxhpo import plot
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo.sklearn._outer import SHRINKAGES, Criterion, Level, Region, by_group, search
 
-REACH = 12.0  # log penalties stay within that of the log of a column's sum of squares
-GRID = np.linspace(-5, 7, 13)  # of one penalty, in the same units
+REACH = 12.0  # log penalties stay within that of the log of what they are to be compared with
 NOISE = 1e-12  # of the variance of y: the least variance of the noise, so that its logarithm is finite
 LARGEST = 5000  # columns, after `rotated`: matrices of that many rows and columns are inverted
 
@@ -92,7 +91,9 @@ class Bilevel(BaseEstimator):
         )
         name, shrinkages = self._settings()
         weights = _checked_weights(sample_weight, len(X))
-        folds: Any = None if self.cv is None else check_cv(self.cv, y, classifier=is_classifier(self))
+        folds: Any = (
+            None if self.cv is None and name != "folds" else check_cv(self.cv, y, classifier=is_classifier(self))
+        )
         splits = [] if folds is None else list(folds.split(X, y))
         kept = weights > 0
         if not kept.all():  # a row that counts zero times is not there
@@ -211,18 +212,20 @@ class Bilevel(BaseEstimator):
 class Linear(Bilevel):
     """What is linear in the features."""
 
+    _turns = True  # whether a group's features may be rotated
+    _grid = np.linspace(-5, 7, 13)  # of one log penalty, from the log of `_sizes` on
+
     def _fit(self, data, plan, name, shrinkages):
-        x, sizes, back = rotated(data.x, self._index)
+        x, sizes, back = rotated(data.x, self._index, len(data.x) if self._turns else data.x.shape[1])
         data = data._replace(x=x, sizes=sizes)
         if (size := x.shape[1] * (data.y.shape[1] - 1 if data.y.ndim == 2 else 1)) > LARGEST:
             raise JaxhpoError(
                 f"{size} coefficients need a matrix of as many rows, and {LARGEST} are the most: write `groups=`, of "
                 "which each counts for at most as many features as there are rows, or select features."
             )
-        columns = by_group(data.weights @ x**2, data.starts, 0) / np.bincount(self._index)
-        columns = np.where(columns > 1e-12 * columns.max(), columns, columns.max() or 1.0)
-        starts = [np.full(len(plan), np.log(columns.mean()) + m) for m in GRID]
-        region = Region(starts, np.log(columns.min()) - REACH, np.log(columns.max()) + REACH)
+        sizes = np.log(self._sizes(data))
+        starts = [np.full(len(plan), sizes.mean() + m) for m in self._grid]
+        region = Region(starts, sizes.min() - REACH, sizes.max() + REACH)
         self.path_ = search(self._make_criterion(data, name), plan, region, shrinkages)
         h = self._level(data, self._choose(self.path_).log_penalties)
         w, intercept = self._solve(data, h)
@@ -230,6 +233,11 @@ class Linear(Bilevel):
         self.intercept_ = intercept - self.coef_ @ self._mean
         self.penalties_ = np.exp(h)[self._index]
         return np.exp(h)
+
+    def _sizes(self, data: Data) -> np.ndarray:
+        """What penalties are to be compared with: the mean sum of squares of a group's columns."""
+        columns = by_group(data.weights @ data.x**2, data.starts, 0) / np.bincount(self._index)
+        return np.where(columns > 1e-12 * columns.max(), columns, columns.max() or 1.0)
 
     def _level(self, data: Data, h: np.ndarray) -> np.ndarray:
         """The log penalties, all moved by one number if the criterion does not see it well."""
@@ -242,21 +250,25 @@ class Linear(Bilevel):
         raise NotImplementedError
 
 
-def rotated(x: np.ndarray, index: np.ndarray):
+def rotated(x: np.ndarray, index: np.ndarray, most: int):
     """The columns, those of a group beside each other, and at most n of them a group.
 
     A group of more than n features enters through X_g X_gᵀ alone, as its penalty is that of |w_g|², which a rotation
     leaves. With X_gᵀ = QR it is replaced by Rᵀ, and w_g = Q w.
 
+    Args:
+      x: shape (n, p).
+      index: the group of each column.
+      most: the size of groups above which they are rotated, at least n.
+
     Returns:
       The columns, the number of them in each group, and a function from their weights to those of the features.
     """
     order, sizes = np.argsort(index, kind="stable"), np.bincount(index)
-    blocks = [x[:, order]] if sizes.max() <= len(x) else np.split(x[:, order], np.cumsum(sizes)[:-1], 1)
+    blocks = [x[:, order]] if sizes.max() <= most else np.split(x[:, order], np.cumsum(sizes)[:-1], 1)
     turns = []
     for i, block in enumerate(blocks):
-        long = sizes.max() > len(x) and block.shape[1] > len(x)
-        q, r = np.linalg.qr(block.T) if long else (None, block.T)
+        q, r = np.linalg.qr(block.T) if sizes.max() > most < block.shape[1] else (None, block.T)
         turns.append(q)
         blocks[i] = r.T
     kept = sizes if len(blocks) < len(sizes) else np.array([block.shape[1] for block in blocks])

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -20,10 +21,20 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import check_estimator
 
-from jaxhpo.sklearn import BilevelKernelRidge, BilevelLogisticRegression, BilevelRidge, _kernel, _logistic, _ridge
+from jaxhpo.sklearn import (
+    BilevelElasticNet,
+    BilevelKernelRidge,
+    BilevelLasso,
+    BilevelLogisticRegression,
+    BilevelRidge,
+    _kernel,
+    _lasso,
+    _logistic,
+    _ridge,
+)
 from jaxhpo.sklearn._base import Data, rotated
 
-ESTIMATORS = [BilevelRidge, BilevelLogisticRegression, BilevelKernelRidge]
+ESTIMATORS = [BilevelRidge, BilevelLogisticRegression, BilevelKernelRidge, BilevelLasso, BilevelElasticNet]
 FOLDS = [(np.arange(24) % 3 != k, np.arange(24) % 3 == k) for k in range(3)]
 FOLDS = [(np.flatnonzero(train), np.flatnonzero(test)) for train, test in FOLDS]
 
@@ -53,7 +64,7 @@ def data(n=24, p=5, classes=0, index=None, seed=0, weighted=True):
     if classes:
         y[: 2 * classes] = np.tile(np.arange(classes), 2)
         y = np.eye(classes)[y]
-    x, sizes, _ = rotated(x - x.mean(0), np.arange(p) if index is None else np.asarray(index))
+    x, sizes, _ = rotated(x - x.mean(0), np.arange(p) if index is None else np.asarray(index), n)
     weights = rng.uniform(0.5, 3, n) if weighted else np.ones(n)
     return Data(x, y, weights, sizes, FOLDS), rng.normal(size=len(sizes)) + 1
 
@@ -149,6 +160,55 @@ def test_lengthscales_tell_which_features_matter():
     assert model.lengthscales_[2:].min() > 3 * model.lengthscales_[:2].max() and "one lengthscale" in model.reason_
     grouped = BilevelKernelRidge(groups=["yes", "yes", "no", "no"]).fit(x, x[:, 0] * x[:, 1])
     assert grouped.groups_["no"] > 3 * grouped.groups_["yes"]
+
+
+@pytest.mark.parametrize("ratio", [1.0, 0.4])
+def test_the_derivative_of_lasso_is_that_of_proximal_steps(ratio):
+    """`jaxhpo.fixed_point` with `Implicit()` at the solution, for the errors of each fold."""
+    given, h = data(weighted=False)
+    h = h + 1.0
+    errors, slopes = _lasso.held_out(given, ratio)(h)
+    assert (slopes == 0).any() and (slopes != 0).any()  # some weights are zero
+    place = 0
+    for train, test in given.splits:
+        x, y = given.x[train] - given.x[train].mean(0), given.y[train] - given.y[train].mean()
+        rate = 1 / np.linalg.eigvalsh(x.T @ x).max()
+
+        def step(w, h, batch, x=x, y=y, rate=rate):
+            w = w - rate * (x.T @ (x @ w - y))
+            shrunk = jnp.sign(w) * jnp.maximum(jnp.abs(w) - rate * ratio * jnp.exp(h), 0)
+            return shrunk / (1 + rate * (1 - ratio) * jnp.exp(h))
+
+        solver = jaxhpo.fixed_point(step)
+
+        def outer_loss(h, solver=solver, train=train, test=test):
+            rule = jaxhpo.Implicit(jaxhpo.General())
+            w = jaxhpo.solve(solver, solver.init(jnp.zeros(5), h), h, num_steps=2000, adjoint=rule).params
+            left = given.y[test] - given.y[train].mean() - (given.x[test] - given.x[train].mean(0)) @ w
+            return 0.5 * jnp.sum(left**2)
+
+        value, grad = jax.jit(jax.value_and_grad(outer_loss))(jnp.asarray(h))
+        rows = slice(place, place := place + len(test))
+        np.testing.assert_allclose(0.5 * errors[rows] @ errors[rows], value, rtol=1e-7)
+        np.testing.assert_allclose(errors[rows] @ slopes[rows], grad, rtol=1e-6, atol=1e-8)
+
+
+def test_lasso_with_one_penalty_is_scikit_learns():
+    x, y, _ = problem(n=60, p=20)
+    for estimator, rival in (
+        (BilevelLasso(shrinkage=0.0), sklearn.linear_model.Lasso),
+        (BilevelElasticNet(l1_ratio=0.3, shrinkage=0.0), sklearn.linear_model.ElasticNet),
+    ):
+        model = estimator.fit(x, y)
+        ratio = {} if rival is sklearn.linear_model.Lasso else {"l1_ratio": 0.3}
+        expected = rival(alpha=model.penalties_[0] / 60, tol=1e-10, max_iter=100_000, **ratio)
+        np.testing.assert_allclose(
+            model.predict(x), expected.fit((x - x.mean(0)) / x.std(0), y).predict((x - x.mean(0)) / x.std(0)), rtol=1e-6
+        )
+    grouped = BilevelLasso(groups=[0] * 3 + [1] * 17).fit(x, y)
+    assert grouped.groups_[1] > 2 * grouped.groups_[0] and (grouped.coef_[3:] == 0).sum() > 10
+    with pytest.raises(JaxhpoError, match="and 1 at most"):
+        BilevelElasticNet(l1_ratio=0.0).fit(x, y)
 
 
 @pytest.mark.parametrize("classes", [2, 3])
@@ -286,13 +346,15 @@ def test_folds_are_a_number_a_splitter_or_pairs():
     np.testing.assert_allclose(fitted.penalties_, fits[0].penalties_, rtol=1e-9)
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize(
+    "estimator", [*ESTIMATORS[:-1], pytest.param(BilevelElasticNet, marks=pytest.mark.slow)], ids=lambda e: e.__name__
+)
 def test_within_scikit_learn(estimator):
     x, y, signal = problem(n=40, p=4)
     y = signal > 0 if estimator is BilevelLogisticRegression else y
     fitted = make_pipeline(StandardScaler(), estimator()).fit(x, y)
     np.testing.assert_allclose(fitted.predict(x), estimator().fit(x, y).predict(x), rtol=1e-4)
-    search = GridSearchCV(estimator(), {"shrinkage": ["score", 0.0], "groups": [None, [0, 0, 1, 1]]}, cv=2).fit(x, y)
+    search = GridSearchCV(estimator(), {"shrinkage": [1.0, 0.0], "groups": [None, [0, 0, 1, 1]]}, cv=2).fit(x, y)
     assert set(search.best_params_) == {"shrinkage", "groups"}
     model = clone(estimator(groups=np.array([0, 0, 1, 1]), min_gain=0.0)).fit(x, y)
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(model)).predict(x), model.predict(x))
