@@ -189,6 +189,15 @@ def regressors(known):
         yield "GroupRidgeCV (himalaya)", GroupRidge(np.unique(known["groups"], return_inverse=True)[1])
 
 
+def lassos(known):
+    """As `regressors`."""
+    yield "BilevelLasso", ours.BilevelLasso()
+    yield "one penalty", ours.BilevelLasso(shrinkage=0.0)
+    yield "LassoCV", linear_model.LassoCV(cv=5, max_iter=5000)
+    yield "ElasticNetCV", linear_model.ElasticNetCV(l1_ratio=[0.1, 0.5, 0.9], cv=5, max_iter=5000)
+    yield "BilevelRidge", ours.BilevelRidge()
+
+
 def kernel_machines(known):
     """As `regressors`."""
     grid = {"alpha": np.logspace(-3, 1, 5), "gamma": np.logspace(-3, 0, 7)}
@@ -218,6 +227,7 @@ def classifiers(known):
 
 
 TASKS = {name: (task, regressors) for name, task in REGRESSION.items()}
+TASKS |= {f"{name}, lasso": (REGRESSION[name], lassos) for name in ("dense 100x50", "sparse 100x50")}
 TASKS |= {name: (task, kernel_machines) for name, task in KERNELS.items()}
 TASKS |= {name: (task, classifiers) for name, task in CLASSIFICATION.items()}
 

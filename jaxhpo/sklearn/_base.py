@@ -91,10 +91,9 @@ class Bilevel(BaseEstimator):
         )
         name, shrinkages = self._settings()
         weights = _checked_weights(sample_weight, len(X))
-        folds: Any = (
-            None if self.cv is None and name != "folds" else check_cv(self.cv, y, classifier=is_classifier(self))
-        )
-        splits = [] if folds is None else list(folds.split(X, y))
+        given: Any = 5 if self.cv is None else self.cv
+        folds: Any = check_cv(given, y, classifier=is_classifier(self))
+        splits = list(folds.split(X, y)) if name == "folds" else []
         kept = weights > 0
         if not kept.all():  # a row that counts zero times is not there
             place = np.cumsum(kept) - 1
