@@ -139,6 +139,14 @@ REGRESSION = {
         {"groups": GROUPS},
     ),
 }
+LASSOS = {
+    "dense 100x50, lasso": (REGRESSION["dense 100x50"][0], {"features": 50}),
+    "sparse 100x50, lasso": (REGRESSION["sparse 100x50"][0], {"features": 50}),
+    "5 of 20 features matter, 80 do not": (
+        linear(100, 100, lambda rng: np.append(rng.permutation(np.arange(20) < 5), np.zeros(80))),
+        {"features": 100, "groups": np.arange(100) < 20},
+    ),
+}
 KERNELS = {
     "friedman1, kernels": (friedman, {"features": 10}),
     "friedman2, kernels": (friedman2, {"features": 4}),
@@ -191,11 +199,11 @@ def regressors(known):
 
 def lassos(known):
     """As `regressors`."""
-    yield "BilevelLasso", ours.BilevelLasso()
-    yield "one penalty", ours.BilevelLasso(shrinkage=0.0)
+    yield "BilevelLasso", ours.BilevelLasso(groups=known.get("groups"))
+    yield "BilevelLasso, one a feature", ours.BilevelLasso(groups=range(known["features"]))
     yield "LassoCV", linear_model.LassoCV(cv=5, max_iter=5000)
     yield "ElasticNetCV", linear_model.ElasticNetCV(l1_ratio=[0.1, 0.5, 0.9], cv=5, max_iter=5000)
-    yield "BilevelRidge", ours.BilevelRidge()
+    yield "BilevelRidge", ours.BilevelRidge(groups=known.get("groups"))
 
 
 def kernel_machines(known):
@@ -227,7 +235,7 @@ def classifiers(known):
 
 
 TASKS = {name: (task, regressors) for name, task in REGRESSION.items()}
-TASKS |= {f"{name}, lasso": (REGRESSION[name], lassos) for name in ("dense 100x50", "sparse 100x50")}
+TASKS |= {name: (task, lassos) for name, task in LASSOS.items()}
 TASKS |= {name: (task, kernel_machines) for name, task in KERNELS.items()}
 TASKS |= {name: (task, classifiers) for name, task in CLASSIFICATION.items()}
 

@@ -53,6 +53,7 @@ class Bilevel(BaseEstimator):
 
     _criteria: tuple[str, ...] = ()
     _penalty = "penalty"  # what one of them is called
+    _each = True  # whether each feature has a penalty of its own where nothing else is said
     path_: list[Level]
 
     def __init__(
@@ -158,13 +159,15 @@ class Bilevel(BaseEstimator):
     def _plan(self, features: int) -> tuple[list, np.ndarray]:
         """The labels of the penalties, and an orthonormal basis of what is free: the constant and the covariates."""
         names = getattr(self, "feature_names_in_", range(features))
-        groups = np.arange(features) if self.groups is None else np.asarray(self.groups)
+        each = self.groups is None and (self._each or self.covariates is not None)
+        none = np.arange(features) if each else np.full(features, "all features")
+        groups = none if self.groups is None else np.asarray(self.groups)
         if groups.shape != (features,):
             raise JaxhpoError(
                 f"`groups` has the shape {groups.shape}, and X has {features} features: write a label for each feature."
             )
         labels, self._index = np.unique(groups, return_inverse=True)
-        labels = list(names) if self.groups is None else labels.tolist()
+        labels = list(names) if each else labels.tolist()
         if self.covariates is None:
             return labels, np.full((len(labels), 1), len(labels) ** -0.5)
         covariates = np.asarray(self.covariates, np.float64)

@@ -15,20 +15,21 @@ from jaxhpo.sklearn._ridge import centred, squared
 
 
 class BilevelElasticNet(RegressorMixin, Linear):
-    r"""Elastic net with a penalty per feature, group or covariate, chosen by the errors of folds.
+    r"""Elastic net with a penalty per group or covariate, chosen by the errors of folds.
 
     It minimises :math:`\frac12 |y - Xw - b|^2 + \sum_j \lambda_j (\alpha |w_j| + \frac{1-\alpha}2 w_j^2)`, α the
     `l1_ratio`, by coordinate descent; penalties are chosen as by `BilevelRidge`, where the criterion is the error of
     what folds hold out. Its derivative is exact on the features that are not zero, and has jumps where one enters.
 
-    Do not use it with a penalty of its own for each of many features where those are alike: folds are few data for so
-    many penalties, and one is kept then. With `groups` it finds which ones hold what matters.
+    Without groups it is `ElasticNetCV`, and slower. A penalty for each feature, `groups=range(p)`, overfits the folds
+    where many features matter: on 100 rows of 50 alike features it loses a tenth to one penalty.
 
     **Cost and bias**: some hundred coordinate descents for each fold. Several times `ElasticNetCV`.
 
     Args:
       l1_ratio: α, above zero and at most one.
-      groups: as for `BilevelRidge`; features of one label share a penalty, and may be zero one by one.
+      groups: a label for each feature; those of one label share a penalty, and may be zero one by one. None is one
+        penalty for all.
       covariates: as for `BilevelRidge`.
       cv: folds: a number, a splitter of scikit-learn's, or pairs of indices.
       shrinkage: as for `BilevelRidge`.
@@ -64,7 +65,7 @@ class BilevelElasticNet(RegressorMixin, Linear):
     """
 
     _criteria = ("folds",)
-    _turns = False
+    _turns, _each = False, False
     _grid = np.linspace(-8, 0, 17)
     criterion = "folds"
 
@@ -122,7 +123,7 @@ class BilevelElasticNet(RegressorMixin, Linear):
 
 
 class BilevelLasso(BilevelElasticNet):
-    r"""Lasso with a penalty per feature, group or covariate, chosen by the errors of folds.
+    r"""Lasso with a penalty per group or covariate, chosen by the errors of folds.
 
     It minimises :math:`\frac12 |y - Xw - b|^2 + \sum_j \lambda_j |w_j|`: `BilevelElasticNet` with an `l1_ratio` of one.
 

@@ -205,6 +205,7 @@ def test_lasso_with_one_penalty_is_scikit_learns():
         np.testing.assert_allclose(
             model.predict(x), expected.fit((x - x.mean(0)) / x.std(0), y).predict((x - x.mean(0)) / x.std(0)), rtol=1e-6
         )
+    assert BilevelLasso().fit(x, y).reason_ == "there is only one penalty"  # one for each feature overfits folds
     grouped = BilevelLasso(groups=[0] * 3 + [1] * 17).fit(x, y)
     assert grouped.groups_[1] > 2 * grouped.groups_[0] and (grouped.coef_[3:] == 0).sum() > 10
     with pytest.raises(JaxhpoError, match="and 1 at most"):
