@@ -11,7 +11,7 @@ pip install 'jaxhpo[sklearn]'.
 from jaxhpo._core.extra import needs_extra
 
 with needs_extra("`jaxhpo.sklearn` builds on scikit-learn", "sklearn"):
-    import sklearn as _  # noqa: F401
+    import sklearn.base as _  # noqa: F401
 
 from jaxhpo.sklearn._kernel import BilevelKernelRidge
 from jaxhpo.sklearn._lasso import BilevelElasticNet, BilevelLasso

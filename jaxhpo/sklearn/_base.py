@@ -109,7 +109,8 @@ class Bilevel(BaseEstimator):
             self._scale = np.where(spread > 1e-12 * (np.abs(self._mean) + spread.max()), spread, 1.0)
             X = X / self._scale
         self._labels, plan = self._plan(X.shape[1])
-        found = self._fit(Data(X, y, weights, np.bincount(self._index), splits), plan, name, shrinkages)
+        data = Data(X, y, weights, np.bincount(self._index), splits)
+        found = self._fit(data, plan, name, shrinkages if len(self._labels) > 1 else (0.0,))
         self.groups_ = dict(zip(self._labels, found.tolist(), strict=True))
         return self
 

@@ -12,7 +12,7 @@ import pytest
 import jaxhpo
 from jaxhpo import JaxhpoError
 
-pytest.importorskip("sklearn")
+pytest.importorskip("sklearn.base")
 import sklearn.datasets
 import sklearn.linear_model
 from sklearn.base import clone
