@@ -20,6 +20,7 @@ MODULES = {
     "jaxhpo.models": "Models for examples and benchmarks, as pure functions.",
     "jaxhpo.plot": "Pictures of runs and comparisons. They need matplotlib.",
     "jaxhpo.search": "Searches that take no derivative of a training. They need `pip install 'jaxhpo[search]'`.",
+    "jaxhpo.sklearn": "Estimators of scikit-learn's style that choose their penalties. They need scikit-learn.",
     "jaxhpo.testing": "Problems with hypergradients in closed form, to test a rule of your own against.",
 }
 # Files of the repository that are pages here.
