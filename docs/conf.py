@@ -70,8 +70,9 @@ def link_papers(app, what, name, obj, options, lines) -> None:
 
 
 def skip_fields(app, what, name, obj, skip, options) -> bool | None:
-    """Leave out the fields of NamedTuples, which `Attributes:` describes."""
-    return True if (getattr(obj, "__doc__", None) or "").startswith("Alias for field number") else None
+    """Leave out the fields of NamedTuples, which `Attributes:` describes, and what scikit-learn's classes add."""
+    field = (getattr(obj, "__doc__", None) or "").startswith("Alias for field number")
+    return True if field or (getattr(obj, "__module__", None) or "").startswith("sklearn.") else None
 
 
 def public(name, rawtext, text, lineno, inliner, options=None, content=()):

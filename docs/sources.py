@@ -112,7 +112,10 @@ def _page(title: str, text: str, names: list[tuple[str, str]]) -> str:
     for owner, name in names:
         value = _value(owner, name)
         kind = "class" if inspect.isclass(value) else "function" if inspect.isroutine(value) else "data"
-        lines += [f".. auto{kind}:: {owner}.{name}", *["   :members:"] * (kind == "class"), ""]
+        options = ["   :members:"] * (kind == "class")
+        if owner == "jaxhpo.sklearn":  # `fit` is that of a common base
+            options.append("   :inherited-members: BaseEstimator")
+        lines += [f".. auto{kind}:: {owner}.{name}", *options, ""]
     return "\n".join(lines)
 
 
