@@ -200,8 +200,8 @@ class _Method:
         sizes = {shape[0] if shape else 0 for shape in shapes}
         if len(sizes) != 1 or min(sizes) < 2:
             raise JaxhpoError(
-                f"`design` has leaves of shapes {shapes}: give each a leading axis of the same number of trainings, two or more, as "
-                "`{'log_penalty': jnp.linspace(-10.0, -1.0, 10)}`."
+                f"`design` has leaves of shapes {shapes}: give each a leading axis of the same number of trainings, "
+                "two or more, as `{'log_penalty': jnp.linspace(-10.0, -1.0, 10)}`."
             )
         self.number = sizes.pop()
         first = jax.tree.map(lambda x: x[0], design)
