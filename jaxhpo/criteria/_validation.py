@@ -49,7 +49,7 @@ def folds(num_examples: int, k: int = 5, *, seed: int = 0, stratify: Any = None)
             raise JaxhpoError(
                 f"`stratify` got {describe(stratify)}: write one label for each of {num_examples} examples."
             )
-        missing = [i for i, label in enumerate(labels.tolist()) if label is None or label != label]
+        missing = [i for i, label in enumerate(labels.tolist()) if _is_missing(label)]
         if missing:
             raise JaxhpoError(
                 f"`stratify` has no label (None or NaN) for {len(missing)} examples, the first at {missing[0]}, which "
@@ -60,6 +60,13 @@ def folds(num_examples: int, k: int = 5, *, seed: int = 0, stratify: Any = None)
     fold = np.empty(num_examples, int)
     fold[order] = np.arange(num_examples) % k
     return np.eye(k)[:, fold]
+
+
+def _is_missing(label) -> bool:
+    try:
+        return label is None or bool(label != label)  # NaN, NaT
+    except TypeError:  # pandas.NA
+        return True
 
 
 def check_losses(values: Any, weights: Any) -> jax.Array:

@@ -283,5 +283,8 @@ def pruned(posterior: Posterior, fraction: float) -> PyTree:
     flat, unravel = ravel_pytree(posterior.mean)
     ratio = jnp.log(jnp.abs(flat)) - ravel_pytree(posterior.log_scale)[0]  # orders as the density does
     rank = jnp.argsort(jnp.argsort(ratio, stable=True))  # not the first so many of an order: `fraction` may be traced
-    count = jnp.floor((fraction + jnp.finfo(jnp.result_type(fraction, float)).eps) * flat.size)
+    if isinstance(fraction, Tracer):
+        count = jnp.floor(fraction * (1 + jnp.finfo(jnp.result_type(fraction, float)).eps) * flat.size)
+    else:
+        count = int(fraction * flat.size + 1e-9)
     return unravel(jnp.where(rank < count, 0, flat))

@@ -7,9 +7,12 @@ from typing import NamedTuple
 import jax
 import jax.flatten_util
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer as _Tracer
 
 import jaxhpo as _jaxhpo
 from jaxhpo._core.errors import JaxhpoError
+from jaxhpo._core.tree import upcast as _upcast
 from jaxhpo._core.validate import check_count as _check_count
 
 
@@ -215,6 +218,9 @@ def logistic_regression(
 ) -> Logits:
     r"""Logistic regression, or of more classes softmax regression, at its optimum and differentiable.
 
+    Of more classes the weights are constant under a shift of all intercepts, whose sum :math:`\frac12 (\sum_k b_k)^2`
+    keeps at zero: put that term into the `prior` of `criteria.laplace_evidence`, or its matrix is singular.
+
     It minimises :math:`\sum_i m_i \ell_i + \tfrac12 \sum_{jk} \lambda_j w_{jk}^2` with the losses of `Logits` and a
     free intercept, by Newton's method with halved steps, from zero.
 
@@ -234,7 +240,7 @@ def logistic_regression(
       The classifier.
 
     Raises:
-      JaxhpoError: shapes that do not fit.
+      JaxhpoError: shapes that do not fit, labels that are no classes, or a penalty that is not above 0.
 
     Example:
       >>> x, labels = jnp.array([[-1.0], [0.5], [1.0], [3.0]]), jnp.array([0, 1, 0, 1])
@@ -245,7 +251,12 @@ def logistic_regression(
       >>> print(f"{value:.3f} {slope:.3f}")
       0.722 0.222
     """
-    x, labels, penalties = jnp.asarray(x), jnp.asarray(labels), jnp.asarray(penalties)
+    _check_count("num_classes", num_classes, 2)
+    _check_count("num_steps", num_steps)
+    _check_labels(labels, num_classes)
+    if not isinstance(penalties, _Tracer) and not np.all(np.asarray(penalties) > 0):
+        raise JaxhpoError("`penalties` has entries that are not above 0, so that there may be no optimum: write 1e-6.")
+    x, labels, penalties = _upcast(jnp.true_divide(x, 1)), jnp.asarray(labels), jnp.asarray(penalties)
     n, p = x.shape if x.ndim == 2 else (-1, -1)
     weights = jnp.ones(n if n > 0 else 0, x.dtype) if weights is None else jnp.asarray(weights)
     if n < 0 or labels.shape != (n,) or weights.shape != (n,) or penalties.shape not in ((), (p,)):
@@ -253,8 +264,6 @@ def logistic_regression(
             f"shapes {x.shape} of x, {labels.shape} of labels, {penalties.shape} of penalties and {weights.shape} of "
             "weights do not fit: write (n, p), (n,), () or (p,), and (n,)."
         )
-    _check_count("num_classes", num_classes, 2)
-    _check_count("num_steps", num_steps)
     shape = () if num_classes == 2 else (num_classes,)
     start = Logits(jnp.zeros((p, *shape), x.dtype), jnp.zeros(shape, x.dtype))
 
@@ -275,6 +284,20 @@ def logistic_regression(
     return Logits(*_jaxhpo.implicit(condition, tuple(found), args, _jaxhpo.Direct()))
 
 
+def _check_labels(labels, num_classes) -> None:
+    kind = jnp.result_type(labels)
+    if not (jnp.issubdtype(kind, jnp.integer) or kind == jnp.bool_):
+        raise JaxhpoError(f"`labels` has the type {kind}: write integers from 0 to {num_classes - 1}.")
+    if isinstance(labels, _Tracer) or not np.size(labels):
+        return
+    low, high = np.min(labels), np.max(labels)
+    if low < 0 or high >= num_classes:
+        raise JaxhpoError(
+            f"`labels` has integers from {low} to {high}: write them from 0 to {num_classes - 1}, or "
+            f"`num_classes={high + 1}`."
+        )
+
+
 def _newton(loss: Callable, start: Logits, args: tuple, num_steps: int) -> Logits:
     """The minimum of a convex loss. A step is halved until the loss does not rise."""
     flat, unravel = jax.flatten_util.ravel_pytree(start)
@@ -288,6 +311,7 @@ def _newton(loss: Callable, start: Logits, args: tuple, num_steps: int) -> Logit
         losses = jax.vmap(value)(points)
         now = value(flat)
         falls = losses <= now + rounding * jnp.abs(now)  # at the end the gradient still falls where the loss cannot
-        return jnp.where(falls.any(), points[jnp.argmax(falls)], flat)
+        stays = jnp.where(jnp.isfinite(now), flat, jnp.nan)  # a loss of NaN never falls
+        return jnp.where(falls.any(), points[jnp.argmax(falls)], stays)
 
     return unravel(jax.lax.fori_loop(0, num_steps, step, flat))

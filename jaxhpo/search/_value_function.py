@@ -26,9 +26,9 @@ from jax.flatten_util import ravel_pytree
 
 import jaxhpo
 from jaxhpo._core.errors import JaxhpoError
-from jaxhpo._core.tree import where
+from jaxhpo._core.tree import upcast, where
 from jaxhpo._core.types import PyTree
-from jaxhpo._core.validate import check_callable, check_count, check_params, check_positive
+from jaxhpo._core.validate import check_callable, check_count, check_params, check_positive, check_scalar
 
 MOST_MOVES = 16  # trainings beyond the design that the state has room for
 SETTLED = 3  # moves that change little, after which the search ends
@@ -122,7 +122,7 @@ def value_function(
       tol: a step is feasible, and may be the best, where g is at most this part of φ (or of one, if that is more); the
         search ends where three in a row are, with outer losses that differ by less.
       callbacks: as for `tune`.
-      **run: other arguments of `tune`: `run_dir`, `key`, `progress`, `max_seconds`, ...
+      **run: other arguments of `tune`: `run_dir`, `save_every`, `progress`, `max_seconds`, ...
 
     Returns:
       The result of `tune`: `best_hparams`; `history["value"]`, the outer loss of θ; `history["info"]` with the
@@ -158,6 +158,9 @@ def value_function(
     check_count("inner_steps", inner_steps)
     for name, number in (("multiplier", multiplier), ("penalty", penalty), ("growth", growth), ("tol", tol)):
         check_positive(name, number)
+    taken = {"carry", "gradient", "monitor", "population", "projections", "score_window", "transforms"} & run.keys()
+    if taken:
+        raise JaxhpoError(f"`value_function` got {sorted(taken)}, which it sets itself or cannot use: omit them.")
     method = _Method(train_loss, val_loss, fit, design, optimizer, inner_steps, kernel, growth, tol)
     most = method.number + MOST_MOVES
     check_count("num_steps", num_steps)
@@ -184,7 +187,11 @@ def value_function(
     settled = result.history["info"]["settled"]
     if result.status == "callback" and settled[-1] >= SETTLED:
         message = f"after {len(settled)} trainings: {SETTLED} moves changed the outer loss by less than {tol:g}"
-        return result._replace(status="converged", message=message)
+        result = result._replace(status="converged", message=message)
+    best = ravel_pytree(result.best_hparams)[0]
+    if ((best == method.low) | (best == method.high)).any():
+        edge = "the best hyperparameters lie at the edge of the design: one that reaches further may hold better ones"
+        result = result._replace(message=f"{result.message}; {edge}")
     return result
 
 
@@ -192,10 +199,10 @@ class _Method:
     """The steps of the method, as a `gradient` of `tune`: h minus the next h."""
 
     def __init__(self, train_loss, val_loss, fit, design, optimizer, inner_steps, kernel, growth, tol):
-        self.train_loss, self.val_loss, self.fit = train_loss, val_loss, fit
+        self.fit = fit
         self.optimizer, self.inner_steps, self.kernel = optimizer, inner_steps, kernel
         self.growth, self.tol = growth, tol
-        design = check_params(design, "design")
+        design = upcast(check_params(design, "design"))  # there is no Cholesky factorisation in bfloat16
         shapes = [x.shape for x in jax.tree.leaves(design)]
         sizes = {shape[0] if shape else 0 for shape in shapes}
         if len(sizes) != 1 or min(sizes) < 2:
@@ -208,6 +215,11 @@ class _Method:
         _, self.unravel = ravel_pytree(first)
         self.design = jax.vmap(lambda row: ravel_pytree(row)[0])(design)
         self.low, self.high = self.design.min(0), self.design.max(0)
+
+        def scalar(loss, name):  # of the model's type, whatever that of the parameters is
+            return lambda *args: check_scalar(loss(*args), name).astype(self.design.dtype)
+
+        self.train_loss, self.val_loss = scalar(train_loss, "train_loss"), scalar(val_loss, "val_loss")
         flat = self.low == self.high
         if flat.any():
             raise JaxhpoError(
@@ -223,7 +235,10 @@ class _Method:
 
     def init(self, multiplier: float, penalty: float) -> ValueFunctionState:
         """The state before the first training."""
-        shapes, dtype = jax.eval_shape(self.fit, self.at(0)), self.design.dtype
+        shapes, dtype = (
+            jax.eval_shape(lambda h: check_params(self.fit(h), "fit(hparams)"), self.at(0)),
+            self.design.dtype,
+        )
         params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         places, zero = self.number + MOST_MOVES, jnp.zeros((), dtype)
         most = jnp.asarray(jnp.finfo(dtype).max, dtype)
@@ -333,6 +348,8 @@ def gaussian_process(points: jax.Array, values: jax.Array, count: jax.Array, ker
         from tinygp.kernels.distance import L2Distance
     except ImportError as error:
         raise JaxhpoError("`value_function` needs tinygp: `pip install 'jaxhpo[search]'`.") from error
+    given, dtype = values.dtype, jnp.result_type(float)  # optax's line search takes no float32 where x64 is enabled
+    points, values = points.astype(dtype), values.astype(dtype)
     there = jnp.arange(len(values)) < count
     centre = jnp.sum(jnp.where(there, values, 0.0)) / count
     spread = jnp.sqrt(jnp.sum(jnp.where(there, values - centre, 0.0) ** 2) / count)
@@ -340,7 +357,7 @@ def gaussian_process(points: jax.Array, values: jax.Array, count: jax.Array, ker
     targets = jnp.where(there, (values - centre) / spread, 0.0)
     # tinygp's default distance is |x|₁, with which Matérn's function is not positive definite in two dimensions.
     form = {"matern52": tinygp.kernels.Matern52, "rbf": tinygp.kernels.ExpSquared}[kernel](distance=L2Distance())
-    least = LEAST_NOISE[str(values.dtype)]
+    least = LEAST_NOISE[str(dtype)]
 
     def process(setting):
         noise = jnp.where(there, least + jnp.exp(setting["log_noise"]), EMPTY)
@@ -381,9 +398,11 @@ def gaussian_process(points: jax.Array, values: jax.Array, count: jax.Array, ker
     weights = gp.solver.solve_triangular(gp.solver.solve_triangular(targets), transpose=True)
 
     def predict(x):
+        x = x.astype(dtype)
         covariances = gp.kernel(points, x[None])[:, 0]
         explained = jnp.sum(gp.solver.solve_triangular(covariances) ** 2)
         variance = gp.kernel(x[None], x[None])[0, 0] - explained
-        return centre + spread * covariances @ weights, spread * jnp.sqrt(jnp.maximum(variance, 0.0) + least)
+        mean, deviation = centre + spread * covariances @ weights, spread * jnp.sqrt(jnp.maximum(variance, 0.0) + least)
+        return mean.astype(given), deviation.astype(given)
 
     return predict

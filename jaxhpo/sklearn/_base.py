@@ -1,5 +1,6 @@
 """The estimators' common part: data, penalties and their groups, the choice among shrinkages, the picture."""
 
+import numbers
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +15,8 @@ from jaxhpo.sklearn._outer import SHRINKAGES, Criterion, Level, Region, by_group
 
 REACH = 12.0  # log penalties stay within that of the log of what they are to be compared with
 NOISE = 1e-12  # of the variance of y: the least variance of the noise, so that its logarithm is finite
+LEAST = 1e-100  # the same where y is constant; its square is finite, too
+LARGE = 1e100  # the largest entry
 LARGEST = 5000  # columns, after `rotated`: matrices of that many rows and columns are inverted
 
 
@@ -94,19 +97,29 @@ class Bilevel(BaseEstimator):
         weights = _checked_weights(sample_weight, len(X))
         given: Any = 5 if self.cv is None else self.cv
         folds: Any = check_cv(given, y, classifier=is_classifier(self))
-        splits = list(folds.split(X, y)) if name == "folds" else []
+        rows = np.arange(len(X))  # so that pairs of lists, or of masks, are indices
+        splits = [(rows[train], rows[test]) for train, test in folds.split(X, y)] if name == "folds" else []
         kept = weights > 0
         if not kept.all():  # a row that counts zero times is not there
             place = np.cumsum(kept) - 1
             splits = [tuple(place[part[kept[part]]] for part in split) for split in splits]
             X, y, weights = X[kept], y[kept], weights[kept]
+        if any(len(train) < 2 or len(test) < 1 for train, test in splits):
+            raise JaxhpoError(
+                "`cv` has a fold in which fewer than two rows to train on count, or none to test on: write other folds."
+            )
         y = self._encode(y)
+        largest = max(np.abs(X).max(initial=0.0), np.abs(y).max(initial=0.0))
+        if largest > LARGE:
+            raise JaxhpoError(f"X or y has entries of {largest:.0e}, whose squares are infinite: divide by a constant.")
         mass = weights / weights.sum()
         self._mean, self._scale = mass @ X, np.ones(X.shape[1])
         X = X - self._mean
         if self.standardize:
-            spread = np.sqrt(mass @ X**2)
-            self._scale = np.where(spread > 1e-12 * (np.abs(self._mean) + spread.max()), spread, 1.0)
+            size = np.abs(X).max(0)
+            size = np.where(size > 0, size, 1.0)  # squares of small entries are zero
+            spread = size * np.sqrt(mass @ (X / size) ** 2)
+            self._scale = np.where(spread > 1e-12 * np.abs(self._mean), spread, 1.0)  # of constants rounding is left
             X = X / self._scale
         self._labels, plan = self._plan(X.shape[1])
         data = Data(X, y, weights, np.bincount(self._index), splits)
@@ -148,30 +161,45 @@ class Bilevel(BaseEstimator):
                 "or `cv=5` for folds."
             )
         name = self.criterion if self.cv is None else "folds"
+        if not isinstance(self.min_gain, numbers.Real) or np.isnan(self.min_gain):
+            raise JaxhpoError(f"`min_gain` got {self.min_gain!r}: write a number of nats, as 2.0.")
         if isinstance(self.shrinkage, str) and self.shrinkage == "score":
             return name, SHRINKAGES
-        if isinstance(self.shrinkage, str) or not self.shrinkage >= 0:
+        tau: Any = self.shrinkage
+        if not isinstance(tau, numbers.Real) or not float(tau) >= 0:
             raise JaxhpoError(
                 f"`shrinkage` got {self.shrinkage!r}: write 'score', or the standard deviation of log penalties around "
                 "the common one; 0 keeps one penalty, np.inf shrinks nothing."
             )
-        return name, (0.0, float(self.shrinkage))[: 1 + (self.shrinkage > 0)]
+        return name, (0.0, float(tau))[: 1 + (float(tau) > 0)]
 
     def _plan(self, features: int) -> tuple[list, np.ndarray]:
         """The labels of the penalties, and an orthonormal basis of what is free: the constant and the covariates."""
         names = getattr(self, "feature_names_in_", range(features))
         each = self.groups is None and (self._each or self.covariates is not None)
         none = np.arange(features) if each else np.full(features, "all features")
-        groups = none if self.groups is None else np.asarray(self.groups)
-        if groups.shape != (features,):
+        given = none if self.groups is None else list(self.groups)
+        if len(given) != features:
             raise JaxhpoError(
-                f"`groups` has the shape {groups.shape}, and X has {features} features: write a label for each feature."
+                f"`groups` has {len(given)} entries, and X has {features} features: write a label for each feature."
             )
-        labels, self._index = np.unique(groups, return_inverse=True)
+        try:
+            labels, index = np.unique(np.asarray(given), return_inverse=True)
+        except (TypeError, ValueError):
+            labels, index = np.empty(0), np.empty(0, int)
+        if index.shape != (features,):
+            raise JaxhpoError(
+                "`groups` has labels that cannot be sorted: of several types, missing, or lists. Write a string, or a "
+                "number, for each feature."
+            )
+        self._index = index
         labels = list(names) if each else labels.tolist()
         if self.covariates is None:
             return labels, np.full((len(labels), 1), len(labels) ** -0.5)
-        covariates = np.asarray(self.covariates, np.float64)
+        try:
+            covariates = np.asarray(self.covariates, np.float64)
+        except (TypeError, ValueError):
+            raise JaxhpoError("`covariates` holds what is no number: write numbers, a row for each penalty.") from None
         covariates = covariates[:, None] if covariates.ndim == 1 else covariates
         if covariates.ndim != 2 or len(covariates) != len(labels) or not np.isfinite(covariates).all():
             raise JaxhpoError(

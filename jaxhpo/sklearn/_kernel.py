@@ -5,7 +5,7 @@ from scipy.spatial.distance import cdist
 from sklearn.base import RegressorMixin
 
 from jaxhpo._core.errors import JaxhpoError
-from jaxhpo.sklearn._base import LARGEST, NOISE, Bilevel, Data
+from jaxhpo.sklearn._base import LARGEST, LEAST, NOISE, Bilevel, Data
 from jaxhpo.sklearn._outer import Criterion, Region, by_group, inverse, search
 
 STEP = 1e-3  # of differences of a gradient
@@ -122,7 +122,7 @@ def evidence(data: Data) -> Criterion:
     """
     mass, root = data.weights / data.weights.sum(), np.sqrt(data.weights)
     y, count = root * (data.y - mass @ data.y), data.weights.sum() - 1
-    floor = NOISE * (y @ y) + np.finfo(float).tiny
+    floor = NOISE * (y @ y) + LEAST
 
     def value_and_grad(u):
         lam, x = np.exp(u[0]), data.x * np.exp(-data.expand(u[1:]) / 2)

@@ -1,5 +1,6 @@
 """Lasso and elastic net with a penalty per feature or group, by the errors of folds."""
 
+import numbers
 import warnings
 from typing import Any
 
@@ -104,7 +105,7 @@ class BilevelElasticNet(RegressorMixin, Linear):
         return self._rows(X) @ self.coef_ + self.intercept_
 
     def _ratio(self) -> float:
-        if not 0 < self.l1_ratio <= 1:
+        if not isinstance(self.l1_ratio, numbers.Real) or not 0 < self.l1_ratio <= 1:
             raise JaxhpoError(f"`l1_ratio` got {self.l1_ratio!r}: write a number above 0, and 1 at most, the lasso's.")
         return self.l1_ratio
 

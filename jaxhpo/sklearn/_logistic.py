@@ -123,7 +123,7 @@ class BilevelLogisticRegression(ClassifierMixin, Linear):
         check_classification_targets(y)
         self.classes_, index = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2:
-            raise JaxhpoError(f"`y` has 1 class, {self.classes_[0]!r}, and two are needed to tell apart.")
+            raise JaxhpoError(f"`y` has 1 class, {self.classes_[0]}, and two are needed to tell apart.")
         return np.eye(len(self.classes_))[index]
 
     def _make_criterion(self, data, name):
@@ -405,8 +405,11 @@ def _blocks(length, size):
 
 
 def held_out(data: Data) -> Criterion:
-    """The log loss of the rows that folds hold out, each by the mode of the others; Hessian of Gauss and Newton."""
-    u = contrasts(data.y.shape[1])
+    """The log loss of the rows that folds hold out, each by the mode of the others; Hessian of Gauss and Newton.
+
+    In nats of all rows, as the evidence is: a row that is held out in several splits counts once in all.
+    """
+    u, share = contrasts(data.y.shape[1]), data.weights.sum() / sum(data.weights[test].sum() for _, test in data.splits)
     parts = [(_warm(train := data.take(rows)), train, data.take(test)) for rows, test in data.splits]
 
     def folds(h):
@@ -423,13 +426,13 @@ def held_out(data: Data) -> Criterion:
         value, grad = 0.0, np.zeros_like(h)
         for loss, slopes, _, _, d in folds(h):
             value, grad = value + loss, grad + np.tensordot(slopes, d, 2)
-        return value, grad
+        return share * value, share * grad
 
     def hessian(h):
         found = np.zeros((len(h), len(h)))
         for _, _, p, weights, d in folds(h):
             found += np.tensordot(d, (weights[:, None, None] * _second(p, u)) @ d, ((0, 1), (0, 1)))
-        return found
+        return share * found
 
     return Criterion(value_and_grad, hessian)
 

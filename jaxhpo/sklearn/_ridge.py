@@ -3,7 +3,7 @@
 import numpy as np
 from sklearn.base import RegressorMixin
 
-from jaxhpo.sklearn._base import NOISE, Data, Linear
+from jaxhpo.sklearn._base import LEAST, NOISE, Data, Linear
 from jaxhpo.sklearn._outer import Criterion, by_group, inverse
 
 
@@ -128,7 +128,7 @@ def evidence(data: Data) -> Criterion:
     x, y = centred(data)
     gram = x.T @ x if x.shape[1] <= x.shape[0] else None
     count = data.weights.sum() - 1
-    floor = NOISE * (y @ y) + np.finfo(float).tiny
+    floor = NOISE * (y @ y) + LEAST
 
     def parts(h):
         h = data.expand(h)
@@ -159,7 +159,7 @@ def squared(data: Data, errors) -> Criterion:
       data: what is fitted.
       errors: of h, to errors e, shape (m,), scaled by √weight, and their derivatives E, shape (m, penalties).
     """
-    count, floor = data.weights.sum(), NOISE * (data.weights @ data.y**2) + np.finfo(float).tiny
+    count, floor = data.weights.sum(), NOISE * (data.weights @ data.y**2) + LEAST
 
     def value_and_grad(h):
         e, slopes = errors(h)

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 import scipy.stats
+from helpers import enable_x64
 
 import jaxhpo
 from jaxhpo import JaxhpoError, criteria
@@ -518,3 +519,18 @@ def test_pruning_is_jitted_and_mapped_over_fractions():
 def test_labels_may_be_of_several_types():
     masks = criteria.folds(6, 3, stratify=np.array(["a", 1] * 3, object))
     assert (masks[:, ::2].sum(1) == 1).all()
+
+
+def test_labels_of_pandas_that_are_missing_are_refused():
+    pandas = pytest.importorskip("pandas")
+    with pytest.raises(JaxhpoError, match="no label .None or NaN. for 1 examples, the first at 1"):
+        criteria.folds(4, 2, stratify=pandas.Series(["a", pandas.NA, "b", "a"], dtype="string"))
+
+
+@pytest.mark.slow
+def test_pruning_counts_of_many_weights():
+    """No weight of nine million for a fraction of zero, where float32's rounding is one."""
+    with enable_x64(False):
+        q = criteria.Posterior(jnp.ones(9_000_000), jnp.zeros(9_000_000))
+        assert int((criteria.pruned(q, 0.0) == 0).sum()) == 0
+        assert int((jax.jit(criteria.pruned)(q, 0.0) == 0).sum()) == 0

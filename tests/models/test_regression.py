@@ -93,6 +93,34 @@ def test_logistic_regression_in_criteria():
     np.testing.assert_allclose(folds.by_fold(H), one, rtol=1e-9)
 
 
+def test_logistic_regression_of_other_types_and_of_nan():
+    labels = np.digitize(Y, [0.0])
+    ours = regression.logistic_regression(np.round(9 * X).astype(np.int32), labels, 1.0).weights
+    np.testing.assert_allclose(ours, regression.logistic_regression(np.round(9 * X), labels, 1.0).weights)
+    half = regression.logistic_regression(jnp.asarray(X, jnp.bfloat16), labels, 1.0).weights
+    np.testing.assert_allclose(half, regression.logistic_regression(X, labels, 1.0).weights, atol=0.05)  # 8 bits of X
+    unknown = jax.jit(lambda x: regression.logistic_regression(x, labels, 1.0).weights)(jnp.where(X > 1, jnp.nan, X))
+    assert np.isnan(unknown).all()
+
+
+def test_evidence_of_softmax_regression():
+    """The term that holds the intercepts' sum belongs into the prior."""
+    labels, h = np.digitize(Y, [-1.0, 1.0]), jnp.zeros(4)
+
+    def prior(fitted, h):
+        return (
+            0.5 * jnp.sum(jnp.exp(h)[:, None] * fitted.weights**2) - 1.5 * h.sum() + 0.5 * fitted.intercept.sum() ** 2
+        )
+
+    evidence = jaxhpo.criteria.laplace_evidence(
+        lambda h, weights: regression.logistic_regression(X, labels, jnp.exp(h), weights, num_classes=3),
+        lambda fitted, h: fitted.losses(X, labels),
+        prior,
+        weights=jnp.ones(15),
+    )
+    jax.test_util.check_grads(evidence, (h,), order=1, modes=["rev"], atol=1e-4, rtol=1e-4, eps=1e-4)
+
+
 def test_features():
     x = np.linspace(-1, 1, 7)
     np.testing.assert_allclose(regression.polynomial(x, 3), np.vander(x, 4, increasing=True))
@@ -103,8 +131,12 @@ def test_features():
 @pytest.mark.parametrize(
     ("call", "says"),
     [
-        (lambda: regression.logistic_regression(X, Y[:3], 1.0), "do not fit"),
+        (lambda: regression.logistic_regression(X, Y[:3] > 0, 1.0), "do not fit"),
         (lambda: regression.logistic_regression(X, Y > 0, 1.0, num_classes=1), "num_classes"),
+        (lambda: regression.logistic_regression(X, np.arange(15) % 3, 1.0), "integers from 0 to 2: .*`num_classes=3`"),
+        (lambda: regression.logistic_regression(X, 1 + np.arange(15) % 2, 1.0), "integers from 1 to 2"),
+        (lambda: regression.logistic_regression(X, Y, 1.0), "has the type float64"),
+        (lambda: regression.logistic_regression(X, Y > 0, -1.0), "not above 0"),
         (lambda: regression.bayesian_linear(X, Y[:3], H), "do not fit"),
         (lambda: regression.bayesian_linear(X, Y, H[:2]), "do not fit"),
         (lambda: regression.polynomial(X[:, 0], -1), "degree"),

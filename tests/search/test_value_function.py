@@ -122,6 +122,35 @@ def test_float32_and_the_bounds_of_the_design():
         assert result.hparams.dtype == jnp.float32 and result.carry.values.dtype == jnp.float32
         assert (result.history["hparams"] <= 1.0).all()
         np.testing.assert_allclose(result.best_hparams, 1.0, atol=1e-2)
+        assert "edge of the design" in result.message
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("params", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("hparams", ["float32", "float64", "bfloat16"])
+def test_types_of_parameters_and_of_the_design(params, hparams):
+    result = jaxhpo.search.value_function(
+        lambda w, h: jnp.sum((w - h.astype(w.dtype)) ** 2),
+        lambda w: jnp.sum((w - 1) ** 2),
+        lambda h: h.astype(params),
+        jnp.linspace(-2, 2, 5)[:, None].astype(hparams),
+        optax.adam(0.05),
+        num_steps=8,
+        inner_steps=100,
+        progress=False,
+    )
+    assert result.carry.best_params.dtype == params
+    np.testing.assert_allclose(result.best_hparams, 1.0, atol=0.05 if "bfloat16" in (params, hparams) else 0.01)
+
+
+def test_what_cannot_be_used_is_said():
+    def run(val_loss=val_loss, fit=fit):
+        return jaxhpo.search.value_function(train_loss, val_loss, fit, DESIGN, optax.adam(0.05), **QUICK)
+
+    with pytest.raises(jaxhpo.JaxhpoError, match="val_loss"):
+        run(val_loss=lambda w: (w - TARGET) ** 2)
+    with pytest.raises(jaxhpo.JaxhpoError, match="fit"):
+        run(fit=lambda h: jnp.zeros(1, int))
 
 
 @pytest.mark.parametrize(
@@ -135,6 +164,7 @@ def test_float32_and_the_bounds_of_the_design():
         ({"kernel": "linear"}, "write 'matern52' or 'rbf'"),
         ({"growth": 0}, "`growth` got 0"),
         ({"inner_steps": 1.5}, "`inner_steps`"),
+        ({"carry": 1.0, "monitor": len}, r"got \['carry', 'monitor'\], which it sets itself"),
     ],
     ids=lambda x: None if isinstance(x, dict) else "",
 )

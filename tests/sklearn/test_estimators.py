@@ -450,3 +450,60 @@ def test_ten_thousand_rows_of_a_thousand_features():
     model = BilevelRidge().fit(x, y)
     one = BilevelRidge(shrinkage=0.0).fit(x, y)
     assert not model.one_penalty_ and np.linalg.norm(model.coef_ - w) < np.linalg.norm(one.coef_ - w)
+
+
+# --- what was once wrong ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("estimator", [BilevelRidge, BilevelLogisticRegression, BilevelKernelRidge, BilevelLasso])
+def test_units_do_not_matter(estimator):
+    x, y, signal = problem(n=40, p=4)
+    y = (signal > 0).astype(int) if estimator is BilevelLogisticRegression else y
+    units = np.array([1e9, 1e-12, 1.0, 1e-90])
+    plain, scaled = estimator().fit(x, y), estimator().fit(x * units, y)
+    np.testing.assert_allclose(scaled.predict(x * units), plain.predict(x), rtol=1e-6)
+    assert scaled.reason_ == plain.reason_
+
+
+def test_repeated_folds_are_no_more_rows():
+    x, _, signal = problem(n=48, p=5)
+    labels = (signal + np.random.default_rng(1).logistic(size=48) > 0).astype(int)
+    splits = list(KFold(4, shuffle=True, random_state=0).split(x))
+    once, thrice = (BilevelLogisticRegression(cv=splits * k).fit(x, labels) for k in (1, 3))
+    np.testing.assert_allclose(thrice.penalties_, once.penalties_, rtol=1e-3)  # where the search ends
+    np.testing.assert_allclose(thrice.path_[0].criterion, once.path_[0].criterion, rtol=1e-6)
+
+
+@pytest.mark.parametrize("estimator", [BilevelRidge, BilevelKernelRidge, BilevelLasso])
+def test_a_constant_target_is_predicted(estimator):
+    x, _, _ = problem(n=20, p=3)
+    np.testing.assert_allclose(estimator().fit(x, np.full(20, 7.0)).predict(x), 7.0, rtol=1e-9)
+
+
+def test_splits_may_be_lists_or_masks():
+    x, y, _ = problem(n=24, p=3)
+    masks = [(np.arange(24) % 3 != k, np.arange(24) % 3 == k) for k in range(3)]
+    weights = np.arange(24) % 4
+    forms = (FOLDS, masks, [(list(train), list(test)) for train, test in FOLDS])
+    found = [BilevelRidge(cv=form).fit(x, y, weights).coef_ for form in forms]
+    np.testing.assert_array_equal(found[0], found[1])
+    np.testing.assert_array_equal(found[0], found[2])
+
+
+@pytest.mark.parametrize(
+    ("settings", "given", "said"),
+    [
+        ({"groups": ["a", None, "b"]}, {}, "`groups` has labels that cannot be sorted"),
+        ({"groups": [[0, 1], [2], [3]]}, {}, "`groups` has labels that cannot be sorted"),
+        ({"groups": ["a", "b"]}, {}, "`groups` has 2 entries"),
+        ({"covariates": ["a", "b", "c"]}, {}, "`covariates` holds what is no number"),
+        ({"shrinkage": None}, {}, "`shrinkage` got None"),
+        ({"min_gain": float("nan")}, {}, "`min_gain` got nan"),
+        ({"cv": FOLDS}, {"sample_weight": np.arange(24) % 3 == 0}, "`cv` has a fold in which"),
+        ({}, {"y": np.full(24, 1e200)}, "entries of 1e.200"),
+    ],
+)
+def test_settings_that_cannot_be_used(settings, given, said):
+    x, y, _ = problem(n=24, p=3)
+    with pytest.raises(JaxhpoError, match=said):
+        BilevelRidge(**settings).fit(x, **{"y": y} | given)
