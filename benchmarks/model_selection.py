@@ -171,6 +171,7 @@ PROBLEMS = {
             num_steps=200,
             outer=3,
             rate=(0.1, 0.3),
+            stretch=2.5,
             criteria=CRITERIA[:2],
             algorithms=CHEAP,
         ),
