@@ -290,7 +290,8 @@ def _check_labels(labels, num_classes) -> None:
         raise JaxhpoError(f"`labels` has the type {kind}: write integers from 0 to {num_classes - 1}.")
     if isinstance(labels, _Tracer) or not np.size(labels):
         return
-    low, high = np.min(labels), np.max(labels)
+    held = np.asarray(labels)  # of an array of JAX NumPy's functions would be traced
+    low, high = held.min(), held.max()
     if low < 0 or high >= num_classes:
         raise JaxhpoError(
             f"`labels` has integers from {low} to {high}: write them from 0 to {num_classes - 1}, or "

@@ -81,7 +81,7 @@ def test_logistic_regression_is_differentiable(classes):
 
 def test_logistic_regression_in_criteria():
     """Folds in one program, against one fold after the other."""
-    labels = np.digitize(Y, [0.0])
+    labels = jnp.asarray(np.digitize(Y, [0.0]))  # an array of JAX, under `jit` and `vmap`
 
     def fit(h, weights):
         return regression.logistic_regression(X, labels, jnp.exp(h), weights)
@@ -90,7 +90,7 @@ def test_logistic_regression_in_criteria():
         fit, lambda fitted, h: fitted.losses(X, labels), jaxhpo.criteria.folds(15, 3)
     )
     one = [float(np.mean(fit(H, 1 - mask).losses(X, labels)[mask == 1])) for mask in jaxhpo.criteria.folds(15, 3)]
-    np.testing.assert_allclose(folds.by_fold(H), one, rtol=1e-9)
+    np.testing.assert_allclose(jax.jit(folds.by_fold)(H), one, rtol=1e-9)
 
 
 def test_logistic_regression_of_other_types_and_of_nan():
