@@ -360,6 +360,7 @@ def model_selection(monkeypatch):
         yield importlib.import_module("model_selection")
 
 
+@pytest.mark.slow
 def test_model_selection_is_quick(model_selection, tmp_path, capsys):
     model_selection.main(["--quick", "--seeds", "2", "--out", str(tmp_path)])
     assert "| polynomial | ELBO | greedy |" in capsys.readouterr().out

@@ -103,6 +103,7 @@ def test_logistic_regression_of_other_types_and_of_nan():
     assert np.isnan(unknown).all()
 
 
+@pytest.mark.slow
 def test_evidence_of_softmax_regression():
     """The term that holds the intercepts' sum belongs into the prior."""
     labels, h = np.digitize(Y, [-1.0, 1.0]), jnp.zeros(4)
