@@ -100,7 +100,8 @@ def test_a_run_goes_on(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, resumed.carry, whole.carry)
 
 
-@pytest.mark.parametrize("kernel", [pytest.param("rbf", marks=pytest.mark.slow), "matern52"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", ["rbf", "matern52"])
 def test_the_model_in_two_dimensions(kernel):
     """Of a function on a 5 × 5 grid, flat in the second coordinate: within 2 % between the points, in float32."""
     with enable_x64(False):

@@ -304,6 +304,7 @@ def test_one_penalty_is_kept_where_features_are_alike():
     assert other.one_penalty_ and not BilevelRidge().fit(*problem()[:2]).one_penalty_
 
 
+@pytest.mark.slow
 def test_groups_and_covariates():
     rng = np.random.default_rng(2)
     x = rng.normal(size=(60, 150))
