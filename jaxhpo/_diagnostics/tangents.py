@@ -34,7 +34,7 @@ def orthogonal(key: jax.Array, number: int, size: int) -> jax.Array:
 
 
 def length_factor(number: float, size: int) -> float:
-    r"""What the root mean square of ⟨e, u⟩ over k directions of `orthogonal` is multiplied by to estimate ‖e‖.
+    r"""The factor from the root mean square of ⟨e, u⟩ over k directions of `orthogonal` to an estimate of ‖e‖.
 
     The sum of ⟨e, u⟩² is m ‖e‖² times a variable with the distribution Beta(k/2, (m − k)/2), whose logarithm has the
     mean ψ(k/2) − ψ(m/2). The factor makes the estimate's logarithm unbiased, as error bars are read on a scale of

@@ -103,7 +103,7 @@ def value_function(
     parts with `best_hparams`, and on data that neither has seen.
 
     **Cost and bias**: one training a step, and `inner_steps` gradients of both losses in each step after the design;
-    memory of two copies of the parameters and of the optimiser's state. No derivative of the training is taken. The
+    memory of four copies of the parameters and of the optimiser's state. No derivative of the training is taken. The
     model is exact at the trainings, up to their own distance from a minimum.
 
     Args:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.linalg
-from sklearn.base import BaseEstimator, is_classifier
+from sklearn.base import BaseEstimator, RegressorMixin, is_classifier
 from sklearn.model_selection import check_cv
 from sklearn.utils.validation import check_is_fitted, validate_data
 
@@ -21,7 +21,7 @@ LARGEST = 5000  # columns, after `rotated`: matrices of that many rows and colum
 
 
 class Data(NamedTuple):
-    """What a criterion is made of.
+    """The data of a criterion: rows, their weights, groups of columns, folds.
 
     Attributes:
       x: shape (n, p), the features of a group beside each other.
@@ -52,7 +52,7 @@ class Data(NamedTuple):
 
 
 class Bilevel(BaseEstimator):
-    """What the estimators share; see `BilevelRidge`."""
+    """The common base of the estimators; see `BilevelRidge`."""
 
     _criteria: tuple[str, ...] = ()
     _penalty = "penalty"  # what one of them is called
@@ -241,7 +241,7 @@ class Bilevel(BaseEstimator):
 
 
 class Linear(Bilevel):
-    """What is linear in the features."""
+    """The common base of what is linear in the features."""
 
     _turns = True  # whether a group's features may be rotated
     _grid = np.linspace(-5, 7, 13)  # of one log penalty, from the log of `_sizes` on
@@ -266,7 +266,7 @@ class Linear(Bilevel):
         return np.exp(h)
 
     def _sizes(self, data: Data) -> np.ndarray:
-        """What penalties are to be compared with: the mean sum of squares of a group's columns."""
+        """The mean sum of squares of a group's columns, with which penalties are to be compared."""
         columns = by_group(data.weights @ data.x**2, data.starts, 0) / np.bincount(self._index)
         return np.where(columns > 1e-12 * columns.max(), columns, columns.max() or 1.0)
 
@@ -279,6 +279,21 @@ class Linear(Bilevel):
 
     def _solve(self, data: Data, h: np.ndarray) -> tuple[np.ndarray, Any]:
         raise NotImplementedError
+
+
+class LinearRegressor(RegressorMixin, Linear):
+    """The common base of regressions that are linear in the features."""
+
+    def predict(self, X):
+        """The values at new rows.
+
+        Args:
+          X: shape (rows, n_features).
+
+        Returns:
+          Shape (rows,).
+        """
+        return self._rows(X) @ self.coef_ + self.intercept_
 
 
 def rotated(x: np.ndarray, index: np.ndarray, most: int):

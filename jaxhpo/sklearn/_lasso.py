@@ -5,17 +5,16 @@ import warnings
 from typing import Any
 
 import numpy as np
-from sklearn.base import RegressorMixin
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import lasso_path
 
 from jaxhpo._core.errors import JaxhpoError
-from jaxhpo.sklearn._base import Data, Linear
+from jaxhpo.sklearn._base import Data, LinearRegressor
 from jaxhpo.sklearn._outer import by_group
 from jaxhpo.sklearn._ridge import centred, squared
 
 
-class BilevelElasticNet(RegressorMixin, Linear):
+class BilevelElasticNet(LinearRegressor):
     r"""Elastic net with a penalty per group or covariate, chosen by the errors of folds.
 
     It minimises :math:`\frac12 |y - Xw - b|^2 + \sum_j \lambda_j (\alpha |w_j| + \frac{1-\alpha}2 w_j^2)`, α the
@@ -92,17 +91,6 @@ class BilevelElasticNet(RegressorMixin, Linear):
           The estimator.
         """
         return super().fit(X, y)
-
-    def predict(self, X):
-        """The values at new rows.
-
-        Args:
-          X: shape (rows, n_features).
-
-        Returns:
-          Shape (rows,).
-        """
-        return self._rows(X) @ self.coef_ + self.intercept_
 
     def _ratio(self) -> float:
         if not isinstance(self.l1_ratio, numbers.Real) or not 0 < self.l1_ratio <= 1:

@@ -25,7 +25,7 @@ class Criterion(NamedTuple):
 
 
 class Level(NamedTuple):
-    """What was found at one shrinkage.
+    """The solution at one shrinkage.
 
     Attributes:
       shrinkage: τ; zero is one penalty, or what the covariates alone say.
@@ -41,7 +41,7 @@ class Level(NamedTuple):
 
 
 class Region(NamedTuple):
-    """Where to look.
+    """The region of the search.
 
     Attributes:
       starts: some h on the plan; the search begins at the best of them.

@@ -1,13 +1,12 @@
 """Ridge regression with a penalty per feature or group, and its criteria in closed form."""
 
 import numpy as np
-from sklearn.base import RegressorMixin
 
-from jaxhpo.sklearn._base import LEAST, NOISE, Data, Linear
+from jaxhpo.sklearn._base import LEAST, NOISE, Data, LinearRegressor
 from jaxhpo.sklearn._outer import Criterion, by_group, inverse
 
 
-class BilevelRidge(RegressorMixin, Linear):
+class BilevelRidge(LinearRegressor):
     r"""Ridge regression with a penalty per feature, group or covariate, chosen by the evidence.
 
     It minimises :math:`\sum_i m_i (y_i - x_i w - b)^2 + \sum_j \lambda_j w_j^2`, m the sample weights. The log
@@ -63,17 +62,6 @@ class BilevelRidge(RegressorMixin, Linear):
     """
 
     _criteria = ("evidence", "leave_one_out", "gcv")
-
-    def predict(self, X):
-        """The values at new rows.
-
-        Args:
-          X: shape (rows, n_features).
-
-        Returns:
-          Shape (rows,).
-        """
-        return self._rows(X) @ self.coef_ + self.intercept_
 
     def _make_criterion(self, data, name):
         if name == "evidence":
