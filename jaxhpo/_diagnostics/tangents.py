@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.special
 from jax.extend import core as jex
 from jax.interpreters.partial_eval import dce_jaxpr
 
@@ -45,9 +46,8 @@ def length_factor(number: float, size: int) -> float:
     """
     if number >= size:
         return 1.0
-    with jax.ensure_compile_time_eval():  # SciPy's would take a tenth of a second of every import
-        digamma = float(jax.lax.digamma(number / 2) - jax.lax.digamma(size / 2))
-    return math.exp(-(math.log(size / number) + digamma) / 2)
+    off = math.log(size / number) + float(scipy.special.digamma(number / 2) - scipy.special.digamma(size / 2))
+    return math.exp(-off / 2)
 
 
 @dataclasses.dataclass(frozen=True)
