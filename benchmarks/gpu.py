@@ -14,9 +14,10 @@ Last, reversed momentum (`Reversible`, MLP 784-256-256-10, float32): how many of
 recovered, whether the hypergradient is finite (it is NaN if the reversal does not end at the start of the run), and its
 distance from that of the float run. XLA_FLAGS=--xla_gpu_deterministic_ops=true asks a GPU for sums in a fixed order.
 
-    python benchmarks/gpu.py [--size small|large] [--optimisers adam] [--steps 4 32] [--repeats 5] [--out DIR]
+    python benchmarks/gpu.py [--size small|large] [--optimisers adam] [--steps 4 32] [--schedules default]
+        [--repeats 5] [--out DIR]
 
-Writes gpu-NAME.json, with the device's name.
+Writes gpu-NAME.json, with the device's name, after each row.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import pathlib
 import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -92,8 +93,10 @@ def attempt(*args) -> dict[str, Any]:
         return {"out_of_memory": str(error).splitlines()[0]}
 
 
-def transformer(size: str, optimisers: list[str], steps: list[int], repeats: int) -> list[dict[str, Any]]:
-    model, rows = unroll.language_model(**SIZES[size], dtype=jnp.bfloat16), []
+def transformer(
+    size: str, optimisers: list[str], steps: list[int], schedules: list[str], repeats: int
+) -> Iterator[dict[str, Any]]:
+    model = unroll.language_model(**SIZES[size], dtype=jnp.bfloat16)
     number = sum(x.size for x in jax.tree.leaves(model.params))
     print(f"{number:.3g} parameters in bfloat16, {sum(x.nbytes for x in jax.tree.leaves(model.params)):.3g} bytes")
     head = f"{'by':5} {'T':>3} {'schedule':22} {'arithmetic':>10} {'time':>18} {'time / it':>9} {'compiled':>11}"
@@ -104,11 +107,11 @@ def transformer(size: str, optimisers: list[str], steps: list[int], repeats: int
         unit = {"operations": count_arithmetic(case.training, *case.args, elementwise=False), "program": program}
         timed(program, case.args)
         unit_row = {"seconds": timed(program, case.args), "teraflops": unit["operations"] / 1e12}
-        for name in PROGRAMS:
+        for name in schedules:
             row = {"optimiser": optimiser, "num_steps": num_steps, "schedule": name, "parameters": number}
-            rows.append(row | {"training": unit_row} | attempt(case, name, unit, repeats))
-            print(told(rows[-1]), flush=True)
-    return rows
+            row |= {"training": unit_row} | attempt(case, name, unit, repeats)
+            print(told(row), flush=True)
+            yield row
 
 
 def told(row: dict[str, Any]) -> str:
@@ -173,6 +176,7 @@ def main(arguments=None) -> None:
     parser.add_argument("--size", choices=list(SIZES), default="small" if DEVICE.platform == "cpu" else "large")
     parser.add_argument("--optimisers", nargs="+", choices=["sgd", "adam"], default=["adam"])
     parser.add_argument("--steps", nargs="+", type=int, help="default: 4, and 32 at the large size")
+    parser.add_argument("--schedules", nargs="+", choices=PROGRAMS, default=PROGRAMS)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results")
     parsed = parser.parse_args(arguments)
@@ -182,9 +186,11 @@ def main(arguments=None) -> None:
     report["reversible"] = reversal(REVERSED_STEPS[parsed.size])
     print("Reversible(): " + ", ".join(f"{name} {value}" for name, value in report["reversible"].items()), flush=True)
     steps = parsed.steps or STEPS[parsed.size]
-    report["rows"] = transformer(parsed.size, parsed.optimisers, steps, parsed.repeats)
+    report["rows"] = []
     name = re.sub(r"\W+", "-", DEVICE.device_kind.lower()).strip("-")
-    (parsed.out / f"gpu-{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+    for row in transformer(parsed.size, parsed.optimisers, steps, parsed.schedules, parsed.repeats):
+        report["rows"].append(row)
+        (parsed.out / f"gpu-{name}.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":
