@@ -22,10 +22,12 @@ class CG(LinearSolver):
     the inner problem further, or give a `fallback`. Where the residual is down to the rounding error of x, or the
     matrix is singular, it stops with status STALLED at the best iterate. If no `tol` was given, a residual up to
     :math:`\sqrt\epsilon` then passes for convergence, but never an answer whose error may be above 1 %, by the least
-    curvature met. `check_hypergradient` prints the status of its linear solves.
+    curvature met, and in float32 by a rough solve for the residual too. `check_hypergradient` prints the status of its
+    linear solves.
 
-    **Cost and bias**: one Hessian product (two to three gradients) per iteration; memory of five copies of the
-    parameters and one linearisation. Exact at convergence with δ = 0; error ∝ the residual otherwise.
+    **Cost and bias**: one Hessian product (two to three gradients) per iteration, and in float32, where the status is
+    read, half as many again; memory of five copies of the parameters and one linearisation. Exact at convergence with
+    δ = 0; error ∝ the residual otherwise.
 
     Args:
       maxiter: largest number of products with H.

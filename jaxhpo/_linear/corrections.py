@@ -54,7 +54,7 @@ def minimal_residual(restart, operator, r, most, threshold):
     start = (Q, H, w, jnp.asarray(0, jnp.int32), jnp.asarray(False))
     Q, H, w, j, _ = jax.lax.while_loop(unfinished, extend, cast_varying(start, varying_axes(r)))
     # By singular values, since H is singular where A is. Columns that were not reached are zero, and so is their y.
-    y, _, _, values = jnp.linalg.lstsq(H, jnp.zeros_like(w).at[0].set(beta))
+    y, _, _, values = jnp.linalg.lstsq(H, jnp.zeros_like(w).at[0].set(beta), rcond=eps)
     # ‖A Q y‖ = ‖H y‖ for all y, and ‖Q y‖ = ‖y‖: the singular values of H are between those of A.
     return product(y, Q[:-1]), j, 1, values[0], jnp.where(j > 0, 1 / values[j - 1], 0)
 

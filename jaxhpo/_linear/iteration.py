@@ -17,13 +17,14 @@ from jaxhpo._linear.report import (
     epsilon,
     first_of,
     is_accurate,
+    is_confirmed,
     relative_norm,
     report,
-    residual_of,
     still_falls,
 )
 
 RUNNING = -1  # the status inside a loop
+_ROUGH = 1e-2  # relative residual of the solve that confirms another
 
 
 class Best(NamedTuple):
@@ -151,8 +152,15 @@ def conjugate_gradients(
     until the answer is accurate too, as far as rounding allows.
     """
     x, r, best, skew, k, status = descend(operator, b, x0, maxiter, tol)
-    residual, size = residual_of(operator, x, b), norm(b)
+    left, size = b - operator(x), norm(b)
+    residual = relative_norm(left, b)
     accurate = is_accurate(residual * size, x, best.size, best.inverse)
+    if tol is None and epsilon(b.dtype) > 1e-10:
+
+        def rough(r):
+            return descend(operator, r, None, maxiter, _ROUGH)[0], True  # it may end early, where A is singular
+
+        accurate &= is_confirmed(operator, rough, left, x, best.size)
     # By the recurrence, so that it takes no product. The residual of a good iterate may be above that of x = 0.
     unsolved = norm(r) > 2 * default_tolerance(b.dtype, tol) * size
     skew &= norm(r) > epsilon(b.dtype) ** 0.5 * size  # at their rounding error residuals are not orthogonal
@@ -213,6 +221,13 @@ def in_rounds(
     x, r, size, inverse, num_products, _, status = loop(one_round, start, r, threshold, maxiter)
     x, r = (jnp.where(status == LinearStatus.NOT_FINITE, jnp.nan, v) for v in (x, r))
     residual, accurate = relative_norm(r, b), is_accurate(norm(r), x, size, inverse)
+    if tol is None and epsilon(b.dtype) > 1e-10:
+
+        def rough(r):
+            e, info = in_rounds(correct, operator, r, None, maxiter, _ROUGH)
+            return e, info.residual <= 0.5  # above, A is singular, or e knows little of A⁻¹
+
+        accurate &= is_confirmed(operator, rough, r, x, size)
     most = 1 - epsilon(b.dtype) ** 0.5 if refused is None else refused
     return x, _report(residual, num_products, status, tol, accurate, ~(residual <= most))
 

@@ -113,6 +113,32 @@ def is_right(solve: Callable, b, r, residual, x) -> jax.Array:
     return (residual == 0) | ((residual < 1) & right)
 
 
+def is_confirmed(operator: Callable, solve: Callable, r, x, size) -> jax.Array:
+    """Return whether a rough solve for the residual, A e = r, meets no direction in which x may be wrong by 1 %.
+
+    A direction that A nearly maps to zero may leave so small a part in b that no iteration for b meets it; but of what
+    is left in r it is a large part, and e then shows the norm of A⁻¹. A direction that A maps to zero within rounding
+    says nothing: x is free there, and right wherever b has no part in it, as with the sum of a softmax's intercepts.
+    Only a status depends on it: free under `jit` where that is unused.
+
+    Args:
+      operator: products with A.
+      solve: `r -> (e, whether e tells enough of A⁻¹)`.
+      r: the residual.
+      x: the answer.
+      size: a lower bound of ‖A‖.
+    """
+    length = norm(r)
+    unit = r / jnp.where(length > 0, length, 1)
+    e, enough = solve(unit)
+    product = operator(e)
+    left = unit - product
+    zero = epsilon(r.dtype) * size
+    null = (norm(product) < zero * norm(e)) | (norm(operator(left)) < zero * norm(left))
+    inverse = norm(e) / jnp.where(norm(product) > 0, norm(product), 1)
+    return null | (enough & is_accurate(length, x, size, inverse))
+
+
 def judged(solve: Callable, what: str = "linear_solver") -> Callable:
     """Return `solve(matvec, b, x0) -> (x, report)`, named `what`, with a report in any case, of arrays.
 
