@@ -332,6 +332,7 @@ def test_benchmarks_of_structure_run_quick(structure, tmp_path, name):
     assert report["summary"] and (tmp_path / f"{name}.png").stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_ard_cost_is_the_evidence_that_leaving_out_a_feature_costs(structure):
     """Savage and Dickey's ratio against the evidence with a precision that leaves the feature out, of two targets."""
     ard = structure("ard")
@@ -372,6 +373,7 @@ def test_model_selection_is_quick(model_selection, tmp_path, capsys):
     assert (tmp_path / "model_selection.png").stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_model_selection_has_the_diagonal_of_the_gauss_newton_matrix(model_selection):
     rng = np.random.default_rng(0)
     w = {"k1": (5, 4), "b1": (4,), "k2": (4, 3), "b2": (3,)}

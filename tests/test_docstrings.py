@@ -140,9 +140,11 @@ class Tolerant(doctest.OutputChecker):
         return texts[0] == texts[1] and np.allclose(*numbers, rtol=2e-3, atol=1e-6)
 
 
-# What these show is held to closed forms by the quick tests of hypernetworks, of models and of plans.
+# What these show is held to closed forms by the quick tests of hypernetworks, models, plans, criteria and estimators.
 LONG = {"jaxhpo.models._layers", "jaxhpo._estimator.hypernetwork"}
-LONG |= {"jaxhpo.models.link_prediction._loss", "jaxhpo._diagnostics.memory_plan"}
+LONG |= {"jaxhpo.models.link_prediction._loss", "jaxhpo._diagnostics.memory_plan", "jaxhpo.models.regression"}
+LONG |= {f"jaxhpo.criteria._{name}" for name in ("evidence", "ridge", "structure", "validation", "variational")}
+LONG |= {f"jaxhpo.sklearn._{name}" for name in ("kernel", "lasso", "logistic", "ridge")}
 
 
 @pytest.mark.parametrize(

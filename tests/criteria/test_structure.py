@@ -31,6 +31,7 @@ def test_hot_samples_are_the_centre_of_the_simplex():
     np.testing.assert_allclose(samples(1e4, 100), 0.25, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_density_is_that_of_the_samples():
     """Of two choices: it integrates to one, and its distribution function is that of the samples (Kolmogorov)."""
     log_weights, t = jnp.array([0.4, -0.3]), 0.7
@@ -56,6 +57,7 @@ def test_the_density_of_three_choices_is_the_papers():
     )
 
 
+@pytest.mark.slow
 def test_gradient_is_near_enumeration():
     """Of E f(one-hot) = Σ pₖ cₖ, whose gradient is p ∘ (c − p·c); as t falls, the bias of the relaxed one goes."""
     costs = jnp.array([1.0, -2.0, 0.5, 3.0])

@@ -38,6 +38,7 @@ def test_gradient_of_the_evidence_is_the_papers():
     np.testing.assert_allclose(gradient, expected, rtol=1e-8)
 
 
+@pytest.mark.slow
 def test_kernel_ridge_is_sklearns():
     kernel_ridge = pytest.importorskip("sklearn.kernel_ridge")
     lengthscales = np.array([0.5, 2.0, 1.0, 1e4])
@@ -50,7 +51,7 @@ def test_kernel_ridge_is_sklearns():
     assert np.all(np.isfinite(jax.grad(lambda h: regression.squared_exponential(X, X, h).sum())(np.zeros(4))))
 
 
-@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize("classes", [3, pytest.param(2, marks=pytest.mark.slow)])
 def test_logistic_regression_is_sklearns(classes):
     linear_model = pytest.importorskip("sklearn.linear_model")
     labels = np.digitize(Y, [0.0] if classes == 2 else [-1.0, 1.0])
@@ -66,7 +67,7 @@ def test_logistic_regression_is_sklearns(classes):
     np.testing.assert_allclose(ours.losses(X, labels), -logs, atol=1e-5)
 
 
-@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize("classes", [3, pytest.param(2, marks=pytest.mark.slow)])
 def test_logistic_regression_is_differentiable(classes):
     """In penalties, examples' weights and features, against differences."""
     labels = np.digitize(Y, [0.0] if classes == 2 else [-1.0, 1.0])
@@ -79,6 +80,7 @@ def test_logistic_regression_is_differentiable(classes):
     jax.test_util.check_grads(jax.jit(loss), given, order=1, modes=["rev"], atol=1e-5, rtol=1e-5, eps=1e-5)
 
 
+@pytest.mark.slow
 def test_logistic_regression_in_criteria():
     """Folds in one program, against one fold after the other."""
     labels = jnp.asarray(np.digitize(Y, [0.0]))  # an array of JAX, under `jit` and `vmap`
@@ -93,6 +95,7 @@ def test_logistic_regression_in_criteria():
     np.testing.assert_allclose(jax.jit(folds.by_fold)(H), one, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_logistic_regression_of_other_types_and_of_nan():
     labels = np.digitize(Y, [0.0])
     ours = regression.logistic_regression(np.round(9 * X).astype(np.int32), labels, 1.0).weights
