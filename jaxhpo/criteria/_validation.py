@@ -120,9 +120,9 @@ def cross_validation(fit: Callable, losses: Callable, masks: Any) -> CrossValida
     r"""k-fold cross-validation: :math:`\frac1n \sum_f \sum_{i \in f} \ell_i(\theta_{-f}(h), h)`.
 
     The folds are trained together, by `vmap` over their masks, which keep all shapes alike. `fit` trains on weighted
-    examples, in whatever way: full batches, by a loss with weights; minibatches drawn among the examples whose weight is
-    not zero (`jax.random.choice(key, n, shape, p=weights / weights.sum())`), which batch norm needs; models with state,
-    where `trained` holds the state, too.
+    examples, in whatever way: full batches, by a loss with weights; minibatches drawn among the examples of weight 1
+    (`jax.random.choice(key, n, shape, p=weights / weights.sum())`), which batch norm needs; models with state, which is
+    then a part of `trained`.
 
     **Cost and bias**: k trainings, and k times the memory of one. The models have seen n (k − 1) / k examples, so that
     the loss is that of a slightly smaller data set; minimised over many hyperparameters, it is too low.

@@ -349,6 +349,21 @@ def test_weights_are_repetitions(estimator):
         np.testing.assert_allclose(weighted.coef_, repeated.coef_, rtol=1e-3)
 
 
+@pytest.mark.parametrize("estimator", [BilevelElasticNet, pytest.param(BilevelLasso, marks=pytest.mark.slow)])
+def test_weights_of_lasso_are_repetitions_within_a_fold(estimator):
+    x, y, _ = problem(n=40, p=4)
+    rows = np.repeat(np.arange(40), np.random.default_rng(0).integers(0, 3, 40))
+
+    def fit(rows, weights=None):
+        folds = [(np.flatnonzero(rows % 4 != k), np.flatnonzero(rows % 4 == k)) for k in range(4)]
+        return estimator(groups=[0, 0, 1, 1], cv=folds, shrinkage=1.0).fit(x[rows], y[rows], weights)
+
+    weighted, repeated, plain = fit(np.arange(40), np.bincount(rows, minlength=40)), fit(rows), fit(np.arange(40))
+    np.testing.assert_allclose(weighted.penalties_, repeated.penalties_, rtol=1e-3)
+    np.testing.assert_allclose(weighted.predict(x), repeated.predict(x), rtol=1e-3)
+    assert np.abs(weighted.predict(x) - plain.predict(x)).max() > 0.1
+
+
 @pytest.mark.slow
 def test_folds_are_a_number_a_splitter_or_pairs():
     x, y, _ = problem(n=40, p=4)
@@ -437,8 +452,13 @@ def test_other_faults_are_refused():
     with pytest.raises(JaxhpoError, match="1 class"):
         BilevelLogisticRegression().fit(x, np.zeros(20))
     sparse = pytest.importorskip("scipy.sparse")
-    with pytest.raises(TypeError, match="dense"):
-        BilevelRidge().fit(sparse.csr_matrix(x), y)
+    for estimator in ESTIMATORS:
+        model = estimator().fit(x, y > 0)
+        for method in ("fit", "predict", "predict_proba", "predict_log_proba", "decision_function", "score"):
+            if hasattr(model, method):
+                targets = (y > 0,) if method in ("fit", "score") else ()
+                with pytest.raises(TypeError, match="dense data is required"):
+                    getattr(model, method)(sparse.csr_matrix(x), *targets)
 
 
 @pytest.mark.slow
