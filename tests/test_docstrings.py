@@ -143,8 +143,7 @@ class Tolerant(doctest.OutputChecker):
 # What these show is held to closed forms by the quick tests of hypernetworks, models, plans, criteria and estimators.
 LONG = {"jaxhpo.models._layers", "jaxhpo._estimator.hypernetwork"}
 LONG |= {"jaxhpo.models.link_prediction._loss", "jaxhpo._diagnostics.memory_plan", "jaxhpo.models.regression"}
-LONG |= {f"jaxhpo.criteria._{name}" for name in ("evidence", "ridge", "structure", "validation", "variational")}
-LONG |= {f"jaxhpo.sklearn._{name}" for name in ("kernel", "lasso", "logistic", "ridge")}
+LONG |= {name for name in module_names() if name.startswith(("jaxhpo.criteria._", "jaxhpo.sklearn._"))}
 
 
 @pytest.mark.parametrize(
