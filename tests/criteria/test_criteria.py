@@ -153,6 +153,7 @@ def test_diagonal_determinant_is_exact_where_the_posterior_factorises():
     )
 
 
+@pytest.mark.slow
 def test_stochastic_determinant_is_unbiased_for_value_and_gradient():
     """Over 400 vectors both are within four standard errors, taken from 40 parts of ten vectors."""
 
@@ -269,6 +270,7 @@ def test_leave_one_out_is_that_of_refitting(shape, intercept):
     np.testing.assert_allclose(two, (1 + 4) / 2 * np.mean(errors), rtol=1e-8)
 
 
+@pytest.mark.slow
 def test_generalised_cross_validation_is_invariant_under_rotation():
     """And is leave-one-out where all leverages are equal."""
     rotation = np.linalg.qr(RNG.normal(size=(N, N)))[0]

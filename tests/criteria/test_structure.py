@@ -78,6 +78,7 @@ def test_gradient_is_near_enumeration():
     assert bias[0.1][1] > bias[2.0][1]  # variance grows
 
 
+@pytest.mark.slow
 def test_straight_through_has_the_soft_gradient():
     costs = jnp.array([1.0, -2.0, 0.5, 3.0])
     key = jax.random.key(3)

@@ -51,7 +51,8 @@ def test_kernel_ridge_is_sklearns():
     assert np.all(np.isfinite(jax.grad(lambda h: regression.squared_exponential(X, X, h).sum())(np.zeros(4))))
 
 
-@pytest.mark.parametrize("classes", [3, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("classes", [2, 3])
 def test_logistic_regression_is_sklearns(classes):
     linear_model = pytest.importorskip("sklearn.linear_model")
     labels = np.digitize(Y, [0.0] if classes == 2 else [-1.0, 1.0])
