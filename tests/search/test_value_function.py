@@ -9,7 +9,7 @@ from helpers import enable_x64
 
 import jaxhpo
 import jaxhpo.search
-from jaxhpo.search._value_function import gaussian_process
+from jaxhpo.search._gaussian_process import gaussian_process
 
 RHO, TARGET = 0.5, 0.8  # f = ½ |w − h|² + ½ ρ |w|², F = ½ |w − c|²: φ(h) = ½ ρ / (1 + ρ) |h|², h* = (1 + ρ) c, w* = c
 DESIGN = jnp.linspace(-2.0, 2.0, 10)[:, None]
