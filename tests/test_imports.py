@@ -52,8 +52,25 @@ CORE = {"jax", "jaxlib", "numpy", "scipy", "chex"}
 OPTAX = ("_core.tree", "_inner.solver", "_tune", "_estimator", "search", "_cli", "testing")
 FLAX = ("models",)
 # Optional extras are imported inside functions, or at the top of the namespace that is about nothing else.
-EXTRAS = {"sklearn", "matplotlib", "tqdm", "pandas", "lineax", "optimistix", "optuna", "tinygp", "pooch", "IPython"}
-EXTRAS_AT_TOP = {"sklearn": {"sklearn"}, "search": {"optuna"}, "plot": {"matplotlib"}, "_cli": {"matplotlib"}}
+EXTRAS = {
+    "sklearn",
+    "matplotlib",
+    "tqdm",
+    "pandas",
+    "lineax",
+    "optimistix",
+    "optuna",
+    "sqlalchemy",
+    "tinygp",
+    "pooch",
+    "IPython",
+}
+EXTRAS_AT_TOP = {
+    "sklearn": {"sklearn"},
+    "search": {"optuna", "sqlalchemy"},
+    "plot": {"matplotlib"},
+    "_cli": {"matplotlib"},
+}
 
 
 def modules() -> dict[str, str]:

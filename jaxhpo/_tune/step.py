@@ -237,7 +237,7 @@ class Step:
         with recording(solves=log):
             out = self._value_and_grad(point, carry, key)
         self.inner_steps, self.truncated = self.remedies.accumulate * log.num_steps, log.truncated
-        _check_carry(carry, out[2])
+        check_carry(carry, out[2])
         return out
 
     def _accumulated(self, point, carry, key):
@@ -256,7 +256,7 @@ class Step:
         return value, grad, jax.tree.map(lambda x: x[-1], carries), infos
 
 
-def _check_carry(before, after):
+def check_carry(before, after):
     """Raises where an outer step changes the tree of the carry, or the shape or type of a leaf."""
     want, got = (jax.tree.map(lambda x: describe(jnp.asarray(x)), carry) for carry in (before, after))
     if got != want:
