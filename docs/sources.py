@@ -19,7 +19,7 @@ MODULES = {
     "jaxhpo.data": "Data sets, downloaded once and checked, or read from `$JAXHPO_DATA_DIR`.",
     "jaxhpo.models": "Models for examples and benchmarks, as pure functions.",
     "jaxhpo.plot": "Pictures of runs and comparisons. They need matplotlib.",
-    "jaxhpo.search": "Searches that take no derivative of a training. They need `pip install 'jaxhpo[search]'`.",
+    "jaxhpo.search": "Searches, most with Optuna. They need `pip install 'jaxhpo[search]'`.",
     "jaxhpo.sklearn": "Estimators of scikit-learn's style that choose their penalties. They need scikit-learn.",
     "jaxhpo.testing": "Problems with hypergradients in closed form, to test a rule of your own against.",
 }
