@@ -287,7 +287,7 @@ def picture(rows, found, path):
         axis.set_xlabel("training gradients, of the budget")
     for axis in axes[:, 0]:
         axis.set_ylabel("score (the oracle's is 1)")
-    axes[0, -1].legend(loc="center right", **plot.LEGEND | {"fontsize": 8})
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, **plot.LEGEND)
     title = "Lasso, a penalty each: hypergradients score below all searches in {} of {}, at 1/20 of the gradients in {}"
     below = [is_lower(found, "score", share) for share in SHARES]
     figure.suptitle(title.format(below[1], len(found), below[0]), fontsize=11)
