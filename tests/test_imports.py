@@ -218,7 +218,7 @@ def test_the_checker_complains(module, source, complaint):
         ("__init__", "from jaxhpo import testing as testing"),
         ("_linear.cg", "from jaxhpo._linear.report import report"),
         ("_linear.__init__", "from jaxhpo._linear import cg"),
-        ("data._digits", "def f():\n    from sklearn.datasets import load_digits"),
+        ("data._images", "def f():\n    from sklearn.datasets import load_digits"),
         ("_cli.main", "from jaxhpo import data\nfrom jaxhpo._cli import demo"),
     ],
 )

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -13,23 +13,10 @@ from sklearn.datasets import load_breast_cancer
 
 import jaxhpo
 import jaxhpo.data
-from jaxhpo.models import MLP
+from jaxhpo.models import MLP, LeNet
 from suite.problem import Problem, arrays, bilevel, by, corrupted, cross_entropies, full, minibatches, tabular
 
-
-class LeNet(nn.Module):
-    """Two convolutions, each with a pool, and two dense layers; for images of 8×8 pixels, row by row."""
-
-    channels: tuple[int, int] = (6, 12)
-    hidden: int = 32
-
-    @nn.compact
-    def __call__(self, inputs):
-        x = inputs.reshape(-1, 8, 8, 1)
-        for channels in self.channels:
-            x = nn.avg_pool(jax.nn.tanh(nn.Conv(channels, (3, 3))(x)), (2, 2), (2, 2))
-        x = jax.nn.tanh(nn.Dense(self.hidden)(x.reshape(len(x), -1)))
-        return nn.Dense(10)(x)
+LENET = LeNet((32, 10), (6, 12), (3, 3), padding="SAME", activation=jax.nn.tanh)  # of 8×8 pixels
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -215,9 +202,14 @@ def mlp_features(seed: int) -> Problem:
     )
 
 
+def images(rows) -> Any:
+    return rows.reshape(*rows.shape[:-1], 8, 8, 1)
+
+
 def lenet_penalties(seed: int) -> Problem:
     """Half the squared norm of each layer's kernel, times e^h."""
     parts, steps = digits(seed, 150), 50
+    parts = type(parts)(*(part._replace(inputs=images(part.inputs)) for part in parts))
 
     def penalty(params, h):
         return decay(kernels(params), h["log_penalty"])
@@ -225,7 +217,7 @@ def lenet_penalties(seed: int) -> Problem:
     layers = ("Conv_0", "Conv_1", "Dense_0", "Dense_1")
     return classifier(
         "LeNet on digits by Adam, a penalty for every layer and the rate",
-        LeNet(),
+        LENET,
         lambda h: optax.adam(jnp.exp(h["log_rate"]), eps_root=1e-6),
         parts,
         {"log_penalty": {layer: full(np.log(1e-3)) for layer in layers}, "log_rate": full(np.log(5e-3))},
@@ -278,10 +270,10 @@ def lenet_augmentation(seed: int) -> Problem:
     noise, shift, contrast = (arrays(rng.normal(size=shape)) for shape in ((count, 64), (count, 2), (count,)))
     inputs, targets = (jnp.asarray(np.asarray(x)[rows]) for x in parts.train)
     train = Augmented(inputs, targets, noise, shift, contrast)
-    params, apply = network(LeNet(), seed, parts.train.inputs)
+    params, apply = network(LENET, seed, images(parts.train.inputs))
 
     def train_loss(params, h, data):
-        return cross_entropies(apply(params, augment(data, jax.tree.map(jnp.exp, h))), data.targets).mean()
+        return cross_entropies(apply(params, images(augment(data, jax.tree.map(jnp.exp, h)))), data.targets).mean()
 
     return bilevel(
         "LeNet on digits by momentum, the strength of noise, shifts and contrast",
@@ -290,7 +282,7 @@ def lenet_augmentation(seed: int) -> Problem:
         params,
         {"noise": full(-3.0), "shift": full(-2.0), "contrast": full(-2.0)},
         train_loss=train_loss,
-        loss=lambda params, h, data: cross_entropies(apply(params, data.inputs), data.targets).mean(),
+        loss=lambda params, h, data: cross_entropies(apply(params, images(data.inputs)), data.targets).mean(),
         num_steps=steps,
         step_size=0.1,
         outer_rate=0.2,

@@ -1,12 +1,22 @@
 """Data sets, split into disjoint training, validation and test parts.
 
-digits, mnist: images, as `Split` of `Examples`
+digits, mnist, fashion_mnist, cifar10: images, as `Split` of `Examples`
 knowledge_graph, KnowledgeGraph: triples
 split: divides arrays of your own
 """
 
-from jaxhpo.data._digits import digits, mnist
+from jaxhpo.data._images import cifar10, digits, fashion_mnist, mnist
 from jaxhpo.data._knowledge_graph import KnowledgeGraph, knowledge_graph
 from jaxhpo.data._split import Examples, Split, split
 
-__all__ = ["Examples", "KnowledgeGraph", "Split", "digits", "knowledge_graph", "mnist", "split"]
+__all__ = [
+    "Examples",
+    "KnowledgeGraph",
+    "Split",
+    "cifar10",
+    "digits",
+    "fashion_mnist",
+    "knowledge_graph",
+    "mnist",
+    "split",
+]

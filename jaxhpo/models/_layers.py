@@ -1,4 +1,4 @@
-"""A multilayer perceptron and self-tuning layers in flax linen.
+"""A multilayer perceptron, LeNet and self-tuning layers in flax linen.
 
 The weights of a self-tuning layer are an affine function of the hyperparameters.
 """
@@ -31,6 +31,50 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
         hidden = inputs
+        for width in self.features[:-1]:
+            hidden = self.activation(nn.Dense(width)(hidden))
+        return nn.Dense(self.features[-1])(hidden)
+
+
+class LeNet(nn.Module):
+    """Convolutions with an average pool of 2×2 after each, then dense layers; an activation follows all but the last.
+
+    Call it with images of shape (n, height, width, channels). By default it is the network of LeCun, with 6 and 16
+    filters of 5×5 pixels and layers of 120, 84 and 10 units, in today's form: rectified, the second convolution of all
+    channels.
+
+    Args:
+      features: width of each dense layer, ending with that of the output.
+      channels: number of filters of each convolution.
+      kernel_size: of the filters.
+      padding: of the convolutions, "VALID" or "SAME" (for images too small for the former).
+      activation: elementwise function.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxhpo.models import LeNet
+      >>> model = LeNet()
+      >>> params = model.init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))["params"]
+      >>> model.apply({"params": params}, jnp.zeros((5, 28, 28, 1))).shape
+      (5, 10)
+
+    References:
+      LeCun, Bottou, Bengio, Haffner. Gradient-Based Learning Applied to Document Recognition. 1998.
+    """
+
+    features: Sequence[int] = (120, 84, 10)
+    channels: Sequence[int] = (6, 16)
+    kernel_size: Sequence[int] = (5, 5)
+    padding: str = "VALID"
+    activation: Callable[[jax.Array], jax.Array] = jax.nn.relu
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        hidden = images
+        for channels in self.channels:
+            filtered = self.activation(nn.Conv(channels, self.kernel_size, padding=self.padding)(hidden))
+            hidden = nn.avg_pool(filtered, (2, 2), (2, 2))
+        hidden = hidden.reshape(len(hidden), -1)
         for width in self.features[:-1]:
             hidden = self.activation(nn.Dense(width)(hidden))
         return nn.Dense(self.features[-1])(hidden)

@@ -1,14 +1,18 @@
-"""Splits are disjoint, seeded and checked; digits and MNIST have the documented contents."""
+"""Splits are disjoint, seeded and checked; digits, MNIST, Fashion-MNIST and CIFAR-10 have the documented contents."""
 
 import builtins
 import gzip
+import io
+import os
+import pathlib
 import sys
+import tarfile
 
 import numpy as np
 import pytest
 
 import jaxhpo
-from jaxhpo.data import Examples, _download, digits, mnist, split
+from jaxhpo.data import Examples, _download, cifar10, digits, fashion_mnist, mnist, split
 
 
 def rows(part):
@@ -201,3 +205,144 @@ def test_published_mnist():
     # The digits are centred: the border is dark, the middle is not.
     mean = parts.train.inputs.mean(0).reshape(28, 28)
     assert mean[14].max() > 0.3 and mean[0].max() < 0.01 and mean[:, 0].max() < 0.01
+
+
+# --- Fashion-MNIST: as MNIST, from a folder of its own ---
+
+
+def test_fashion_mnist_is_read_as_mnist_from_its_own_folder(mirror):
+    digits_there = mnist(3, train=20, validation=15, test=4)
+    mirror.rename(mirror.parent / "fashion_mnist")
+    parts = fashion_mnist(3, train=20, validation=15, test=4)
+    for part, same in zip(parts, digits_there, strict=True):
+        np.testing.assert_array_equal(part.inputs, same.inputs)
+        np.testing.assert_array_equal(part.targets, same.targets)
+    write_idx(mirror.parent / "fashion_mnist" / "t10k-labels-idx1-ubyte.gz", np.zeros(3))
+    with pytest.raises(jaxhpo.JaxhpoError, match="Fashion-MNIST files of `t10k` hold 10 images but 3 labels.*zaland"):
+        fashion_mnist(train=20, validation=15)
+
+
+def test_another_file_than_the_published_one_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXHPO_DATA_DIR", str(tmp_path))
+    for load, folder, file in (
+        (fashion_mnist, "fashion_mnist", "train-images-idx3-ubyte.gz"),
+        (cifar10, "cifar10", "cifar-10-binary.tar.gz"),
+    ):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / file).write_bytes(b"<html>")
+        with pytest.raises(jaxhpo.JaxhpoError, match=f"{file} is damaged or not the published file: its sha256"):
+            load()
+
+
+# --- CIFAR-10, from synthetic archives of the same layout, and from npz files ---
+
+
+def cifar_images(numbers):
+    """The pixel of row 1, column 2 is red by the number; all others are 255."""
+    images = np.full((len(numbers), 32, 32, 3), 255, np.uint8)
+    images[:, 1, 2, 0] = numbers
+    return images
+
+
+def write_cifar(path, contents):
+    with tarfile.open(path, "w:gz") as archive:
+        for name, content in contents.items():
+            member = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+
+
+def records(numbers):
+    """Of each image the label, its number mod 10, then the reds row by row, the greens, the blues."""
+    labels = (numbers % 10).astype(np.uint8)[:, None]
+    planes = [cifar_images(numbers)[..., colour].reshape(len(numbers), -1) for colour in range(3)]
+    return np.concatenate([labels, *planes], 1).tobytes()
+
+
+BATCHES = {f"data_batch_{i}.bin": records(np.arange(6 * i, 6 * i + 6)) for i in range(1, 6)}
+BATCHES |= {"test_batch.bin": records(np.arange(100, 104)), "readme.html": b"<html>"}
+
+
+@pytest.fixture
+def cifar(tmp_path, monkeypatch):
+    """An archive of thirty training and four test images."""
+    (tmp_path / "cifar10").mkdir()
+    path = tmp_path / "cifar10" / "cifar-10-binary.tar.gz"
+    write_cifar(path, BATCHES)
+    monkeypatch.setenv("JAXHPO_DATA_DIR", str(tmp_path))
+    monkeypatch.setattr(_download, "_verify", lambda path, sha256: None)  # this file is not the published one
+    return path
+
+
+def check_cifar(parts, sizes):
+    for part, size in zip(parts, sizes, strict=True):
+        assert part.inputs.shape == (size, 32, 32, 3)
+        assert part.inputs.dtype == np.float32 and part.targets.dtype == np.int32
+        numbers = np.round(part.inputs[:, 1, 2, 0] * 255).astype(int)
+        np.testing.assert_array_equal(part.targets, numbers % 10)
+        np.testing.assert_array_equal(part.inputs, cifar_images(numbers) / np.float32(255))
+    return [set(np.round(part.inputs[:, 1, 2, 0] * 255).astype(int).tolist()) for part in parts]
+
+
+def test_reads_the_cifar_archive(cifar):
+    train, validation, test = check_cifar(cifar10(1, train=17, validation=13), (17, 13, 4))
+    assert train | validation == set(range(6, 36)) and test == set(range(100, 104))
+    with pytest.raises(jaxhpo.JaxhpoError, match=r"`train \+ validation` got 31.*holds 30"):
+        cifar10(train=18, validation=13)
+
+
+def test_reads_a_part_of_cifar(tmp_path):
+    np.savez(tmp_path / "part.npz", x=cifar_images(np.arange(40)), y=np.arange(40, dtype=np.uint8) % 10)
+    parts = check_cifar(cifar10(1, train=20, validation=12, file=tmp_path / "part.npz"), (20, 12, 8))
+    assert set.union(*parts) == set(range(40))
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda f: f.write_bytes(f.read_bytes()[:-20]), "is not a complete gzipped tar archive.*download it again"),
+        (lambda f: f.write_bytes(b"<html>"), "is not a complete gzipped tar archive"),
+        (lambda f: write_cifar(f, {**BATCHES, "data_batch_3.bin": b"1" * 3072}), "data_batch_3.bin has 3072 bytes"),
+        (lambda f: write_cifar(f, {"data_batch_1.bin": b""}), "has no data_batch_2.bin, .*, test_batch.bin: take the"),
+        (lambda f: write_cifar(f, {**BATCHES, "test_batch.bin": bytes([10] * 3073)}), "has a label 10, but"),
+    ],
+    ids=["truncated", "not gzip", "too short", "files missing", "labels"],
+)
+def test_damaged_cifar_archive_is_named(cifar, damage, says):
+    damage(cifar)
+    with pytest.raises(jaxhpo.JaxhpoError, match=f"cifar-10-binary.*{says}"):
+        cifar10(train=20, validation=10)
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda f: f.write_bytes(b"<html>"), "is not a complete npz file"),
+        (lambda f: f.write_bytes(f.read_bytes()[:-400]), "is not a complete npz file.*write it anew"),
+        (lambda f: f.unlink(), "is not a complete npz file.*No such file"),
+        (
+            lambda f: np.savez(f, x=np.zeros((2, 3072), np.uint8), y=np.zeros(2, np.uint8)),
+            r"uint8 \(2, 3072\).*must be",
+        ),
+        (lambda f: np.savez(f, images=np.zeros(2)), "is not a complete npz file with `x` and `y`"),
+    ],
+    ids=["not zip", "truncated", "missing", "other shape", "other names"],
+)
+def test_damaged_part_of_cifar_is_named(tmp_path, damage, says):
+    path = tmp_path / "part.npz"
+    np.savez(path, x=cifar_images(np.arange(4)), y=np.arange(4, dtype=np.uint8))
+    damage(path)
+    with pytest.raises(jaxhpo.JaxhpoError, match=f"part.npz.*{says}"):
+        cifar10(train=1, validation=1, file=path)
+
+
+@pytest.mark.slow
+def test_published_part_of_cifar():
+    path = pathlib.Path(os.environ.get("JAXHPO_DATA_DIR", ""), "cifar10", "cifar10_train_first4000_lossless.npz")
+    if not path.is_file():
+        pytest.skip(f"{path} is not there")
+    parts = cifar10(0, train=600, validation=400, file=path)
+    assert [len(part.targets) for part in parts] == [600, 400, 3000]
+    # Ten classes in about equal numbers: a binomial count of 3000 draws at 1/10 has deviation 16.
+    assert (abs(np.bincount(parts.test.targets) - 300) < 5 * 16).all()
+    assert 0.4 < parts.train.inputs.mean() < 0.55  # of all images it is 0.473
