@@ -381,18 +381,19 @@ def test_float32_is_right_within_one_percent_or_says_so(name, dtype, product):
     As = [jnp.asarray((A + A.T) / 2, dtype) for A in matrices]
     solve = (SOLVERS | OTHERS)[name] if name != "Nystrom" else None
 
-    @functools.cache
-    def solver(damping, rank):
+    @functools.partial(jax.jit, static_argnums=3)
+    def run(A, b, damping, rank):
         if name == "Nystrom":
-            return jax.jit(lambda A, b, _: Nystrom(rank, damping)(lambda v: product(A, v), b, key=jax.random.key(0)))
-        return jax.jit(lambda A, b, d: solve(lambda v: product(A, v) + d * v, b, None))
+            rule = Nystrom(rank, 1.0)
+            object.__setattr__(rule, "damping", damping)  # traced: one program for all
+            return rule(lambda v: product(A, v), b, key=jax.random.key(0))
+        return solve(lambda v: product(A, v) + damping * v, b, None)
 
     for damping, rank in itertools.product((1e-8, 1e-6, 1e-4, 1e-2, 1.0), (5, n) if name == "Nystrom" else (n,)):
-        run = solver(damping if name == "Nystrom" else None, rank)
         for (condition, kind), A, w in zip(kinds, As, rng.normal(size=(len(kinds), n)), strict=True):
             damped = np.asarray(A).astype(float) + damping * np.eye(n)
             b = (damped @ w if kind == "A w" else w).astype(np.float32)
-            x, info = run(A, b, np.float32(damping))
+            x, info = run(A, b, np.float32(damping), rank)
             want = np.linalg.solve(damped, b.astype(float))
             error, status = np.linalg.norm(x - want) / np.linalg.norm(want), LinearStatus(int(info.status))
             where = f"{name}({damping:g}), {condition:g}, {kind}, {rank}"
