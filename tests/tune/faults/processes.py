@@ -6,6 +6,7 @@ As a script, one of them: `python processes.py ID PORT FOLDER SCENARIO...`. It p
 import contextlib
 import datetime
 import fcntl
+import io
 import json
 import os
 import pathlib
@@ -343,6 +344,24 @@ def refusal(run) -> str:
     except jaxhpo.JaxhpoError as error:
         return str(error)
     raise AssertionError("not refused")
+
+
+def documented(folder):
+    """The script of the page on several hosts, from where it has connected, as this one has."""
+    page = (pathlib.Path(__file__).parents[3] / "docs" / "several_hosts.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    before, script = block.split("jax.distributed.initialize()")
+    assert before == "import sys\n\nimport jax\n\n"  # nothing yet that asks for a device
+    given, printed, code = sys.argv, io.StringIO(), None
+    sys.argv = ["script.py", folder]
+    try:
+        with contextlib.redirect_stdout(printed):
+            exec(script, {"__name__": "__main__", "sys": sys, "jax": jax})
+    except SystemExit as ended:
+        code = ended.code
+    sys.argv = given
+    assert ("TuneResult(best_value=" in printed.getvalue()) == (jax.process_index() == 0)
+    return [f"ended with {code}"]
 
 
 def killed(folder):
