@@ -2,7 +2,6 @@
 
 import functools
 import pathlib
-import re
 import sys
 
 import jax
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import PROBLEMS, enable_x64, outer_loss, partial_sum, relative_error
+from helpers import PROBLEMS, outer_loss, partial_sum, relative_error
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxhpo
@@ -274,13 +273,3 @@ def test_a_stateful_method_that_returns_something_else_is_refused(pair, told):
     with pytest.raises(JaxhpoError, match=told):
         made = jaxhpo.hypergradient(Wrong(), solver, lambda sol, h, batch: P.val_loss(sol.params), num_steps=3)
         made.update(H, made.init(H, H))
-
-
-@pytest.mark.slow
-def test_the_page_runs_as_written(capsys):
-    page = (pathlib.Path(__file__).parents[1] / "docs" / "write_your_own.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", page, re.S)
-    assert len(blocks) == 6
-    with enable_x64(False):
-        exec("\n".join(blocks), {"__name__": "page"})
-    assert "LastStep()" in capsys.readouterr().out
