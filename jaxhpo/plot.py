@@ -288,7 +288,7 @@ def _caption(row) -> str:
 
 
 def run(source: TuneResult | str | os.PathLike, path: str | os.PathLike | None = None) -> Any:
-    """Plots a run of `tune`: its convergence, the hypergradient's norm, the hyperparameters, the metrics of its info.
+    """Plots a run of `tune`, or a search: its convergence, the hypergradient's norm, hyperparameters, metrics of info.
 
     Of a population, it shows the best member; `plot.run(result.member(3))` draws another. A leaf of up to ten entries
     has a line for each, a larger one its median, and bands between its quartiles and its extremes. At most six panels
@@ -297,7 +297,7 @@ def run(source: TuneResult | str | os.PathLike, path: str | os.PathLike | None =
     of those that change during the run.
 
     Args:
-      source: the result of `tune`, or its `run_dir`, also during the run.
+      source: the result of `tune` or of a search, or a run's `run_dir`, also during the run.
       path: the file to write, or None.
 
     Returns:
@@ -320,9 +320,11 @@ def run(source: TuneResult | str | os.PathLike, path: str | os.PathLike | None =
     changing = {name: x for name, x in info.items() if len(x) == 1 or not (x == x[:1]).all()}
     large = [name for name, x in hparams.items() if x[0].size > FEW][:PANELS]
     everything = _pooled(hparams, quantiles)
+    searched = "hypergradient_norm" not in columns
+    unit = "trial" if searched else "outer step"
     panels: list[Callable] = [
         lambda axis: _convergence(axis, columns),
-        lambda axis: _norms(axis, columns),
+        *([] if searched else [lambda axis: _norms(axis, columns)]),
         lambda axis: _paths(axis, hparams, quantiles, everything),
         *(functools.partial(_values, name=name, values=hparams[name], beside=everything) for name in large),
         *(functools.partial(_metric, name=name, values=changing[name]) for name in list(changing)[:PANELS]),
@@ -330,11 +332,13 @@ def run(source: TuneResult | str | os.PathLike, path: str | os.PathLike | None =
     rows = -(-len(panels) // 2)
     canvas, axes = figure(rows, 2, width=10.0, height=3.4 * rows)
     for axis, draw in zip(axes.flat, panels, strict=False):
-        axis.set_xlabel("outer step")
+        axis.set_xlabel(unit)
         axis.xaxis.get_major_locator().set_params(integer=True)
         draw(axis)
+        if searched and axis.get_xlabel() == unit:
+            _as_trials(axis)
         axis.title.set_fontsize(TITLE)
-        if axis.get_xlabel() == "outer step":
+        if axis.get_xlabel() == unit:
             last = len(columns["value"]) - 1
             axis.set(xlim=(-0.04 * last, 1.04 * last)) if last else axis.set(xlim=(-0.5, 0.5), xticks=[0])
         if not np.isfinite(axis.dataLim.intervaly).all():
@@ -351,6 +355,17 @@ def run(source: TuneResult | str | os.PathLike, path: str | os.PathLike | None =
         result = "result" if isinstance(source, TuneResult) else f"jaxhpo.load({os.fspath(source)!r})"
         canvas.suptitle(_plain(f"{which}; `plot.run({result}.member(i))` draws another", 100))
     return _saved(canvas, path)
+
+
+def _as_trials(axis) -> None:
+    """Turns curves of a run into points of a search: no path leads from trial to trial."""
+    for line in axis.lines:
+        if line.get_label() != "best so far":
+            line.set(linestyle="none", marker=".")
+        if line.get_label() == "score":
+            line.set_label("of complete trials")
+    title = axis.get_title()
+    axis.set_title(title.replace("step", "trial") if title.startswith("Best") else title.split(":")[0])
 
 
 def _leaves(columns, root) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -427,7 +442,7 @@ def _convergence(axis, columns) -> None:
     if not np.array_equal(value, score, equal_nan=True):
         _line(axis, score, "score", color=ORANGE)
     _line(axis, best, "best so far", color="0.3", ls="--")
-    if (skipped := np.flatnonzero(columns["remedies['skipped_steps']"])).size:
+    if (skipped := np.flatnonzero(columns.get("remedies['skipped_steps']", []))).size:
         at_the_bottom = axis.get_xaxis_transform()
         axis.plot(skipped, np.full(skipped.size, 0.03), "x", color=VERMILION, label="skipped", transform=at_the_bottom)
     _log(axis, value, 20.0)

@@ -52,6 +52,16 @@ def digests(traced: Any, consts: Any, state: OuterState) -> dict[str, str]:
     }
 
 
+def loss_digests(closed: Any) -> dict[str, str]:
+    """Returns digests of a traced outer loss: its `program`, its `constants`, and `jax`, the version."""
+    loss = _Digest()
+    return {
+        "program": loss.program(closed.jaxpr, closed.consts),
+        "constants": loss.constants.hexdigest(),
+        "jax": jax.__version__,
+    }
+
+
 def changes(before: dict[str, str], here: dict[str, str]) -> tuple[str, bool]:
     """Returns what differs between `digests`, in words, and whether it is surely another outer loss."""
     words = {

@@ -54,13 +54,14 @@ def random(
           "postgresql+psycopg2://user@host/name" on several, or a storage of Optuna. Processes that make the same call
           share the trials, and Optuna's dashboard shows them. A trial whose process gives no sign of life for a minute
           is begun again by another one, up to five times. Each process returns when all trials have ended.
-        - `name` (`"search"`): of the study in the storage.
+        - `name` (`"search"`): of the study in the storage. A study that another search began, or this one with another
+          space, start, key, loss or data, is refused.
         - `run_dir` (None): a folder for the states of trials of several calls: one that is begun again goes on from
           there, with results equal to the bit. Where there is no `storage`, it holds that too (`study.db`), so that the
           same call goes on with a search.
         - `save_every` (10 seconds): calls, or a `datetime.timedelta`, between a trial's checkpoints.
         - `callbacks` (): each is called with a `TuneStep` when a trial has ended here; a true result ends the search.
-        - `max_seconds` (None): the search ends after the calls in which they pass.
+        - `max_seconds` (None): the search ends after the calls in which they pass, one at least.
         - `progress` (True): as for `tune`.
 
     Returns:
@@ -142,7 +143,14 @@ def grid(
             f"`grid` of {resolution} values of each of {len(space.distributions)} hyperparameters has {number:.3g} "
             "trials: write a smaller `resolution`, or `random`, to which those that do not matter cost nothing."
         )
-    return Search("grid", outer_loss, space, _samplers.grid(space, resolution), num_trials=number, **trials).run()
+    return Search(
+        f"grid(resolution={resolution})",
+        outer_loss,
+        space,
+        _samplers.grid(space, resolution),
+        num_trials=number,
+        **trials,
+    ).run()
 
 
 def bayes(
@@ -298,7 +306,7 @@ def hyperband(
     check_count("reduction", reduction, 2)
     pruner = optuna.pruners.HyperbandPruner(max_resource=max_calls, reduction_factor=reduction)
     return _stopped_early(
-        "hyperband",
+        f"hyperband(reduction={reduction})",
         pruner,
         outer_loss,
         hparams,
@@ -363,7 +371,16 @@ def asha(
     check_count("reduction", reduction, 2)
     pruner = optuna.pruners.SuccessiveHalvingPruner(reduction_factor=reduction)
     return _stopped_early(
-        "asha", pruner, outer_loss, hparams, low, high, transforms, max_calls=max_calls, num_trials=num_trials, **trials
+        f"asha(reduction={reduction})",
+        pruner,
+        outer_loss,
+        hparams,
+        low,
+        high,
+        transforms,
+        max_calls=max_calls,
+        num_trials=num_trials,
+        **trials,
     )
 
 

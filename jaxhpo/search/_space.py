@@ -36,6 +36,12 @@ class Space:
     """
 
     def __init__(self, hparams: PyTree, low: PyTree, high: PyTree, transforms: PyTree):
+        for path, leaf in tree_leaves_with_path(hparams):
+            if isinstance(leaf, (int, str)) or getattr(getattr(leaf, "dtype", None), "kind", "") in {"b", "i", "u"}:
+                raise JaxhpoError(
+                    f"`hparams{keystr(path)}` got {leaf!r}, but a search is over real numbers: let Optuna suggest "
+                    "integers and choices, and tune the rest within its trials, by `jaxhpo.search.tune_trial`."
+                )
         self.hparams = check_params(hparams, "hparams")
         found = jax.tree.leaves(apply_transforms(lambda transform, leaf: transform, transforms, self.hparams))
         self.rules = [rule if isinstance(rule, Transform) else None for rule in found]

@@ -9,13 +9,17 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import optuna
+import sqlalchemy
 import sqlalchemy.exc
 from optuna.trial import FrozenTrial, TrialState
+
+from jaxhpo._core.errors import JaxhpoError
 
 HEARTBEAT, GRACE = 10, 60  # seconds between signs of life of a trial, and without one until it counts as killed
 MOST_RETRIES = 5  # of a trial that was killed: perhaps it is the reason
 LOCKED = 60  # seconds that a process waits for others at an SQLite file
 ATTEMPTS = 10  # to make the tables, where other processes do
+ADDRESSES = '"sqlite:///study.db", or "postgresql+psycopg2://user@host/name" (with psycopg2 installed)'
 PROBLEM, EXCESS = "problem", "excess"  # user attributes: why a trial failed; that it is one too many
 
 
@@ -48,6 +52,9 @@ def open_storage(address: str) -> optuna.storages.RDBStorage:
     Returns:
       The storage, for `optuna.create_study(storage=...)`, or the `storage` of a search.
 
+    Raises:
+      JaxhpoError: no data base is there, nor can one be made.
+
     Example:
       >>> import optuna, tempfile
       >>> storage = jaxhpo.search.open_storage(f"sqlite:///{tempfile.mkdtemp()}/study.db")
@@ -60,6 +67,8 @@ def open_storage(address: str) -> optuna.storages.RDBStorage:
       Akiba, Sano, Yanase, Ohta, Koyama. Optuna: A Next-generation Hyperparameter Optimization Framework. 2019.
       arXiv:1907.10902
     """
+    if not isinstance(address, str) or "://" not in address:
+        raise JaxhpoError(f"`storage` got {address!r}, which is no address: write {ADDRESSES}.")
     with quiet():
         again = optuna.storages.RetryHeartbeatStaleTrialCallback(MOST_RETRIES, inherit_intermediate_values=True)
         for attempt in range(1, ATTEMPTS + 1):
@@ -71,11 +80,25 @@ def open_storage(address: str) -> optuna.storages.RDBStorage:
                     grace_period=GRACE,
                     heartbeat_stale_trial_callback=again,
                 )
-            except sqlalchemy.exc.DBAPIError:  # as where another process makes the tables
+            except sqlalchemy.exc.DBAPIError as error:  # as where another process makes the tables
                 if attempt == ATTEMPTS:
-                    raise
+                    raise JaxhpoError(f"`storage` {_told(address)} cannot be opened: {error.orig}.") from error
                 time.sleep(0.1 * attempt)
+            except (
+                sqlalchemy.exc.ArgumentError,
+                ImportError,
+            ) as error:  # a driver that does not exist, or is not there
+                problem = f"`storage` {_told(address)} cannot be opened: {error} Write {ADDRESSES}."
+                raise JaxhpoError(problem) from error
     raise AssertionError("not reached")
+
+
+def _told(address: str) -> str:
+    """An address without its password."""
+    try:
+        return repr(sqlalchemy.engine.make_url(address).render_as_string(hide_password=True))
+    except sqlalchemy.exc.ArgumentError:
+        return "got an address that"
 
 
 def beats(storage: Any) -> bool:

@@ -19,7 +19,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from jaxhpo._core.errors import JaxhpoError, warn
-from jaxhpo._core.outer import in_one_form
+from jaxhpo._core.outer import WITH_CARRY, in_one_form, takes_carry
 from jaxhpo._core.progress import Progress
 from jaxhpo._core.tree import without_weak_types
 from jaxhpo._core.types import PyTree
@@ -27,6 +27,7 @@ from jaxhpo._core.validate import check_arrays, check_count, check_key
 from jaxhpo._tune.checkpoint import absolute
 from jaxhpo._tune.history import decode, encode
 from jaxhpo._tune.inputs import check_callbacks, check_settings
+from jaxhpo._tune.program import changes, digest, loss_digests
 from jaxhpo._tune.record import TuneStep
 from jaxhpo._tune.run_dir import RunDir, in_use
 from jaxhpo._tune.step import check_carry
@@ -126,24 +127,42 @@ class Search:
         callbacks: Iterable[Callable[[TuneStep], Any]] = (),
         max_seconds: float | None = None,
         progress: bool = True,
+        **unknown: Any,
     ):
+        if unknown:
+            raise TypeError(f"`{kind}` got unexpected arguments: {', '.join(unknown)}.")
         check_count("num_trials", num_trials)
         check_settings(num_trials, progress, 0.0, save_every, max_seconds, max_calls=max_calls, batch=batch)
         self.loss, _ = in_one_form(outer_loss, None)
+        if (max_calls > 1 or carry is not None) and not takes_carry(outer_loss):
+            given = f"`max_calls={max_calls}`" if max_calls > 1 else "a `carry`"
+            raise JaxhpoError(
+                f"`{kind}` got {given}, but every call of `outer_loss(hparams)` is the same: write {WITH_CARRY}, "
+                "which trains on from the carry."
+            )
         self.space, self.num_trials, self.max_calls, self.batch = space, num_trials, max_calls, batch
         self.key = jax.random.key(0) if key is None else check_key(key)
         self.carry = without_weak_types(jax.tree.map(jnp.asarray, check_arrays(carry, "carry")))
         self.save_every, self.callbacks, self.max_seconds = save_every, check_callbacks(callbacks), max_seconds
         self.progress, self.begun = progress, time.perf_counter()
-        self.program, self.slots = jax.jit(self._together), list[Slot]()
-        value, _, info = jax.eval_shape(self._one, space.hparams, self.carry, self.key, np.int32(0))
+        self.program, self.slots, self.called = jax.jit(self._together), list[Slot](), False
+        traced, (value, _, info) = jax.make_jaxpr(self._one, return_shape=True)(
+            space.hparams, self.carry, self.key, np.int32(0)
+        )
+        if any(jnp.issubdtype(x.dtype, jax.dtypes.prng_key) for x in jax.tree.leaves(info)):
+            raise JaxhpoError("`info` has a key, which a storage does not take: return `jax.random.key_data(key)`.")
         self.blank = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), {"value": value, "info": info})
         self.folder = None if run_dir is None else absolute(run_dir)
         self.sampler = Sampler(space, make, int(jax.random.bits(self.key, (), jnp.uint32)))
         if storage is None and self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise JaxhpoError(f"`run_dir` is no folder, nor can one be made: {error}.") from None
             storage = f"sqlite:///{self.folder / 'study.db'}"
-        self.storage: Any = open_storage(storage) if isinstance(storage, str) else storage
+        self.storage: Any = (
+            storage if hasattr(storage, "create_new_study") or storage is None else open_storage(storage)
+        )
         with quiet():
             self.study = optuna.create_study(
                 storage=self.storage,
@@ -152,13 +171,52 @@ class Search:
                 pruner=pruner or optuna.pruners.NopPruner(),
                 load_if_exists=True,
             )
-        here = {"search": kind, "space": {name: str(d) for name, d in space.distributions.items()}}
-        there = self.study.user_attrs.get("jaxhpo")
+        here = {
+            "search": kind,
+            "space": {name: str(d) for name, d in space.distributions.items()},
+            "start": [digest(x) for x in jax.tree.leaves(space.hparams)],
+            "key": digest(self.key),
+            "max_calls": max_calls,
+            "loss": loss_digests(traced) | {"carry": str([digest(x) for x in jax.tree.leaves(self.carry)])},
+        }
+        self._check_study(name, here)
+
+    def _check_study(self, name: str, here: dict[str, Any]) -> None:
+        """Raises where the study is not one that this search began: its trials would be compared with others."""
+        there, study = self.study.user_attrs.get("jaxhpo"), f"`storage` has a study {name!r}"
+        if self.study.directions != [optuna.study.StudyDirection.MINIMIZE]:
+            raise JaxhpoError(f"{study} that does not minimise one value: write another `name`.")
         if there is None:
+            foreign = {name for t in self.study.get_trials(deepcopy=False) for name in t.params} - {
+                *self.space.distributions
+            }
+            if foreign:
+                raise JaxhpoError(
+                    f"{study} of another program, with parameters {sorted(foreign)}: write another `name`."
+                )
             self.study.set_user_attr("jaxhpo", here)
-        elif there != here:
-            what = "with another space" if there["search"] == kind else f"of `{there['search']}`"
-            raise JaxhpoError(f"`storage` has a study {name!r} {what}: write another `name`, or what it began with.")
+            return
+        before, loss = there.get("loss", {}), here["loss"]
+        words = {
+            "search": f"of `{there['search']}`, where this is `{here['search']}`",
+            "space": "with another space",
+            "start": "with another start (`hparams`)",
+            "key": "with another `key`",
+            "max_calls": f"with max_calls={there.get('max_calls')}, where this has {here['max_calls']}",
+        }
+        other = [text for part, text in words.items() if there.get(part) != here[part]]
+        if before.keys() == loss.keys() and before != loss:
+            what, surely = changes(before, loss)
+            what = what.replace(" (that of the checkpoint is taken)", "")
+            if surely or before["carry"] != loss["carry"]:
+                other.append(f"of which {what}")
+            else:
+                warn(f"{study} of which {what}.")
+        if other:
+            raise JaxhpoError(
+                f"{study} {', '.join(other)}: their losses cannot be compared. Write another `name` (or `run_dir`), or "
+                "what it began with."
+            )
 
     # --- the program ---
 
@@ -179,6 +237,7 @@ class Search:
         slots = [slot for slot in self._ready() if slot.calls < self.max_calls]
         trials = [(slot.hparams, slot.carry, slot.key, np.int32(slot.calls)) for slot in slots]
         results = self.program(trials + trials[:1] * (self.batch - len(trials))) if trials else []
+        self.called |= bool(trials)
         for slot, (value, carry, info) in zip(slots, results, strict=False):
             slot.carry, slot.calls = carry, slot.calls + 1
             slot.row = jax.device_get({"value": value, "info": info})
@@ -208,7 +267,7 @@ class Search:
         while not (status := signalled()):
             while len(self.slots) < self.batch and self._ask():
                 pass
-            if self.max_seconds is not None and time.perf_counter() - self.begun > self.max_seconds:
+            if self.called and self.max_seconds is not None and time.perf_counter() - self.begun > self.max_seconds:
                 return "budget", f"{self.max_seconds} seconds are spent"
             for slot in self.slots:
                 if slot.path is not None and slot.folder is None and not in_use(slot.path):

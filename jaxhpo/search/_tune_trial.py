@@ -7,11 +7,14 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import optax
 import optuna
 
 import jaxhpo
+from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.types import PyTree
+from jaxhpo._core.validate import describe
 from jaxhpo.search._storage import first_attempt, put_back
 
 
@@ -44,9 +47,10 @@ def tune_trial(
       **run: other arguments of `tune`: `num_steps`, `transforms`, `carry`, ...
 
     Returns:
-      The result of `tune`, whose `best_value` the objective may return.
+      The result of `tune`, whose `best_value` the objective may return (with `population=`, its least).
 
     Raises:
+      JaxhpoError: the study maximises; a second call in the trial has the `run_dir` of the first.
       optuna.TrialPruned: the pruner ended the run.
       NonFiniteError: the first step is not finite; `study.optimize(..., catch=jaxhpo.NonFiniteError)` goes on.
 
@@ -72,14 +76,28 @@ def tune_trial(
       Akiba, Sano, Yanase, Ohta, Koyama. Optuna: A Next-generation Hyperparameter Optimization Framework. 2019.
       arXiv:1907.10902
     """
+    if not isinstance(trial, optuna.Trial):
+        raise JaxhpoError(f"`trial` got {describe(trial)}: pass what `study.optimize` or `study.ask` gives.")
+    if trial.study.directions != [optuna.study.StudyDirection.MINIMIZE]:
+        raise JaxhpoError(
+            "`tune_trial` minimises, and so must the study: `create_study()`, or negate what it maximises."
+        )
     frozen = trial.study.get_trials(deepcopy=False)[trial.number]
     first, known, pruned = first_attempt(frozen), set(frozen.intermediate_values), []
     folder = pathlib.Path(run_dir).expanduser().absolute() / trial.study.study_name / str(first)
-    trial.set_user_attr("run_dir", str(folder))
+    here = {"run_dir": str(folder), "attempt": trial.number}
+    if here.items() <= frozen.user_attrs.items():
+        raise JaxhpoError(
+            f"`tune_trial` was called twice in trial {trial.number} with `run_dir={os.fspath(run_dir)!r}`, where the "
+            "first run lies: give each call a `run_dir` of its own, such as `runs/fold0` and `runs/fold1`."
+        )
+    for name, value in here.items():
+        trial.set_user_attr(name, value)
 
     def told(step):
-        if step.step not in known and math.isfinite(step.best_value):
-            trial.report(step.best_value, step.step)
+        best = float(np.min(step.best_value))  # of a population, of its best member
+        if step.step not in known and math.isfinite(best):
+            trial.report(best, step.step)
         if trial.should_prune():
             pruned.append(step.step)
         return bool(pruned)

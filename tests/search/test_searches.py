@@ -236,7 +236,7 @@ def test_callbacks_see_each_trial_and_may_stop():
     result = jaxhpo.search.random(outer_loss, START, num_trials=9, callbacks=[lambda s: s.step == 3], **SPACE)
     assert result.status == "callback" and len(result.history["value"]) == 4
     result = jaxhpo.search.random(outer_loss, START, num_trials=9, max_seconds=1e-6, **SPACE)
-    assert result.status == "budget" and len(result.history["value"]) == 0 and result.best_hparams == START
+    assert result.status == "budget" and result.history["calls"].tolist() == [1]  # one call in any case
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "preempted")])
@@ -256,7 +256,7 @@ def test_a_signal_ends_the_search_and_the_same_call_goes_on(number, status, tmp_
     finally:
         signal.signal(signal.SIGTERM, before)
     assert result.status == status and len(result.history["value"]) == 0
-    went_on = jaxhpo.search.random(curve, 0.5, **settings)
+    went_on = jaxhpo.search.random(strike, 0.5, **settings)
     assert went_on.status == "finished" and not list((tmp_path / "trials").iterdir())
     undisturbed = jaxhpo.search.random(curve, 0.5, **(settings | {"run_dir": None}))
     assert same(without_times(went_on), without_times(undisturbed))
@@ -270,13 +270,80 @@ def test_a_signal_ends_the_search_and_the_same_call_goes_on(number, status, tmp_
 
 def test_more_trials_go_on_and_another_search_is_refused(tmp_path):
     first = jaxhpo.search.random(outer_loss, START, num_trials=3, run_dir=tmp_path, **SPACE)
+    again = {"num_trials": 3, "run_dir": tmp_path, **SPACE}
     more = jaxhpo.search.random(outer_loss, START, num_trials=5, run_dir=tmp_path, **SPACE)
     whole = jaxhpo.search.random(outer_loss, START, num_trials=5, **SPACE)
     assert len(first.history["value"]) == 3 and same(without_times(more), without_times(whole))
-    with pytest.raises(jaxhpo.JaxhpoError, match="a study 'search' of `random`: write another `name`"):
-        jaxhpo.search.cmaes(outer_loss, START, num_trials=3, run_dir=tmp_path, **SPACE)
-    with pytest.raises(jaxhpo.JaxhpoError, match="with another space"):
-        jaxhpo.search.random(outer_loss, START, num_trials=3, run_dir=tmp_path, **(SPACE | {"high": 2.0}))
+    for what, call in {
+        "of `random`, where this is `cmaes`": lambda: jaxhpo.search.cmaes(outer_loss, START, **again),
+        "with another space": lambda: jaxhpo.search.random(outer_loss, START, **(again | {"high": 2.0})),
+        "with another start": lambda: jaxhpo.search.random(outer_loss, START | {"momentum": 0.3}, **again),
+        "with another `key`": lambda: jaxhpo.search.random(outer_loss, START, key=jax.random.key(1), **again),
+        "outer loss is another": lambda: jaxhpo.search.random(lambda h: outer_loss(h) + 100, START, **again),
+    }.items():
+        with pytest.raises(jaxhpo.JaxhpoError, match=f"a study 'search' .*{what}.*cannot be compared"):
+            call()
+
+
+def test_studies_that_are_not_of_this_search_are_refused(tmp_path):
+    settings = {"low": 0.0, "high": 1.0, "progress": False}
+    with _storage.quiet():
+        storage = f"sqlite:///{tmp_path / 'study.db'}"
+        optuna.create_study(storage=storage, study_name="up", direction="maximize")
+        optuna.create_study(storage=storage, study_name="other").optimize(
+            lambda t: t.suggest_float("z", 0, 1), n_trials=1
+        )
+    with pytest.raises(jaxhpo.JaxhpoError, match="does not minimise"):
+        jaxhpo.search.random(jnp.abs, 0.5, num_trials=2, storage=storage, name="up", **settings)
+    with pytest.raises(jaxhpo.JaxhpoError, match=r"of another program, with parameters \['z'\]"):
+        jaxhpo.search.random(jnp.abs, 0.5, num_trials=2, storage=storage, name="other", **settings)
+    jaxhpo.search.grid(jnp.abs, 0.5, resolution=3, storage=storage, **settings)
+    with pytest.raises(jaxhpo.JaxhpoError, match=r"of `grid\(resolution=3\)`, where this is `grid\(resolution=5\)`"):
+        jaxhpo.search.grid(jnp.abs, 0.5, resolution=5, storage=storage, **settings)
+    scale = np.ones(3)  # closed over, as data are
+    jaxhpo.search.random(lambda h: jnp.sum(scale * h), 0.5, num_trials=1, storage=storage, name="data", **settings)
+    scale = 2 * scale
+    with pytest.raises(jaxhpo.JaxhpoError, match="data that the outer loss closes over are others"):
+        jaxhpo.search.random(lambda h: jnp.sum(scale * h), 0.5, num_trials=2, storage=storage, name="data", **settings)
+
+
+def keyed(h, carry, key):
+    return h, carry, {"key": key}
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"max_calls": 3}, "`max_calls=3`, but every call of `outer_loss.hparams.` is the same"),
+        ({"carry": 0.0}, "a `carry`, but every call"),
+        ({"outer_loss": keyed}, "`info` has a key"),
+        ({"hparams": 1}, "let Optuna suggest integers"),
+        ({"storage": "study.db"}, "`storage` got 'study.db', which is no address: write \"sqlite"),
+        ({"storage": 3}, "`storage` got 3, which is no address"),
+        ({"storage": "sqllite:///study.db"}, "cannot be opened: .*sqllite"),
+        ({"storage": "sqlite:////nowhere/at/all/study.db"}, "cannot be opened: unable to open"),
+    ],
+    ids=str,
+)
+def test_what_cannot_work_is_said(settings, problem, monkeypatch):
+    monkeypatch.setattr(_storage, "ATTEMPTS", 1)
+    given = {"outer_loss": jnp.abs, "hparams": 0.5, "num_trials": 2, "low": 0.0, "high": 1.0, "progress": False}
+    with pytest.raises(jaxhpo.JaxhpoError, match=problem):
+        jaxhpo.search.random(**(given | settings))
+
+
+def test_unknown_arguments_and_folders_that_are_files(tmp_path):
+    with pytest.raises(TypeError, match="`random` got unexpected arguments: num_steps"):
+        jaxhpo.search.random(jnp.abs, 0.5, num_trials=2, low=0.0, high=1.0, num_steps=3)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(jaxhpo.JaxhpoError, match="`run_dir` is no folder"):
+        jaxhpo.search.random(jnp.abs, 0.5, num_trials=2, low=0.0, high=1.0, run_dir=tmp_path / "file")
+
+
+def test_a_search_is_drawn():
+    result = jaxhpo.search.random(outer_loss, START, num_trials=4, **SPACE)
+    labels = [axis.get_ylabel() for axis in jaxhpo.plot.run(result).axes]
+    assert labels == ["loss", "value, in natural units"]
 
 
 def test_an_exception_gives_the_trials_back(tmp_path):
@@ -441,6 +508,29 @@ def test_a_trial_tunes_reports_and_is_pruned(tmp_path):
     assert ended.state.name == "COMPLETE" and sorted(ended.intermediate_values) == list(range(8))
     found = jaxhpo.load(ended.user_attrs["run_dir"])
     assert found.best_value == ended.value and len(found.history["value"]) == 8
+
+
+def test_a_trial_tunes_once_in_a_folder_and_downwards(tmp_path):
+    def twice(trial):
+        return hybrid(trial, tmp_path).best_value + hybrid(trial, tmp_path).best_value
+
+    with pytest.raises(jaxhpo.JaxhpoError, match="called twice in trial 0.*`runs/fold0`"):
+        optuna.create_study().optimize(twice, n_trials=1)
+    with pytest.raises(jaxhpo.JaxhpoError, match="`tune_trial` minimises"):
+        optuna.create_study(direction="maximize").optimize(lambda trial: hybrid(trial, tmp_path).best_value, n_trials=1)
+    with pytest.raises(jaxhpo.JaxhpoError, match="`trial` got"):
+        hybrid(optuna.trial.FixedTrial({"power": 2}), tmp_path)
+
+
+def test_a_trial_tunes_a_population(tmp_path):
+    def several(trial):
+        starts = jnp.array([0.0, 2.0])
+        run = {"num_steps": 3, "population": 2, "run_dir": tmp_path, "progress": False}
+        return jaxhpo.search.tune_trial(trial, lambda h: (h - 3.0) ** 2, starts, optax.sgd(0.1), **run).best_value.min()
+
+    study = optuna.create_study()
+    study.optimize(several, n_trials=1)
+    assert [*study.trials[0].intermediate_values.values()][-1] == study.best_value
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
