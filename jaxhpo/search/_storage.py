@@ -93,6 +93,12 @@ def open_storage(address: str) -> optuna.storages.RDBStorage:
     raise AssertionError("not reached")
 
 
+def close(storage: optuna.storages.RDBStorage) -> None:
+    """Closes the connections of a storage; it opens others where it is used again."""
+    storage.remove_session()
+    storage.engine.dispose()
+
+
 def _told(address: str) -> str:
     """An address without its password."""
     try:

@@ -10,7 +10,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,7 @@ from jaxhpo.search._storage import (
     attempts,
     beating,
     beats,
+    close,
     first_attempt,
     open_storage,
     put_back,
@@ -160,9 +161,8 @@ class Search:
             except OSError as error:
                 raise JaxhpoError(f"`run_dir` is no folder, nor can one be made: {error}.") from None
             storage = f"sqlite:///{self.folder / 'study.db'}"
-        self.storage: Any = (
-            storage if hasattr(storage, "create_new_study") or storage is None else open_storage(storage)
-        )
+        self.opened = storage is not None and not hasattr(storage, "create_new_study")
+        self.storage: Any = open_storage(cast(str, storage)) if self.opened else storage
         with quiet():
             self.study = optuna.create_study(
                 storage=self.storage,
@@ -171,7 +171,7 @@ class Search:
                 pruner=pruner or optuna.pruners.NopPruner(),
                 load_if_exists=True,
             )
-        here = {
+        self.identity = {
             "search": kind,
             "space": {name: str(d) for name, d in space.distributions.items()},
             "start": [digest(x) for x in jax.tree.leaves(space.hparams)],
@@ -179,11 +179,11 @@ class Search:
             "max_calls": max_calls,
             "loss": loss_digests(traced) | {"carry": str([digest(x) for x in jax.tree.leaves(self.carry)])},
         }
-        self._check_study(name, here)
 
-    def _check_study(self, name: str, here: dict[str, Any]) -> None:
+    def _check_study(self) -> None:
         """Raises where the study is not one that this search began: its trials would be compared with others."""
-        there, study = self.study.user_attrs.get("jaxhpo"), f"`storage` has a study {name!r}"
+        here, there = self.identity, self.study.user_attrs.get("jaxhpo")
+        study = f"`storage` has a study {self.study.study_name!r}"
         if self.study.directions != [optuna.study.StudyDirection.MINIMIZE]:
             raise JaxhpoError(f"{study} that does not minimise one value: write another `name`.")
         if there is None:
@@ -249,6 +249,14 @@ class Search:
 
     def run(self) -> TuneResult:
         """Runs trials until all have ended."""
+        try:
+            self._check_study()
+            return self._run()
+        finally:
+            if self.opened:
+                close(self.storage)
+
+    def _run(self) -> TuneResult:
         with contextlib.ExitStack() as stack:
             stack.enter_context(quiet())
             stack.enter_context(beating(self.storage, lambda: [slot.trial._trial_id for slot in self.slots]))
