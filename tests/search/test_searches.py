@@ -323,7 +323,7 @@ def keyed(h, carry, key):
         ({"storage": "sqllite:///study.db"}, "cannot be opened: .*sqllite"),
         ({"storage": "sqlite:////nowhere/at/all/study.db"}, "cannot be opened: unable to open"),
     ],
-    ids=str,
+    ids=["calls", "carry", "key", "integer", "path", "number", "driver", "folder"],
 )
 def test_what_cannot_work_is_said(settings, problem, monkeypatch):
     monkeypatch.setattr(_storage, "ATTEMPTS", 1)
