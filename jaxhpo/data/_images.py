@@ -18,7 +18,7 @@ from jaxhpo.data._split import Examples, Split, check_sizes, deal, split
 
 
 class _Idx(NamedTuple):
-    """Where a data set in idx format comes from."""
+    """Source of a data set in idx format."""
 
     title: str
     folder: str

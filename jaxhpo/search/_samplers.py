@@ -1,4 +1,4 @@
-"""Where the next trial lies: points of a grid, random ones, and what samplers of Optuna say."""
+"""Samplers of trials: points of a grid, random ones, and what samplers of Optuna say."""
 
 import math
 from collections.abc import Callable

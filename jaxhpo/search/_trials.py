@@ -93,7 +93,7 @@ class Slot:
             self.saved = self.calls, time.perf_counter()
 
     def tree(self) -> dict[str, Any]:
-        """What a checkpoint holds."""
+        """The contents of a checkpoint."""
         return {"fixed": {"hparams": self.hparams, "key": self.key}, "carry": self.carry}
 
 
