@@ -275,7 +275,8 @@ class Search:
         while not (status := signalled()):
             while len(self.slots) < self.batch and self._ask():
                 pass
-            if self.called and self.max_seconds is not None and time.perf_counter() - self.begun > self.max_seconds:
+            spent = self.max_seconds is not None and time.perf_counter() - self.begun > self.max_seconds
+            if spent and (self.called or not self.slots):  # the first call is made in any case, where there is one
                 return "budget", f"{self.max_seconds} seconds are spent"
             for slot in self.slots:
                 if slot.path is not None and slot.folder is None and not in_use(slot.path):
