@@ -3,13 +3,22 @@
 import argparse
 import pathlib
 
+RESULTS = pathlib.Path(__file__).parent / "results"
 
-def parse(description: str, arguments, *, seeds: int, quick: int) -> argparse.Namespace:
-    """Reads `--out`, `--quick` and `--seeds`, whose defaults are given, and makes the folder."""
+
+def parse(description: str, arguments, *, seeds: int, quick: int, experiment: str = "") -> argparse.Namespace:
+    """Reads `--out`, `--quick` and `--seeds`, whose defaults are given, and makes the folder.
+
+    An experiment has a folder of results of its own, and `--run-dir`.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results")
+    folder = RESULTS / "experiments" / experiment if experiment else RESULTS
+    parser.add_argument("--out", type=pathlib.Path, default=folder)
     parser.add_argument("--quick", action="store_true", help="a small run, whose figures mean nothing")
     parser.add_argument("--seeds", type=int, help=f"{seeds} unless given, {quick} with --quick")
+    if experiment:
+        told = "a folder for what is done, from which a run that was ended goes on"
+        parser.add_argument("--run-dir", type=pathlib.Path, help=told)
     given = parser.parse_args(arguments)
     if given.seeds is None:
         given.seeds = quick if given.quick else seeds

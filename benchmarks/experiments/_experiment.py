@@ -1,0 +1,65 @@
+"""What experiments share: a loop over seeds that can be resumed, means with their errors, the report."""
+
+import json
+import pathlib
+import sys
+import time
+
+import numpy as np
+
+sys.path.append(str(pathlib.Path(__file__).parents[1]))  # where benchmarks' own modules are
+
+import _arguments  # noqa: E402
+
+
+def parse(script: str, description: str, arguments, *, seeds: int, quick: int):
+    """The command line of an experiment: `--out`, `--quick`, `--seeds`, `--run-dir`. `script` is its `__file__`."""
+    return _arguments.parse(description, arguments, seeds=seeds, quick=quick, experiment=pathlib.Path(script).stem)
+
+
+def each_seed(given, measure, name: str = "") -> list[dict]:
+    """The rows `measure(seed, run_dir)`, one a seed, with progress.
+
+    With `--run-dir` a finished row is kept there and read again, and `run_dir` is a folder for the searches in it
+    (`tune(..., run_dir=run_dir / "penalties")`); without, it is None. `name` tells several loops of a script apart.
+    """
+    rows = []
+    for seed in range(given.seeds):
+        started, run_dir = time.perf_counter(), None
+        if given.run_dir is not None:
+            run_dir = given.run_dir / ("quick" if given.quick else "full") / name / f"seed-{seed}"
+            run_dir.mkdir(parents=True, exist_ok=True)
+            if (run_dir / "row.json").exists():
+                rows.append(json.loads((run_dir / "row.json").read_text()))
+                continue
+        rows.append({"seed": seed, **measure(seed, run_dir)})
+        if run_dir is not None:
+            (run_dir / "row.tmp").write_text(json.dumps(rows[-1]))
+            (run_dir / "row.tmp").replace(run_dir / "row.json")
+        said = f"{name} seed {seed}".strip()
+        print(f"{said}: {time.perf_counter() - started:.0f} s, {len(rows)} of {given.seeds}", file=sys.stderr)
+    return rows
+
+
+def mean(values) -> dict:
+    """Mean of numbers, one a seed, and its standard error; None of a single one."""
+    values = np.asarray(values, float)
+    error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else None
+    return {"mean": float(values.mean()), "error": None if error is None else float(error), "n": len(values)}
+
+
+def paired(first, second) -> dict:
+    """Mean of `first - second` over the same seeds with its standard error, and in how many `first` is lower."""
+    difference = np.asarray(first, float) - np.asarray(second, float)
+    return {**mean(difference), "lower in": int((difference < 0).sum())}
+
+
+def text(summary: dict, form: str = ".3f") -> str:
+    """A mean with its error, as the tables print it: `.914 ± .002` or `.914`."""
+    error = "" if summary["error"] is None else f" ± {summary['error']:{form}}"
+    return f"{summary['mean']:{form}}{error}"
+
+
+def write(given, report: dict) -> None:
+    """Write `report.json` into `--out`."""
+    (given.out / "report.json").write_text(json.dumps({"seeds": given.seeds, **report}, indent=1) + "\n")
