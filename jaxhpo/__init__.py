@@ -51,7 +51,8 @@ Write your own
     Adjoint, LinearSolver, StatefulMethod, Transform: the protocols; Problem: what a rule is given
 
 Modules, imported when they are first used
-    jaxhpo.criteria, jaxhpo.data, jaxhpo.models, jaxhpo.plot, jaxhpo.search, jaxhpo.sklearn, jaxhpo.testing
+    jaxhpo.criteria, jaxhpo.data, jaxhpo.models, jaxhpo.plot, jaxhpo.search, jaxhpo.single_loop, jaxhpo.sklearn,
+    jaxhpo.testing
 """
 
 import importlib as _importlib
