@@ -542,8 +542,11 @@ def _loop(record, limits, on_not_finite, callbacks, called, save_every, signalle
         report = fetched(report)
         if step == begun:
             check_same_value(report.value)
+        carries = compiled.step.gradient is not None and bool(jax.tree.leaves(state.carry))
         if not traced:
-            _check_zeros(compiled, state, report, caught)
+            _check_zeros(compiled, state, report, caught, may_begin=carries and step + 1 < limits.num_steps)
+        elif carries and step == min(begun + 2, limits.num_steps - 1):
+            _check_zeros(compiled, state, report, [])  # the state of the method has had time to leave zero
         if not report.finite.all() and record.rules.chosen is not None and record.rules.probed < step:
             if text := record.rules.choose(state, step):  # the rule fails here: perhaps another does not
                 bar.note(text)
@@ -627,7 +630,7 @@ def _result(record, limits, status, message) -> TuneResult:
     return TuneResult(hparams, now.state.carry, now.best_hparams, best, step, history, status, message, members)
 
 
-def _check_zeros(compiled, state, report, caught):
+def _check_zeros(compiled, state, report, caught, may_begin=False):
     """Compares the hypergradient of the step that was traced with what the rules warned of."""
     if not report.finite.any():
         warn_again(caught)
@@ -635,7 +638,7 @@ def _check_zeros(compiled, state, report, caught):
     hypergrad, members = report.hypergradient, None
     if compiled.shape:
         state, hypergrad, members = member(state, 0), whole(hypergrad), np.flatnonzero(report.finite)
-    raise_if_zero(hypergrad, caught, program(compiled.step, state), members)
+    raise_if_zero(hypergrad, caught, program(compiled.step, state), members, may_begin=may_begin)
 
 
 def _not_finite(record, state, report, after, ends, halvings, alive) -> str:

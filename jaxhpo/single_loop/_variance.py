@@ -23,7 +23,18 @@ from jaxhpo.single_loop._sums import Point, Problem, Term
 
 
 class Estimator:
-    """What all estimators have; those that need nothing of it leave it as it is."""
+    """Base class of estimators of the mean of a finite sum; one of your own has `estimate`, and what else it needs.
+
+    Attributes:
+      recursive: whether it needs the point of the last update.
+
+    Example:
+      >>> class Halved(jaxhpo.single_loop.Estimator):
+      ...     def estimate(self, term, draw, point, before, memory, count, restart, problem):
+      ...         return jax.tree.map(lambda x: x / 2, term.at(point, *draw)), memory
+      >>> rows = jaxhpo.single_loop.FiniteSum.of(jnp.zeros(4), 2)
+      >>> method = jaxhpo.single_loop.SingleLoop(rows, rows, Halved())
+    """
 
     recursive: ClassVar[bool] = False
 
