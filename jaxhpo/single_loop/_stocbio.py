@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import optax
 
 from jaxhpo._core.tree import add_scaled
 from jaxhpo._core.types import Hypergradient, StatefulMethod
-from jaxhpo._core.validate import check_settings
+from jaxhpo._core.validate import check_settings, check_traceable_number
 from jaxhpo.single_loop._loop import SingleLoopState, check_several_steps, report, start
 from jaxhpo.single_loop._sums import FiniteSum, Point, check_update, problem_of, series
 
@@ -61,11 +62,14 @@ class StocBiO(StatefulMethod):
 
     train: FiniteSum
     validation: FiniteSum
-    step_size: float
+    step_size: Any
     num_terms: int = 10
 
     def __post_init__(self):
-        check_settings(self, step_size="positive", num_terms="count")
+        check_settings(self, num_terms="count")
+        check_traceable_number("StocBiO(step_size=...)", self.step_size)
+        if isinstance(self.step_size, int | float):
+            check_settings(self, step_size="positive")
 
     def pair(self, solver, outer_loss, num_steps, warm_start) -> Hypergradient:
         """Return the pair of `init` and `update`."""

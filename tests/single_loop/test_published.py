@@ -5,7 +5,6 @@ benchmark_bilevel (github.com/benchopt/benchmark_bilevel), recorded in float32: 
 ijcnn1, 64 a minibatch, with a penalty for each of the 22 features. Steps of θ, v are .1, those of h .2.
 """
 
-import bz2
 import os
 import pathlib
 
@@ -16,22 +15,16 @@ import optax
 import pytest
 
 import jaxhpo
+import jaxhpo.data
 from jaxhpo.single_loop import F2SA, SABA, SARAH, SOBA, STORM, FiniteSum, SingleLoop, StocBiO, series_sums
 
 FOLDER = pathlib.Path(os.environ.get("JAXHPO_DATA_DIR", ""), "libsvm")
 RECORDED = np.load(pathlib.Path(__file__).parent / "published.npz")
 
 
-def rows(name, num):
-    """The first rows of a file in LIBSVM's format, `label index:value ...` with indices from 1."""
-    x, y = np.zeros((num, 22), np.float32), np.zeros(num, np.float32)
-    with bz2.open(FOLDER / name, "rt") as file:
-        for i, line in zip(range(num), file, strict=False):
-            label, *items = line.split()
-            y[i] = float(label)
-            for index, value in (item.split(":") for item in items):
-                x[i, int(index) - 1] = float(value)
-    return x, y
+@pytest.fixture(scope="module")
+def rows():
+    return jaxhpo.data.ijcnn1()
 
 
 def logistic(z, batch):
@@ -79,15 +72,12 @@ CASES = {
 
 @pytest.mark.skipif(not (FOLDER / "ijcnn1.trn.bz2").exists(), reason="JAXHPO_DATA_DIR has no libsvm/ijcnn1.trn.bz2")
 @pytest.mark.parametrize("name", CASES)
-def test_ends_where_the_published_code_ends(name):
+def test_ends_where_the_published_code_ends(name, rows):
     make, inner_rate, outer_rate, num_steps, change, read = CASES[name]
     recorded = {key.removeprefix(f"{name}_"): jnp.asarray(RECORDED[key]) for key in RECORDED if key.startswith(name)}
     sums = [
-        FiniteSum.of(rows(file, num), 64, lambda n, order=order: recorded[order][n])
-        for file, num, order in (
-            ("ijcnn1.trn.bz2", 2560, "inner_minibatch"),
-            ("ijcnn1.tst.bz2", 1280, "outer_minibatch"),
-        )
+        FiniteSum.of((part.inputs[:num], part.targets[:num]), 64, lambda n, order=order: recorded[order][n])
+        for part, num, order in ((rows.train, 2560, "inner_minibatch"), (rows.test, 1280, "outer_minibatch"))
     ]
 
     def train_loss(z, x, batch):
