@@ -97,7 +97,7 @@ def test_of_one_minibatch_all_are_gradient_descent(method):
     (h, state), _ = run(method, 7)
     found = state.inner.params["w"], state.auxiliary.params["w"], h["l2"]
     for got, want in zip(found, descent(7), strict=True):
-        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)  # float32, seven updates
+        np.testing.assert_allclose(got, want, rtol=1e-12)  # float64, seven updates
 
 
 def trained(h):
@@ -123,14 +123,14 @@ def test_at_the_solution_of_both_the_direction_is_the_implicit_hypergradient():
     pair = jaxhpo.hypergradient(SOBA(*WHOLE), SOLVER, outer_loss)
     state = pair.init(w, H0)
     grad, after, _ = pair.update(H0, state._replace(auxiliary=state.auxiliary._replace(params=v)))
-    np.testing.assert_allclose(grad["l2"], want["l2"], rtol=1e-4)  # float32
-    np.testing.assert_allclose(after.auxiliary.params["w"], v["w"], rtol=1e-4, atol=1e-6)  # and both stay
+    np.testing.assert_allclose(grad["l2"], want["l2"], rtol=1e-10)
+    np.testing.assert_allclose(after.auxiliary.params["w"], v["w"], rtol=1e-10)  # and both stay
 
 
-@pytest.mark.parametrize("method", [AmIGO(*WHOLE), AmIGO(*WHOLE, linear_steps=150)], ids=["as many", "more"])
+@pytest.mark.parametrize("method", [AmIGO(*WHOLE), AmIGO(*WHOLE, linear_steps=400)], ids=["as many", "more"])
 def test_amigo_of_many_steps_is_the_implicit_hypergradient(method):
-    _, (grads, _) = run(method, 1, num_steps=150)
-    np.testing.assert_allclose(grads["l2"][0], exact(H0)[2]["l2"], rtol=1e-4)  # (1 − .1 λ)^150 is below 1e-6
+    _, (grads, _) = run(method, 1, num_steps=300)
+    np.testing.assert_allclose(grads["l2"][0], exact(H0)[2]["l2"], rtol=1e-8)  # (1 − .1 λ)^300 is below 1e-9
 
 
 def test_stocbio_of_one_minibatch_is_neumann():
@@ -142,7 +142,7 @@ def test_stocbio_of_one_minibatch_is_neumann():
         solution = jaxhpo.solve(SOLVER, SOLVER.init(W0, h), h, lambda t: ROWS[0], num_steps=20, adjoint=adjoint)
         return outer_loss(solution, h, ROWS[1])
 
-    np.testing.assert_allclose(grads["l2"][0], jax.grad(loss)(H0)["l2"], rtol=1e-4)
+    np.testing.assert_allclose(grads["l2"][0], jax.grad(loss)(H0)["l2"], rtol=1e-10)
 
 
 def test_f2sa_approaches_the_implicit_hypergradient_as_one_over_the_multiplier():
@@ -152,7 +152,7 @@ def test_f2sa_approaches_the_implicit_hypergradient_as_one_over_the_multiplier()
         _, (grads, _) = run(method, 1, num_steps=300)
         errors.append(np.linalg.norm(grads["l2"][0] - exact(H0)[2]["l2"]))
     assert errors[0] < 0.1 * np.linalg.norm(exact(H0)[2]["l2"])
-    assert 5 < errors[0] / errors[1] < 20  # of order 1/λ: ten, but for float32, whose differences are times λ
+    assert 8 < errors[0] / errors[1] < 12  # of order 1/λ: ten
 
 
 def test_the_table_of_saga_keeps_the_mean_of_its_entries():
@@ -161,7 +161,7 @@ def test_the_table_of_saga_keeps_the_mean_of_its_entries():
     (_, state), _ = run(SABA(*sums), len(order))
     for table, mean in state.memories:
         for entries, average in zip(jax.tree.leaves(table), jax.tree.leaves(mean), strict=True):
-            np.testing.assert_allclose(entries.mean(0), average, rtol=1e-4, atol=1e-6)
+            np.testing.assert_allclose(entries.mean(0), average, rtol=1e-10, atol=1e-14)
             assert not entries[3].any() and entries[2].any()
     assert jax.tree.structure(state.memories[1][0]).num_leaves == 2  # the outer loss has no direction of θ
 
@@ -171,7 +171,7 @@ def test_sarah_restarts_without_drawing():
     (_, state), (grads, _) = run(SingleLoop(*sums, SARAH(3)), 7)
     assert state.draws == (4, 4)  # updates 0, 3 and 6 take all minibatches
     _, (whole, _) = run(SOBA(*WHOLE), 1)
-    np.testing.assert_allclose(grads["l2"][0], whole["l2"][0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(grads["l2"][0], whole["l2"][0], rtol=1e-10, atol=1e-14)
 
 
 @pytest.mark.parametrize(
@@ -255,7 +255,7 @@ def test_estimators_of_each_variable_are_those_alone():
     method = SingleLoop(*WHOLE, PerVariable(hparams=Momentum(0.5)), implicit_sums)
     _, (averaged, _) = run(method, 2, rate=0.0)
     _, (plain, _) = run(SOBA(*WHOLE), 2, rate=0.0)
-    np.testing.assert_allclose(averaged["l2"][1], plain["l2"].mean(0), rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(averaged["l2"][1], plain["l2"].mean(0), rtol=1e-10, atol=1e-14)
 
 
 def test_help_lists_every_name():
