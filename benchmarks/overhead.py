@@ -7,6 +7,9 @@ step in between. A ratio is that of the medians of a turn, with quartiles over t
 default settings. Memory is the process's resident set after 100 and after 1000 outer steps of a small problem. A
 checkpoint holds a carry of 1 MB and is synced.
 
+"calls" is for steps of microseconds, those of `SOBA` on logistic regression of 22 weights, 64 rows a minibatch: a call
+of `tune(..., steps_per_call=K)` against one `jax.lax.scan` over K updates of the same pair and optimiser, in turns.
+
     python benchmarks/overhead.py [--turns 7] [--steps 100] [--out DIR]
 """
 
@@ -27,6 +30,7 @@ import optax
 
 import jaxhpo
 from jaxhpo._tune.run_dir import RunDir
+from jaxhpo.single_loop import SOBA, FiniteSum
 
 SIZE, GOAL = 256, 0.02  # of the matrices; seconds that a step should take
 OPTIMIZER = optax.adam(0.01)
@@ -73,6 +77,54 @@ def turn(products: int, steps: int, **settings) -> tuple[float, float]:
     start = jnp.ones((SIZE, SIZE))
     loss = lambda h: outer_loss(h, products)  # noqa: E731
     jaxhpo.tune(loss, start, OPTIMIZER, num_steps=steps + 1, callbacks=[callback], progress=False, **settings)
+    tuned = [after[0] - before[1] for before, after in itertools.pairwise(spans)]
+    return statistics.median(by_hand[1:]), statistics.median(tuned)
+
+
+def calls(steps_per_call: int, number: int) -> tuple[float, float]:
+    """Return median seconds of a bare scan of steps of microseconds, and of the calls of `tune` interleaved with it."""
+    keys = jax.random.split(jax.random.key(0), 2)
+    x, y = jax.random.normal(keys[0], (1280, 22)), jnp.sign(jax.random.normal(keys[1], (1280,)))
+    slow = optax.adam(1e-5)  # after 100 000 steps, too, the penalties are near their start
+    rows = FiniteSum.of((x, y), 64)
+    logistic = lambda w, batch: jnp.mean(jnp.logaddexp(0.0, -batch[1] * (batch[0] @ w)))  # noqa: E731
+    train_loss = lambda w, h, batch: logistic(w, batch) + 0.5 * jnp.sum(jnp.exp(h) * w**2)  # noqa: E731
+    solver = jaxhpo.from_optax(train_loss, optax.sgd(0.1))
+    pair = jaxhpo.hypergradient(SOBA(rows, rows), solver, lambda solution, h, batch: logistic(solution.params, batch))
+    h = jnp.zeros(22)
+    start = pair.init(jnp.zeros(22), h)
+
+    @jax.jit
+    def scan(h, state, opt_state, key):
+        def update(carry, key):
+            h, state, opt_state = carry
+            grad, state, info = pair.update(h, state, key=key)
+            updates, opt_state = slow.update(grad, opt_state, h)
+            return (optax.apply_updates(h, updates), state, opt_state), None
+
+        carry, _ = jax.lax.scan(update, (h, state, opt_state), jax.random.split(key, steps_per_call))
+        return carry
+
+    by_hand, spans, now = [], [], [h, start, slow.init(h)]
+    jax.block_until_ready(scan(*now, keys[0]))  # compiles
+
+    def callback(_):
+        begun = time.perf_counter()
+        now[:] = jax.block_until_ready(scan(*now, keys[1]))
+        by_hand.append(time.perf_counter() - begun)
+        spans.append((begun, time.perf_counter()))
+
+    jaxhpo.tune(
+        None,
+        h,
+        slow,
+        num_steps=steps_per_call * (number + 1),
+        steps_per_call=steps_per_call,
+        gradient=jaxhpo.from_pair(pair),
+        carry=start,
+        callbacks=[callback],
+        progress=False,
+    )
     tuned = [after[0] - before[1] for before, after in itertools.pairwise(spans)]
     return statistics.median(by_hand[1:]), statistics.median(tuned)
 
@@ -128,7 +180,12 @@ def main(arguments=None) -> None:
             turns["tune"].append(turn(products, parsed.steps))
             turns["tune with run_dir"].append(turn(products, parsed.steps, run_dir=folder))
     ratios = {name: statistics.quantiles([t / b for b, t in pairs], n=4) for name, pairs in turns.items()}
+    times = {k: [calls(k, 20) for _ in range(parsed.turns)] for k in (1, 100, 1000, 10_000)}
     report = {
+        "calls": {
+            k: {"ratio": statistics.quantiles([t / b for b, t in pairs], n=4), "step_seconds": min(pairs)[0] / k}
+            for k, pairs in times.items()
+        },
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         "bare_step_seconds": statistics.median(bare for bare, _ in itertools.chain(*turns.values())),
@@ -139,6 +196,12 @@ def main(arguments=None) -> None:
     print(f"a bare step takes {1000 * report['bare_step_seconds']:.1f} ms")
     for name, (low, median, high) in ratios.items():
         print(f"{name}: {median:.3f} times that ({low:.3f}, {high:.3f})")
+    for k, found in report["calls"].items():
+        low, median, high = found["ratio"]
+        print(
+            f"calls of {k} steps of {1e6 * found['step_seconds']:.0f} µs: {median:.2f} times a bare scan "
+            f"({low:.2f}, {high:.2f})"
+        )
     low, median, high = (1000 * x for x in report["checkpoint_seconds"])
     print(f"a checkpoint of 1 MB: {median:.1f} ms ({low:.1f}, {high:.1f})")
     early, late = report["resident_bytes"].values()

@@ -20,6 +20,7 @@ MODULES = {
     "jaxhpo.models": "Models for examples and benchmarks, as pure functions.",
     "jaxhpo.plot": "Pictures of runs and comparisons. They need matplotlib.",
     "jaxhpo.search": "Searches, most with Optuna. They need `pip install 'jaxhpo[search]'`.",
+    "jaxhpo.single_loop": "Stochastic methods that tune hyperparameters during one training.",
     "jaxhpo.sklearn": "Estimators of scikit-learn's style that choose their penalties. They need scikit-learn.",
     "jaxhpo.testing": "Problems with hypergradients in closed form, to test a rule of your own against.",
 }

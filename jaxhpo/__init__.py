@@ -51,7 +51,7 @@ Write your own
     Adjoint, LinearSolver, StatefulMethod, Transform: the protocols; Problem: what a rule is given
 
 Modules, imported when they are first used
-    jaxhpo.criteria, jaxhpo.data, jaxhpo.models, jaxhpo.plot, jaxhpo.search, jaxhpo.sklearn, jaxhpo.testing
+    jaxhpo.criteria, .data, .models, .plot, .search, .single_loop, .sklearn, .testing
 """
 
 import importlib as _importlib

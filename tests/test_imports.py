@@ -21,7 +21,7 @@ LAYERS = [
     ["_diagnostics"],
     ["_estimator", "_tune"],
     ["__init__"],  # the public names: what follows may `import jaxhpo`, as a user does
-    ["criteria", "search", "models", "data", "plot", "testing"],
+    ["criteria", "search", "single_loop", "models", "data", "plot", "testing"],
     ["sklearn", "_cli"],
     ["__main__"],
 ]
@@ -49,7 +49,7 @@ SHARED = {
 }
 
 CORE = {"jax", "jaxlib", "numpy", "scipy", "chex"}
-OPTAX = ("_core.tree", "_inner.solver", "_tune", "_estimator", "search", "_cli", "testing")
+OPTAX = ("_core.tree", "_inner.solver", "_tune", "_estimator", "search", "single_loop", "_cli", "testing")
 FLAX = ("models",)
 # Optional extras are imported inside functions, or at the top of the namespace that is about nothing else.
 EXTRAS = {

@@ -66,14 +66,14 @@ class Progress(contextlib.ExitStack):
         """Shows at once what is going on before the next step ends."""
         self._show("", text, 0)
 
-    def update(self, text: str = "") -> None:
-        """Counts one step; `text` describes its result."""
-        self.done += 1
+    def update(self, text: str = "", steps: int = 1) -> None:
+        """Counts steps; `text` describes their result."""
+        self.done += steps
         now, left = time.perf_counter(), ""
         before, since = self.first = self.first or (self.done, now)
         if before < self.done < self.total:
             left = f"{_duration((self.total - self.done) * (now - since) / (self.done - before))} left"
-        self._show(left, text, 1)
+        self._show(left, text, steps)
 
     def _show(self, left: str, text: str, steps: int) -> None:
         """Shows a text after so many more steps: in the bar, or, at the end, after a while or without a step, alone."""

@@ -22,7 +22,12 @@ def warn_again(caught: Iterable[Any]) -> None:
 
 
 def raise_if_zero(
-    hypergrad: PyTree, caught: list, program: tuple[Callable, PyTree] | None, members: np.ndarray | None = None
+    hypergrad: PyTree,
+    caught: list,
+    program: tuple[Callable, PyTree] | None,
+    members: np.ndarray | None = None,
+    *,
+    may_begin: bool = False,
 ) -> None:
     """Raises for a leaf that is structurally zero, in whole, or in part where a rule cuts it off.
 
@@ -34,6 +39,7 @@ def raise_if_zero(
         which rules announce a zero in one of the leaves.
       program: the outer loss and its argument, traced only when needed. None if its derivative is not JAX's.
       members: indices of the members of a population to look at, the leading axis of every leaf; None without one.
+      may_begin: a leaf may be zero at first, as of a method whose linear system starts at zero: no warning.
 
     Raises:
       ZeroHypergradientError: names the leaf and, where a rule gave one, the reason.
@@ -65,6 +71,8 @@ def raise_if_zero(
                 f"{begin}: nothing that the outer loss sees depends on it, or a rule of your own drops its derivative. "
                 f"Remove it, or use it in the train loss or the optimiser.{others}"
             )
+        if may_begin:
+            continue
         text = (
             f"{who} has a hypergradient of exactly zero at this point: start elsewhere if it does not move (a count "
             "of errors is flat: take a smooth loss, or `EvolutionStrategies`)."

@@ -85,6 +85,25 @@ def check_settings(num_steps, progress, min_delta, save_every, max_seconds, **co
         raise JaxhpoError(f"`save_every` got {save_every!r}, a negative time: write a positive one, or zero.")
 
 
+def check_calls(steps_per_call, num_steps, on_not_finite, extras) -> None:
+    """Raises where several steps a call cannot work with the other settings."""
+    check_count("steps_per_call", steps_per_call)
+    if steps_per_call == 1:
+        return
+    if num_steps % steps_per_call:
+        more = num_steps + steps_per_call - num_steps % steps_per_call
+        raise JaxhpoError(
+            f"`num_steps={num_steps}` is not a multiple of `steps_per_call={steps_per_call}`: write {more}, say."
+        )
+    taken = [f"record={name!r}" for name in extras if name in ("agreement", "error")]
+    taken += [f"on_not_finite={on_not_finite!r}"] * (on_not_finite != "stop")
+    if taken:
+        raise JaxhpoError(
+            f"`{taken[0]}` looks at every step, but between those of a call of {steps_per_call} nothing can: omit it, "
+            "or `steps_per_call`."
+        )
+
+
 def check_record(record) -> tuple[str, ...]:
     """Returns the names of extra columns as a tuple; raises for an unknown one."""
     wanted = tuple(record) if isinstance(record, (tuple, list, set)) else (record,)

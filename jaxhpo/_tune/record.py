@@ -148,6 +148,9 @@ class Record:
         transforms = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
         monitored = np.asarray(monitor is not None)  # otherwise the score is another number
         self.fixed = {"hparams": state.point, "key": state.key, "transforms": transforms, "monitor": monitored}
+        self.per_call = compiled.step.steps_per_call
+        if self.per_call > 1:
+            self.fixed["steps_per_call"] = np.asarray(self.per_call)
         self.rows: list[dict[str, Any]] = []
         self.origin, self.notes = "started", list[str]()
         self.past, self.own = list[str](), list[str]()
@@ -360,7 +363,8 @@ class Record:
         self.started -= max(before.pop("seconds", 0.0), float(self.rows[-1]["seconds"]))
         if own := before.pop("rules", None):
             self.rules.restore(own, self.now.state)
-        self.origin = f"resumed from {os.fspath(self.run_dir.folder)!r} after {len(self.rows)} outer steps"
+        steps = self.per_call * len(self.rows)
+        self.origin = f"resumed from {os.fspath(self.run_dir.folder)!r} after {steps} outer steps"
         self.past, here = before.pop("past", []), self._settings()
         here.pop("past")
         here.pop("rules")
@@ -404,7 +408,8 @@ class Record:
     def write_status(self, status: str, message: str) -> None:
         """Writes the run's status to `run_dir`."""
         if self.run_dir is not None:
-            self.run_dir.write_status(status=status, message=message, num_steps=self.settings["num_steps"])
+            more = {"steps_per_call": self.per_call} if self.per_call > 1 else {}
+            self.run_dir.write_status(status=status, message=message, num_steps=self.settings["num_steps"], **more)
 
     def _tree(self, now: LoopState, hparams: PyTree):
         """Returns what a checkpoint holds; of the last hyperparameters in natural units `load` alone makes use."""

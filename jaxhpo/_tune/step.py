@@ -1,5 +1,6 @@
 """The outer step as two pure functions, `init` and `update`; `tune` is a loop over them."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -160,16 +161,17 @@ class Step:
     Attributes:
       inner_steps: those of all solves that were traced for a step; under `vmap` or a scan each counts once.
       truncated: whether linear solvers of a fixed number of terms were among them, which have no tolerance.
+      steps_per_call: steps that `advance` takes, in one program.
       place: gives the rule that a solve takes in the place of the one that it asks for.
     """
 
-    def __init__(self, outer_loss, optimizer, transforms, projections, remedies, gradient):
+    def __init__(self, outer_loss, optimizer, transforms, projections, remedies, gradient, steps_per_call=1):
         check_optimizer(optimizer, transforms)
         self.loss, self.gradient = in_one_form(outer_loss, gradient)
         check_policies(remedies, is_deterministic(outer_loss, gradient))
         self.optimizer = optax.with_extra_args_support(optimizer)
         self.transforms, self.projections, self.remedies = transforms, projections, remedies
-        self.inner_steps, self.truncated = 0, False
+        self.inner_steps, self.truncated, self.steps_per_call = 0, False, steps_per_call
         self.place: Callable[[Any], Any] = lambda rule: rule
 
     def init(self, hparams: PyTree, carry: PyTree = None, key: jax.Array | None = None) -> OuterState:
@@ -198,7 +200,30 @@ class Step:
         return to_natural(self.transforms, state.point)
 
     def advance(self, state: OuterState) -> tuple[OuterState, OuterReport]:
-        """Takes an outer step, without what `with_constants` puts back: the device need not return it."""
+        """Takes the steps of a call, without what `with_constants` puts back: the device need not return it.
+
+        The report is that of the last step, with the remedies of all. A step that is not finite is the last: the state
+        is then that before it.
+        """
+        if self.steps_per_call == 1:
+            return self._step(state)
+
+        def body(carry):
+            count, state, before = carry
+            after, report = self._step(state)
+            after = jax.tree.map(lambda new, old: jnp.where(report.finite, new, old), after, without_constants(state))
+            remedies = jax.tree.map(jnp.add, before.remedies, report.remedies)
+            return count + 1, with_constants(after, state), report._replace(remedies=remedies)
+
+        with warnings.catch_warnings(action="ignore"):  # tracing the loop issues them again
+            shapes = jax.eval_shape(self._step, state)[1]
+        none = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)._replace(finite=jnp.asarray(True))
+        going = lambda carry: (carry[0] < self.steps_per_call) & carry[2].finite  # noqa: E731
+        _, after, report = jax.lax.while_loop(going, body, (jnp.zeros((), jnp.int32), state, none))
+        return without_constants(after), report
+
+    def _step(self, state: OuterState) -> tuple[OuterState, OuterReport]:
+        """Takes one outer step."""
         key = jax.random.fold_in(state.key, state.step)
         value, grad, carry, info = self._accumulated(state.point, state.carry, key)
         safe, counts = clipped(self.remedies, grad)
@@ -269,6 +294,11 @@ def check_carry(before, after):
 def with_constants(after: OuterState, state: OuterState) -> OuterState:
     """Completes the state that `Step.advance` returned."""
     return after._replace(key=state.key, before=state.point)
+
+
+def without_constants(state: OuterState) -> OuterState:
+    """The state as `Step.advance` returns it."""
+    return state._replace(key=None, before=None)
 
 
 def backtracked(state: OuterState) -> OuterState:

@@ -139,16 +139,20 @@ def standing(folder: str | os.PathLike, steps: int) -> str:
     """Describes the status of a run in a folder after so many history rows, and where the same call continues."""
     folder = absolute(folder)
     fields = status_of(folder)
+    per_call = fields.get("steps_per_call", 1)
+    per_call = per_call if isinstance(per_call, int) else 1
     status, message = (printable(str(fields.get(name, ""))) for name in ("status", "message"))
     # Asked only where it can be: for the moment of asking, no other process can take the folder.
     if status in ("", "running") and (running := in_use(folder)):
-        return f"going on (process {running}): {steps} of {printable(str(fields.get('num_steps', '?')))} steps"
+        return (
+            f"going on (process {running}): {per_call * steps} of {printable(str(fields.get('num_steps', '?')))} steps"
+        )
     text = f"{status.replace('_', ' ') or 'unknown'}: {message}"
     if status == "running":
         text = "cut off: it left no message, so it was killed"
     saved = max(map(rows_of, saved_in(folder)), default=0)
     if 0 < saved < steps:
-        text += f". The same call goes on after {saved} outer steps, from the last checkpoint"
+        text += f". The same call goes on after {per_call * saved} outer steps, from the last checkpoint"
     header = newest_header(folder)
     return ". ".join([text, *map(printable, [] if header is None else header.settings.get("past", []))])
 

@@ -26,6 +26,7 @@ from jaxhpo._diagnostics.health import named_members, raise_if_zero, warn_again,
 from jaxhpo._tune.diagnosis import diagnosis, program, unconverged
 from jaxhpo._tune.inputs import (
     check_callbacks,
+    check_calls,
     check_choice,
     check_policies,
     check_record,
@@ -176,6 +177,7 @@ def tune(
     score_window: int | None = None,
     max_seconds: float | None = None,
     max_inner_steps: int | None = None,
+    steps_per_call: int = 1,
     record: str | tuple[str, ...] = (),
     on_error: str | None = None,
     resume: str = "warn",
@@ -262,6 +264,11 @@ def tune(
         included; None never does.
       max_inner_steps: stop before the inner steps of all outer steps (those of `solve`, the most that a `tol` allows)
         would exceed this number; None never does.
+      steps_per_call: K outer steps in one compiled loop, of which `num_steps` is a multiple, for steps of microseconds:
+        the host sees the last step of each call, and makes a row of history of it. What counts steps then counts calls,
+        all but `num_steps`: rows, `best_step`, `patience`, `score_window`, `save_every`, callbacks. A step that is not
+        finite ends its call, and the run (K = 1 alone allows "skip", "backtrack", "agreement", "error" and `on_error`).
+        The hyperparameters are those of K = 1.
       record: extra columns: "hparams", all leaves whole; "hypergradient", its leaves, in the units of the search;
         "agreement": the `predicted_change` of the outer loss by each step, hypergradient times move, and in the row
         after it the `agreement`, actual for predicted change: 1 on a straight line, about 1/2 at the best step of a
@@ -328,7 +335,9 @@ def tune(
         what = "record='error'" if on_error is None else f"on_error={on_error!r}"
         raise JaxhpoError(f"`{what}` takes tangents of one run: tune a member alone, without `population=`.")
     check_choice("resume", resume, "warn", "continue")
-    compiled = Compiled(Step(outer_loss, optimizer, transforms, projections, remedies, gradient), population)
+    check_calls(steps_per_call, num_steps, on_not_finite, extras)
+    step = Step(outer_loss, optimizer, transforms, projections, remedies, gradient, steps_per_call)
+    compiled = Compiled(step, population)
     check_same(
         {
             "hparams": hparams,
@@ -339,7 +348,7 @@ def tune(
             "projections": described(projections),
             "remedies": repr(remedies),
             "monitor": described(monitor),
-            "num_steps": num_steps,
+            "num_steps": (num_steps, steps_per_call),
             "population": population,
             "on_not_finite": on_not_finite,
             "patience": (patience, min_delta),
@@ -391,13 +400,13 @@ def tune(
         try:
             try:
                 if stopped:
-                    status, message = _stopped("preempted", run.now.rows)
+                    status, message = _stopped("preempted", run)
                 else:
                     status, message = _loop(run, limits, on_not_finite, callbacks, called, save_every, signalled, bar)
             except KeyboardInterrupt:
                 if not run.now.rows or not alone:
                     raise
-                status, message = _stopped("interrupted", run.now.rows)
+                status, message = _stopped("interrupted", run)
             finally:
                 if status != "raised" or alone:  # saving takes all processes
                     run.save()
@@ -436,22 +445,24 @@ class _Limits(NamedTuple):
 
     def reached(self, record: Record) -> tuple[str, str] | None:
         """Returns status and message of a run that has ended, or None."""
-        rows, steps = record.now.rows, record.compiled.step.inner_steps
-        if rows >= self.num_steps:
-            return "finished", f"{rows} outer steps were taken, of {self.num_steps} asked for"
+        rows, steps = record.now.rows, record.per_call * record.compiled.step.inner_steps
+        if rows * record.per_call >= self.num_steps:
+            return "finished", f"{rows * record.per_call} outer steps were taken, of {self.num_steps} asked for"
         if not self.active(record.now).any():
             ended = self.ended(record)
             status = str(ended.flat[0]) if (ended == ended.flat[0]).all() else "mixed"
             if ended.shape:
                 return status, f"every member has ended: {_counted(ended)}"
             more = ", while the outer loss still fell" if status == "overfitting" else ""
-            return status, f"no improvement of more than {self.min_delta} in {self.patience} outer steps{more}"
+            calls = f"calls of {record.per_call} " if record.per_call > 1 else ""
+            return status, f"no improvement of more than {self.min_delta} in {self.patience} {calls}outer steps{more}"
         max_seconds = self.max_seconds
         if max_seconds is not None and rows and on_any(record.seconds >= max_seconds):
             return "budget", f"{record.seconds:.3g} of {self.max_seconds} seconds are spent"
         if self.max_inner_steps is not None and (rows + 1) * steps > self.max_inner_steps:
             taken = rows * steps
-            return "budget", f"{taken} of {self.max_inner_steps} inner steps are taken, and an outer step takes {steps}"
+            what = "an outer step" if record.per_call == 1 else f"a call of {record.per_call} outer steps"
+            return "budget", f"{taken} of {self.max_inner_steps} inner steps are taken, and {what} takes {steps}"
         return None
 
 
@@ -463,8 +474,8 @@ def _check_budget(record, max_inner_steps):
     """Raises where inner steps cannot be counted, or do not suffice for one outer step."""
     with record.rules.as_asked():
         record.compiled.shapes(record.now.state)
-    steps = record.compiled.step.inner_steps
-    problem = f"is too few, as an outer step takes {steps}"
+    steps = record.per_call * record.compiled.step.inner_steps
+    problem = f"is too few, as {'an outer step takes' if record.per_call == 1 else 'the steps of a call take'} {steps}"
     if not steps:
         problem = "counts the steps of `solve`, and none was called: write `num_steps` or `max_seconds`"
     if not 0 < steps <= max_inner_steps:
@@ -507,8 +518,8 @@ def _signalled(preempted, interrupted) -> str:
     return "preempted" if on_any(preempted()) else "interrupted"
 
 
-def _stopped(status, steps) -> tuple[str, str]:
-    return status, f"{CAME[status]}; stopped after {steps} outer steps"
+def _stopped(status, record) -> tuple[str, str]:
+    return status, f"{CAME[status]}; stopped after {record.now.rows * record.per_call} outer steps"
 
 
 def _loop(record, limits, on_not_finite, callbacks, called, save_every, signalled, bar) -> tuple[str, str]:
@@ -522,7 +533,7 @@ def _loop(record, limits, on_not_finite, callbacks, called, save_every, signalle
     while (reached := limits.reached(record)) is None:
         step, now = record.now.rows, record.now
         if step and (status := signalled()):
-            return _stopped(status, step)
+            return _stopped(status, record)
         compiled, state, active = record.compiled, now.state, limits.active(now)
         traced = (now.failures < step).any()  # a step has been finite: the traced program has been checked
         catching = contextlib.nullcontext([]) if traced else warnings.catch_warnings(record=True, action="always")
@@ -542,14 +553,19 @@ def _loop(record, limits, on_not_finite, callbacks, called, save_every, signalle
         report = fetched(report)
         if step == begun:
             check_same_value(report.value)
+        carries = compiled.step.gradient is not None and bool(jax.tree.leaves(state.carry))
         if not traced:
-            _check_zeros(compiled, state, report, caught)
+            _check_zeros(compiled, state, report, caught, may_begin=carries and step + 1 < limits.num_steps)
+        elif carries and step == min(begun + 2, limits.num_steps - 1):
+            _check_zeros(compiled, state, report, [])  # the state of the method has had time to leave zero
         if not report.finite.all() and record.rules.chosen is not None and record.rules.probed < step:
             if text := record.rules.choose(state, step):  # the rule fails here: perhaps another does not
                 bar.note(text)
                 after, report = compiled.update(state)
                 report = fetched(report)
         bad, halvings = active & ~report.finite, np.zeros(compiled.shape, np.int32)
+        if record.per_call > 1:  # the call ended before the step that is not finite
+            state = compiled.select(bad, after, state)
         while on_not_finite == "backtrack" and step and (again := bad & (halvings < MOST_FAILURES)).any():
             state = compiled.select(again, backtracked(state), state)
             after, report = compiled.select(again, compiled.update(state), (after, report))
@@ -567,7 +583,7 @@ def _loop(record, limits, on_not_finite, callbacks, called, save_every, signalle
         taken, held = active & ~bad, state._replace(step=state.step + skips) if bad.any() else state
         after = compiled.select(taken, after, held)
         step_info = record.accept(after, report, active, taken, halvings, limits.min_delta)
-        bar.update(_progress_line(step_info, active) if taken.any() else "skipped")
+        bar.update(_progress_line(step_info, active) if taken.any() else "skipped", record.per_call)
         if record.rules.on_error is not None:
             record.flush()
             if why := record.rules.misleads(record.rows):
@@ -627,7 +643,7 @@ def _result(record, limits, status, message) -> TuneResult:
     return TuneResult(hparams, now.state.carry, now.best_hparams, best, step, history, status, message, members)
 
 
-def _check_zeros(compiled, state, report, caught):
+def _check_zeros(compiled, state, report, caught, may_begin=False):
     """Compares the hypergradient of the step that was traced with what the rules warned of."""
     if not report.finite.any():
         warn_again(caught)
@@ -635,7 +651,7 @@ def _check_zeros(compiled, state, report, caught):
     hypergrad, members = report.hypergradient, None
     if compiled.shape:
         state, hypergrad, members = member(state, 0), whole(hypergrad), np.flatnonzero(report.finite)
-    raise_if_zero(hypergrad, caught, program(compiled.step, state), members)
+    raise_if_zero(hypergrad, caught, program(compiled.step, state), members, may_begin=may_begin)
 
 
 def _not_finite(record, state, report, after, ends, halvings, alive) -> str:
@@ -647,12 +663,13 @@ def _not_finite(record, state, report, after, ends, halvings, alive) -> str:
         who = f", {named_members(indices)}{' (explained for the first)' * (len(indices) > 1)}"
     what = what_is_not_finite(report.value, report.hypergradient, after.point, after.carry)
     with recording(linear_solves=None):
-        message = f"Outer step {now.rows}{who}: {what} {diagnosis(record.compiled.step, state)}"
+        number = now.rows if record.per_call == 1 else int(whole(state.step))
+        message = f"Outer step {number}{who}: {what} {diagnosis(record.compiled.step, state)}"
     if now.failures:
         message += f" So were the {now.failures} steps before, which were skipped: other keys make no difference."
     if halvings:
         message += f" Going back by half of the last move, {halvings} times, did not help."
-    if now.rows == 0 and not alive:
+    if number == 0 and not alive:
         raise NonFiniteError(message)
     end = "The run ends; `hparams` are those of this step, `best_hparams` the best before."
     if who:

@@ -1,0 +1,206 @@
+"""One step of parameters, linear system and hyperparameters together, by any estimator of the directions."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxhpo._core.errors import JaxhpoError
+from jaxhpo._core.tree import all_finite, norm
+from jaxhpo._core.types import Hypergradient, HypergradientInfo, Info, InnerState, StatefulMethod
+from jaxhpo._estimator.pair import check_warm_start
+from jaxhpo.single_loop._sums import (
+    Draws,
+    FiniteSum,
+    Point,
+    Problem,
+    Term,
+    add,
+    check_update,
+    implicit_sums,
+    no_draws,
+    problem_of,
+    start_auxiliary,
+)
+from jaxhpo.single_loop._variance import Estimator, Plain
+
+
+class SingleLoopState(NamedTuple):
+    """State of `SingleLoop` and of the methods that are cases of it.
+
+    Attributes:
+      inner: θ and its optimiser's state.
+      auxiliary: v and its optimiser's state.
+      memories: of the estimator, one for each sum.
+      before: the point of the last update; None for estimators without need of it.
+      draws: minibatches drawn so far of the train loss and of the outer loss, int32.
+      count: updates made, int32.
+
+    Example:
+      >>> solver = jaxhpo.from_optax(lambda p, h, batch: jnp.mean((p - h - batch) ** 2), optax.sgd(0.1))
+      >>> rows = jaxhpo.single_loop.FiniteSum.of(jnp.zeros(4), 2)
+      >>> pair = jaxhpo.hypergradient(
+      ...     jaxhpo.single_loop.SABA(rows, rows), solver, lambda solution, h, b: jnp.mean((solution.params - b) ** 2)
+      ... )
+      >>> state = pair.init(jnp.array(0.0), jnp.array(1.0))
+      >>> print(state.auxiliary.params, state.count)
+      0.0 0
+    """
+
+    inner: InnerState
+    auxiliary: InnerState
+    memories: tuple
+    before: Point | None
+    draws: Draws
+    count: jax.Array
+
+    def after(self, inner: InnerState, auxiliary: InnerState, train: int, validation: int) -> SingleLoopState:
+        """The state after an update that drew so many minibatches of each loss."""
+        draws = Draws(self.draws.train + train, self.draws.validation + validation)
+        return self._replace(inner=inner, auxiliary=auxiliary, draws=draws, count=self.count + 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class SingleLoop(StatefulMethod):
+    r"""Parameters, linear system and hyperparameters moved together, one step each an update, on minibatches.
+
+    All three directions are sums over minibatches, at the same point :math:`p = (\theta, v, h)`, of which an estimator
+    takes the mean:
+
+    .. math:: \theta \leftarrow \theta - \rho D_\theta, \qquad v \leftarrow v - \rho_v D_v, \qquad
+              h \leftarrow h - \gamma D_h.
+
+    The first step is the solver's optimiser, the second `linear`, and the third the optimiser of `tune`, to which
+    :math:`D_h` is the hypergradient. So a training and a search are one: `SOBA` is `SingleLoop` with `Plain()`, `SABA`
+    with `SAGA()`, SRBA with `SARAH(q)`, `SPABA` with `PAGE(q)`, MRBO with `STORM(η)` and `series_sums`. Step sizes
+    are those of the optimisers, so schedules of optax.
+
+    **Cost and bias**: by `implicit_sums` and `Plain()` an update takes a gradient, a Hessian product and the mixed
+    product on one minibatch of the train loss (one forward-over-reverse pass: three to four gradients) and a gradient
+    of the outer loss on another. Memory of θ, v and their optimisers' states, and of what the estimator keeps.
+    Hypergradients are biased while θ and v are on their way, and go to the true one with them.
+
+    Args:
+      train: the minibatches of the train loss.
+      validation: those of the outer loss.
+      estimator: of the mean of the directions; `PerVariable` takes one for each.
+      sums: `problem -> [Term, ...]`, what is summed.
+      linear: optax transformation for v; None takes another copy of the solver's. Give one, `optax.sgd(rate)`, where
+        the solver's decays weights, clips or looks at the loss.
+
+    Raises:
+      JaxhpoError: data that is no `FiniteSum`; a solver without a train loss; `num_steps` above 1 or
+        `warm_start=False`, which it has no use for.
+
+    Example:
+      >>> x = jax.random.normal(jax.random.key(0), (60, 3))
+      >>> y = x @ jnp.array([1.0, -1.0, 0.5])
+      >>> def train_loss(w, h, batch):
+      ...     return jnp.mean((batch[0] @ w - batch[1]) ** 2) + jnp.exp(h) * jnp.sum(w**2)
+      >>> solver = jaxhpo.from_optax(train_loss, optax.sgd(0.1))
+      >>> from jaxhpo.single_loop import SARAH, FiniteSum, SingleLoop
+      >>> train, validation = FiniteSum.of((x[:40], y[:40]), 10), FiniteSum.of((x[40:], y[40:]), 10)
+      >>> pair = jaxhpo.hypergradient(
+      ...     SingleLoop(train, validation, SARAH(period=8)), solver,
+      ...     lambda solution, h, batch: jnp.mean((batch[0] @ solution.params - batch[1]) ** 2),
+      ... )
+      >>> h = jnp.array(0.0)
+      >>> result = jaxhpo.tune(
+      ...     None, h, optax.sgd(0.3), num_steps=100, gradient=jaxhpo.from_pair(pair),
+      ...     carry=pair.init(jnp.zeros(3), h), progress=False,
+      ... )
+      >>> bool(result.hparams < -1.0)  # the data have no noise: the best penalty is none, h = -∞
+      True
+
+    References:
+      Dagréou, Ablin, Vaiter, Moreau. A framework for bilevel optimization that enables stochastic and global variance
+      reduction algorithms. 2022. arXiv:2201.13409
+    """
+
+    train: FiniteSum
+    validation: FiniteSum
+    estimator: Estimator = Plain()
+    sums: Callable[[Problem], list[Term]] = implicit_sums
+    linear: optax.GradientTransformation | None = None
+
+    def pair(self, solver, outer_loss, num_steps, warm_start) -> Hypergradient:
+        """Return the pair of `init` and `update`."""
+        check_one_step(self, num_steps, warm_start)
+        problem = problem_of(self, solver, outer_loss, self.train, self.validation)
+        estimator = self.estimator
+
+        def init(params, hparams, model_state=None):
+            state = start(problem, self.linear)(params, hparams, model_state)
+            point = Point(state.inner.params, state.auxiliary.params, jax.tree.map(jnp.asarray, hparams))
+            own = problem._replace(model_state=state.inner.model_state)
+            memories = tuple(estimator.init(term, point, own) for term in self.sums(own))
+            return state._replace(memories=memories, before=point if estimator.recursive else None)
+
+        def update(hparams, state, batches, outer_batch, key):
+            check_update(state, SingleLoopState, self, batches, outer_batch)
+            own = problem._replace(model_state=state.inner.model_state)
+            point, terms = Point(state.inner.params, state.auxiliary.params, hparams), self.sums(own)
+            restart = estimator.restarts(state.count, key)
+            size = sum(term.train for term in terms), sum(term.validation for term in terms)
+            i, j = state.draws.take(own, key, *size)
+            first, direction, memories = (0, 0), Point(None, None, None), []
+            for term, memory in zip(terms, state.memories, strict=True):
+                end = first[0] + term.train, first[1] + term.validation
+                draw, first = (i[first[0] : end[0]], j[first[1] : end[1]]), end
+                given = point, state.before, memory, state.count, restart, own
+                part, memory = estimator.estimate(term, draw, *given)
+                direction, memories = add(direction, part), [*memories, memory]
+            (value, metrics), _ = own.evaluate(point, j[0])
+            finite = all_finite((state.inner.params, direction.params))
+            info = Info(norm(direction.params), jnp.ones((), jnp.int32), finite)
+            inner = problem.step(state.inner, hparams, i[0], direction.params)
+            auxiliary = problem.step_auxiliary(state.auxiliary, hparams, i[0], direction.auxiliary, self.linear)
+            drawn = 1 if restart is None else jnp.where(restart, 0, 1)
+            after = state.after(inner, auxiliary, *(drawn * num for num in size))
+            after = after._replace(memories=tuple(memories), before=point if estimator.recursive else None)
+            return direction.hparams, after, HypergradientInfo(value, metrics, info)
+
+        return Hypergradient(init, update)
+
+
+def start(problem: Problem, linear: Any) -> Callable:
+    """The `init` of a method: θ as given, v = 0, nothing drawn."""
+
+    def init(params, hparams, model_state=None):
+        inner = problem.solver.init(params, hparams, model_state)
+        auxiliary = start_auxiliary(problem, inner, hparams, linear)
+        return SingleLoopState(inner, auxiliary, (), None, no_draws(), jnp.zeros((), jnp.int32))
+
+    return init
+
+
+def report(problem: Problem, inner: InnerState, hparams, i, num_steps: int, value, metrics) -> HypergradientInfo:
+    """The report of an update: the optimality is that on minibatch i."""
+    optimality = norm(problem.train_gradient(inner.params, hparams, i)[1])
+    steps, finite = jnp.asarray(num_steps, jnp.int32), all_finite(inner.params) & jnp.isfinite(optimality)
+    return HypergradientInfo(value, metrics, Info(optimality, steps, finite))
+
+
+def check_several_steps(method: Any, num_steps: int | None, warm_start: bool) -> int:
+    """Returns the inner steps of an update; raises where `hypergradient` does not say, or starts anew in each."""
+    if num_steps is None:
+        raise JaxhpoError(
+            f"{type(method).__name__} takes some inner steps an update: write `hypergradient(..., num_steps=10)`."
+        )
+    check_warm_start(warm_start, method, "Implicit()")
+    return num_steps
+
+
+def check_one_step(method: Any, num_steps: int | None, warm_start: bool) -> None:
+    """Raises where `hypergradient` asks for what a method of one step an update does not have."""
+    if num_steps not in (None, 1):
+        raise JaxhpoError(
+            f"`num_steps={num_steps}` with {type(method).__name__}, which takes one inner step an update: omit it, or "
+            "write `AmIGO`, `StocBiO` or `F2SA`, which take several."
+        )
+    check_warm_start(warm_start, method, "Implicit()")

@@ -1,0 +1,385 @@
+"""What a stochastic bilevel method sums: minibatches, and the directions at a point that they give."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxhpo._core.errors import JaxhpoError
+from jaxhpo._core.tree import add_scaled, scaled, zeros_like
+from jaxhpo._core.types import Info, InnerState, PyTree, Solution, Solver
+from jaxhpo._core.validate import check_callable, check_count, count_examples, require_key
+from jaxhpo._estimator.pair import check_pair_state
+
+
+@dataclasses.dataclass(frozen=True)
+class FiniteSum:
+    r"""A mean over minibatches, each of which is known by its number: :math:`\frac1N \sum_{i<N} \ell(\cdot, b_i)`.
+
+    Methods that reduce the variance of minibatches must know which one they see, and how many there are. All weigh the
+    same, so they should be of one size.
+
+    Args:
+      num_batches: N.
+      batch: `i -> b_i`, the minibatch as a pytree; traceable, i is an int32 scalar. It may close over arrays.
+      order: `n -> i`, the minibatch that is drawn n-th, n = 0, 1, ..., such as a lookup in a shuffled order. None draws
+        with replacement, by the key of each update.
+
+    Raises:
+      JaxhpoError: N is not a positive integer, or `batch` or `order` no function of one argument.
+
+    Example:
+      >>> x, y = jnp.arange(12.0).reshape(6, 2), jnp.arange(6.0)
+      >>> rows = jaxhpo.single_loop.FiniteSum.of((x, y), batch_size=2)
+      >>> rows.num_batches, rows.batch(1)[1].tolist()
+      (3, [2.0, 3.0])
+    """
+
+    num_batches: int
+    batch: Callable[[Any], PyTree]
+    order: Callable[[Any], Any] | None = None
+
+    def __post_init__(self):
+        check_count("FiniteSum(num_batches=...)", self.num_batches)
+        check_callable("FiniteSum(batch=...)", self.batch, "batch(i)", 1)
+        if self.order is not None:
+            check_callable("FiniteSum(order=...)", self.order, "order(n)", 1)
+
+    @classmethod
+    def of(cls, arrays: PyTree, batch_size: int, order: Callable[[Any], Any] | None = None) -> FiniteSum:
+        """A finite sum over rows of arrays: minibatch i is rows i·batch_size to (i + 1)·batch_size − 1.
+
+        Args:
+          arrays: a pytree whose leaves share their leading axis, in random order (minibatches are not drawn anew).
+          batch_size: rows of a minibatch, of which the number of rows is a multiple.
+          order: as above.
+
+        Returns:
+          A `FiniteSum`.
+
+        Raises:
+          JaxhpoError: the number of rows is not a multiple of `batch_size`.
+        """
+        check_count("FiniteSum.of(batch_size=...)", batch_size)
+        arrays = jax.tree.map(jnp.asarray, arrays)
+        rows = count_examples(arrays, "`FiniteSum.of`")
+        if rows % batch_size:
+            fits = [size for size in range(1, rows + 1) if rows % size == 0]
+            below, above = max([s for s in fits if s < batch_size]), min([s for s in fits if s > batch_size])
+            raise JaxhpoError(
+                f"`FiniteSum.of` got {rows} rows, which are not a multiple of batch_size={batch_size}, so that the "
+                f"last minibatch would weigh too much: leave out {rows % batch_size} rows, or write {below} or {above}."
+            )
+
+        def batch(i):
+            return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i * batch_size, batch_size), arrays)
+
+        return cls(rows // batch_size, batch, order)
+
+    def draw(self, key: Any, count: jax.Array, num: int, who: Any) -> jax.Array:
+        """The numbers of the next `num` minibatches, of which `count` were drawn before."""
+        if self.order is None:
+            return jax.random.randint(require_key(key, who), (num,), 0, self.num_batches)
+        return jax.vmap(self.order)(count + jnp.arange(num)).astype(jnp.int32)
+
+
+class Point(NamedTuple):
+    """The three unknowns of a stochastic bilevel method, or a direction of each; None where a sum has no part of it.
+
+    Attributes:
+      params: θ, the inner parameters.
+      auxiliary: v, like θ: the solution of the linear system, or second parameters.
+      hparams: h.
+
+    Example:
+      >>> jaxhpo.single_loop.Point(jnp.zeros(2), jnp.zeros(2), jnp.array(1.0)).hparams
+      Array(1., dtype=float32)
+    """
+
+    params: PyTree
+    auxiliary: PyTree
+    hparams: PyTree
+
+
+def add(a: Point, b: Point) -> Point:
+    """The sum of two directions."""
+    return Point(*(y if x is None else x if y is None else add_scaled(x, 1.0, y) for x, y in zip(a, b, strict=True)))
+
+
+class Term(NamedTuple):
+    """One of the finite sums that make a direction.
+
+    Attributes:
+      at: `(point, train indices, validation indices) -> Point`, the direction by one draw of minibatches.
+      train: minibatches of the train loss in a draw.
+      validation: minibatches of the outer loss in a draw.
+
+    Example:
+      >>> halves = jaxhpo.single_loop.Term(lambda point, i, j: point._replace(hparams=None), train=1, validation=0)
+    """
+
+    at: Callable[[Point, jax.Array, jax.Array], Point]
+    train: int
+    validation: int
+
+    def mean(self, point: Point, problem: Problem) -> Point:
+        """The direction of all minibatches; raises for terms of several minibatches, which have no such mean."""
+        if self.train + self.validation != 1:
+            raise JaxhpoError(
+                f"{problem.method!r} takes means over all minibatches, but a draw of these sums is "
+                f"{self.train + self.validation} minibatches: write `sums=implicit_sums`, or another estimator."
+            )
+        num = problem.train.num_batches if self.train else problem.validation.num_batches
+        none = jnp.zeros((0,), jnp.int32)
+
+        def at(i):
+            one = jnp.reshape(i, (1,))
+            return self.at(point, *((one, none) if self.train else (none, one)))
+
+        def body(total, i):
+            return add_scaled(total, 1 / num, at(i)), None
+
+        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(at, jnp.zeros((), jnp.int32)))
+        return jax.lax.scan(body, zero, jnp.arange(num, dtype=jnp.int32))[0]
+
+    def num_batches(self, problem: Problem) -> int:
+        """The number of minibatches in the sum."""
+        return problem.train.num_batches if self.train else problem.validation.num_batches
+
+
+class Problem(NamedTuple):
+    """A bilevel problem of two finite sums, of which a method asks gradients and products minibatch by minibatch.
+
+    Attributes:
+      method: for messages.
+      solver: the inner problem.
+      outer_loss: `(solution, hparams, outer_batch) -> (value, metrics)`.
+      train: the sum of the train loss.
+      validation: the sum of the outer loss.
+      model_state: of the present update, constant in products.
+
+    Example:
+      >>> def flipped(problem):  # sums of a method of one's own: the outer loss's direct term alone
+      ...     def direct(point, i, j):
+      ...         return problem.outer(point, j[0])._replace(params=None, auxiliary=None)
+      ...     return [jaxhpo.single_loop.Term(direct, 0, 1)]
+    """
+
+    method: Any
+    solver: Solver
+    outer_loss: Callable
+    train: FiniteSum
+    validation: FiniteSum
+    model_state: PyTree = None
+
+    def train_gradient(self, params, hparams, i):
+        """`((value, model_state), gradient in the parameters)` of the train loss on minibatch i."""
+        loss: Any = self.solver.loss
+        batch = self.train.batch(i)
+        return jax.value_and_grad(lambda p: loss(p, hparams, batch, self.model_state), has_aux=True)(params)
+
+    def by_hparams(self, params, hparams, i) -> PyTree:
+        """∂_h L on minibatch i."""
+        loss: Any = self.solver.loss
+        batch = self.train.batch(i)
+        return jax.grad(lambda h: loss(params, h, batch, self.model_state)[0])(hparams)
+
+    def inner(self, point: Point, i) -> Point:
+        r"""The train loss's part on minibatch i: :math:`(\nabla_\theta L, H v, (\partial_h \nabla_\theta L)^\top v)`.
+
+        Second derivatives are symmetric: both products are the derivative of (∇_θ L, ∇_h L) along v in θ, one pass of
+        forward over reverse mode.
+        """
+        loss: Any = self.solver.loss
+        batch = self.train.batch(i)
+
+        def gradients(params):
+            return jax.grad(lambda p, h: loss(p, h, batch, self.model_state)[0], (0, 1))(params, point.hparams)
+
+        (by_params, _), products = jax.jvp(gradients, (point.params,), (point.auxiliary,))
+        return Point(by_params, *products)
+
+    def product(self, point: Point, v: PyTree, i) -> tuple[PyTree, PyTree]:
+        """`(H v, (∂_h ∇_θ L)ᵀ v)` on minibatch i."""
+        return tuple(self.inner(point._replace(auxiliary=v), i)[1:])
+
+    def evaluate(self, point: Point, j) -> tuple[tuple, tuple[PyTree, PyTree]]:
+        """`((value, metrics), (∂_θ F, ∂_h F))` of the outer loss on minibatch j."""
+        info = Info(jnp.zeros(()), jnp.zeros((), jnp.int32), jnp.asarray(True))
+        batch = self.validation.batch(j)
+
+        def outer(params, hparams):
+            return self.outer_loss(Solution(params, None, self.model_state, info), hparams, batch)
+
+        return jax.value_and_grad(outer, (0, 1), has_aux=True)(point.params, point.hparams)
+
+    def outer(self, point: Point, j) -> Point:
+        """The outer loss's part on minibatch j: (none, ∂_θ F, ∂_h F)."""
+        _, (by_params, by_hparams) = self.evaluate(point, j)
+        return Point(None, by_params, by_hparams)
+
+    def step(self, state: InnerState, hparams, i, direction=None) -> InnerState:
+        """One step of the solver, along its gradient on minibatch i or the given direction."""
+        problem = self._replace(model_state=state.model_state)
+        out, grad = problem.train_gradient(state.params, hparams, i)
+        apply: Any = self.solver.apply
+        return apply(state, hparams, self.train.batch(i), out, grad if direction is None else direction)
+
+    def step_auxiliary(self, state: InnerState, hparams, i, direction: PyTree, linear: Any) -> InnerState:
+        """One step of v along the direction, if there is one, by `linear` or the solver's optimiser."""
+        if direction is None:
+            return state
+        if linear is None:
+            apply: Any = self.solver.apply
+            return apply(state, hparams, self.train.batch(i), (jnp.zeros(()), None), direction)
+        updates, opt_state = linear.update(direction, state.opt_state, state.params)
+        return InnerState(optax.apply_updates(state.params, updates), opt_state)
+
+    def train_on(self, state: InnerState, hparams, indices) -> InnerState:
+        """Steps of the solver, one for each minibatch."""
+        return jax.lax.scan(lambda state, i: (self.step(state, hparams, i), None), state, indices)[0]
+
+
+def series(problem: Problem, point: Point, b: PyTree, indices, step_size) -> PyTree:
+    r"""The truncated Neumann series :math:`\alpha \sum_{k=0}^{K} \prod_{l<k} (I - \alpha H_{i_l}) b`, K minibatches."""
+
+    def add_term(carry, i):
+        term, total = carry
+        term = add_scaled(term, -step_size, problem.product(point, term, i)[0])
+        return (term, add_scaled(total, 1.0, term)), None
+
+    (_, total), _ = jax.lax.scan(add_term, (b, b), indices)
+    return scaled(step_size, total)
+
+
+def implicit_sums(problem: Problem) -> list[Term]:
+    r"""The sums of SOBA: at a fixed point, v solves the linear system of the implicit hypergradient.
+
+    .. math:: D_\theta = \nabla_\theta L_i, \quad D_v = H_i v + \partial_\theta F_j, \quad
+              D_h = (\partial_h \nabla_\theta L_i)^\top v + \partial_h F_j,
+
+    so that :math:`v^* = -H^{-1} \partial_\theta F`, and :math:`D_h` is there the hypergradient. Each is a sum over the
+    minibatches of either loss: any estimator of a mean applies.
+
+    Args:
+      problem: gradients and products by minibatch.
+
+    Returns:
+      The terms of the train loss and of the outer loss.
+
+    Example:
+      >>> method = jaxhpo.single_loop.SingleLoop(None, None, sums=jaxhpo.single_loop.implicit_sums)
+
+    References:
+      Dagréou, Ablin, Vaiter, Moreau. A framework for bilevel optimization that enables stochastic and global variance
+      reduction algorithms. 2022. arXiv:2201.13409
+    """
+    return [
+        Term(lambda point, i, j: problem.inner(point, i[0]), 1, 0),
+        Term(lambda point, i, j: problem.outer(point, j[0]), 0, 1),
+    ]
+
+
+def series_sums(num_terms: int, step_size: float) -> Callable[[Problem], list[Term]]:
+    r"""Sums without a v of their own: it is a Neumann series of K fresh minibatches in each draw.
+
+    .. math:: D_\theta = \nabla_\theta L_i, \quad D_h = \partial_h F_j - (\partial_h \nabla_\theta L_i)^\top
+              \alpha \sum_{k=0}^{K} \prod_{l<k} (I - \alpha H_{i_l})\, \partial_\theta F_j.
+
+    Those of MRBO and SUSTAIN. A draw is K + 1 minibatches of the train loss and one of the outer loss, so that there is
+    no mean over all of them: estimators that need one refuse these sums.
+
+    Args:
+      num_terms: K.
+      step_size: α.
+
+    Returns:
+      A function for the argument `sums` of `SingleLoop`.
+
+    Example:
+      >>> mrbo = jaxhpo.single_loop.SingleLoop(
+      ...     None, None, jaxhpo.single_loop.STORM(0.5), sums=jaxhpo.single_loop.series_sums(10, 0.1)
+      ... )
+
+    References:
+      Yang, Ji, Liang. Provably Faster Algorithms for Bilevel Optimization. 2021. arXiv:2106.04692
+    """
+
+    def sums(problem: Problem) -> list[Term]:
+        def at(point, i, j):
+            _, grad = problem.train_gradient(point.params, point.hparams, i[0])
+            _, (by_params, direct) = problem.evaluate(point, j[0])
+            v = series(problem, point, by_params, i[1:], step_size)
+            return Point(grad, None, add_scaled(direct, -1.0, problem.product(point, v, i[0])[1]))
+
+        return [Term(at, 1 + num_terms, 1)]
+
+    return sums
+
+
+def problem_of(method: Any, solver: Solver, outer_loss: Callable, train: Any, validation: Any) -> Problem:
+    """The problem; raises where the solver has no train loss or the sums are not `FiniteSum`s."""
+    if solver.loss is None or solver.apply is None:
+        raise JaxhpoError(
+            f"{method!r} takes gradients and Hessian products of a train loss, which `{solver.name}` has none of: make "
+            "the solver with `from_optax` or `momentum_sgd`."
+        )
+    for name, given in (("train", train), ("validation", validation)):
+        if not isinstance(given, FiniteSum):
+            raise JaxhpoError(
+                f"`{type(method).__name__}({name}=...)` got {type(given).__name__}, but the method must know which "
+                "minibatch it sees: write `FiniteSum.of(arrays, batch_size)` or `FiniteSum(num_batches, batch)`."
+            )
+    return Problem(method, solver, outer_loss, train, validation)
+
+
+class Draws(NamedTuple):
+    """Minibatches drawn so far.
+
+    Attributes:
+      train: of the train loss, int32.
+      validation: of the outer loss, int32.
+
+    Example:
+      >>> print(jaxhpo.single_loop.Draws(jnp.array(3), jnp.array(1)).train)
+      3
+    """
+
+    train: jax.Array
+    validation: jax.Array
+
+    def take(self, problem: Problem, key: Any, train: int, validation: int) -> tuple[jax.Array, jax.Array]:
+        """The numbers of the next minibatches of each sum."""
+        keys = (None, None) if key is None else jax.random.split(key)
+        return (
+            problem.train.draw(keys[0], self.train, train, problem.method),
+            problem.validation.draw(keys[1], self.validation, validation, problem.method),
+        )
+
+
+def no_draws() -> Draws:
+    """Nothing drawn yet."""
+    return Draws(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+
+
+def check_update(state: Any, kind: type, method: Any, batches: Any, outer_batch: Any) -> None:
+    """Raises where `update` is given another's state, or data that the method has already."""
+    check_pair_state(state, kind, method)
+    if batches is not None or outer_batch is not None:
+        raise JaxhpoError(
+            f"`update` of {type(method).__name__} got batches, but draws its own from `train` and `validation`: omit "
+            "them (and `data` of `from_pair`)."
+        )
+
+
+def start_auxiliary(problem: Problem, inner: InnerState, hparams: PyTree, linear: Any) -> InnerState:
+    """v = 0, with the state of its optimiser: that of the solver unless `linear` is given."""
+    v = zeros_like(inner.params)
+    if linear is None:
+        return problem.solver.init(v, hparams, inner.model_state)._replace(model_state=None)
+    return InnerState(v, linear.init(v))

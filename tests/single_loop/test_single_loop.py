@@ -1,0 +1,262 @@
+"""Methods of one loop: the identities that pin them down, random minibatches under `tune`, and their messages."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxhpo
+from jaxhpo import single_loop
+from jaxhpo.single_loop import (
+    F2SA,
+    MASOBA,
+    PAGE,
+    SABA,
+    SAGA,
+    SARAH,
+    SOBA,
+    SPABA,
+    STORM,
+    AmIGO,
+    FiniteSum,
+    Momentum,
+    PerVariable,
+    SingleLoop,
+    StocBiO,
+    implicit_sums,
+    series_sums,
+)
+
+RATE = 0.1
+
+
+def data(seed=0, n=24):
+    x = jax.random.normal(jax.random.key(seed), (n, 3))
+    return x, x @ jnp.array([1.0, -2.0, 0.5]) + jax.random.normal(jax.random.key(seed + 1), (n,))
+
+
+def train_loss(w, h, batch):
+    x, y = batch
+    return jnp.mean((x @ w["w"] - y) ** 2) + jnp.sum(jnp.exp(h["l2"]) * w["w"] ** 2)
+
+
+def outer_loss(solution, h, batch):
+    x, y = batch
+    return jnp.mean((x @ solution.params["w"] - y) ** 2) + 0.01 * jnp.sum(h["l2"] ** 2)
+
+
+SOLVER = jaxhpo.from_optax(train_loss, optax.sgd(RATE))
+ROWS = data(), data(7)
+W0, H0 = {"w": jnp.zeros(3)}, {"l2": jnp.full(3, -1.0)}
+WHOLE = tuple(FiniteSum(1, lambda i, part=part: part, lambda n: 0 * n) for part in ROWS)  # one minibatch
+PARTS = tuple(FiniteSum.of(part, 6) for part in ROWS)
+
+
+def run(method, updates, num_steps=None, rate=0.05):
+    pair = jaxhpo.hypergradient(method, SOLVER, outer_loss, num_steps=num_steps)
+
+    def update(carry, _):
+        h, state = carry
+        grad, state, info = pair.update(h, state)
+        return (jax.tree.map(lambda x, g: x - rate * g, h, grad), state), (grad, info.value)
+
+    return jax.jit(lambda: jax.lax.scan(update, (H0, pair.init(W0, H0)), length=updates))()
+
+
+def descent(updates, rate=0.05):
+    """Gradient descent on (θ, v, h), written out."""
+    w, v, h = W0["w"], jnp.zeros(3), H0["l2"]
+    for _ in range(updates):
+
+        def inner(w, h):
+            return train_loss({"w": w}, {"l2": h}, ROWS[0])
+
+        def outer(w, h):
+            return jnp.mean((ROWS[1][0] @ w - ROWS[1][1]) ** 2) + 0.01 * jnp.sum(h**2)
+
+        d_v = jax.hessian(inner)(w, h) @ v + jax.grad(outer)(w, h)
+        d_h = v @ jax.jacobian(jax.grad(inner), 1)(w, h) + jax.grad(outer, 1)(w, h)
+        w, v, h = w - RATE * jax.grad(inner)(w, h), v - RATE * d_v, h - rate * d_h
+    return w, v, h
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        SOBA(*WHOLE),
+        SOBA(*WHOLE, linear=optax.sgd(RATE)),
+        MASOBA(*WHOLE, weight=1.0),
+        SABA(*WHOLE),
+        SingleLoop(*WHOLE, STORM(0.3)),
+        SingleLoop(*WHOLE, SARAH(3)),
+    ],
+    ids=["SOBA", "own optimiser", "MASOBA", "SABA", "STORM", "SARAH"],
+)
+def test_of_one_minibatch_all_are_gradient_descent(method):
+    (h, state), _ = run(method, 7)
+    found = state.inner.params["w"], state.auxiliary.params["w"], h["l2"]
+    for got, want in zip(found, descent(7), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-12)  # float64, seven updates
+
+
+def trained(h):
+    """The minimiser of the train loss and its Hessian, by the closed form of ridge regression."""
+    x, y = ROWS[0]
+    hessian = 2 * (x.T @ x / len(x) + jnp.diag(jnp.exp(h["l2"])))
+    return {"w": jnp.linalg.solve(hessian, 2 * x.T @ y / len(x))}, hessian
+
+
+def validation(h):
+    return outer_loss(jaxhpo.Solution(trained(h)[0], None, None, None), h, ROWS[1])
+
+
+def exact(h):
+    """The trained parameters, the solution of the linear system, and the hypergradient."""
+    w, hessian = trained(h)
+    by_params = jax.grad(lambda w: outer_loss(jaxhpo.Solution(w, None, None, None), h, ROWS[1]))(w)
+    return w, {"w": -jnp.linalg.solve(hessian, by_params["w"])}, jax.grad(validation)(h)
+
+
+def test_at_the_solution_of_both_the_direction_is_the_implicit_hypergradient():
+    w, v, want = exact(H0)
+    pair = jaxhpo.hypergradient(SOBA(*WHOLE), SOLVER, outer_loss)
+    state = pair.init(w, H0)
+    grad, after, _ = pair.update(H0, state._replace(auxiliary=state.auxiliary._replace(params=v)))
+    np.testing.assert_allclose(grad["l2"], want["l2"], rtol=1e-10)
+    np.testing.assert_allclose(after.auxiliary.params["w"], v["w"], rtol=1e-10)  # and both stay
+
+
+@pytest.mark.parametrize("method", [AmIGO(*WHOLE), AmIGO(*WHOLE, linear_steps=400)], ids=["as many", "more"])
+def test_amigo_of_many_steps_is_the_implicit_hypergradient(method):
+    _, (grads, _) = run(method, 1, num_steps=300)
+    np.testing.assert_allclose(grads["l2"][0], exact(H0)[2]["l2"], rtol=1e-8)  # (1 − .1 λ)^300 is below 1e-9
+
+
+def test_stocbio_of_one_minibatch_is_neumann():
+    terms = 4
+    _, (grads, _) = run(StocBiO(*WHOLE, step_size=RATE, num_terms=terms), 1, num_steps=20)
+
+    def loss(h):
+        adjoint = jaxhpo.Implicit(jaxhpo.Neumann(terms + 1, RATE))
+        solution = jaxhpo.solve(SOLVER, SOLVER.init(W0, h), h, lambda t: ROWS[0], num_steps=20, adjoint=adjoint)
+        return outer_loss(solution, h, ROWS[1])
+
+    np.testing.assert_allclose(grads["l2"][0], jax.grad(loss)(H0)["l2"], rtol=1e-10)
+
+
+def test_f2sa_approaches_the_implicit_hypergradient_as_one_over_the_multiplier():
+    errors = []
+    for multiplier in (30.0, 300.0):
+        method = F2SA(*WHOLE, optax.sgd(RATE / multiplier), multiplier=multiplier, growth=0.0)
+        _, (grads, _) = run(method, 1, num_steps=300)
+        errors.append(np.linalg.norm(grads["l2"][0] - exact(H0)[2]["l2"]))
+    assert errors[0] < 0.1 * np.linalg.norm(exact(H0)[2]["l2"])
+    assert 8 < errors[0] / errors[1] < 12  # of order 1/λ: ten
+
+
+def test_the_table_of_saga_keeps_the_mean_of_its_entries():
+    order = [0, 2, 1, 2, 2]  # minibatch 3 is never seen
+    sums = tuple(FiniteSum(part.num_batches, part.batch, lambda n: jnp.asarray(order)[n]) for part in PARTS)
+    (_, state), _ = run(SABA(*sums), len(order))
+    for table, mean in state.memories:
+        for entries, average in zip(jax.tree.leaves(table), jax.tree.leaves(mean), strict=True):
+            np.testing.assert_allclose(entries.mean(0), average, rtol=1e-10, atol=1e-14)
+            assert not entries[3].any() and entries[2].any()
+    assert jax.tree.structure(state.memories[1][0]).num_leaves == 2  # the outer loss has no direction of θ
+
+
+def test_sarah_restarts_without_drawing():
+    sums = tuple(FiniteSum(part.num_batches, part.batch, lambda n: n % 4) for part in PARTS)
+    (_, state), (grads, _) = run(SingleLoop(*sums, SARAH(3)), 7)
+    assert state.draws == (4, 4)  # updates 0, 3 and 6 take all minibatches
+    _, (whole, _) = run(SOBA(*WHOLE), 1)
+    np.testing.assert_allclose(grads["l2"][0], whole["l2"][0], rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("method", "num_steps"),
+    [
+        (MASOBA(*PARTS, weight=lambda count: 1.0 / (count + 1.0)), None),
+        (SABA(*PARTS), None),
+        (SPABA(*PARTS), None),
+        (SingleLoop(*PARTS, STORM(0.5), series_sums(5, RATE)), 1),
+        (AmIGO(*PARTS), 5),
+        (StocBiO(*PARTS, step_size=RATE), 5),
+        (F2SA(*PARTS, optax.sgd(0.02)), 5),
+    ],
+    ids=["MASOBA", "SABA", "SPABA", "MRBO", "AmIGO", "StocBiO", "F2SA"],
+)
+@pytest.mark.slow
+def test_random_minibatches_lower_the_loss_under_tune(method, num_steps):
+    pair = jaxhpo.hypergradient(method, SOLVER, outer_loss, num_steps=num_steps)
+    result = jaxhpo.tune(
+        None,
+        H0,
+        optax.sgd(0.05),
+        num_steps=150,
+        gradient=jaxhpo.from_pair(pair),
+        carry=pair.init(W0, H0),
+        progress=False,
+    )
+
+    lowest = jaxhpo.tune(validation, H0, optax.adam(0.1), num_steps=300, progress=False).best_value
+    assert validation(result.hparams) < validation(H0) - 0.5 * (validation(H0) - lowest)
+
+
+def test_page_restarts_by_chance_and_draws_otherwise():
+    pair = jaxhpo.hypergradient(SingleLoop(*PARTS, PAGE(2)), SOLVER, outer_loss)
+    keys = jax.random.split(jax.random.key(0), 40)
+    state = jax.lax.scan(lambda state, key: (pair.update(H0, state, key=key)[1], None), pair.init(W0, H0), keys)[0]
+    assert 8 < state.draws.train < 32  # of 40 with probability 1/2: within four deviations
+
+
+def test_flax_model_with_state_and_two_optimisers():
+    def loss(w, h, batch, count):
+        return train_loss(w, h, batch), count + 1
+
+    solver = jaxhpo.from_optax(loss, optax.adam(0.05), has_state=True)
+    pair = jaxhpo.hypergradient(SOBA(*WHOLE), solver, outer_loss)
+    state = pair.init(W0, H0, jnp.zeros(()))
+    for _ in range(3):
+        _, state, info = pair.update(H0, state)
+    assert state.inner.model_state == 3 and info.solution.finite
+    assert jax.tree.structure(state.auxiliary.opt_state) == jax.tree.structure(state.inner.opt_state)
+
+
+def test_messages_say_what_to_write():
+    fixed = jaxhpo.fixed_point(lambda w, h, batch: w)
+    cases = [
+        (lambda: FiniteSum.of(jnp.zeros(10), 4), "leave out 2 rows, or write 2 or 5"),
+        (lambda: FiniteSum(0, lambda i: i), "num_batches"),
+        (lambda: FiniteSum(3, lambda: 0), "batch"),
+        (lambda: jaxhpo.hypergradient(SOBA(ROWS[0], PARTS[1]), SOLVER, outer_loss), "write `FiniteSum.of"),
+        (lambda: jaxhpo.hypergradient(SOBA(*PARTS), fixed, outer_loss), "from_optax"),
+        (lambda: jaxhpo.hypergradient(SOBA(*PARTS), SOLVER, outer_loss, num_steps=3), "`AmIGO`"),
+        (lambda: jaxhpo.hypergradient(SOBA(*PARTS), SOLVER, outer_loss, warm_start=False), "warm_start=False"),
+        (lambda: jaxhpo.hypergradient(AmIGO(*PARTS), SOLVER, outer_loss), "num_steps=10"),
+        (lambda: PerVariable(hparams=SARAH(3)), "restarts all three"),
+        (lambda: Momentum(2.0), r"\(0, 1\]"),
+        (lambda: run(SOBA(*PARTS), 1), "got no key"),
+        (lambda: run(SingleLoop(*WHOLE, SAGA(), series_sums(3, RATE)), 1), "sums=implicit_sums"),
+        (lambda: run(SingleLoop(*WHOLE, SARAH(2), series_sums(3, RATE)), 1), "sums=implicit_sums"),
+    ]
+    for call, message in cases:
+        with pytest.raises(jaxhpo.JaxhpoError, match=message):
+            call()
+    pair = jaxhpo.hypergradient(SOBA(*WHOLE), SOLVER, outer_loss)
+    with pytest.raises(jaxhpo.JaxhpoError, match="draws its own"):
+        pair.update(H0, pair.init(W0, H0), ROWS[0])
+    with pytest.raises(jaxhpo.JaxhpoError, match="SingleLoopState"):
+        pair.update(H0, (W0, H0))
+
+
+def test_estimators_of_each_variable_are_those_alone():
+    method = SingleLoop(*WHOLE, PerVariable(hparams=Momentum(0.5)), implicit_sums)
+    _, (averaged, _) = run(method, 2, rate=0.0)
+    _, (plain, _) = run(SOBA(*WHOLE), 2, rate=0.0)
+    np.testing.assert_allclose(averaged["l2"][1], plain["l2"].mean(0), rtol=1e-10, atol=1e-14)
+
+
+def test_help_lists_every_name():
+    assert all(name in single_loop.__doc__ for name in single_loop.__all__)
