@@ -4,7 +4,8 @@
 linear datamodeling score (LDS): Spearman's correlation, over 20 retrainings without random 1, 5 or 20 % of the images,
 of foretold and real margins, mean over the test images. Two data sets: 400 of scikit-learn's digits, a network
 64-32-10 (tanh), batches of 50, 500 steps of SGD (rate .1, momentum .9, cosine decay, an L2 penalty in the loss); and
-500 images of MNIST, 784-32-10, 300 steps of Adam (rate 3e-3, cosine decay). Methods, all on the same retrainings:
+500 images of MNIST, 784-32-10, 300 steps of Adam (rate 3e-3, cosine decay, an L2 penalty). Methods, all on the same
+retrainings:
 
     metagradient       one derivative of the whole training, by `Unroll()`
     mean of 8          of 8 of them, each without a random tenth of the images
@@ -12,7 +13,7 @@ of foretold and real margins, mean over the test images. Two data sets: 400 of s
     influence          influence functions: `Implicit(CG())` with the Gauss-Newton matrix, at the end of training
     T1-T2              products of gradients at the end: `Implicit(Identity(1.0))`
     datamodel          ridge regression of margins on which images were trained on, from as many trainings without a
-                       random fifth as the metagradient costs, and from 400; the penalty by leave-one-out
+                       random fifth as the metagradient costs, and from 400 (MNIST: 100); penalties by leave-one-out
     random             normal numbers
     other seeds        the retrainings themselves, with other initial weights and batches
 
@@ -20,14 +21,13 @@ On the digits besides: other trainings (constant rate, no penalty, Adam, relu), 
 data; the effect averaged over seeds (16 derivatives with keys of their own, against retrainings with 16 others); and
 the margin after retraining without the images that score highest or lowest. Costs are in plain trainings, by counted
 operations. Settings were chosen by accuracy and LDS on validation images, seeds 100 and 101; reported are test images
-and seeds 0 to 4 (MNIST: 0 to 2). (Ilyas, Engstrom, MAGIC, 2025, arXiv:2504.16430; Park et al., TRAK, 2023,
+and seeds 0 to 4 (MNIST: 0 and 1). (Ilyas, Engstrom, MAGIC, 2025, arXiv:2504.16430; Park et al., TRAK, 2023,
 arXiv:2303.14186)
 
     python benchmarks/experiments/attribution.py [--out DIR] [--quick] [--seeds 5] [--run-dir DIR]
 """
 
 import functools
-import warnings
 
 import jax
 import jax.numpy as jnp
@@ -54,9 +54,9 @@ TRAININGS = {
         3e-3,
         lambda steps: optax.sgd(optax.cosine_decay_schedule(0.03, steps), momentum=0.9),
     ),
-    "Adam, cosine": (
+    "Adam, cosine, L2": (
         jnp.tanh,
-        1e-4,
+        1.5e-2,
         lambda steps: optax.adam(optax.cosine_decay_schedule(3e-3, steps), eps_root=1e-5),
     ),
 }
@@ -182,7 +182,14 @@ def on_digits(seed, quick, tuning=False):
             result = other.lds(other.attribution(key=key), key=key, ceiling=False)
             row["trainings"][name]["lds"] = by_fraction(result, "scores")
     curves = jaxhpo.drop_curves(
-        problem.train, problem.margins, attributed, drops=CURVE, key=key, batch_size=IMAGES, draws=IMAGES, progress=False
+        problem.train,
+        problem.margins,
+        attributed,
+        drops=CURVE,
+        key=key,
+        batch_size=IMAGES,
+        draws=IMAGES,
+        progress=False,
     )
     row["curves"] = {
         way: (getattr(curves, way) - curves.base).mean(1).tolist() for way in ("highest", "random", "lowest")
@@ -190,8 +197,8 @@ def on_digits(seed, quick, tuning=False):
     repeats = 2 if quick else 16
     averaged = problem.attribution(repeats=repeats, new_seeds=True, key=jax.random.key(2000 + seed))
     found = {"mean of 16, other seeds": averaged, "one seed's": attributed}
-    result = problem.lds(found, seeds=repeats, key=jax.random.key(3000 + seed))
-    row["averaged"] = {name: {"lds": by_fraction(result, name)} for name in (*found, "ceiling")}
+    result = problem.lds(found, seeds=repeats, ceiling=False, key=jax.random.key(3000 + seed))
+    row["averaged"] = {name: {"lds": by_fraction(result, name)} for name in found}
     row["averaged"]["mean of 16, other seeds"]["trainings"] = averaged.trainings
     return row
 
@@ -199,9 +206,9 @@ def on_digits(seed, quick, tuning=False):
 def on_mnist(seed, quick, tuning=False):
     parts = jaxhpo.data.mnist(seed=seed, train=500, validation=2000)
     used, steps = (parts.train, parts.validation if tuning else parts.test), 20 if quick else 300
-    problem, key = Problem(used, "Adam, cosine", steps), jax.random.key(1000 + seed)
-    rows, _ = compared(problem, seed, 2 if quick else 8, {"influence": problem.influence}, 40 if quick else 200)
-    names = ("Adam, cosine", CHOSEN, "Adam")[: 1 if quick else None]
+    problem, key = Problem(used, "Adam, cosine, L2", steps), jax.random.key(1000 + seed)
+    rows, _ = compared(problem, seed, 2 if quick else 8, {"influence": problem.influence}, 40 if quick else 100)
+    names = ("Adam, cosine, L2", CHOSEN, "Adam")[: 1 if quick else None]
     return {"methods": rows, "accuracy": {name: Problem(used, name, steps).accuracy(key) for name in names}}
 
 
@@ -246,16 +253,16 @@ def picture(report, path):
     axes[0, 2].set_title("digits: retrained without images", fontsize=plot.TITLE)
     one, influence = (methods[name]["0.05"]["mean"] for name in ("metagradient", "influence"))
     figure.suptitle(
-        f"One metagradient ranks retrainings with correlation {one:.2f}; influence functions {influence:.2f}", fontsize=12
+        f"One metagradient ranks retrainings with correlation {one:.2f}; influence functions {influence:.2f}",
+        fontsize=12,
     )
     plot.save(figure, path)
 
 
 def main(arguments=None) -> None:
     given = parse(__file__, __doc__, arguments, seeds=5, quick=1)
-    # An implicit rule sees no initial weights, which the weights of examples do not enter.
     digits = each_seed(given, lambda seed, folder: on_digits(seed, given.quick), "digits")
-    given.seeds, seeds = min(given.seeds, 3), given.seeds
+    given.seeds, seeds = min(given.seeds, 2), given.seeds
     mnist = each_seed(given, lambda seed, folder: on_mnist(seed, given.quick), "mnist")
     given.seeds = seeds
     report = {"digits": {}, "mnist": {}}
