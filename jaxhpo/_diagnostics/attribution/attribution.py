@@ -27,7 +27,7 @@ REMEDIES = (
 
 @dataclasses.dataclass(frozen=True)
 class Attribution:
-    """Scores of training examples for test measurements; prints as a few sentences.
+    """Scores of training examples for test measurements; prints as a few lines.
 
     Attributes:
       scores: (m, n) the derivative of each measurement with respect to the weight of each example at 1: positive
@@ -81,14 +81,14 @@ class Attribution:
         m, n = self.scores.shape
         lines = [f"Scores of {n} examples for {m} measurement{'s' * (m > 1)}."]
         if self.trainings is not None:
-            lines.append(f"They cost as much as {self.trainings:.3g} trainings.")
+            lines[0] += f" They cost as much as {self.trainings:.3g} trainings."
         if self.foretells is not None:
             lines.append(
                 f"What training does without 5 % of the examples they foretell, correlation {self.foretells:.2f}."
             )
         if none := int((self.scores == 0).all(axis=0).sum()):
             lines.append(f"{none} of the examples have scores of exactly zero: their weight enters no step.")
-        return " ".join(lines)
+        return "\n".join(lines)
 
 
 def attribution(
@@ -114,7 +114,7 @@ def attribution(
     products of gradients at the end, as in T1-T2.
 
     **Cost and bias**: each repeat is one training, kept for the way back, and one reverse pass for each measurement,
-    of about two trainings with `Unroll()`; `checks` trainings besides. Memory is that of `batch_size` reverse passes.
+    of one to two trainings with `Unroll()`; `checks` trainings besides. Memory is that of `batch_size` reverse passes.
     The derivative is exact; a whole example is a finite step, which it foretells where training is smooth. `checks`
     tries that, and warns; `lds` measures it more closely.
 
@@ -176,7 +176,9 @@ def attribution(
         rows = jnp.eye(values.size, dtype=values.dtype)
         return values, map_in_chunks(lambda row: pull(row)[0], rows, batch_size)
 
-    program, base, scores = jax.jit(derivative), 0.0, 0.0
+    program = jax.jit(derivative)
+    base: Any = 0.0
+    scores: Any = 0.0
     checks = 0 if new_seeds else checks
     with Progress(repeats + bool(checks), "attribution", progress, delay=EVERY) as bar:
         for number, weights in enumerate(kept):
