@@ -68,7 +68,7 @@ def paired(first, second) -> dict:
 
 def text(summary: dict, form: str = ".3f") -> str:
     """A mean with its error, as the tables print it: `.914 ± .002` or `.914`."""
-    error = "" if summary["error"] is None else f" ± {summary['error']:{form}}"
+    error = "" if summary["error"] is None else f" ± {summary['error']:{form.lstrip('+')}}"
     return f"{summary['mean']:{form}}{error}"
 
 

@@ -7,8 +7,8 @@ images; initial weights and batches are new at each of 50 steps of Adam (.04; .9
 momenta of .5 and scales of e^-3.
 
     learned      by `Unroll`, ten seeds; and in float64, a few steps by `Unroll` and by `Reversible`, side by side
-    fixed rate   the best of 30, with the momenta and scales of the start, each by the mean of as many trainings as
-                 make the 50 hypergradients in all, by counted arithmetic
+    fixed rate   the best of 30, with the momenta and scales of the start, each by the mean of five: in all
+                 more trainings than the 50 hypergradients count as, by arithmetic
     cosine       half a cosine; and
     one cycle    up for 30 % of the steps and down: momentum .9, scales 1/√(fan-in) and a peak tuned over 10 values
 
@@ -250,12 +250,17 @@ class Scores:
         return float(values[int(np.nanargmin(losses))]), [float(x) for x in losses]
 
 
-def controls(scores, all_sizes, trainings, inits):
-    """The best fixed rate for about as many trainings, and cosine's and one cycle's peaks for each size."""
-    here, each = all_sizes["as tuned"], max(1, round(trainings / len(RATES)))
+def best_fixed_rate(scores, sizes, trainings):
+    """Of 30, for at least as many trainings."""
+    each = int(np.ceil(trainings / len(RATES)))
     keys = jax.random.split(jax.random.key(101), each)
-    rate, losses = scores.best(lambda rate: constant(rate, here.steps), RATES, keys, here)
-    found: dict[str, Any] = {"fixed rate": rate, "trainings": each * len(RATES), "losses by rate": losses}
+    rate, losses = scores.best(lambda rate: constant(rate, sizes.steps), RATES, keys, sizes)
+    return {"fixed rate": rate, "trainings": each * len(RATES), "losses by rate": losses}
+
+
+def best_peaks(scores, all_sizes, inits):
+    """Of cosine and one cycle, for each size."""
+    found = {}
     for name, sizes in all_sizes.items():
         keys = jax.random.split(jax.random.key(102), inits)
         found[name] = {
@@ -359,6 +364,8 @@ def picture(report, rows, path):
     plot.plain_log_ticks(rate.yaxis)
     momentum.set(ylabel="momentum", xlabel="step")
     gradient.set(ylabel="−d loss / d log rate, at the start", xlabel="step")
+    reach = np.quantile(np.abs(report["averaged"]["mean"]), 0.97)
+    gradient.set_ylim(-1.5 * reach, 1.5 * reach)  # the last steps of the first layer are out of it
     gradient.set_title(f"mean over {report['averaged']['inits']} initialisations", fontsize=plot.TITLE)
     rate.set_title("learned rates of the weights", fontsize=plot.TITLE)
     momentum.set_title("learned momenta", fontsize=plot.TITLE)
@@ -391,7 +398,11 @@ def picture(report, rows, path):
             for j, (method, parts) in enumerate((m, p) for m, p in methods.items() if m != "start"):
                 base, again = method.partition(",")[0], "," in method
                 style = {"color": colors[base], "mfc": "white" if again else colors[base], "ms": 6, "capsize": 3}
-                axis.errorbar(i + 0.13 * (j - 2), parts[part]["mean"], parts[part]["error"], fmt="o", **style)
+                x, y = i + 0.13 * (j - 2), parts[part]["mean"]
+                axis.errorbar(x, y, parts[part]["error"], fmt="o", **style)
+                if parts["diverged"]:
+                    lost = f"{parts['diverged']} of {len(rows)}\ndiverged"
+                    axis.annotate(lost, (x, y), (6, 0), **plot.BESIDE | {"va": "bottom"})
         axis.set_xticks(range(len(report["summary"])), report["summary"])
         axis.set(ylabel=f"{part} loss", yscale="log")
         plot.plain_log_ticks(axis.yaxis)
@@ -423,7 +434,8 @@ def main(arguments=None) -> None:
     all_sizes = {"as tuned": here, f"{LONGER} times longer": here._replace(steps=LONGER * here.steps)}
     all_sizes[f"{WIDER} times wider"] = here._replace(widths=wide)
     cost, scores = costs(images, here), Scores(images)
-    tuned = _experiment.once(given, "controls", lambda: controls(scores, all_sizes, outer * cost["Unroll"], inits))
+    tuned = _experiment.once(given, "peaks", lambda: best_peaks(scores, all_sizes, inits))
+    tuned |= _experiment.once(given, "fixed rate", lambda: best_fixed_rate(scores, here, outer * cost["Unroll"]))
     step = make_step(jaxhpo.Unroll(), images, here)
     settings = {"step": step, "scores": scores, "tuned": tuned, "all_sizes": all_sizes, "outer": outer}
     rows = _experiment.each_seed(given, functools.partial(measure, **settings))
