@@ -31,7 +31,7 @@ def test_hyperparameters_that_stand_still_train_as_constants_do(parts, name):
 @pytest.mark.slow
 def test_hyperparameters_move_and_retraining_differs(parts):
     key = jax.random.key(1)
-    weights, h, _ = script.tune_while_training(script.METHODS["T1-T2"], script.start(), key, parts, NUM_STEPS)
+    weights, h, _ = script.tune_while_training(script.METHODS["T1-T2"], script.start(), key, parts, NUM_STEPS, 0.1)
     assert np.abs(h["log_penalty"] - script.start()["log_penalty"]).min() > 1e-3
     assert not np.allclose(weights["in"], script.train(h, key, parts, NUM_STEPS)["in"], rtol=1e-6)
 
