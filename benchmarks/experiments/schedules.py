@@ -400,7 +400,7 @@ def picture(report, rows, path):
                 style = {"color": colors[base], "mfc": "white" if again else colors[base], "ms": 6, "capsize": 3}
                 x, y = i + 0.13 * (j - 2), parts[part]["mean"]
                 axis.errorbar(x, y, parts[part]["error"], fmt="o", **style)
-                if parts["diverged"]:
+                if parts["diverged"] and axis is training:
                     lost = f"{parts['diverged']} of {len(rows)}\ndiverged"
                     axis.annotate(lost, (x, y), (6, 0), **plot.BESIDE | {"va": "bottom"})
         axis.set_xticks(range(len(report["summary"])), report["summary"])

@@ -150,9 +150,11 @@ def costs(parts, num_steps) -> dict:
     key = jax.random.key(0)
     plain = count_arithmetic(lambda h: train(h, key, parts, num_steps), start())
     of = lambda m: count_arithmetic(lambda h: tune_while_training(m, h, key, parts, num_steps, 0.01), start())  # noqa: E731
-    while_training = {name: of(method) / plain for name, method in METHODS.items()}
-    retrained = {f"{name}, retrained": 1 + cost for name, cost in while_training.items()}
-    return while_training | retrained | {"start's values": 1.0, f"best of {DRAWS} random": float(DRAWS)}
+    found = {}
+    for name, method in METHODS.items():
+        found[name] = of(method) / plain
+        found[f"{name}, retrained"] = 1 + found[name]
+    return found | {"start's values": 1.0, f"best of {DRAWS} random": float(DRAWS)}
 
 
 def table(report) -> str:
@@ -183,19 +185,19 @@ def picture(report, paths, path):
             curves.fill_between(steps, low, high, color=color, alpha=0.15, lw=0)
     curves.set(yscale="log", xlabel="step of the one training", ylabel="hyperparameters")
     curves.set_title("medians and quartiles over seeds", fontsize=plot.TITLE)
-    curves.legend(**plot.LEGEND | {"fontsize": 8})
+    curves.legend(**plot.LEGEND | {"fontsize": 8}, ncols=2, loc="center", bbox_to_anchor=(0.5, 0.58))
     names = list(report["summary"])
     colors = [COLORS.get(name.partition(",")[0], "0.4") for name in names]
     of = lambda what: ([report["summary"][n][what][k] or 0 for n in names] for k in ("mean", "error"))  # noqa: E731
     shown = [f"{name} ({report['trainings'][name]:.1f})" for name in names]
     plot.dots(ends, shown, {part: tuple(of(part)) for part in ("validation", "test")}, colors=colors)
     ends.set_xlabel("loss, by method (trainings that it counts as)")
-    ends.legend(**plot.LEGEND, loc="center right")
+    ends.legend(**plot.LEGEND, loc="lower right")
     said = ", ".join(
         f"{_experiment.text(row['test'], '+.1f')} % ({name}, {report['trainings'][name]:.1f} trainings)"
         for name, row in report["above retraining, %"].items()
     )
-    figure.suptitle(f"Test loss of tuning while training against retraining with what it found: {said}", fontsize=11)
+    figure.suptitle(f"Test loss of tuning while training against retraining with what it found:\n{said}", fontsize=11)
     plot.save(figure, path)
 
 
@@ -214,9 +216,10 @@ def main(arguments=None) -> None:
 
     rows = _experiment.each_seed(given, measure)
     of = lambda name, i: np.array([row["scores"][name][i] for row in rows])  # noqa: E731
+    costs_of = costs(jax.tree.map(jnp.asarray, split(0)), num_steps)
     summary = {
         name: {what: _experiment.mean(of(name, i)) for i, what in enumerate(("validation", "test", "accuracy"))}
-        for name in rows[0]["scores"]
+        for name in costs_of
     }
     above = {
         name: {
@@ -226,7 +229,7 @@ def main(arguments=None) -> None:
         for name in METHODS
     }
     report = {
-        "trainings": costs(jax.tree.map(jnp.asarray, split(0)), num_steps),
+        "trainings": costs_of,
         "summary": summary,
         "above retraining, %": above,
     }
