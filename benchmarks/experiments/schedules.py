@@ -118,7 +118,7 @@ def final_loss(h, key, train_part, sizes: Sizes, adjoint=jaxhpo.Unroll()):  # no
 def constant(rate, steps, momentum=0.5, log_scale=None):
     log_scale = jnp.full(2 * LAYERS, -3.0) if log_scale is None else log_scale
     logit = np.log(momentum / (1 - momentum))
-    rates = jnp.broadcast_to(jnp.log(rate), (steps,))[:, None] + jnp.zeros(2 * LAYERS)
+    rates = jnp.tile(jnp.broadcast_to(jnp.log(rate), (steps,))[:, None], (1, 2 * LAYERS))
     return {"log_rate": rates, "logit_momentum": jnp.full((steps, 2 * LAYERS), logit), "log_scale": log_scale}
 
 

@@ -49,7 +49,7 @@ def test_the_hypergradient_of_a_layer_is_the_sum_over_its_weights(part):
             trained = jaxhpo.solve(solver, start, h, lambda t: part, num_steps=5, adjoint=rule)
             return script.cross_entropy(trained.params, part)
 
-        return jax.grad(outer_loss)(script.start_of(kind, layers))
+        return jax.jit(jax.grad(outer_loss))(script.start_of(kind, layers))
 
     each, of_layers = hypergradient("million"), hypergradient("layers")
     sums = [w.sum() + b.sum() for w, b in each]

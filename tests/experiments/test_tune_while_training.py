@@ -16,7 +16,8 @@ def parts():
     return jax.tree.map(jnp.asarray, digits(0, train=60, validation=60, test=40))
 
 
-@pytest.mark.parametrize("name", ["T1-T2", pytest.param("real time", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(script.METHODS))
 def test_hyperparameters_that_stand_still_train_as_constants_do(parts, name):
     key = jax.random.key(1)
     weights, h, path = script.tune_while_training(script.METHODS[name], script.start(), key, parts, NUM_STEPS, 0.0)
