@@ -41,6 +41,18 @@ def each_seed(given, measure, name: str = "") -> list[dict]:
     return rows
 
 
+def once(given, name: str, make):
+    """What `make()` returns, which JSON can hold; with `--run-dir` it is kept there and read again."""
+    if given.run_dir is None:
+        return make()
+    path = given.run_dir / ("quick" if given.quick else "full") / f"{name}.json"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".tmp").write_text(json.dumps(make()))
+        path.with_suffix(".tmp").replace(path)
+    return json.loads(path.read_text())
+
+
 def mean(values) -> dict:
     """Mean of numbers, one a seed, and its standard error; None of a single one."""
     values = np.asarray(values, float)
@@ -56,7 +68,7 @@ def paired(first, second) -> dict:
 
 def text(summary: dict, form: str = ".3f") -> str:
     """A mean with its error, as the tables print it: `.914 ± .002` or `.914`."""
-    error = "" if summary["error"] is None else f" ± {summary['error']:{form}}"
+    error = "" if summary["error"] is None else f" ± {summary['error']:{form.lstrip('+')}}"
     return f"{summary['mean']:{form}}{error}"
 
 
