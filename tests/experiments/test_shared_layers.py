@@ -47,7 +47,8 @@ def test_loss_is_the_mean_over_tasks(small):
 def test_the_hypergradient_of_the_matrices_is_exact(small):
     images, z = small
     mix = jnp.stack([0.5 * jnp.eye(2) + 0.25] * 3)
-    outer_loss = lambda mix: shared_layers.cross_entropy(
-        shared_layers.train(mix, images[:, :, 2:], z), images[:, :, :2]
-    )  # noqa: E731
+
+    def outer_loss(mix):
+        return shared_layers.cross_entropy(shared_layers.train(mix, images[:, :, 2:], z), images[:, :, :2])
+
     assert jaxhpo.check_hypergradient(outer_loss, mix).verdict == "agrees"
