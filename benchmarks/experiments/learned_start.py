@@ -155,7 +155,7 @@ def draw_sinusoid(key, shots=10):
     return (x[:shots], y[:shots]), (x[shots:], y[shots:])
 
 
-SINUSOIDS = Kind(square_error, square_error, rate=0.02, pull=0.1, steps=5, long=20, tasks=16)
+SINUSOIDS = Kind(square_error, square_error, rate=0.02, pull=2.0, steps=5, long=40, tasks=16)
 
 
 # --- Omniglot ---
@@ -205,7 +205,7 @@ def mistakes(w, examples):
     return jnp.mean(jnp.argmax(logits(w, x), -1) != y)
 
 
-OMNIGLOT = Kind(cross_entropy, mistakes, rate=0.1, pull=1.0, steps=4, long=8, tasks=8)
+OMNIGLOT = Kind(cross_entropy, mistakes, rate=0.1, pull=2.0, steps=4, long=10, tasks=8)
 
 
 def characters(part, names=None, size=SIZE, rotated=False):
