@@ -306,19 +306,33 @@ def omniglot(seeds, num_tasks, num_steps):
     return {method: 1 - error for method, error in found.items()}
 
 
-def checks(quick):
+class Probe(NamedTuple):
+    """A kind with a start and two tasks, on which hypergradients are checked and memory is counted."""
+
+    kind: Kind
+    start: list
+    draw: Callable
+
+    def tasks(self, number):
+        return jax.vmap(self.draw)(jax.random.split(jax.random.key(100), number))
+
+
+def probe(quick):
+    if quick:
+        return Probe(SINUSOIDS, dense(jax.random.key(100), 1, 8, 1), draw_sinusoid)
+    images = jnp.asarray(characters("small1", ["Greek"]))
+    return Probe(OMNIGLOT, network(jax.random.key(100)), functools.partial(draw_characters, images))
+
+
+def checks(probe):
     """Each hypergradient against exact tangents, on two tasks; first-order MAML beside MAML by their angle."""
-    images, found = jnp.asarray(characters("small1")), {}
-    start = network(jax.random.key(100))
-    tasks = jax.vmap(functools.partial(draw_characters, images))(jax.random.split(jax.random.key(100), 2))
-    for method, steps, solver in (("MAML", None, None), ("iMAML", 40 if quick else 300, jaxhpo.CG(tol=1e-5))):
-        outer = functools.partial(meta_loss, OMNIGLOT, method, tasks=tasks, steps=steps, solver=solver)
-        check = jaxhpo.check_hypergradient(outer, start, num_directions=2)
+    found, tasks = {}, probe.tasks(2)
+    for method, steps, solver in (("MAML", None, None), ("iMAML", 200, jaxhpo.CG(tol=1e-5))):
+        outer = functools.partial(meta_loss, probe.kind, method, tasks=tasks, steps=steps, solver=solver)
+        check = jaxhpo.check_hypergradient(outer, probe.start, num_directions=2)
         found[method] = {"verdict": check.verdict, "relative error": float(check.relative_error)}
-    exact, first = (
-        jax.flatten_util.ravel_pytree(jax.jit(jax.grad(lambda w: meta_loss(OMNIGLOT, m, w, tasks)))(start))[0]  # noqa: B023
-        for m in ("MAML", "first-order")
-    )
+    by = {m: jax.jit(jax.grad(functools.partial(meta_loss, probe.kind, m))) for m in ("MAML", "first-order")}
+    exact, first = (jax.flatten_util.ravel_pytree(gradient(probe.start, tasks))[0] for gradient in by.values())
     found["first-order"] = {"cosine": float(exact @ first / jnp.linalg.norm(exact) / jnp.linalg.norm(first))}
     return found
 
@@ -326,14 +340,13 @@ def checks(quick):
 STEPS = (4, 16, 64)  # of which memory is counted
 
 
-def memory():
-    """Bytes that the compiled hypergradient of a meta batch allocates, by method and inner steps."""
-    start, images = network(jax.random.key(100)), jnp.ones((WAYS, 20, SIZE**2))
-    tasks = jax.vmap(functools.partial(draw_characters, images))(jax.random.split(jax.random.key(0), OMNIGLOT.tasks))
+def memory(probe):
+    """Bytes that the compiled hypergradient of an outer step's tasks allocates, by method and inner steps."""
+    tasks = probe.tasks(probe.kind.tasks)
 
     def allocated(method, steps):
-        program = jax.jit(jax.grad(lambda w, tasks: meta_loss(OMNIGLOT, method, w, tasks, steps)))
-        return program.lower(start, tasks).compile().memory_analysis().temp_size_in_bytes
+        program = jax.jit(jax.grad(functools.partial(meta_loss, probe.kind, method, steps=steps)))
+        return program.lower(probe.start, tasks).compile().memory_analysis().temp_size_in_bytes
 
     return {method: [allocated(method, steps) for steps in STEPS] for method in ("MAML", "iMAML")}
 
@@ -369,6 +382,8 @@ def picture(found, bytes_of, path):
 
 def main(arguments=None) -> None:
     given = parse(__file__, __doc__, arguments, seeds=3, quick=1)
+    if given.quick:  # most of its time would be compilation
+        jax.config.update("jax_disable_most_optimizations", True)
     tasks, rows, found = (20 if given.quick else 600), {}, {}
     for name, run, steps in (("sinusoids", sinusoids, 800), ("omniglot", omniglot, OUTER)):
         values = run(given.seeds, tasks, 10 if given.quick else steps)
@@ -386,9 +401,10 @@ def main(arguments=None) -> None:
                 print(f"  {method:<26}{text(value)}")
             else:
                 print("".join(f"  {m:<26}{text(v)}\n" for m, v in value.items()), end="")
-    checked, bytes_of = checks(given.quick), memory()
+    of = probe(given.quick)
+    checked, bytes_of = checks(of), memory(of)
     print(f"hypergradients: {checked}\nbytes at {STEPS} inner steps: {bytes_of}")
-    write(given, {"summary": found, "checks": checked, "inner steps": STEPS, "bytes": bytes_of, "rows": rows})
+    write(given, {"summary": found, "checks": checked, "memory at inner steps": STEPS, "bytes": bytes_of, "rows": rows})
     picture(found, bytes_of, given.out / "learned_start.png")
 
 
