@@ -1,8 +1,8 @@
 """Whether ten learned images, one a class, train a classifier as ten real ones do not.
 
 Softmax regression from zero weights on ten images with fixed labels, one a class. Pixels and a penalty on the weights
-are learned through the loss on 10 000 real images (CIFAR-10: 2000, as far as the file has them), by Adam, from pixels
-of N(0, .01²):
+are learned through the loss on 10 000 real images (of a part of CIFAR-10: 2000), by 100 steps of Adam, from pixels of
+N(0, .01²):
 
     unrolled    20 full-batch steps of rate 1 and momentum .9, `Unroll`
     implicit    training to the optimum, warm-started, `Implicit` by conjugate gradients
@@ -11,7 +11,7 @@ and, on the same real images,
 
     real        ten of them, one a class, drawn at random: mean of 20 draws
     means       the mean image of each class
-    everything  all of them, their penalty chosen by 5000 (500) more: what distilling 10 000 images is up against
+    everything  all of them, in 150 full-batch steps, their penalty chosen by 5000 (500) more
 
 These have the better of both trainings, and the best of four penalties, by the loss on the 10 000 images. Each set of
 learned images is also trained on in the way of the other one, with its own penalty. All images are less the mean
