@@ -24,13 +24,14 @@ Hypergradients are checked against exact tangents of the steps that were run (fo
 the memory of the compiled programs is counted. Settings were chosen on seeds from 100 on, by tasks of the training
 alphabets.
 
-    python benchmarks/experiments/learned_start.py [--out DIR] [--quick] [--seeds 3]
+    python benchmarks/experiments/learned_start.py [--out DIR] [--quick] [--seeds 3] [--run-dir DIR]
 
 (Finn, Abbeel, Levine, Model-Agnostic Meta-Learning, 2017; Rajeswaran, Finn, Kakade, Levine, Meta-Learning with Implicit
 Gradients, 2019.)
 """
 
 import functools
+import json
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -386,8 +387,15 @@ def main(arguments=None) -> None:
         jax.config.update("jax_disable_most_optimizations", True)
     tasks, rows, found = (20 if given.quick else 600), {}, {}
     for name, run, steps in (("sinusoids", sinusoids, 800), ("omniglot", omniglot, OUTER)):
-        values = run(given.seeds, tasks, 10 if given.quick else steps)
-        values = {method: values[method].tolist() for method in METHODS | CONTROLS if method in values}
+        kept = given.run_dir and given.run_dir / f"{name}-{'quick' if given.quick else 'full'}-{given.seeds}.json"
+        if kept and kept.exists():
+            values = json.loads(kept.read_text())
+        else:
+            values = run(given.seeds, tasks, 10 if given.quick else steps)
+            values = {method: values[method].tolist() for method in METHODS | CONTROLS if method in values}
+            if kept:
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                kept.write_text(json.dumps(values))
         rows[name] = values
         rivals = ["iMAML", *(name for name in CONTROLS if name in values)]
         found[name] = {

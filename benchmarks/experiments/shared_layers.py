@@ -15,9 +15,9 @@ All tasks begin at the same z, and the rows of M sum to one. 50 full-batch steps
 
 M is learned by 15 steps of Adam through the loss on 2 of the 12 training drawings of each character, drawn anew at
 each step; then ten networks are trained on all 12, and tested on the other 8. The loss is the mean over tasks.
-Settings (the rates) were chosen on seeds from 100 on, by drawings that are no test drawings there either. (Maclaurin,
-Duvenaud, Adams, Gradient-based Hyperparameter Optimization through Reversible Learning, 2015, figure 10: test losses
-1.34 separate, 1.25 tied, 1.13 learned.)
+The rates were chosen on seeds from 100 on, which deal the drawings otherwise, by held-out training drawings.
+(Maclaurin, Duvenaud, Adams, Gradient-based Hyperparameter Optimization through Reversible Learning, 2015, figure 10:
+test losses 1.34 separate, 1.25 tied, 1.13 learned.)
 
     python benchmarks/experiments/shared_layers.py [--out DIR] [--quick] [--seeds 5]
 """
