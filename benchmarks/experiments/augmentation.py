@@ -85,8 +85,9 @@ def train(h, penalty, part, key):
         return cross_entropy(w, images, part.targets) + penalty * (jnp.sum(w["in"] ** 2) + jnp.sum(w["out"] ** 2))
 
     solver = jaxhpo.from_optax(loss, optax.sgd(0.3, momentum=0.9))
-    state, keys = solver.init(initial(start), h), jax.random.split(warps, STEPS)
-    return jaxhpo.solve(solver, state, h, keys, adjoint=jaxhpo.Unroll()).params
+    anew = lambda step: jax.random.fold_in(warps, step)  # noqa: E731
+    state = solver.init(initial(start), h)
+    return jaxhpo.solve(solver, state, h, anew, num_steps=STEPS, adjoint=jaxhpo.Unroll()).params
 
 
 @jax.jit
