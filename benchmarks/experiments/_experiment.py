@@ -12,9 +12,13 @@ sys.path.append(str(pathlib.Path(__file__).parents[1]))  # where benchmarks' own
 import _arguments  # noqa: E402
 
 
-def parse(script: str, description: str, arguments, *, seeds: int, quick: int):
-    """The command line of an experiment: `--out`, `--quick`, `--seeds`, `--run-dir`. `script` is its `__file__`."""
-    return _arguments.parse(description, arguments, seeds=seeds, quick=quick, experiment=pathlib.Path(script).stem)
+def parse(script: str, description: str, arguments, *, seeds: int, quick: int, more=None):
+    """The command line of an experiment: `--out`, `--quick`, `--seeds`, `--run-dir`, and what `more(parser)` adds.
+
+    `script` is its `__file__`.
+    """
+    name = pathlib.Path(script).stem
+    return _arguments.parse(description, arguments, seeds=seeds, quick=quick, experiment=name, more=more)
 
 
 def each_seed(given, measure, name: str = "") -> list[dict]:
