@@ -345,15 +345,17 @@ def table(name: str, rows: dict[str, Any]) -> str:
 
 
 def picture(report, path):
-    figure, axes = plot.figure(1, len(report), width=5.4 * len(report), height=4.2)
+    figure, axes = plot.figure(1, len(report), width=5.4 * len(report) + 1.6, height=4.2)
     styles = [{"color": plot.PALETTE[i % 6], "ls": ("-", "--")[i // 6]} for i in range(len(METHODS))]
     styles = dict(zip(METHODS, styles, strict=True))
     for axis, (name, rows) in zip(axes[0], report.items(), strict=True):
         for method, row in sorted(rows.items(), key=lambda item: item[1]["suboptimality"][-1]):
             axis.plot(row["calls"], np.maximum(row["suboptimality"], 1e-16), label=method, **styles[method])
         axis.set(yscale="log", xlabel="oracle calls", title=name)
-        axis.legend(fontsize=7, loc="lower left")
     axes[0, 0].set_ylabel("h − h*")
+    axes[0, -1].legend(fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    lowest = [min(rows, key=lambda name: rows[name]["suboptimality"][-1]) for rows in report.values()]
+    figure.suptitle("Lowest at equal calls: " + ", ".join(map("{} ({})".format, lowest, report)), fontsize=plot.TITLE)
     plot.save(figure, path)
 
 
