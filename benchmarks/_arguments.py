@@ -6,10 +6,12 @@ import pathlib
 RESULTS = pathlib.Path(__file__).parent / "results"
 
 
-def parse(description: str, arguments, *, seeds: int, quick: int, experiment: str = "") -> argparse.Namespace:
+def parse(
+    description: str, arguments, *, seeds: int, quick: int, experiment: str = "", more=None
+) -> argparse.Namespace:
     """Reads `--out`, `--quick` and `--seeds`, whose defaults are given, and makes the folder.
 
-    An experiment has a folder of results of its own, and `--run-dir`.
+    An experiment has a folder of results of its own, and `--run-dir`. `more(parser)` adds arguments.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     folder = RESULTS / "experiments" / experiment if experiment else RESULTS
@@ -19,6 +21,8 @@ def parse(description: str, arguments, *, seeds: int, quick: int, experiment: st
     if experiment:
         told = "a folder for what is done, from which a run that was ended goes on"
         parser.add_argument("--run-dir", type=pathlib.Path, help=told)
+    if more is not None:
+        more(parser)
     given = parser.parse_args(arguments)
     if given.seeds is None:
         given.seeds = quick if given.quick else seeds

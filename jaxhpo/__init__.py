@@ -45,6 +45,8 @@ Find out whether to trust it, and what it costs
     error_bar, ErrorBar: a hypergradient with an estimate of its own error
     compare, Comparison, MethodRow: error, time and memory of each method on your problem
     memory_plan, MemoryPlan, PlanRow: memory and time of each schedule, before the run
+    attribution, Attribution: what each training example does to each test measurement
+    lds, LDS, drop_curves, DropCurves: whether retraining without examples confirms it
     JaxhpoError, NonFiniteError, ZeroHypergradientError, ZeroHypergradientWarning: what is raised or warned of
 
 Write your own
@@ -88,6 +90,12 @@ from jaxhpo._core.types import Solution as Solution
 from jaxhpo._core.types import Solver as Solver
 from jaxhpo._core.types import StatefulMethod as StatefulMethod
 from jaxhpo._core.types import Transform as Transform
+from jaxhpo._diagnostics.attribution.attribution import Attribution as Attribution
+from jaxhpo._diagnostics.attribution.attribution import attribution as attribution
+from jaxhpo._diagnostics.attribution.retraining import LDS as LDS
+from jaxhpo._diagnostics.attribution.retraining import DropCurves as DropCurves
+from jaxhpo._diagnostics.attribution.retraining import drop_curves as drop_curves
+from jaxhpo._diagnostics.attribution.retraining import lds as lds
 from jaxhpo._diagnostics.auto import Auto as Auto
 from jaxhpo._diagnostics.check.check import check_hypergradient as check_hypergradient
 from jaxhpo._diagnostics.check.result import HypergradientCheck as HypergradientCheck

@@ -21,7 +21,7 @@ NAMES = {"jaxhpo": jaxhpo, "jax": jax, "jnp": jnp, "np": np, "optax": optax}
 EXTRAS = {"flax", "sklearn", "matplotlib", "optuna", "pooch", "lineax", "optimistix"}
 
 SECTIONS = ("Args", "Attributes", "Returns", "Yields", "Raises", "Example", "References")
-NOT_RUN = {"cifar10", "fashion_mnist", "ijcnn1", "mnist"}  # their examples download 11 to 170 MB
+NOT_RUN = {"cifar10", "fashion_mnist", "ijcnn1", "mnist", "omniglot"}  # their examples download up to 170 MB
 
 
 def module_names() -> list[str]:

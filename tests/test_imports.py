@@ -62,6 +62,7 @@ EXTRAS = {
     "optuna",
     "sqlalchemy",
     "tinygp",
+    "PIL",
     "pooch",
     "IPython",
 }

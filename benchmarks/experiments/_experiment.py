@@ -12,9 +12,13 @@ sys.path.append(str(pathlib.Path(__file__).parents[1]))  # where benchmarks' own
 import _arguments  # noqa: E402
 
 
-def parse(script: str, description: str, arguments, *, seeds: int, quick: int):
-    """The command line of an experiment: `--out`, `--quick`, `--seeds`, `--run-dir`. `script` is its `__file__`."""
-    return _arguments.parse(description, arguments, seeds=seeds, quick=quick, experiment=pathlib.Path(script).stem)
+def parse(script: str, description: str, arguments, *, seeds: int, quick: int, more=None):
+    """The command line of an experiment: `--out`, `--quick`, `--seeds`, `--run-dir`, and what `more(parser)` adds.
+
+    `script` is its `__file__`.
+    """
+    name = pathlib.Path(script).stem
+    return _arguments.parse(description, arguments, seeds=seeds, quick=quick, experiment=name, more=more)
 
 
 def each_seed(given, measure, name: str = "") -> list[dict]:
@@ -41,6 +45,18 @@ def each_seed(given, measure, name: str = "") -> list[dict]:
     return rows
 
 
+def once(given, name: str, make):
+    """What `make()` returns, which JSON can hold; with `--run-dir` it is kept there and read again."""
+    if given.run_dir is None:
+        return make()
+    path = given.run_dir / ("quick" if given.quick else "full") / f"{name}.json"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".tmp").write_text(json.dumps(make()))
+        path.with_suffix(".tmp").replace(path)
+    return json.loads(path.read_text())
+
+
 def mean(values) -> dict:
     """Mean of numbers, one a seed, and its standard error; None of a single one."""
     values = np.asarray(values, float)
@@ -56,7 +72,7 @@ def paired(first, second) -> dict:
 
 def text(summary: dict, form: str = ".3f") -> str:
     """A mean with its error, as the tables print it: `.914 ± .002` or `.914`."""
-    error = "" if summary["error"] is None else f" ± {summary['error']:{form}}"
+    error = "" if summary["error"] is None else f" ± {summary['error']:{form.lstrip('+')}}"
     return f"{summary['mean']:{form}}{error}"
 
 

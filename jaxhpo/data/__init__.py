@@ -2,6 +2,7 @@
 
 digits, mnist, fashion_mnist, cifar10: images, as `Split` of `Examples`
 ijcnn1: rows of a table, as `TrainTest`
+omniglot: drawings of characters, by alphabet
 knowledge_graph, KnowledgeGraph: triples
 split: divides arrays of your own
 """
@@ -9,6 +10,7 @@ split: divides arrays of your own
 from jaxhpo.data._images import cifar10, digits, fashion_mnist, mnist
 from jaxhpo.data._knowledge_graph import KnowledgeGraph, knowledge_graph
 from jaxhpo.data._libsvm import TrainTest, ijcnn1
+from jaxhpo.data._omniglot import omniglot
 from jaxhpo.data._split import Examples, Split, split
 
 __all__ = [
@@ -22,5 +24,6 @@ __all__ = [
     "ijcnn1",
     "knowledge_graph",
     "mnist",
+    "omniglot",
     "split",
 ]

@@ -61,7 +61,7 @@ def _read(name, sha256, rows) -> Examples:
     path = fetch("libsvm", name, ADDRESS + name, sha256)
     with needs_extra("`jaxhpo.data.ijcnn1` reads its files with scikit-learn", "demo"):
         from sklearn.datasets import load_svmlight_file
-    x, y = load_svmlight_file(str(path), n_features=22, dtype=np.float32)
+    x, y = load_svmlight_file(str(path), n_features=22)
     if len(y) != rows:
         raise JaxhpoError(f"{path} has {len(y)} rows, not {rows}: remove it, so that it is downloaded anew.")
-    return Examples(x.toarray(), y.astype(np.float32))
+    return Examples(x.toarray().astype(np.float32), y.astype(np.float32))
