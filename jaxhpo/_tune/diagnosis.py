@@ -31,7 +31,10 @@ def program(step: Step, state: OuterState) -> tuple[Callable, PyTree] | None:
 def diagnosis(step: Step, state: OuterState) -> str:
     """Says where the step from `state` ceases to be finite."""
     if step.gradient is not None:
-        return "It comes from the `gradient` function that was given."
+        return (
+            "It comes from the `gradient` function that was given. If that is `from_pair`'s, its training may have "
+            "diverged: lower the solver's rate, or bound a hyperparameter that makes its steps too long (`box`)."
+        )
     key = jax.random.fold_in(state.key, state.step)
     times, by_leaf = step.remedies.accumulate, apply_transforms(lambda found, _: found, step.transforms, state.point)
     transforms = {name: found for name, found in named_leaves(by_leaf, "hparams") if isinstance(found, Transform)}

@@ -46,7 +46,7 @@ class TuneStep(NamedTuple):
     `hparams` and `info` have a leading axis of members.
 
     Attributes:
-      step: 0, 1, …
+      step: 0, 1, …; the number of the call where `steps_per_call` is above 1.
       value: the outer loss at `hparams`.
       hparams: the hyperparameters at which it was evaluated.
       hypergradient_norm: Euclidean norm in unconstrained units.

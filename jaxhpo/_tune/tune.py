@@ -592,7 +592,8 @@ def _loop(record, limits, on_not_finite, callbacks, called, save_every, signalle
                     return "misled", f"after outer step {step} {why}, and {_no_remedy(record)}"
                 bar.note(text)
         if called and taken.any() and on_any(stops(step_info)):
-            return "callback", f"a callback stopped the run after outer step {step}"
+            what = f"call {step} of {record.per_call} outer steps" if record.per_call > 1 else f"outer step {step}"
+            return "callback", f"a callback stopped the run after {what}"
     return reached
 
 
