@@ -85,7 +85,7 @@ def check_settings(num_steps, progress, min_delta, save_every, max_seconds, **co
         raise JaxhpoError(f"`save_every` got {save_every!r}, a negative time: write a positive one, or zero.")
 
 
-def check_calls(steps_per_call, num_steps, on_not_finite, extras) -> None:
+def check_calls(steps_per_call, num_steps, on_not_finite, on_error, extras) -> None:
     """Raises where several steps a call cannot work with the other settings."""
     check_count("steps_per_call", steps_per_call)
     if steps_per_call == 1:
@@ -95,7 +95,8 @@ def check_calls(steps_per_call, num_steps, on_not_finite, extras) -> None:
         raise JaxhpoError(
             f"`num_steps={num_steps}` is not a multiple of `steps_per_call={steps_per_call}`: write {more}, say."
         )
-    taken = [f"record={name!r}" for name in extras if name in ("agreement", "error")]
+    taken = [] if on_error is None else [f"on_error={on_error!r}"]
+    taken += [f"record={name!r}" for name in extras if name in ("agreement", "error")]
     taken += [f"on_not_finite={on_not_finite!r}"] * (on_not_finite != "stop")
     if taken:
         raise JaxhpoError(

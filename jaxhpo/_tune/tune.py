@@ -335,7 +335,8 @@ def tune(
         what = "record='error'" if on_error is None else f"on_error={on_error!r}"
         raise JaxhpoError(f"`{what}` takes tangents of one run: tune a member alone, without `population=`.")
     check_choice("resume", resume, "warn", "continue")
-    check_calls(steps_per_call, num_steps, on_not_finite, extras)
+    check_calls(steps_per_call, num_steps, on_not_finite, on_error, extras)
+    steps_per_call = int(steps_per_call)  # the run folder holds JSON
     step = Step(outer_loss, optimizer, transforms, projections, remedies, gradient, steps_per_call)
     compiled = Compiled(step, population)
     check_same(
@@ -392,7 +393,7 @@ def tune(
             say("; ".join([run.origin, *run.notes, "to start anew, name another folder"]))
         signalled = functools.partial(_signalled, preempted, interrupted)
         early = preempted()  # where a run around this one was
-        bar = stack.enter_context(Progress(num_steps, "step", progress and goes_on, done=run.now.rows))
+        bar = stack.enter_context(Progress(num_steps, "step", progress and goes_on, done=run.per_call * run.now.rows))
         bar.note("compiling ...")
         stopped = on_any(early)
         run.write_status("running", "")
@@ -525,7 +526,7 @@ def _stopped(status, record) -> tuple[str, str]:
 def _loop(record, limits, on_not_finite, callbacks, called, save_every, signalled, bar) -> tuple[str, str]:
     """Takes the outer steps; returns status and message of the end."""
     problem = "`callbacks`: one returned {}, but a true value stops the run: return True, or nothing."
-    begun = record.now.rows
+    begun, seen, judged = record.now.rows, 0, False
 
     def stops(step_info):
         return any([convert(bool, callback(step_info), problem) for callback in callbacks])
@@ -554,10 +555,13 @@ def _loop(record, limits, on_not_finite, callbacks, called, save_every, signalle
         if step == begun:
             check_same_value(report.value)
         carries = compiled.step.gradient is not None and bool(jax.tree.leaves(state.carry))
+        # Of a method with a state, judged where that has had time to leave zero: in the third step.
+        due = seen + record.per_call > 2 or (step + 1) * record.per_call >= limits.num_steps
         if not traced:
-            _check_zeros(compiled, state, report, caught, may_begin=carries and step + 1 < limits.num_steps)
-        elif carries and step == min(begun + 2, limits.num_steps - 1):
-            _check_zeros(compiled, state, report, [])  # the state of the method has had time to leave zero
+            _check_zeros(compiled, state, report, caught, may_begin=carries and not due)
+        elif carries and due and not judged:
+            _check_zeros(compiled, state, report, [])
+        seen, judged = seen + record.per_call * report.finite.any(), judged or (due and report.finite.any())
         if not report.finite.all() and record.rules.chosen is not None and record.rules.probed < step:
             if text := record.rules.choose(state, step):  # the rule fails here: perhaps another does not
                 bar.note(text)

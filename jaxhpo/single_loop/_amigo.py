@@ -72,7 +72,7 @@ class AmIGO(StatefulMethod):
     def pair(self, solver, outer_loss, num_steps, warm_start) -> Hypergradient:
         """Return the pair of `init` and `update`."""
         num_steps = check_several_steps(self, num_steps, warm_start)
-        problem = problem_of(self, solver, outer_loss, self.train, self.validation)
+        problem = problem_of(self, solver, outer_loss, self.linear)
         num_products = self.linear_steps or num_steps
 
         def update(hparams, state, batches, outer_batch, key):
@@ -80,6 +80,7 @@ class AmIGO(StatefulMethod):
             own = problem._replace(model_state=state.inner.model_state)
             i, (j,) = state.draws.take(own, key, num_steps + num_products + 1, 1)
             inner = own.train_on(state.inner, hparams, i[:num_steps])
+            own = own._replace(model_state=inner.model_state)
             point = Point(inner.params, None, hparams)
             (value, metrics), (by_params, direct) = own.evaluate(point, j)
 

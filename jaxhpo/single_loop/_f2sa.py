@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxhpo._core.tree import add_scaled, scaled
 from jaxhpo._core.types import Hypergradient, StatefulMethod
-from jaxhpo._core.validate import check_settings
+from jaxhpo._core.validate import check_settings, check_traceable_number
 from jaxhpo.single_loop._loop import SingleLoopState, check_several_steps, report, start
 from jaxhpo.single_loop._sums import FiniteSum, Point, check_update, problem_of
 
@@ -30,9 +30,9 @@ class F2SA(StatefulMethod):
     At the ends of both trainings it is the implicit hypergradient up to an error of order 1/λ. λ should grow: y takes
     λ ∇L along, so `linear` must have a rate below that of θ by λ, or one that falls.
 
-    **Cost and bias**: with T steps, 2 T + 2 gradients of the train loss and T + 1 of the outer loss; memory of two more
-    copies of the parameters. Biased by O(1/λ) and while θ and y are on their way; and noisy: a difference of two losses
-    on different minibatches, times λ.
+    **Cost and bias**: with T steps, 2 T + 3 gradients of the train loss and T + 1 of the outer loss, which is evaluated
+    once more, at θ, to be reported; memory of two more copies of the parameters. Biased by O(1/λ) and while θ and y are
+    on their way; and noisy: a difference of two losses on different minibatches, times λ.
 
     Args:
       train: the minibatches of the train loss.
@@ -76,11 +76,13 @@ class F2SA(StatefulMethod):
 
     def __post_init__(self):
         check_settings(self, multiplier="positive")
+        if not callable(self.growth):
+            check_traceable_number("F2SA(growth=...)", self.growth)
 
     def pair(self, solver, outer_loss, num_steps, warm_start) -> Hypergradient:
         """Return the pair of `init` and `update`."""
         num_steps = check_several_steps(self, num_steps, warm_start)
-        problem = problem_of(self, solver, outer_loss, self.train, self.validation)
+        problem = problem_of(self, solver, outer_loss, self.linear)
 
         def init(params, hparams, model_state=None):
             state = start(problem, self.linear)(params, hparams, model_state)
@@ -95,13 +97,17 @@ class F2SA(StatefulMethod):
 
             def step(states, indices):
                 (inner, y), (i, j) = states, indices
-                grad = scaled(weight, own.train_gradient(y.params, hparams, i[0])[1])
-                _, (by_params, _) = own.evaluate(Point(y.params, None, hparams), j)
-                y = own.step_auxiliary(y, hparams, i[0], add_scaled(grad, 1.0, by_params), self.linear)
-                return (own.step(inner, hparams, i[1]), y), None
+                now = own._replace(model_state=inner.model_state)
+                grad = scaled(weight, now.train_gradient(y.params, hparams, i[0])[1])
+                _, (by_params, _) = now.evaluate(Point(y.params, None, hparams), j)
+                y = now.step_auxiliary(y, hparams, i[0], add_scaled(grad, 1.0, by_params), self.linear)
+                return (now.step(inner, hparams, i[1]), y), None
 
             (inner, y), _ = jax.lax.scan(step, (state.inner, state.auxiliary), (i[:-1], j[:-1]))
-            (value, metrics), (_, direct) = own.evaluate(Point(y.params, None, hparams), j[-1])
+            own = own._replace(model_state=inner.model_state)
+            # Of the trained parameters: y, which the outer loss pulls, has a lower one.
+            value, metrics = own.evaluate(Point(inner.params, None, hparams), j[-1])[0]
+            direct = own.evaluate(Point(y.params, None, hparams), j[-1])[1][1]
             at_y = own.by_hparams(y.params, hparams, i[-1, 0])
             at_params = own.by_hparams(inner.params, hparams, i[-1, 1])
             grad = add_scaled(direct, weight, add_scaled(at_y, -1.0, at_params))

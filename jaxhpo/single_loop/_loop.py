@@ -27,7 +27,7 @@ from jaxhpo.single_loop._sums import (
     problem_of,
     start_auxiliary,
 )
-from jaxhpo.single_loop._variance import Estimator, Plain
+from jaxhpo.single_loop._variance import Estimator, Plain, check_estimator
 
 
 class SingleLoopState(NamedTuple):
@@ -94,8 +94,8 @@ class SingleLoop(StatefulMethod):
         the solver's decays weights, clips or looks at the loss.
 
     Raises:
-      JaxhpoError: data that is no `FiniteSum`; a solver without a train loss; `num_steps` above 1 or
-        `warm_start=False`, which it has no use for.
+      JaxhpoError: data that is no `FiniteSum`; a solver without a train loss; what is no estimator; `num_steps` above
+        1 or `warm_start=False`, which it has no use for.
 
     Example:
       >>> x = jax.random.normal(jax.random.key(0), (60, 3))
@@ -131,8 +131,8 @@ class SingleLoop(StatefulMethod):
     def pair(self, solver, outer_loss, num_steps, warm_start) -> Hypergradient:
         """Return the pair of `init` and `update`."""
         check_one_step(self, num_steps, warm_start)
-        problem = problem_of(self, solver, outer_loss, self.train, self.validation)
-        estimator = self.estimator
+        problem = problem_of(self, solver, outer_loss, self.linear)
+        check_estimator("SingleLoop(estimator=...)", estimator := self.estimator)
 
         def init(params, hparams, model_state=None):
             state = start(problem, self.linear)(params, hparams, model_state)
@@ -146,7 +146,8 @@ class SingleLoop(StatefulMethod):
             own = problem._replace(model_state=state.inner.model_state)
             point, terms = Point(state.inner.params, state.auxiliary.params, hparams), self.sums(own)
             restart = estimator.restarts(state.count, key)
-            size = sum(term.train for term in terms), sum(term.validation for term in terms)
+            # One of each at least: the solver's step sees a minibatch, and so does the outer loss that is reported.
+            size = max(1, sum(term.train for term in terms)), max(1, sum(term.validation for term in terms))
             i, j = state.draws.take(own, key, *size)
             first, direction, memories = (0, 0), Point(None, None, None), []
             for term, memory in zip(terms, state.memories, strict=True):

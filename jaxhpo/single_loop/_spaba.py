@@ -7,6 +7,7 @@ import dataclasses
 import optax
 
 from jaxhpo._core.types import Hypergradient, StatefulMethod
+from jaxhpo._core.validate import check_settings
 from jaxhpo.single_loop._loop import SingleLoop
 from jaxhpo.single_loop._sums import FiniteSum, problem_of
 from jaxhpo.single_loop._variance import PAGE
@@ -20,8 +21,8 @@ class SPABA(StatefulMethod):
     from all minibatches. None for the period takes half the number of minibatches of both losses together, so that
     restarts take about half of the time.
 
-    **Cost and bias**: on average twice `SOBA`'s, and the N of a restart over q; memory of θ, v and h twice more. Biased
-    until θ and v arrive.
+    **Cost and bias**: on average twice `SOBA`'s, and the N of a restart over q, in a population those N at each update;
+    memory of θ, v and h twice more. Biased until θ and v arrive.
 
     Args:
       train: the minibatches of the train loss.
@@ -61,9 +62,12 @@ class SPABA(StatefulMethod):
     period: int | None = None
     linear: optax.GradientTransformation | None = None
 
+    def __post_init__(self):
+        check_settings(self, period="count or None")
+
     def pair(self, solver, outer_loss, num_steps, warm_start) -> Hypergradient:
         """Return the pair of `init` and `update`."""
-        problem_of(self, solver, outer_loss, self.train, self.validation)
+        problem_of(self, solver, outer_loss, self.linear)
         period = self.period or max((self.train.num_batches + self.validation.num_batches) // 2, 1)
         method = SingleLoop(self.train, self.validation, PAGE(period), linear=self.linear)
         return method.pair(solver, outer_loss, num_steps, warm_start)

@@ -74,13 +74,14 @@ class StocBiO(StatefulMethod):
     def pair(self, solver, outer_loss, num_steps, warm_start) -> Hypergradient:
         """Return the pair of `init` and `update`."""
         num_steps = check_several_steps(self, num_steps, warm_start)
-        problem = problem_of(self, solver, outer_loss, self.train, self.validation)
+        problem = problem_of(self, solver, outer_loss)
 
         def update(hparams, state, batches, outer_batch, key):
             check_update(state, SingleLoopState, self, batches, outer_batch)
             own = problem._replace(model_state=state.inner.model_state)
             i, (j,) = state.draws.take(own, key, num_steps + self.num_terms + 1, 1)
             inner = own.train_on(state.inner, hparams, i[:num_steps])
+            own = own._replace(model_state=inner.model_state)
             point = Point(inner.params, None, hparams)
             (value, metrics), (by_params, direct) = own.evaluate(point, j)
             v = series(own, point, by_params, i[num_steps:-1], self.step_size)

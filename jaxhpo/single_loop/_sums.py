@@ -8,13 +8,26 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.core import Tracer
 
 from jaxhpo._core.errors import JaxhpoError
-from jaxhpo._core.tree import add_scaled, scaled, zeros_like
+from jaxhpo._core.trace import untrusted_rule
+from jaxhpo._core.tree import add_scaled, scaled, upcast, zeros_like
 from jaxhpo._core.types import Info, InnerState, PyTree, Solution, Solver
-from jaxhpo._core.validate import check_callable, check_count, count_examples, require_key
+from jaxhpo._core.validate import (
+    check_callable,
+    check_count,
+    check_traceable_number,
+    count_examples,
+    describe,
+    require_key,
+)
 from jaxhpo._estimator.pair import check_pair_state
+from jaxhpo._inner.gradient import value_and_grad
+
+TRIED = 32  # entries of an order, from its beginning and from N on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,11 +40,12 @@ class FiniteSum:
     Args:
       num_batches: N.
       batch: `i -> b_i`, the minibatch as a pytree; traceable, i is an int32 scalar. It may close over arrays.
-      order: `n -> i`, the minibatch that is drawn n-th, n = 0, 1, ..., such as a lookup in a shuffled order. None draws
-        with replacement, by the key of each update.
+      order: `n -> i`, the minibatch that is drawn n-th, n = 0, 1, ..., without end, such as `shuffled[n % N]`. None
+        draws with replacement, by the key of each update.
 
     Raises:
-      JaxhpoError: N is not a positive integer, or `batch` or `order` no function of one argument.
+      JaxhpoError: N is not a positive integer, `batch` or `order` no function of one argument, or the order ends after
+        N, or gives what is no number of a minibatch; the first few are tried.
 
     Example:
       >>> x, y = jnp.arange(12.0).reshape(6, 2), jnp.arange(6.0)
@@ -49,6 +63,26 @@ class FiniteSum:
         check_callable("FiniteSum(batch=...)", self.batch, "batch(i)", 1)
         if self.order is not None:
             check_callable("FiniteSum(order=...)", self.order, "order(n)", 1)
+            self._check_order(self.order)
+
+    def _check_order(self, order: Callable[[Any], Any]) -> None:
+        # JAX's lookups take the last entry for any index beyond it: an order that ends would go on with one minibatch.
+        num = self.num_batches
+        begin = min(num, TRIED)
+        tried = jax.vmap(order)(jnp.concatenate([jnp.arange(begin), jnp.arange(num - 1, num + TRIED)]))
+        if isinstance(tried, Tracer):
+            return
+        found = np.asarray(tried)
+        if found.ndim != 1 or found.dtype.kind not in "iu" or found.min() < 0 or found.max() >= num:
+            raise JaxhpoError(
+                f"`FiniteSum(order=...)` gives {describe(tried[0])} at first, and numbers from {found.min()} to "
+                f"{found.max()}: return one integer, from 0 to {num - 1}."
+            )
+        if (found[:begin] != found[0]).any() and (found[begin:] == found[-1]).all():
+            raise JaxhpoError(
+                f"`FiniteSum(order=...)` gives minibatch {found[-1]} for every n from {num - 1} on: an order must not "
+                f"end, and a lookup takes the last entry for any n beyond it: write `shuffled[n % {num}]`."
+            )
 
     @classmethod
     def of(cls, arrays: PyTree, batch_size: int, order: Callable[[Any], Any] | None = None) -> FiniteSum:
@@ -69,8 +103,10 @@ class FiniteSum:
         arrays = jax.tree.map(jnp.asarray, arrays)
         rows = count_examples(arrays, "`FiniteSum.of`")
         if rows % batch_size:
+            if batch_size > rows:
+                raise JaxhpoError(f"`FiniteSum.of` got {rows} rows, fewer than batch_size={batch_size}: write {rows}.")
             fits = [size for size in range(1, rows + 1) if rows % size == 0]
-            below, above = max([s for s in fits if s < batch_size]), min([s for s in fits if s > batch_size])
+            below, above = max(s for s in fits if s < batch_size), min(s for s in fits if s > batch_size)
             raise JaxhpoError(
                 f"`FiniteSum.of` got {rows} rows, which are not a multiple of batch_size={batch_size}, so that the "
                 f"last minibatch would weigh too much: leave out {rows % batch_size} rows, or write {below} or {above}."
@@ -128,7 +164,7 @@ class Term(NamedTuple):
     validation: int
 
     def mean(self, point: Point, problem: Problem) -> Point:
-        """The direction of all minibatches; raises for terms of several minibatches, which have no such mean."""
+        """The direction of all minibatches, in float32 or wider; raises for terms of several, which have no mean."""
         if self.train + self.validation != 1:
             raise JaxhpoError(
                 f"{problem.method!r} takes means over all minibatches, but a draw of these sums is "
@@ -142,10 +178,10 @@ class Term(NamedTuple):
             return self.at(point, *((one, none) if self.train else (none, one)))
 
         def body(total, i):
-            return add_scaled(total, 1 / num, at(i)), None
+            return add_scaled(total, 1 / num, upcast(at(i))), None
 
         zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(at, jnp.zeros((), jnp.int32)))
-        return jax.lax.scan(body, zero, jnp.arange(num, dtype=jnp.int32))[0]
+        return jax.lax.scan(body, upcast(zero), jnp.arange(num, dtype=jnp.int32))[0]
 
     def num_batches(self, problem: Problem) -> int:
         """The number of minibatches in the sum."""
@@ -178,30 +214,38 @@ class Problem(NamedTuple):
     model_state: PyTree = None
 
     def train_gradient(self, params, hparams, i):
-        """`((value, model_state), gradient in the parameters)` of the train loss on minibatch i."""
+        """`((value, model_state), gradient in the parameters)` of the train loss on minibatch i.
+
+        Where the loss is not finite, no gradient is.
+        """
         loss: Any = self.solver.loss
-        batch = self.train.batch(i)
-        return jax.value_and_grad(lambda p: loss(p, hparams, batch, self.model_state), has_aux=True)(params)
+        return value_and_grad(loss, params, hparams, self.train.batch(i), self.model_state)
 
     def by_hparams(self, params, hparams, i) -> PyTree:
         """∂_h L on minibatch i."""
+        return self._by_both(params, hparams, self.train.batch(i))[1]
+
+    def _by_both(self, params, hparams, batch) -> tuple[PyTree, PyTree]:
+        """(∇_θ L, ∇_h L) on a minibatch."""
         loss: Any = self.solver.loss
-        batch = self.train.batch(i)
-        return jax.grad(lambda h: loss(params, h, batch, self.model_state)[0])(hparams)
+        of_both = lambda z, _, batch, model_state: loss(*z, batch, model_state)  # noqa: E731
+        return value_and_grad(of_both, (params, hparams), None, batch, self.model_state)[1]
 
     def inner(self, point: Point, i) -> Point:
         r"""The train loss's part on minibatch i: :math:`(\nabla_\theta L, H v, (\partial_h \nabla_\theta L)^\top v)`.
 
         Second derivatives are symmetric: both products are the derivative of (∇_θ L, ∇_h L) along v in θ, one pass of
-        forward over reverse mode.
+        forward over reverse mode. They need not be where the loss has a derivative rule of the user's: then it is
+        reverse over reverse mode.
         """
         loss: Any = self.solver.loss
+        params, v, hparams = point
         batch = self.train.batch(i)
-
-        def gradients(params):
-            return jax.grad(lambda p, h: loss(p, h, batch, self.model_state)[0], (0, 1))(params, point.hparams)
-
-        (by_params, _), products = jax.jvp(gradients, (point.params,), (point.auxiliary,))
+        if untrusted_rule(loss, params, hparams, batch, self.model_state) is not None:
+            gradient = lambda p, h: value_and_grad(loss, p, h, batch, self.model_state)[1]  # noqa: E731
+            by_params, pullback = jax.vjp(gradient, params, hparams)
+            return Point(by_params, *pullback(v))
+        (by_params, _), products = jax.jvp(lambda p: self._by_both(p, hparams, batch), (params,), (v,))
         return Point(by_params, *products)
 
     def product(self, point: Point, v: PyTree, i) -> tuple[PyTree, PyTree]:
@@ -309,6 +353,8 @@ def series_sums(num_terms: int, step_size: float) -> Callable[[Problem], list[Te
     References:
       Yang, Ji, Liang. Provably Faster Algorithms for Bilevel Optimization. 2021. arXiv:2106.04692
     """
+    check_count("series_sums(num_terms=...)", num_terms)
+    check_traceable_number("series_sums(step_size=...)", step_size)
 
     def sums(problem: Problem) -> list[Term]:
         def at(point, i, j):
@@ -322,8 +368,9 @@ def series_sums(num_terms: int, step_size: float) -> Callable[[Problem], list[Te
     return sums
 
 
-def problem_of(method: Any, solver: Solver, outer_loss: Callable, train: Any, validation: Any) -> Problem:
-    """The problem; raises where the solver has no train loss or the sums are not `FiniteSum`s."""
+def problem_of(method: Any, solver: Solver, outer_loss: Callable, linear: Any = None) -> Problem:
+    """The problem; raises where the solver has no train loss, a sum is no `FiniteSum`, or `linear` not of optax."""
+    train, validation = method.train, method.validation
     if solver.loss is None or solver.apply is None:
         raise JaxhpoError(
             f"{method!r} takes gradients and Hessian products of a train loss, which `{solver.name}` has none of: make "
@@ -335,6 +382,11 @@ def problem_of(method: Any, solver: Solver, outer_loss: Callable, train: Any, va
                 f"`{type(method).__name__}({name}=...)` got {type(given).__name__}, but the method must know which "
                 "minibatch it sees: write `FiniteSum.of(arrays, batch_size)` or `FiniteSum(num_batches, batch)`."
             )
+    if linear is not None and not (callable(getattr(linear, "init", None)) and hasattr(linear, "update")):
+        raise JaxhpoError(
+            f"`{type(method).__name__}(linear=...)` got {describe(linear)}: write an optax transformation such as "
+            "`optax.sgd(0.1)`."
+        )
     return Problem(method, solver, outer_loss, train, validation)
 
 

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxhpo._core.errors import JaxhpoError
-from jaxhpo._core.tree import add_scaled, scaled
+from jaxhpo._core.tree import add_scaled, cast_like, scaled, upcast
 from jaxhpo._core.types import PyTree
-from jaxhpo._core.validate import check_settings, check_traceable_number, require_key
+from jaxhpo._core.validate import check_settings, check_traceable_number, describe, require_key
 from jaxhpo.single_loop._sums import Point, Problem, Term
 
 
@@ -103,8 +103,8 @@ class Momentum(Estimator):
         """The average; the first direction begins it."""
         (last, begun), new = memory, term.at(point, *draw)
         weight = jnp.where(begun, _weight(self.weight, count), 1.0)
-        direction = add_scaled(scaled(weight, new), 1.0 - weight, last)
-        return direction, (direction, jnp.asarray(True))
+        direction = add_scaled(scaled(weight, upcast(new)), 1.0 - weight, last)
+        return cast_like(direction, new), (direction, jnp.asarray(True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,8 +141,8 @@ class STORM(Estimator):
         """The direction; the first one is that of the minibatches drawn."""
         (last, begun), new = memory, term.at(point, *draw)
         kept = jnp.where(begun, 1.0 - _weight(self.decay, count), 0.0)
-        direction = add_scaled(new, kept, add_scaled(last, -1.0, term.at(before, *draw)))
-        return direction, (direction, jnp.asarray(True))
+        direction = add_scaled(upcast(new), kept, add_scaled(last, -1.0, term.at(before, *draw)))
+        return cast_like(direction, new), (direction, jnp.asarray(True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,17 +172,17 @@ class SAGA(Estimator):
                 f"{self} keeps a direction of each minibatch, but a draw of these sums is "
                 f"{term.train + term.validation} of them: write `sums=implicit_sums`, or `STORM` for the estimator."
             )
-        num, zero = term.num_batches(problem), _zero(term, point)
-        return jax.tree.map(lambda x: jnp.zeros((num, *x.shape), x.dtype), zero), zero
+        num, kinds = term.num_batches(problem), _kinds(term, point)
+        return jax.tree.map(lambda x: jnp.zeros((num, *x.shape), x.dtype), kinds), _zero(term, point)
 
     def estimate(self, term, draw, point, before, memory, count, restart, problem):
         """The direction, and the table with the new entry."""
         (table, mean), (index,) = memory, draw[0] if term.train else draw[1]
         new = term.at(point, *draw)
-        change = jax.tree.map(lambda x, m: x - m[index], new, table)
+        change = add_scaled(upcast(new), -1.0, jax.tree.map(lambda m: m[index], table))
         table = jax.tree.map(lambda m, x: m.at[index].set(x), table, new)
         after = add_scaled(mean, 1.0 / term.num_batches(problem), change)
-        return add_scaled(mean, 1.0, change), (table, after)
+        return cast_like(add_scaled(mean, 1.0, change), new), (table, after)
 
 
 class _Restarted(Estimator):
@@ -198,10 +198,10 @@ class _Restarted(Estimator):
         """The mean over all minibatches, or the last direction corrected on the minibatches drawn."""
 
         def corrected():
-            return add_scaled(memory, 1.0, add_scaled(term.at(point, *draw), -1.0, term.at(before, *draw)))
+            return add_scaled(memory, 1.0, add_scaled(upcast(term.at(point, *draw)), -1.0, term.at(before, *draw)))
 
         direction = jax.lax.cond(restart, lambda: term.mean(point, problem), corrected)
-        return direction, direction
+        return cast_like(direction, _kinds(term, point)), direction
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,7 +211,7 @@ class SARAH(_Restarted):
     It begins with the mean over all minibatches.
 
     **Cost and bias**: two directions an update, and N every q updates; memory of one direction and one point; its error
-    grows until the next restart.
+    grows until the next restart. Under `vmap`, as in a population, every update computes the N, too.
 
     Args:
       period: q.
@@ -239,9 +239,9 @@ class SARAH(_Restarted):
 
 @dataclasses.dataclass(frozen=True)
 class PAGE(_Restarted):
-    """`SARAH`, restarted with probability 1/q at each update, so that members of a `vmap` share no clock.
+    """`SARAH`, restarted with probability 1/q at each update.
 
-    **Cost and bias**: as `SARAH`, on average.
+    **Cost and bias**: as `SARAH`, on average; under `vmap`, as in a population, every update computes the N, too.
 
     Args:
       period: q.
@@ -271,7 +271,8 @@ class PAGE(_Restarted):
 class PerVariable(Estimator):
     """Another estimator for each of θ, v and h; none that restarts.
 
-    **Cost and bias**: those of the three; what they compute alike is computed once.
+    **Cost and bias**: those of the three, each with memory of its own variable alone; under `jit` what they compute
+    alike is computed once.
 
     Args:
       params: of the direction of θ.
@@ -279,7 +280,7 @@ class PerVariable(Estimator):
       hparams: of the direction of h.
 
     Raises:
-      JaxhpoError: one of them restarts: its minibatches would be another's.
+      JaxhpoError: one of them restarts, as its minibatches would be another's; or is no estimator.
 
     Example:
       >>> averaged = jaxhpo.single_loop.PerVariable(hparams=jaxhpo.single_loop.Momentum(0.1))
@@ -295,7 +296,8 @@ class PerVariable(Estimator):
 
     def __post_init__(self):
         for estimator in self._all:
-            if isinstance(estimator, _Restarted):
+            check_estimator("PerVariable", estimator)
+            if type(estimator).restarts is not Estimator.restarts:
                 raise JaxhpoError(f"`PerVariable` got {estimator}, which restarts all three at once: use it alone.")
 
     @property
@@ -309,20 +311,44 @@ class PerVariable(Estimator):
 
     def init(self, term, point, problem):
         """The memories of all three."""
-        return tuple(estimator.init(term, point, problem) for estimator in self._all)
+        return tuple(own.init(_part(term, k), point, problem) for k, own in enumerate(self._all))
 
     def estimate(self, term, draw, point, before, memory, count, restart, problem):
         """Each one's part of its own direction."""
         found = [
-            estimator.estimate(term, draw, point, before, own, count, restart, problem)
-            for estimator, own in zip(self._all, memory, strict=True)
+            estimator.estimate(_part(term, k), draw, point, before, own, count, restart, problem)
+            for k, (estimator, own) in enumerate(zip(self._all, memory, strict=True))
         ]
         return Point(*(direction[k] for k, (direction, _) in enumerate(found))), tuple(own for _, own in found)
 
 
-def _zero(term: Term, point: Point) -> Point:
+def check_estimator(where: str, given: Any) -> None:
+    """Raises for what is no estimator."""
+    if not isinstance(given, Estimator):
+        raise JaxhpoError(
+            f"`{where}` got {describe(given)}, which is no estimator: write one such as `SAGA()`, or an instance of a "
+            "class of yours that inherits from `Estimator`."
+        )
+
+
+def _part(term: Term, k: int) -> Term:
+    """The term whose direction is that of one variable alone."""
+
+    def at(point, i, j):
+        return Point(*(x if own == k else None for own, x in enumerate(term.at(point, i, j))))
+
+    return term._replace(at=at)
+
+
+def _kinds(term: Term, point: Point) -> Point:
+    """Shapes and dtypes of the direction."""
     none = jnp.zeros((term.train,), jnp.int32), jnp.zeros((term.validation,), jnp.int32)
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(term.at, point, *none))
+    return jax.eval_shape(term.at, point, *none)
+
+
+def _zero(term: Term, point: Point) -> Point:
+    """No direction yet. A sum of many in bfloat16 would cease to grow at a few hundred times its parts."""
+    return upcast(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), _kinds(term, point)))
 
 
 def _weight(weight, count):

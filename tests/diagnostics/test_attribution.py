@@ -114,6 +114,12 @@ def test_predict_and_top():
         found.predict([1, 0])
 
 
+def test_a_measurement_that_no_example_moves_does_not_spoil_the_check():
+    found = quiet(train, lambda theta: jnp.append(NEW @ theta, 1.0), N, checks=5)
+    alone = quiet(train, measure, N, checks=5)
+    assert found.foretells == alone.foretells > 0.9 and not found.scores[-1].any()
+
+
 def test_a_rough_training_is_warned_of():
     def rough(w):
         return jnp.sin(1e4 * jnp.sum(w * jnp.arange(1.0, N + 1) ** 0.5))

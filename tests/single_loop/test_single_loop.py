@@ -19,11 +19,13 @@ from jaxhpo.single_loop import (
     SPABA,
     STORM,
     AmIGO,
+    Estimator,
     FiniteSum,
     Momentum,
     PerVariable,
     SingleLoop,
     StocBiO,
+    Term,
     implicit_sums,
     series_sums,
 )
@@ -157,7 +159,7 @@ def test_f2sa_approaches_the_implicit_hypergradient_as_one_over_the_multiplier()
 
 def test_the_table_of_saga_keeps_the_mean_of_its_entries():
     order = [0, 2, 1, 2, 2]  # minibatch 3 is never seen
-    sums = tuple(FiniteSum(part.num_batches, part.batch, lambda n: jnp.asarray(order)[n]) for part in PARTS)
+    sums = tuple(FiniteSum(part.num_batches, part.batch, lambda n: jnp.asarray(order)[n % 5]) for part in PARTS)
     (_, state), _ = run(SABA(*sums), len(order))
     for table, mean in state.memories:
         for entries, average in zip(jax.tree.leaves(table), jax.tree.leaves(mean), strict=True):
@@ -224,11 +226,27 @@ def test_flax_model_with_state_and_two_optimisers():
     assert jax.tree.structure(state.auxiliary.opt_state) == jax.tree.structure(state.inner.opt_state)
 
 
+class Restarting(Estimator):
+    def restarts(self, count, key):
+        return count == 0
+
+
 def test_messages_say_what_to_write():
     fixed = jaxhpo.fixed_point(lambda w, h, batch: w)
     cases = [
         (lambda: FiniteSum.of(jnp.zeros(10), 4), "leave out 2 rows, or write 2 or 5"),
+        (lambda: FiniteSum.of(jnp.zeros(6), 10), "6 rows, fewer than batch_size=10"),
         (lambda: FiniteSum(0, lambda i: i), "num_batches"),
+        (lambda: FiniteSum(3, lambda i: i, lambda n: jnp.array([2, 0, 1])[n]), r"write `shuffled\[n % 3\]`"),
+        (lambda: FiniteSum(3, lambda i: i, lambda n: n), "from 0 to 2"),
+        (lambda: FiniteSum(3, lambda i: i, lambda n: n % 3 + 0.5), "return one integer"),
+        (lambda: SPABA(*PARTS, period=0), "period"),
+        (lambda: series_sums(-1, RATE), "num_terms"),
+        (lambda: F2SA(*PARTS, growth="fast"), "growth"),
+        (lambda: jaxhpo.hypergradient(SOBA(*PARTS, linear=0.1), SOLVER, outer_loss), r"`optax.sgd\(0.1\)`"),
+        (lambda: jaxhpo.hypergradient(SingleLoop(*PARTS, SAGA), SOLVER, outer_loss), "no estimator"),
+        (lambda: PerVariable(hparams=0.1), "no estimator"),
+        (lambda: PerVariable(hparams=Restarting()), "restarts all three"),
         (lambda: FiniteSum(3, lambda: 0), "batch"),
         (lambda: jaxhpo.hypergradient(SOBA(ROWS[0], PARTS[1]), SOLVER, outer_loss), "write `FiniteSum.of"),
         (lambda: jaxhpo.hypergradient(SOBA(*PARTS), fixed, outer_loss), "from_optax"),
@@ -256,6 +274,106 @@ def test_estimators_of_each_variable_are_those_alone():
     _, (averaged, _) = run(method, 2, rate=0.0)
     _, (plain, _) = run(SOBA(*WHOLE), 2, rate=0.0)
     np.testing.assert_allclose(averaged["l2"][1], plain["l2"].mean(0), rtol=1e-10, atol=1e-14)
+
+
+def test_averages_keep_the_memory_of_the_hyperparameters_alone():
+    pair = jaxhpo.hypergradient(MASOBA(*PARTS, weight=0.5), SOLVER, outer_loss)
+    assert [x.shape for x in jax.tree.leaves(pair.init(W0, H0).memories) if x.ndim] == [(3,), (3,)]
+
+
+def test_means_of_many_minibatches_in_bfloat16():
+    num, half = 600, jnp.bfloat16
+    ones = FiniteSum(num, lambda i: jnp.ones((), half), lambda n: n % num)
+    solver = jaxhpo.from_optax(lambda w, h, b: jnp.sum(b * w) + h * jnp.sum(w), optax.sgd(0.0))
+    h = jnp.zeros((), half)
+
+    def directions(estimator, updates):
+        method = SingleLoop(ones, ones, estimator)
+        pair = jaxhpo.hypergradient(method, solver, lambda solution, h, b: jnp.sum(solution.params * b))
+        start = pair.init(jnp.ones(2, half), h)
+        state = jax.jit(lambda: jax.lax.scan(lambda s, _: (pair.update(h, s)[1], None), start, length=updates)[0])()
+        assert jax.tree.map(lambda x: x.dtype, (state.inner, start.inner))
+        return state.memories
+
+    whole = directions(SARAH(1), 1)  # each direction is one: a sum in bfloat16 would end at one half
+    np.testing.assert_allclose(whole[0].params, 1.0, rtol=1e-2)
+    np.testing.assert_allclose(directions(SAGA(), num)[0][1].params, 1.0, rtol=1e-2)
+    last, _ = directions(Momentum(lambda count: jnp.where(count == 0, 1.0, 1e-3)), 3)[0]
+    assert last.params.dtype == jnp.float32  # smaller weights would change nothing in bfloat16
+
+
+def test_a_train_loss_that_is_not_finite_is_seen():
+    solver = jaxhpo.from_optax(lambda w, h, b: jnp.log(w["w"][0] - 1.0) + train_loss(w, h, b), optax.sgd(RATE))
+    for method, num_steps in ((SOBA(*WHOLE), None), (AmIGO(*WHOLE), 2), (F2SA(*WHOLE), 2)):
+        pair = jaxhpo.hypergradient(method, solver, outer_loss, num_steps=num_steps)
+        grad, state, info = pair.update(H0, pair.init(W0, H0))  # the logarithm of -1, with the derivative -1
+        assert not info.solution.finite and jnp.isnan(state.inner.params["w"]).all(), method
+
+
+@pytest.mark.parametrize("method", [AmIGO(*WHOLE), F2SA(*WHOLE), StocBiO(*WHOLE, step_size=RATE)], ids=type)
+def test_the_outer_loss_sees_the_model_state_after_the_steps(method):
+    solver = jaxhpo.from_optax(
+        lambda w, h, batch, count: (train_loss(w, h, batch), count + 1), optax.sgd(RATE), has_state=True
+    )
+    pair = jaxhpo.hypergradient(
+        method, solver, lambda solution, h, batch: solution.model_state + 0.0 * jnp.sum(h["l2"]), num_steps=4
+    )
+    _, state, info = pair.update(H0, pair.init(W0, H0, jnp.zeros(())))
+    assert info.value == state.inner.model_state == 4
+
+
+def test_f2sa_reports_the_outer_loss_of_the_trained_parameters():
+    pair = jaxhpo.hypergradient(F2SA(*WHOLE, optax.sgd(0.02)), SOLVER, outer_loss, num_steps=5)
+    _, state, info = pair.update(H0, pair.init(W0, H0))
+    want = outer_loss(jaxhpo.Solution(state.inner.params, None, None, None), H0, ROWS[1])
+    np.testing.assert_allclose(info.value, want, rtol=1e-12)
+
+
+def test_derivative_rules_of_the_train_loss_are_transposed():
+    @jax.custom_vjp
+    def doubled(x):
+        return x
+
+    doubled.defvjp(lambda x: (x, None), lambda _, g: (jax.tree.map(lambda g: 2 * g, g),))
+    w, v, _ = exact(H0)
+    products = []
+    for loss in (train_loss, lambda w, h, batch: train_loss(doubled(w), h, batch)):  # ∇_θ L twice as large, not ∇_h L
+        pair = jaxhpo.hypergradient(SOBA(*WHOLE), jaxhpo.from_optax(loss, optax.sgd(RATE)), outer_loss)
+        state = pair.init(w, H0)
+        grad, after, _ = pair.update(H0, state._replace(auxiliary=state.auxiliary._replace(params=v)))
+        products.append((grad["l2"] - 0.02 * H0["l2"], after.auxiliary.params["w"] - v["w"]))
+    (mixed, _), (twice, moved) = products
+    np.testing.assert_allclose(twice, 2 * mixed, rtol=1e-10)
+    np.testing.assert_allclose(moved, -RATE * trained(H0)[1] @ v["w"], rtol=1e-10)  # 2 H v + ∂_θ F
+
+
+def test_sums_may_draw_of_one_loss_alone():
+    def direct(problem):
+        def at(point, i, j):
+            return problem.outer(point, j[0])._replace(params=None, auxiliary=None)
+
+        return [Term(at, 0, 1)]
+
+    _, (grads, _) = run(SingleLoop(*WHOLE, sums=direct), 1)
+    np.testing.assert_allclose(grads["l2"][0], 0.02 * H0["l2"], rtol=1e-10)
+
+
+@pytest.mark.parametrize(("num_steps", "per_call"), [(8, 1), (2, 1), (8, 8), (8, 4), (4, 2), (30, 5)])
+def test_a_hyperparameter_without_effect_is_named_whatever_the_calls(num_steps, per_call):
+    pair = jaxhpo.hypergradient(SOBA(*WHOLE), SOLVER, outer_loss)
+    h = H0 | {"unused": jnp.array(1.0)}
+    with pytest.warns(jaxhpo.ZeroHypergradientWarning, match="unused") as caught:
+        jaxhpo.tune(
+            None,
+            h,
+            optax.sgd(0.05),
+            num_steps=num_steps,
+            steps_per_call=per_call,
+            gradient=jaxhpo.from_pair(pair),
+            carry=pair.init(W0, h),
+            progress=False,
+        )
+    assert len(caught) == 1
 
 
 def test_help_lists_every_name():

@@ -83,7 +83,7 @@ def test_a_step_that_is_not_finite_is_named_and_ends_the_run(step):
 
 def test_resumed_calls_are_equal_to_the_bit(tmp_path):
     whole = run(4, num_steps=24)
-    run(4, num_steps=8, run_dir=tmp_path)
+    run(np.int64(4), num_steps=8, run_dir=tmp_path)
     resumed = run(4, num_steps=24, run_dir=tmp_path)
     assert "after 8 outer steps" in resumed.message
     assert_same(
@@ -144,7 +144,7 @@ def test_patience_and_budgets_count_calls():
         ({"record": "error"}, "record='error'"),
         ({"record": ("hparams", "agreement")}, "record='agreement'"),
         ({"on_not_finite": "skip"}, "on_not_finite='skip'"),
-        ({"on_error": "stop"}, "record='error'"),
+        ({"on_error": "stop"}, "on_error='stop'"),
         ({"steps_per_call": 0}, "steps_per_call"),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value)),

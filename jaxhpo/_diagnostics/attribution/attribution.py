@@ -223,8 +223,9 @@ def _foretells(found: Attribution, measured: Measured, checks: int) -> float:
     """The mean correlation, over measurements, of foretold and real ones; warns where it is low."""
     kept = measured.without(CHECKED, checks, CHECKS)
     pairs = zip(found.predict(kept).T, measured.retrain(kept, measured.key).T, strict=True)
-    with np.errstate(invalid="ignore", divide="ignore"):  # of measurements that do not move
-        correlation = float(np.mean([np.corrcoef(*pair)[0, 1] for pair in pairs]))
+    pairs = [pair for pair in pairs if any(map(np.ptp, pair))]  # the others stay, as foretold
+    with np.errstate(invalid="ignore", divide="ignore"):  # where one of the two does not move: zero
+        correlation = float(np.mean([np.nan_to_num(np.corrcoef(*pair)[0, 1]) for pair in pairs])) if pairs else np.nan
     if not correlation >= GOOD:
         warn(
             f"The scores foretell what {checks} retrainings without a random 5 % of the examples do with correlation "
