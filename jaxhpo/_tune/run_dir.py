@@ -130,8 +130,8 @@ class RunDir(contextlib.ExitStack):
                 kept = set_aside(path, ".jsonl")
                 _warn(
                     f"{path} belongs to no checkpoint: it is kept as {kept}, and the run starts at its first step. "
-                    "(One that is killed before its first checkpoint leaves such a file: `save_every=1` writes one after "
-                    "the first row.)"
+                    "(One that is killed before its first checkpoint leaves such a file: `save_every=1` writes one "
+                    "after the first row.)"
                 )
         self._file = opened(path, "r+b", os.O_CREAT, buffering=0)
 
