@@ -28,6 +28,7 @@ def test_margins_are_log_odds(problem):
     np.testing.assert_allclose(problem.margins(p), jnp.log(probability / (1 - probability)), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_an_example_of_weight_zero_is_not_trained_on(problem):
     key, kept = jax.random.key(0), jnp.ones(100).at[7].set(0.0)
     other = Problem([(problem.x.at[7].add(3.0), problem.y), (problem.x_test, problem.y_test)], CHOSEN, 4)

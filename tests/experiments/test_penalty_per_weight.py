@@ -23,6 +23,7 @@ def test_the_monitor_is_near_the_largest_curvature_and_not_above(largest):
     assert 0.9 * exact < found <= exact * (1 + 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at_rate", [1.9, 2.1])
 def test_gradient_descent_diverges_above_two(at_rate):
     w, images, _ = problem(jnp.zeros((3, 4)))

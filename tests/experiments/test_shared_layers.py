@@ -19,6 +19,7 @@ def small(monkeypatch):
     return images, z
 
 
+@pytest.mark.slow
 def test_separate_tasks_do_not_notice_each_other(small):
     images, z = small
     eye = jnp.stack([jnp.eye(2)] * 3)
