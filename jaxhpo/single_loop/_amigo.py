@@ -10,8 +10,8 @@ import jax
 from jaxhpo._core.tree import add_scaled
 from jaxhpo._core.types import Hypergradient, StatefulMethod
 from jaxhpo._core.validate import check_settings
-from jaxhpo.single_loop._loop import SingleLoopState, check_several_steps, report, start
-from jaxhpo.single_loop._sums import FiniteSum, Point, check_update, problem_of
+from jaxhpo.single_loop._loop import check_several_steps, check_update, report, start
+from jaxhpo.single_loop._sums import FiniteSum, Point, problem_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +76,7 @@ class AmIGO(StatefulMethod):
         num_products = self.linear_steps or num_steps
 
         def update(hparams, state, batches, outer_batch, key):
-            check_update(state, SingleLoopState, self, batches, outer_batch)
+            check_update(state, self, batches, outer_batch)
             own = problem._replace(model_state=state.inner.model_state)
             i, (j,) = state.draws.take(own, key, num_steps + num_products + 1, 1)
             inner = own.train_on(state.inner, hparams, i[:num_steps])

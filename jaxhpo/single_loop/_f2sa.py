@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jaxhpo._core.tree import add_scaled, scaled
 from jaxhpo._core.types import Hypergradient, StatefulMethod
 from jaxhpo._core.validate import check_settings, check_traceable_number
-from jaxhpo.single_loop._loop import SingleLoopState, check_several_steps, report, start
-from jaxhpo.single_loop._sums import FiniteSum, Point, check_update, problem_of
+from jaxhpo.single_loop._loop import check_several_steps, check_update, report, start
+from jaxhpo.single_loop._sums import FiniteSum, Point, problem_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +90,7 @@ class F2SA(StatefulMethod):
             return state._replace(auxiliary=auxiliary, memories=(jnp.asarray(float(self.multiplier)),))
 
         def update(hparams, state, batches, outer_batch, key):
-            check_update(state, SingleLoopState, self, batches, outer_batch)
+            check_update(state, self, batches, outer_batch)
             own, (weight,) = problem._replace(model_state=state.inner.model_state), state.memories
             i, j = state.draws.take(own, key, 2 * num_steps + 2, num_steps + 1)
             i = i.reshape(-1, 2)

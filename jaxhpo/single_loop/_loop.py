@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import optax
 
 from jaxhpo._core.errors import JaxhpoError
-from jaxhpo._core.tree import all_finite, norm
+from jaxhpo._core.tree import all_finite, norm, zeros_like
 from jaxhpo._core.types import Hypergradient, HypergradientInfo, Info, InnerState, StatefulMethod
-from jaxhpo._estimator.pair import check_warm_start
+from jaxhpo._estimator.pair import check_pair_state, check_warm_start
 from jaxhpo.single_loop._sums import (
     Draws,
     FiniteSum,
@@ -21,11 +21,8 @@ from jaxhpo.single_loop._sums import (
     Problem,
     Term,
     add,
-    check_update,
     implicit_sums,
-    no_draws,
     problem_of,
-    start_auxiliary,
 )
 from jaxhpo.single_loop._variance import Estimator, Plain, check_estimator
 
@@ -142,7 +139,7 @@ class SingleLoop(StatefulMethod):
             return state._replace(memories=memories, before=point if estimator.recursive else None)
 
         def update(hparams, state, batches, outer_batch, key):
-            check_update(state, SingleLoopState, self, batches, outer_batch)
+            check_update(state, self, batches, outer_batch)
             own = problem._replace(model_state=state.inner.model_state)
             point, terms = Point(state.inner.params, state.auxiliary.params, hparams), self.sums(own)
             restart = estimator.restarts(state.count, key)
@@ -170,14 +167,28 @@ class SingleLoop(StatefulMethod):
 
 
 def start(problem: Problem, linear: Any) -> Callable:
-    """The `init` of a method: θ as given, v = 0, nothing drawn."""
+    """The `init` of a method: θ as given, v = 0 with the state of its optimiser, nothing drawn."""
 
     def init(params, hparams, model_state=None):
-        inner = problem.solver.init(params, hparams, model_state)
-        auxiliary = start_auxiliary(problem, inner, hparams, linear)
-        return SingleLoopState(inner, auxiliary, (), None, no_draws(), jnp.zeros((), jnp.int32))
+        inner, zero = problem.solver.init(params, hparams, model_state), jnp.zeros((), jnp.int32)
+        v = zeros_like(inner.params)
+        if linear is None:
+            auxiliary = problem.solver.init(v, hparams, inner.model_state)._replace(model_state=None)
+        else:
+            auxiliary = InnerState(v, linear.init(v))
+        return SingleLoopState(inner, auxiliary, (), None, Draws(zero, zero), zero)
 
     return init
+
+
+def check_update(state: Any, method: Any, batches: Any, outer_batch: Any) -> None:
+    """Raises where `update` is given another's state, or data that the method has already."""
+    check_pair_state(state, SingleLoopState, method)
+    if batches is not None or outer_batch is not None:
+        raise JaxhpoError(
+            f"`update` of {type(method).__name__} got batches, but draws its own from `train` and `validation`: omit "
+            "them (and `data` of `from_pair`)."
+        )
 
 
 def report(problem: Problem, inner: InnerState, hparams, i, num_steps: int, value, metrics) -> HypergradientInfo:

@@ -10,8 +10,8 @@ import optax
 from jaxhpo._core.tree import add_scaled
 from jaxhpo._core.types import Hypergradient, StatefulMethod
 from jaxhpo._core.validate import check_settings, check_traceable_number
-from jaxhpo.single_loop._loop import SingleLoopState, check_several_steps, report, start
-from jaxhpo.single_loop._sums import FiniteSum, Point, check_update, problem_of, series
+from jaxhpo.single_loop._loop import check_several_steps, check_update, report, start
+from jaxhpo.single_loop._sums import FiniteSum, Point, problem_of, series
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +77,7 @@ class StocBiO(StatefulMethod):
         problem = problem_of(self, solver, outer_loss)
 
         def update(hparams, state, batches, outer_batch, key):
-            check_update(state, SingleLoopState, self, batches, outer_batch)
+            check_update(state, self, batches, outer_batch)
             own = problem._replace(model_state=state.inner.model_state)
             i, (j,) = state.draws.take(own, key, num_steps + self.num_terms + 1, 1)
             inner = own.train_on(state.inner, hparams, i[:num_steps])

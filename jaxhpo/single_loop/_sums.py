@@ -1,4 +1,4 @@
-"""What a stochastic bilevel method sums: minibatches, and the directions at a point that they give."""
+"""Finite sums of minibatches, and the directions of a stochastic bilevel method that they give."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jax.core import Tracer
 
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.trace import untrusted_rule
-from jaxhpo._core.tree import add_scaled, scaled, upcast, zeros_like
+from jaxhpo._core.tree import add_scaled, scaled, upcast
 from jaxhpo._core.types import Info, InnerState, PyTree, Solution, Solver
 from jaxhpo._core.validate import (
     check_callable,
@@ -24,7 +24,6 @@ from jaxhpo._core.validate import (
     describe,
     require_key,
 )
-from jaxhpo._estimator.pair import check_pair_state
 from jaxhpo._inner.gradient import value_and_grad
 
 TRIED = 32  # entries of an order, from its beginning and from N on
@@ -170,7 +169,7 @@ class Term(NamedTuple):
                 f"{problem.method!r} takes means over all minibatches, but a draw of these sums is "
                 f"{self.train + self.validation} minibatches: write `sums=implicit_sums`, or another estimator."
             )
-        num = problem.train.num_batches if self.train else problem.validation.num_batches
+        num = self.num_batches(problem)
         none = jnp.zeros((0,), jnp.int32)
 
         def at(i):
@@ -412,26 +411,3 @@ class Draws(NamedTuple):
             problem.train.draw(keys[0], self.train, train, problem.method),
             problem.validation.draw(keys[1], self.validation, validation, problem.method),
         )
-
-
-def no_draws() -> Draws:
-    """Nothing drawn yet."""
-    return Draws(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
-
-
-def check_update(state: Any, kind: type, method: Any, batches: Any, outer_batch: Any) -> None:
-    """Raises where `update` is given another's state, or data that the method has already."""
-    check_pair_state(state, kind, method)
-    if batches is not None or outer_batch is not None:
-        raise JaxhpoError(
-            f"`update` of {type(method).__name__} got batches, but draws its own from `train` and `validation`: omit "
-            "them (and `data` of `from_pair`)."
-        )
-
-
-def start_auxiliary(problem: Problem, inner: InnerState, hparams: PyTree, linear: Any) -> InnerState:
-    """v = 0, with the state of its optimiser: that of the solver unless `linear` is given."""
-    v = zeros_like(inner.params)
-    if linear is None:
-        return problem.solver.init(v, hparams, inner.model_state)._replace(model_state=None)
-    return InnerState(v, linear.init(v))

@@ -43,12 +43,12 @@ class Estimator:
         return ()
 
     def restarts(self, count: jax.Array, key: Any) -> jax.Array | None:
-        """Whether this update takes the mean over all minibatches."""
+        """True where this update takes the mean over all minibatches."""
         return None
 
     def estimate(self, term, draw, point, before, memory, count, restart, problem) -> tuple[Point, PyTree]:
         """The direction, and the new memory."""
-        raise NotImplementedError
+        raise JaxhpoError(f"`{type(self).__name__}` inherits from `Estimator`, but has no `estimate`: write it.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -306,7 +306,7 @@ class PerVariable(Estimator):
 
     @property
     def recursive(self) -> bool:
-        """Whether one of them is."""
+        """True where one of them is."""
         return any(estimator.recursive for estimator in self._all)
 
     def init(self, term, point, problem):

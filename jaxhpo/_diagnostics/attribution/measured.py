@@ -1,4 +1,4 @@
-"""What attribution and its tests share: the user's training as one function of the weights, and retrainings."""
+"""Shared by attribution and its tests: the user's training as one function of the weights, and retrainings."""
 
 import inspect
 from collections.abc import Callable

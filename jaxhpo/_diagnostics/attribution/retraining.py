@@ -1,4 +1,4 @@
-"""Whether retraining confirms scores: `lds`, over random parts left out, and `drop_curves`, over the highest ones."""
+"""Tests of scores by retraining: `lds`, over random parts left out, and `drop_curves`, over the highest ones."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
