@@ -443,7 +443,7 @@ def test_no_trial_is_lost_where_processes_are_killed(tmp_path):
 
 @pytest.mark.slow
 def test_no_trial_is_lost_in_fifty_kills(tmp_path):
-    """The issue's figure: four processes, fifty trials killed, none lost and none left running."""
+    """Four processes, fifty trials killed: none is lost and none left running."""
     assert kills(tmp_path, f"sqlite:///{tmp_path / 'study.db'}", 50, 30)["from a checkpoint"] > 0
 
 
