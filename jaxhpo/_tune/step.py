@@ -206,25 +206,38 @@ class Step:
         is then that before it.
         """
         if self.steps_per_call == 1:
-            return self._step(state)
+            return self._step(state, jax.random.fold_in(state.key, state.step))
+        # All keys at once, as a tenth of a short step's time goes into one; not of generators that vectorise to others.
+        exact = "unsafe" not in str(jax.random.key_impl(state.key))
+        fold = jax.vmap(jax.random.fold_in, (None, 0)) if exact else lambda key, i: jax.lax.map(lambda i: jax.random.fold_in(key, i), i)
+        keys = fold(state.key, state.step + jnp.arange(self.steps_per_call, dtype=jnp.int32))
 
         def body(carry):
             count, state, before = carry
-            after, report = self._step(state)
-            after = jax.tree.map(lambda new, old: jnp.where(report.finite, new, old), after, without_constants(state))
+            after, report = self._step(state, keys[count])
             remedies = jax.tree.map(jnp.add, before.remedies, report.remedies)
             return count + 1, with_constants(after, state), report._replace(remedies=remedies)
 
         with warnings.catch_warnings(action="ignore"):  # tracing the loop issues them again
-            shapes = jax.eval_shape(self._step, state)[1]
+            shapes = jax.eval_shape(self._step, state, state.key)[1]
         none = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)._replace(finite=jnp.asarray(True))
-        going = lambda carry: (carry[0] < self.steps_per_call) & carry[2].finite  # noqa: E731
-        _, after, report = jax.lax.while_loop(going, body, (jnp.zeros((), jnp.int32), state, none))
+
+        def attempt(carry):
+            # To keep the state before each step would cost a copy of it in every one. A call that meets a step that is
+            # not finite takes those before it once more, by the same program, so to the same bits.
+            tries, limit, _, before = carry
+            going = lambda carry: (carry[0] < limit) & carry[2].finite  # noqa: E731
+            count, after, report = jax.lax.while_loop(going, body, (jnp.zeros((), jnp.int32), state, none))
+            report = jax.tree.map(lambda new, old: jnp.where(tries == 0, new, old), report, before)
+            return tries + 1, count - 1, after, report
+
+        unsettled = lambda carry: (carry[0] == 0) | ((carry[0] == 1) & ~carry[3].finite)  # noqa: E731
+        start = jnp.zeros((), jnp.int32), jnp.asarray(self.steps_per_call, jnp.int32), state, none
+        _, _, after, report = jax.lax.while_loop(unsettled, attempt, start)
         return without_constants(after), report
 
-    def _step(self, state: OuterState) -> tuple[OuterState, OuterReport]:
-        """Takes one outer step."""
-        key = jax.random.fold_in(state.key, state.step)
+    def _step(self, state: OuterState, key: Any) -> tuple[OuterState, OuterReport]:
+        """Takes one outer step with its key."""
         value, grad, carry, info = self._accumulated(state.point, state.carry, key)
         safe, counts = clipped(self.remedies, grad)
         more = {"value": value, "grad": safe, "value_fn": lambda u: self.objective(u, state.carry, key)[0]}
