@@ -24,7 +24,7 @@ Choose how the derivative is taken (`adjoint=`)
 Choose the linear solver of `Implicit`
     General: for any invertible matrix; Direct: exact, for small models
     CG, NormalCG, GMRES, BiCGStab, from_lineax: iterative
-    Neumann, Identity, Nystrom: approximate
+    Neumann, Richardson, Identity, Nystrom: approximate
     gauss_newton, outer_product: matrices in the Hessian's place
     LinearInfo, LinearStatus, debug_solves: how a solve ended
 
@@ -136,6 +136,7 @@ from jaxhpo._linear.lineax import from_lineax as from_lineax
 from jaxhpo._linear.neumann import Neumann as Neumann
 from jaxhpo._linear.normal_cg import NormalCG as NormalCG
 from jaxhpo._linear.nystrom import Nystrom as Nystrom
+from jaxhpo._linear.richardson import Richardson as Richardson
 from jaxhpo._solve import solve as solve
 from jaxhpo._tune.load import load as load
 from jaxhpo._tune.record import TuneStep as TuneStep

@@ -42,6 +42,13 @@ def check_positive(what: str, value) -> None:
     check_nonnegative(what, value, strict=True)
 
 
+def check_choice(what: str, value: Any, *choices: str) -> None:
+    """Raises unless the value is one of some strings."""
+    if not isinstance(value, str) or value not in choices:
+        some = f"{', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}"
+        raise JaxhpoError(f"`{what}` got {describe(value)}: write {some}.")
+
+
 def check_switch(what: str, value) -> None:
     """Raise unless `value` is a bool."""
     if not isinstance(value, bool):

@@ -16,7 +16,7 @@ from jaxhpo._core.tree import add_scaled, norm, upcast, where, zeros_like
 from jaxhpo._core.types import Hypergradient, InnerState, PyTree, StatefulMethod
 from jaxhpo._core.validate import check_callable, check_positive, check_settings, check_traceable_number, describe
 from jaxhpo._estimator.implicit_product import implicit_product
-from jaxhpo._estimator.pair import check_pair_state, inner_start
+from jaxhpo._estimator.pair import check_pair_state, drawn, inner_start
 from jaxhpo._inner.loop import run
 from jaxhpo._inner.problem import make_problem
 from jaxhpo._linear.iteration import conjugate_gradients
@@ -57,7 +57,8 @@ class HOAG(StatefulMethod):
 
     The outer loop converges to a stationary point if :math:`\sum_k \epsilon_k < \infty`, with fixed steps small enough,
     or `hoag_step`. `num_steps` is the largest number of steps of an inner run. The condition is that of the last batch:
-    pass the whole data at every step (`lambda t: data`, or a loss that closes over it), for which the method is made.
+    pass the whole data at every step (`lambda t: data`, or a loss that closes over it), for which the method is made,
+    or at least for the system (`hypergradient(..., condition_batch=data)`).
     No tolerance is below :math:`\varepsilon^{3/4}` of the working precision (2e-12 in float64, 6e-6 in float32).
 
     **Cost and bias**: two gradients per inner step (one is the stopping test), one Hessian product (two to three
@@ -103,7 +104,7 @@ class HOAG(StatefulMethod):
         _check_schedule("HOAG", self.tolerance, self.initial_tolerance, self.decay)
         check_settings(self, maxiter="count", damping="nonnegative")
 
-    def pair(self, solver, outer_loss, num_steps, warm_start) -> Hypergradient:
+    def pair(self, solver, outer_loss, num_steps, warm_start, condition_batch=None) -> Hypergradient:
         """Return the pair of `init` and `update`."""
         check_symmetric(self, solver)
 
@@ -116,7 +117,8 @@ class HOAG(StatefulMethod):
         def update(hparams, state, batches, outer_batch, key):
             check_pair_state(state, HOAGState, self)
             start = inner_start(solver, state.inner, hparams, warm_start)
-            problem = make_problem(solver, start, hparams, batches, num_steps=num_steps, key=key)
+            at = drawn(condition_batch, key, self)
+            problem = make_problem(solver, start, hparams, batches, num_steps=num_steps, condition_batch=at, key=key)
             warn_of_untrusted_rule(self, problem)
             scale = _scale(problem, state)
             tolerance = _tolerance(self.tolerance, self.initial_tolerance, self.decay, state.count, scale.dtype)

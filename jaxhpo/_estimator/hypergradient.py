@@ -13,8 +13,9 @@ from jaxhpo._core.mesh import varying_axes
 from jaxhpo._core.tree import upcast, zeros_like
 from jaxhpo._core.types import Hypergradient, HypergradientInfo, InnerState, PyTree, Solver, StatefulMethod, declared
 from jaxhpo._core.validate import check_callable, check_count, check_hparams, check_key, check_scalar, describe
+from jaxhpo._estimator.hoag import HOAG
 from jaxhpo._estimator.implicit_product import implicit_product
-from jaxhpo._estimator.pair import check_pair_state, inner_start
+from jaxhpo._estimator.pair import check_pair_state, drawn, inner_start
 from jaxhpo._inner.inputs import check_solver
 from jaxhpo._inner.loop import run
 from jaxhpo._inner.problem import Adjoint, check_adjoint, make_problem
@@ -28,6 +29,7 @@ def hypergradient(
     *,
     num_steps: int | None = None,
     warm_start: bool = True,
+    condition_batch: Any = None,
 ) -> Hypergradient:
     r"""A hypergradient method as two pure functions, as in optax.
 
@@ -64,6 +66,9 @@ def hypergradient(
         given as a function of the step index counts from 0 in every update: draw new data in each, as
         `from_pair(pair, data)` does.
       warm_start: True to start each update from the last state; False to start from the parameters given to `init`.
+      condition_batch: the batch on which the linear system of `Implicit` and `HOAG` stands: a pytree, or a function
+        `key -> batch` that draws one in each update, from its key. None takes the last inner step's, so that the step
+        and the system share one minibatch. Large ones, all data at best, lower the noise of the hypergradient.
 
     Returns:
       A `Hypergradient(init, update)`. Only the `hparams` argument of the losses is differentiated.
@@ -96,11 +101,19 @@ def hypergradient(
     if isinstance(method, type):
         raise JaxhpoError(f"`method` got the class {method.__name__}: write `{method.__name__}(...)`.")
     checked = _checked_outer_loss(outer_loss)
+    if condition_batch is not None and not isinstance(method, (Implicit, HOAG)):
+        raise JaxhpoError(
+            f"`condition_batch` got {describe(condition_batch)}, but {method!r} solves no linear system that stands on "
+            "a batch of its own: omit it, or write `Implicit(...)` or `HOAG()`."
+        )
     if isinstance(method, StatefulMethod) and not isinstance(method, Adjoint):
-        pair = method.pair(solver, checked, num_steps, warm_start)
+        system = {} if condition_batch is None else {"condition_batch": condition_batch}
+        pair: Any = method.pair(solver, checked, num_steps, warm_start, **system)
     else:
         check_adjoint(method)
-        make: Any = _of_implicit if isinstance(method, Implicit) else _of_rule
+        make: Any = _of_rule
+        if isinstance(method, Implicit):
+            make = functools.partial(_of_implicit, condition_batch=condition_batch)
         pair = make(method, solver, checked, num_steps, warm_start)
 
     if not isinstance(pair, Hypergradient):
@@ -126,7 +139,7 @@ class RuleState(NamedTuple):
     inner: InnerState
 
 
-def _of_rule(adjoint: Adjoint, solver, outer_loss, num_steps, warm_start) -> Hypergradient:
+def _of_rule(adjoint: Adjoint, solver, outer_loss, num_steps, warm_start, condition_batch=None) -> Hypergradient:
     def init(params, hparams, model_state=None):
         return RuleState(solver.init(params, hparams, model_state))
 
@@ -135,7 +148,10 @@ def _of_rule(adjoint: Adjoint, solver, outer_loss, num_steps, warm_start) -> Hyp
 
         def loss(hparams):
             start = inner_start(solver, state.inner, hparams, warm_start)
-            solution = solve(solver, start, hparams, batches, num_steps=num_steps, key=key, adjoint=adjoint)
+            at = drawn(condition_batch, key, adjoint)
+            solution = solve(
+                solver, start, hparams, batches, num_steps=num_steps, condition_batch=at, key=key, adjoint=adjoint
+            )
             value, metrics = outer_loss(solution, hparams, outer_batch)
             return value, (metrics, solution)
 
@@ -158,8 +174,8 @@ class ImplicitState(NamedTuple):
     linear_solution: PyTree
 
 
-def _of_implicit(rule: Implicit, solver, outer_loss, num_steps, warm_start) -> Hypergradient:
-    by_grad = _of_rule(rule, solver, outer_loss, num_steps, warm_start)
+def _of_implicit(rule: Implicit, solver, outer_loss, num_steps, warm_start, condition_batch) -> Hypergradient:
+    by_grad = _of_rule(rule, solver, outer_loss, num_steps, warm_start, condition_batch)
 
     def init(params, hparams, model_state=None):
         inner = solver.init(params, hparams, model_state)
@@ -168,7 +184,8 @@ def _of_implicit(rule: Implicit, solver, outer_loss, num_steps, warm_start) -> H
     def update(hparams, state, batches, outer_batch, key):
         check_pair_state(state, ImplicitState, rule)
         start = inner_start(solver, state.inner, hparams, warm_start)
-        problem = make_problem(solver, start, hparams, batches, num_steps=num_steps, key=key)
+        at = drawn(condition_batch, key, rule)
+        problem = make_problem(solver, start, hparams, batches, num_steps=num_steps, condition_batch=at, key=key)
         if varying_axes(problem.residual_inputs) - varying_axes(problem.state.params):
             # Data-parallel inside `shard_map`: there JAX runs a `custom_linear_solve` only transposed, as `grad` does.
             grad, after, info = by_grad.update(hparams, RuleState(state.inner), batches, outer_batch, key)

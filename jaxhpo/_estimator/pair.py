@@ -2,8 +2,11 @@
 
 from typing import Any
 
+import jax
+
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.types import InnerState, PyTree, Solver
+from jaxhpo._core.validate import require_key
 
 
 def inner_start(solver: Solver, inner: InnerState, hparams: PyTree, warm_start: bool) -> InnerState:
@@ -12,6 +15,14 @@ def inner_start(solver: Solver, inner: InnerState, hparams: PyTree, warm_start: 
     A new state is made at the present hyperparameters, on which the optimiser's first state may depend.
     """
     return inner if warm_start else solver.init(inner.params, hparams, inner.model_state)
+
+
+def drawn(condition_batch: Any, key: Any, method: Any) -> PyTree:
+    """Return the batch of the condition: the one given, or drawn by the key of an update; None for the last step's."""
+    if not callable(condition_batch):
+        return condition_batch
+    # The rule, if it is random, draws from the key itself.
+    return condition_batch(jax.random.fold_in(require_key(key, method), 1))
 
 
 def check_pair_state(state: Any, kind: type, method: Any) -> None:

@@ -12,6 +12,7 @@ from jaxhpo._core.outer import WITH_CARRY
 from jaxhpo._core.types import Solver
 from jaxhpo._core.validate import (
     check_callable,
+    check_choice,
     check_count,
     check_nonnegative,
     check_positive,
@@ -55,13 +56,6 @@ def check_policies(remedies, deterministic: bool, on_not_finite="stop", monitor=
             raise JaxhpoError(
                 f"{problem}, since `outer_loss(hparams)` has neither key nor info: write `{WITH_CARRY}`{instead}."
             )
-
-
-def check_choice(what: str, value: Any, *choices: str) -> None:
-    """Raises unless the value is one of some strings."""
-    if not isinstance(value, str) or value not in choices:
-        some = f"{', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}"
-        raise JaxhpoError(f"`{what}` got {describe(value)}: write {some}.")
 
 
 def check_settings(num_steps, progress, min_delta, save_every, max_seconds, **counts):

@@ -209,7 +209,11 @@ class Step:
             return self._step(state, jax.random.fold_in(state.key, state.step))
         # All keys at once, as a tenth of a short step's time goes into one; not of generators that vectorise to others.
         exact = "unsafe" not in str(jax.random.key_impl(state.key))
-        fold = jax.vmap(jax.random.fold_in, (None, 0)) if exact else lambda key, i: jax.lax.map(lambda i: jax.random.fold_in(key, i), i)
+        fold = (
+            jax.vmap(jax.random.fold_in, (None, 0))
+            if exact
+            else lambda key, i: jax.lax.map(lambda i: jax.random.fold_in(key, i), i)
+        )
         keys = fold(state.key, state.step + jnp.arange(self.steps_per_call, dtype=jnp.int32))
 
         def body(carry):
@@ -238,9 +242,10 @@ class Step:
 
     def _step(self, state: OuterState, key: Any) -> tuple[OuterState, OuterReport]:
         """Takes one outer step with its key."""
-        value, grad, carry, info = self._accumulated(state.point, state.carry, key)
+        value, grad, carry, info, noise = self._accumulated(state.point, state.carry, key)
         safe, counts = clipped(self.remedies, grad)
         more = {"value": value, "grad": safe, "value_fn": lambda u: self.objective(u, state.carry, key)[0]}
+        more |= {} if noise is None else {"noise": noise}
         point, opt_state = state.point, state.opt_state
         if jax.tree.leaves(point):
             with mixed_types():  # optax mixes types of numbers
@@ -264,11 +269,11 @@ class Step:
     def _value_and_grad(self, point, carry, key):
         if self.gradient is None:
             (value, (carry, info)), grad = jax.value_and_grad(self.objective, has_aux=True)(point, carry, key)
-            return value, grad, carry, info
+            return value, grad, carry, info, None
         # The chain rule: with h = forward(u), dF/du = forward'(u)^T dF/dh.
         hparams, pullback = jax.vjp(lambda u: to_natural(self.transforms, u), point)
         value, grad, carry, info = self.gradient(hparams, carry, key)
-        return value, pullback(grad)[0], carry, info
+        return value, pullback(grad)[0], carry, info, relative_variance(grad, info)
 
     def _counted(self, point, carry, key):
         log = SolveLog(schedules=False)
@@ -285,13 +290,23 @@ class Step:
             return self._counted(point, carry, key)
 
         def body(sums, key):
-            value, grad, after, info = self._counted(point, carry, key)
-            return add_scaled(sums, 1 / times, (value, grad)), (after, info)
+            value, grad, after, info, noise = self._counted(point, carry, key)
+            return add_scaled(sums, 1 / times, (value, grad, noise)), (after, info)
 
-        shapes = jax.eval_shape(self._value_and_grad, point, carry, key)
-        zeros = jax.tree.map(jnp.zeros_like, shapes[:2])
-        (value, grad), (carries, infos) = jax.lax.scan(body, zeros, jax.random.split(key, times))
-        return value, grad, jax.tree.map(lambda x: x[-1], carries), infos
+        value, grad, _, _, noise = jax.eval_shape(self._value_and_grad, point, carry, key)
+        zeros = jax.tree.map(jnp.zeros_like, (value, grad, noise))
+        (value, grad, noise), (carries, infos) = jax.lax.scan(body, zeros, jax.random.split(key, times))
+        noise = None if noise is None else noise / times
+        return value, grad, jax.tree.map(lambda x: x[-1], carries), infos, noise
+
+
+def relative_variance(grad: PyTree, info: PyTree) -> jax.Array | None:
+    """Returns (s / ‖D‖)² of a hypergradient D whose method reports the standard error s; None of others."""
+    error = getattr(info, "standard_error", None)
+    if error is None:
+        return None
+    squared = norm(upcast(grad)) ** 2
+    return jnp.where(squared > 0, error**2 / jnp.where(squared > 0, squared, 1), 1.0)
 
 
 def check_carry(before, after):

@@ -22,12 +22,12 @@ from jaxhpo._core.processes import check_same, check_same_value, on_any, togethe
 from jaxhpo._core.progress import Progress, say
 from jaxhpo._core.record import recording
 from jaxhpo._core.types import PyTree
+from jaxhpo._core.validate import check_choice
 from jaxhpo._diagnostics.health import named_members, raise_if_zero, warn_again, what_is_not_finite
 from jaxhpo._tune.diagnosis import diagnosis, program, unconverged
 from jaxhpo._tune.inputs import (
     check_callbacks,
     check_calls,
-    check_choice,
     check_policies,
     check_record,
     check_settings,

@@ -7,8 +7,7 @@ import optuna
 
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.types import PyTree
-from jaxhpo._core.validate import check_count
-from jaxhpo._tune.inputs import check_choice
+from jaxhpo._core.validate import check_choice, check_count
 from jaxhpo._tune.tune import TuneResult
 from jaxhpo.search import _samplers
 from jaxhpo.search._space import Space

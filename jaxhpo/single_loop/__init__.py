@@ -5,6 +5,7 @@ Methods, for `jaxhpo.hypergradient`
     SABA, SPABA: with reduced variance, so that constant steps converge
     AmIGO, StocBiO: some inner steps, then the linear system by stochastic steps, or by a series
     F2SA: no second derivatives
+    Online: within an ordinary training, with its own minibatches and optimiser; slow_where_noisy: for its steps
 
 What they are made of
     FiniteSum: minibatches that are known by their number
@@ -17,6 +18,8 @@ from jaxhpo.single_loop._amigo import AmIGO
 from jaxhpo.single_loop._f2sa import F2SA
 from jaxhpo.single_loop._loop import SingleLoop, SingleLoopState
 from jaxhpo.single_loop._masoba import MASOBA
+from jaxhpo.single_loop._noise import SlowState, slow_where_noisy
+from jaxhpo.single_loop._online import Online, OnlineState
 from jaxhpo.single_loop._saba import SABA
 from jaxhpo.single_loop._soba import SOBA
 from jaxhpo.single_loop._spaba import SPABA
@@ -32,6 +35,8 @@ __all__ = [
     "FiniteSum",
     "MASOBA",
     "Momentum",
+    "Online",
+    "OnlineState",
     "PAGE",
     "PerVariable",
     "Plain",
@@ -43,10 +48,12 @@ __all__ = [
     "SOBA",
     "SPABA",
     "STORM",
+    "SlowState",
     "SingleLoop",
     "SingleLoopState",
     "StocBiO",
     "Term",
     "implicit_sums",
     "series_sums",
+    "slow_where_noisy",
 ]
