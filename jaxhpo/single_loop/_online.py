@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.trace import untrusted_rule
-from jaxhpo._core.tree import add_scaled, all_finite, norm, zeros_like
+from jaxhpo._core.tree import add_scaled, all_finite, cast_like, norm, zeros_like
 from jaxhpo._core.types import Hypergradient, HypergradientInfo, Info, InnerState, PyTree, Solution, StatefulMethod
 from jaxhpo._core.validate import check_choice, check_settings, count_examples
 from jaxhpo._estimator.pair import check_pair_state, check_warm_start
@@ -130,7 +130,7 @@ class Online(StatefulMethod):
             check_pair_state(state, OnlineState, self)
             count = check_steps(batches, num_steps)
             slices, _, take = slices_of(batches, count)
-            step = lambda inner, x: (solver.step(inner, hparams, take(x)), None)  # noqa: E731
+            step = lambda inner, x: (cast_like(solver.step(inner, hparams, take(x)), inner), None)  # noqa: E731
             before, _ = jax.lax.scan(step, state.inner, jax.tree.map(lambda x: x[:-1], slices))
             batch = take(jax.tree.map(lambda x: x[-1], slices))
 
@@ -138,7 +138,7 @@ class Online(StatefulMethod):
             out, grad = value_and_grad(loss, *at)
 
             def applied(hparams, grad):
-                after = apply(before, hparams, batch, out, grad)
+                after = cast_like(apply(before, hparams, batch, out, grad), before)
                 return after.params, after
 
             _, pullback, after = jax.vjp(applied, hparams, grad, has_aux=True)
@@ -166,7 +166,10 @@ class Online(StatefulMethod):
                 return total, OnlineState(after, w), HypergradientInfo(value, metrics, info)
             each, w, value, metrics = jax.vmap(hypergradient)(self._checked(outer_batch))
             total, w, value = jax.tree.map(lambda x: jnp.mean(x, 0), (each, w, value))
-            error = norm(jax.tree.map(jnp.subtract, each, total)) / (self.parts * (self.parts - 1)) ** 0.5
+            error = (
+                norm(jax.tree.map(lambda each, mean: each - mean[None], each, total))
+                / (self.parts * (self.parts - 1)) ** 0.5
+            )
             return total, OnlineState(after, w), HypergradientInfo(value, metrics, info, standard_error=error)
 
         return Hypergradient(init, update)

@@ -14,7 +14,7 @@ from jax.core import Tracer
 
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.trace import untrusted_rule
-from jaxhpo._core.tree import add_scaled, scaled, upcast
+from jaxhpo._core.tree import add_scaled, cast_like, scaled, upcast
 from jaxhpo._core.types import Info, InnerState, PyTree, Solution, Solver
 from jaxhpo._core.validate import (
     check_callable,
@@ -271,7 +271,8 @@ class Problem(NamedTuple):
         problem = self._replace(model_state=state.model_state)
         out, grad = problem.train_gradient(state.params, hparams, i)
         apply: Any = self.solver.apply
-        return apply(state, hparams, self.train.batch(i), out, grad if direction is None else direction)
+        after = apply(state, hparams, self.train.batch(i), out, grad if direction is None else direction)
+        return cast_like(after, state)  # a model's state may be of another type than its statistics
 
     def step_auxiliary(self, state: InnerState, hparams, i, direction: PyTree, linear: Any) -> InnerState:
         """One step of v along the direction, if there is one, by `linear` or the solver's optimiser."""
