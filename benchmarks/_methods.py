@@ -198,6 +198,16 @@ METHODS = (
         "[Lorraine 2020](https://arxiv.org/abs/1911.02590)",
     ),
     Method(
+        "Implicit(Richardson(0.1, 10))",
+        ("Richardson",),
+        LOSS,
+        "K Hessian products",
+        "3 P",
+        "converged, K → ∞; or K = 1 in a pair, which goes on",
+        "α‖H‖ ≥ 2",
+        "[Arbel 2022](https://arxiv.org/abs/2111.14580)",
+    ),
+    Method(
         "Implicit(Identity(0.1))",
         ("Identity",),
         LOSS,

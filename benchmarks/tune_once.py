@@ -622,9 +622,13 @@ def main(arguments=None) -> None:
             print(f"    {key:36} {text(value)}")
         print(f"    against {found['opponent']}: {100 * found['relative']['mean']:+.1f} %")
         report[name]["rows"] = rows
-    (given.out / "tune_once.json").write_text(
-        json.dumps({"seeds": given.seeds, "NadamW": calibrated(given.quick), "problems": report}, indent=1) + "\n"
-    )
+    path = given.out / "tune_once.json"
+    before = json.loads(path.read_text()) if path.exists() else {}
+    if before.get("seeds") == given.seeds and before.get("quick") == given.quick:  # of the problems not run now
+        report = {name: report.get(name, before["problems"].get(name)) for name in PROBLEMS}
+        report = {name: found for name, found in report.items() if found}
+    heading = {"seeds": given.seeds, "quick": given.quick, "NadamW": calibrated(given.quick)}
+    path.write_text(json.dumps(heading | {"problems": report}, indent=1) + "\n")
     picture(report, given.out / "tune_once.png")
 
 
