@@ -45,6 +45,15 @@ jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+@pytest.fixture(scope="module")
+def compiled_once(tmp_path_factory):
+    """Compiles a program of the module once, also where another function does the same."""
+    import helpers  # which imports jax
+
+    with helpers.compiled_once(tmp_path_factory.mktemp("compiled")):
+        yield
+
+
 def pytest_addoption(parser):
     parser.addoption("--one-per-function", action="store_true", help="run the first case of each test function only")
 

@@ -15,6 +15,7 @@ import lineax
 import numpy as np
 import optax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 import jaxhpo
 import jaxhpo.testing
@@ -195,6 +196,22 @@ jax.monitoring.register_event_duration_secs_listener(
 )
 # jax 0.7 has it under the old name.
 enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
+
+
+@contextlib.contextmanager
+def compiled_once(folder):
+    """Programs are compiled once, also where functions are others that do the same; what is traced is traced anew."""
+    settings = {"jax_compilation_cache_dir": str(folder), "jax_persistent_cache_min_compile_time_secs": 0}
+    before = {name: getattr(jax.config, name) for name in settings}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            patch.setenv(name.upper(), str(value))  # of child processes
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()  # whether there is one is asked once
+        yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 def default_environment() -> dict[str, str]:

@@ -59,7 +59,8 @@ def test_network(unroll):
 )
 def test_default_takes_the_fastest_schedule_below_a_gibibyte(unroll, model, optimiser, num_steps):
     """At most 1.1 times its operations and memory traffic, and no more than 1 GiB; the memory as predicted."""
-    rules = {name: rule for name, rule in unroll.RULES.items() if name.startswith(("checkpoint=", "default"))}
+    names = ("checkpoint=None", "checkpoint=1", "checkpoint='sqrt'", "default")  # 'binomial' does more than 'sqrt'
+    rules = {name: unroll.RULES[name] for name in names}
     case = unroll.make_case(getattr(unroll, model)(), optimiser, num_steps, "all", rules)
     costs = {name: count_and_peak(jax.grad(case.losses[name]), *case.args) for name in rules}
     below = [with_memory(*cost) for cost in costs.values() if cost[1] <= 2**30]
@@ -84,7 +85,7 @@ def test_a_quarter_of_each_minibatch(unroll):
 @slow
 def test_a_quarter_of_each_minibatch_is_unbiased(unroll, monkeypatch):
     """200 draws for a small transformer: within 3 standard errors along the exact hypergradient and 8 directions."""
-    model = unroll.language_model(layers=2, width=32, heads=2, vocabulary=64, length=16, batch=8)
+    model = unroll.language_model(layers=2, width=32, heads=2, vocabulary=64, length=8, batch=8)
 
     def hypergradient(rule, key):
         monkeypatch.setattr(unroll, "KEY", key)
@@ -92,8 +93,9 @@ def test_a_quarter_of_each_minibatch_is_unbiased(unroll, monkeypatch):
         return ravel_pytree(jax.grad(case.losses["f"])(*case.args))[0]
 
     exact = np.asarray(jax.jit(lambda: hypergradient(jaxhpo.Unroll(), None))(), np.float64)
-    draw = jax.jit(lambda key: hypergradient(jaxhpo.Unroll(checkpoint=2, hvp_fraction=0.25), key))
-    draws = np.stack([np.asarray(draw(key), np.float64) for key in jax.random.split(jax.random.key(5), 200)])
+    draw = jax.jit(jax.vmap(lambda key: hypergradient(jaxhpo.Unroll(checkpoint=2, hvp_fraction=0.25), key)))
+    keys = jax.random.split(jax.random.key(5), 200).reshape(10, 20)
+    draws = np.concatenate([np.asarray(draw(twenty), np.float64) for twenty in keys])
     directions = np.concatenate([exact[None], np.random.default_rng(0).normal(size=(8, exact.size))])
     errors = (draws - exact) @ directions.T
     assert (np.abs(errors.mean(0)) <= 3 * errors.std(0, ddof=1) / 200**0.5).all()

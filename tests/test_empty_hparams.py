@@ -21,6 +21,7 @@ from jaxhpo import (
     Unroll,
 )
 
+pytestmark = pytest.mark.usefixtures("compiled_once")  # a run and its resumption are the same program
 TARGET, KEY = jnp.arange(3.0), jax.random.key(0)
 
 

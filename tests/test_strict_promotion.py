@@ -70,6 +70,7 @@ def test_every_method(method):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("compiled_once")  # under either promotion it is the same program
 def test_what_runs_the_outer_loss(tmp_path):
     """The same numbers as without it."""
 

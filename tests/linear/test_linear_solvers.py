@@ -130,20 +130,29 @@ def true_residual(name, A, b, x):
 @rows(QUICK, codegen=("BiCGStab",))
 def test_status_and_residual(name):
     """All systems in one batch, under `jit` of `vmap`."""
-    check(name, systems(1e-200, 1e200), jnp.float64)
+    check(name, jnp.float64)
 
 
 @pytest.mark.slow
 @rows((), tuple(SOLVERS))
 def test_status_and_residual_in_float32(name):
-    cases = systems(1e-30, 1e30)
-    del cases["ill-conditioned"]  # singular in float32
-    check(name, cases, jnp.float32)
+    check(name, jnp.float32)
 
 
-def check(name, cases, dtype):
+@functools.cache
+def solved(name, dtype):
+    """Returns the systems, stacked, their solutions and reports."""
+    low = dtype == jnp.float32
+    cases = systems(*((1e-30, 1e30) if low else (1e-200, 1e200)))
+    if low:
+        del cases["ill-conditioned"]  # singular in float32
     A, b = (np.stack(part).astype(dtype) for part in zip(*cases.values(), strict=True))
     xs, infos = jax.tree.map(np.asarray, jax.jit(jax.vmap(lambda A, b: solve(name, A, b)))(A, b))
+    return tuple(cases), A, b, xs, infos
+
+
+def check(name, dtype):
+    cases, A, b, xs, infos = solved(name, dtype)
     eps = float(jnp.finfo(dtype).eps)
     for i, case in enumerate(cases):
         end = ENDS[case].split()[list(SOLVERS).index(name)]
@@ -174,10 +183,8 @@ def check(name, cases, dtype):
 @rows((), tuple(SOLVERS))
 def test_batched_status_equals_unbatched(name):
     """`vmap` runs every solve as long as the longest, which must not change the others."""
-    cases = systems(1e-200, 1e200)
-    A, b = (np.stack(part) for part in zip(*cases.values(), strict=True))
+    cases, A, b, _, batched = solved(name, jnp.float64)
     one = jax.jit(lambda A, b: solve(name, A, b)[1])
-    batched = jax.tree.map(np.asarray, jax.jit(jax.vmap(one))(A, b))
     single = [one(A[i], b[i]) for i in range(len(cases))]
     for i, case in enumerate(cases):
         # Batched products are rounded differently, and rounding decides the iterations of these two systems.
@@ -282,9 +289,10 @@ def scipy_cg(matvec, b):
 )
 def test_inside_shard_map(solver):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(test_sharding.AxisType.Auto,))
-    test_sharding.test_data_parallel_shard_map(Implicit(solver), "grad of shard_map", mesh)
-    test_sharding.test_data_parallel_shard_map(Implicit(solver), "shard_map of grad", mesh)
-    test_sharding.test_one_inner_problem_per_device(Implicit(solver), mesh)
+    like = Implicit(Direct())  # on one device; `test_any_invertible_matrix` and others hold the solvers to it there
+    test_sharding.test_data_parallel_shard_map(Implicit(solver), "grad of shard_map", mesh, like)
+    test_sharding.test_data_parallel_shard_map(Implicit(solver), "shard_map of grad", mesh, like)
+    test_sharding.test_one_inner_problem_per_device(Implicit(solver), mesh, like)
 
 
 def invertible(n):
@@ -351,11 +359,25 @@ LIBRARY = ("CG", "NormalCG", "GMRES", "BiCGStab", "Direct", "General", "lineax L
 
 
 def in_float32(A, v):
-    return A.astype(jnp.float32) @ v
+    return A @ v
 
 
 def in_bfloat16(A, v):
     return (A @ v.astype(A.dtype)).astype(jnp.float32)
+
+
+@functools.cache
+def damped_solve(name, product, rank):
+    """One program for all systems and dampings, and for matrices that are rounded to bfloat16 or are not."""
+
+    def run(A, b, damping):
+        if name == "Nystrom":
+            rule = Nystrom(rank, 1.0)
+            object.__setattr__(rule, "damping", damping)  # traced
+            return rule(lambda v: product(A, v), b, key=jax.random.key(0))
+        return (SOLVERS | OTHERS)[name](lambda v: product(A, v) + damping * v, b, None)
+
+    return jax.jit(run)
 
 
 @pytest.mark.slow
@@ -379,21 +401,14 @@ def test_float32_is_right_within_one_percent_or_says_so(name, dtype, product):
     kinds = [(condition, kind) for condition in conditions for kind in ("b", "A w")]
     matrices = [rotated(np.geomspace(1 / c, 1, n), i) for i, (c, _) in enumerate(kinds)]
     As = [jnp.asarray((A + A.T) / 2, dtype) for A in matrices]
-    solve = (SOLVERS | OTHERS)[name] if name != "Nystrom" else None
-
-    @functools.partial(jax.jit, static_argnums=3)
-    def run(A, b, damping, rank):
-        if name == "Nystrom":
-            rule = Nystrom(rank, 1.0)
-            object.__setattr__(rule, "damping", damping)  # traced: one program for all
-            return rule(lambda v: product(A, v), b, key=jax.random.key(0))
-        return solve(lambda v: product(A, v) + damping * v, b, None)
+    if product is in_float32:
+        As = [A.astype(jnp.float32) for A in As]
 
     for damping, rank in itertools.product((1e-8, 1e-6, 1e-4, 1e-2, 1.0), (5, n) if name == "Nystrom" else (n,)):
         for (condition, kind), A, w in zip(kinds, As, rng.normal(size=(len(kinds), n)), strict=True):
             damped = np.asarray(A).astype(float) + damping * np.eye(n)
             b = (damped @ w if kind == "A w" else w).astype(np.float32)
-            x, info = run(A, b, np.float32(damping), rank)
+            x, info = damped_solve(name, product, rank)(A, b, np.float32(damping))
             want = np.linalg.solve(damped, b.astype(float))
             error, status = np.linalg.norm(x - want) / np.linalg.norm(want), LinearStatus(int(info.status))
             where = f"{name}({damping:g}), {condition:g}, {kind}, {rank}"

@@ -15,6 +15,7 @@ import jaxhpo
 from jaxhpo import JaxhpoError, Remedies
 from jaxhpo._cli.main import main
 
+pytestmark = pytest.mark.usefixtures("compiled_once")  # members that run alone differ in their data
 SOLVER = jaxhpo.from_optax(lambda p, h, b: jnp.sum((p - h["goal"]) ** 2), lambda h: optax.sgd(h["rate"]))
 TRANSFORMS = {"goal": None, "rate": jaxhpo.box(0.0, 0.4)}
 N = 3

@@ -52,9 +52,10 @@ def outer_loss(h, carry, key):
 
 
 def spread(x) -> jax.Array:
-    """The array, a part of it on each device of all processes."""
+    """The array, a part of it on each device of all processes; a number whole."""
     mesh = jax.make_mesh((jax.device_count(),), ("all",), axis_types=(AxisType.Auto,))
-    return jax.make_array_from_callback(x.shape, NamedSharding(mesh, PartitionSpec("all")), lambda i: x[i])
+    parts = PartitionSpec("all") if x.ndim else PartitionSpec()
+    return jax.make_array_from_callback(x.shape, NamedSharding(mesh, parts), lambda i: x[i])
 
 
 def regression(place):
@@ -79,16 +80,17 @@ def search(make_outer_loss, start=0.1):
     return jaxhpo.tune(loss, jnp.full(3, start), optax.adam(0.1), num_steps=3, progress=False)
 
 
-def tune(folder, steps=STEPS, first=0.1, loss=None, **settings):
-    """Runs `tune`; hyperparameters and moments are sharded from the start, the carry after one step."""
-    start = {"goal": spread(np.linspace(first, 0.8, SIZE)), "rate": jnp.asarray(0.02)}
+def tune(folder, steps=STEPS, first=0.1, loss=None, late=False, **settings):
+    """Runs `tune`; hyperparameters and moments are sharded from the start, and all else, or `late`: after one step."""
+    place = jnp.asarray if late else spread
+    start = {"goal": spread(np.linspace(first, 0.8, SIZE)), "rate": place(np.float64(0.02))}
     return jaxhpo.tune(
         loss or outer_loss,
         start,
         optax.adam(0.1),
         num_steps=steps,
         transforms={"goal": None, "rate": jaxhpo.box(0.0, 0.4)},
-        carry=SOLVER.init(jnp.zeros(SIZE), start),
+        carry=SOLVER.init(place(np.zeros(SIZE)), start),
         run_dir=folder,
         resume="continue",
         progress=False,
@@ -111,7 +113,7 @@ def told(result) -> dict:
 
 def undisturbed(folder):
     """Without interruption, and without a folder."""
-    return [tune(None)]
+    return [tune(None, late=True)]
 
 
 def closed_over(folder):
@@ -174,7 +176,7 @@ def struck(folder):
 def examined(folder):
     """Process 1 has no memory for a trace of a check, or gets Ctrl-C in one; then for one rule alone."""
     there, make_outer_loss, h = jax.process_index() == 1, regression(spread), jnp.full(3, 0.1)
-    rules = [jaxhpo.Implicit(jaxhpo.Identity(0.1)), jaxhpo.Implicit()]
+    rules = [jaxhpo.Implicit(jaxhpo.Identity(0.1)), jaxhpo.FiniteDifference(0.1)]
 
     def striking(adjoint=None, before=0, error=MemoryError):
         traces, outer_loss = [], make_outer_loss(adjoint or jaxhpo.Unroll())
@@ -247,7 +249,7 @@ def local(folder):
 
 def continued(folder):
     """Stopped after three steps, and resumed."""
-    return [tune(folder, 3), tune(folder)]
+    return [tune(folder, 3, late=True), tune(folder, late=True)]
 
 
 def first_alone(change):
@@ -282,31 +284,20 @@ def damaged(folder):
     return results
 
 
-def preempted(folder):
-    """Process 1 alone receives SIGTERM, after its fourth step."""
+def stopped(folder):
+    """A run that clock, signal and full disks end or disturb one after another.
 
-    def strike(step):
-        if step.step == 3 and jax.process_index() == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    return [tune(folder, callbacks=[strike]), tune(folder)]
-
-
-def timed(folder):
-    """Clocks disagree: on process 0 alone a save is due and the time is spent, from the second step on."""
-    late = jax.process_index() == 0
+    Clocks disagree: on process 0 alone a save is due and the time is spent, in the first step. Process 1 alone receives
+    SIGTERM, after the fourth. Its disk refuses its part of the fifth checkpoint, that of process 0 the last seal.
+    """
+    late, seal, write = jax.process_index() == 0, sharded_dir.ShardedDir._seal, sharded_dir._write_part
 
     def slow(step):
         time.sleep(0.3 * late * (step.step == 1))
 
-    every = datetime.timedelta(seconds=0.25 if late else 1e6)
-    stopped = tune(folder, callbacks=[slow], save_every=every, max_seconds=0.01 if late else 1e6)
-    return [stopped._replace(message="each tells its own time"), tune(folder)]
-
-
-def full(folder):
-    """The disk of process 1 refuses its part of the fifth checkpoint, that of process 0 the last seal: all warn."""
-    seal, write = sharded_dir.ShardedDir._seal, sharded_dir._write_part
+    def strike(step):
+        if step.step == 3 and not late:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def refusing_seal(self, *args):
         if self.num_rows == STEPS:
@@ -314,16 +305,19 @@ def full(folder):
         seal(self, *args)
 
     def refusing_part(path, arrays):
-        if jax.process_index() == 1 and path.parent.name == f"state-{STEPS - 1:08d}.parts":
+        if not late and path.parent.name == f"state-{STEPS - 1:08d}.parts":
             raise OSError("No space left")
         write(path, arrays)
 
+    every = datetime.timedelta(seconds=0.25 if late else 1e6)
+    timed = tune(folder, callbacks=[slow], save_every=every, max_seconds=0.01 if late else 1e6)
+    results = [timed._replace(message="each tells its own time"), tune(folder, callbacks=[strike])]
     sharded_dir.ShardedDir._seal, sharded_dir._write_part = refusing_seal, refusing_part
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        result = tune(folder)
+        results.append(tune(folder))
     sharded_dir.ShardedDir._seal, sharded_dir._write_part = seal, write
-    return [result, *(str(w.message) for w in caught if "could not be saved" in str(w.message)), tune(folder)]
+    return [*results, *(str(w.message) for w in caught if "could not be saved" in str(w.message)), tune(folder)]
 
 
 def refused(folder):
@@ -347,11 +341,13 @@ def refusal(run) -> str:
 
 
 def documented(folder):
-    """The script of the page on several hosts, from where it has connected, as this one has."""
+    """The script of the page on several hosts, from where it has connected, as this one has, of fewer steps."""
     page = (pathlib.Path(__file__).parents[3] / "docs" / "several_hosts.md").read_text()
     (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     before, script = block.split("jax.distributed.initialize()")
     assert before == "import sys\n\nimport jax\n\n"  # nothing yet that asks for a device
+    for steps, fewer in ((50, 5), (20, 3)):
+        script = script.replace(f"num_steps={steps}", f"num_steps={fewer}")
     given, printed, code = sys.argv, io.StringIO(), None
     sys.argv = ["script.py", folder]
     try:

@@ -4,31 +4,16 @@ import random
 import signal
 
 import faults
-import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory):
+def reference(tmp_path_factory, compiled_once):
     """Returns the end of the undisturbed run and its seconds; later runs reuse what it compiled."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in settings.items():
-            patch.setenv(name.upper(), str(value))
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()  # whether there is one is asked once
-        faults.undisturbed(tmp_path_factory.mktemp("first"))
-        folder = tmp_path_factory.mktemp("undisturbed")
-        seconds = faults.undisturbed(folder)
-        yield faults.end(folder), seconds
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+    faults.undisturbed(tmp_path_factory.mktemp("first"))
+    folder = tmp_path_factory.mktemp("undisturbed")
+    seconds = faults.undisturbed(folder)
+    return faults.end(folder), seconds
 
 
 def test_resume_after_five_kills_is_bit_identical(reference):
