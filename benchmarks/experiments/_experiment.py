@@ -60,8 +60,14 @@ def once(given, name: str, make):
 def mean(values) -> dict:
     """Mean of numbers, one a seed, and its standard error; None of a single one."""
     values = np.asarray(values, float)
-    error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else None
-    return {"mean": float(values.mean()), "error": None if error is None else float(error), "n": len(values)}
+    error = float(standard_errors(values)) if len(values) > 1 else None
+    return {"mean": float(values.mean()), "error": error, "n": len(values)}
+
+
+def standard_errors(values) -> np.ndarray:
+    """Those of means over the leading axis, of seeds; zero of a single one."""
+    values = np.asarray(values, float)
+    return values.std(0, ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.zeros(values.shape[1:])
 
 
 def paired(first, second) -> dict:

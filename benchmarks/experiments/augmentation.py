@@ -10,9 +10,10 @@ near the identity: entries of the matrix and two shifts in pixels. 300 other dig
 
 The latter two begin at the strength of .1, and take 60 outer steps of Adam, each with new warps and initial weights.
 `both` trains on all 400 images with what was chosen, as one would. All have the best of four penalties on the
-classifier's weights, by the validation loss. Accuracy and loss are those on the other 1397 digits, means of four
-initial weights. The inner and the outer rate were set once, and not tuned. (Lorraine, Vicol, Duvenaud, Optimizing
-Millions of Hyperparameters by Implicit Differentiation, 2020, where a U-Net transforms CIFAR-10.)
+classifier's weights, by the validation loss (`random` of two, with each strength: zero, and that of `none`). Accuracy
+and loss are those on the other 1397 digits, means of four initial weights. The inner and the outer rate were set once,
+and not tuned. (Lorraine, Vicol, Duvenaud, Optimizing Millions of Hyperparameters by Implicit Differentiation, 2020,
+where a U-Net transforms CIFAR-10.)
 
     python benchmarks/experiments/augmentation.py [--out DIR] [--quick] [--seeds 5] [--run-dir DIR]
 """

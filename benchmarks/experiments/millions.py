@@ -213,7 +213,7 @@ def picture(report, rows, path):
     for kind in COMPARED:
         for which, style in (("validation curve", "-"), ("test curve", "--")):
             values = np.array([row[kind][which] for row in rows])
-            error = values.std(0, ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0 * values[0]
+            error = _experiment.standard_errors(values)
             look = {"label": f"{kind}, {which.partition(' ')[0]}", "color": COLORS[kind], "ls": style}
             plot.band(curves, range(1, values.shape[1] + 1), values.mean(0), error, **look)
     curves.set(xlabel="outer step", ylabel="loss", yscale="log")

@@ -227,14 +227,13 @@ def main(arguments=None) -> None:
         at = np.array([row["lowest"] for row in rows])
         fewest = rows[0]["draws"].index(BUDGET)
         best[f"{BUDGET} draws of all"] = _experiment.mean(at[:, fewest])
-        error = at.std(0, ddof=1) / len(rows) ** 0.5 if len(rows) > 1 else 0 * at[0]
         ranked = sorted(names, key=lambda name, best=best: best[name]["mean"])[:3]
         report[noise] = {
             "draws": draws,
             "best": best,
             "hypergradient": by_hypergradient(loss, BUDGET, num_steps),
             "at": rows[0]["draws"],
-            "lowest": {"mean": at.mean(0).tolist(), "error": error.tolist()},
+            "lowest": {"mean": at.mean(0).tolist(), "error": _experiment.standard_errors(at).tolist()},
             "shown": {
                 name: min((row["families"][name] for row in rows), key=lambda x: x["loss"])["rates"] for name in ranked
             },

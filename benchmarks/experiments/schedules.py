@@ -352,7 +352,7 @@ def picture(report, rows, path):
     learned = {
         name: np.array([row["hparams"][name] for row in rows])[..., ::2] for name in ("log_rate", "logit_momentum")
     }
-    error = lambda x: x.std(0, ddof=1) / len(x) ** 0.5 if len(x) > 1 else 0 * x[0]  # noqa: E731
+    error = _experiment.standard_errors
     for i, (layer, color) in enumerate(zip(NAMES, plot.PALETTE, strict=False)):
         for axis, values in (
             (rate, np.exp(learned["log_rate"])),

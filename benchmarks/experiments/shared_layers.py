@@ -6,7 +6,7 @@ characters). Each task has weights z of its own; its network uses, in layer l,
 
     w_l = M_l z_l,    a product over tasks, with a 10×10 matrix M_l
 
-All tasks begin at the same z, and the rows of M sum to one. 50 full-batch steps, momentum .9, penalty e⁻⁴ on z.
+All tasks begin at the same z; the rows of M sum to one, at first. 50 full-batch steps, momentum .9, penalty e⁻⁴ on z.
 
     separate    M_l = I: ten trainings
     tied        M_1 = 1/10 everywhere, the others I: one first layer for all
@@ -19,7 +19,7 @@ The rates were chosen on seeds from 100 on, which deal the drawings otherwise, b
 (Maclaurin, Duvenaud, Adams, Gradient-based Hyperparameter Optimization through Reversible Learning, 2015, figure 10:
 test losses 1.34 separate, 1.25 tied, 1.13 learned.)
 
-    python benchmarks/experiments/shared_layers.py [--out DIR] [--quick] [--seeds 5]
+    python benchmarks/experiments/shared_layers.py [--out DIR] [--quick] [--seeds 5] [--run-dir DIR]
 """
 
 import functools
@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from _experiment import mean, paired, parse, text, write
+from _experiment import mean, once, paired, parse, text, write
 
 import jaxhpo
 import jaxhpo.data
@@ -118,18 +118,22 @@ def losses(mix, training, new, z):
     return jax.lax.map(of, (mix, training, new, z))
 
 
-def measure(seeds, num_steps, first=0):
-    """The matrices of each way, of all seeds, and their (training, test) losses."""
+def measure(seeds, num_steps, first=0, kept=lambda name, make: make()):
+    """The matrices of each way, of all seeds, and their (training, test) losses.
+
+    `kept(name, make)` is `make()`, lists of numbers, or what an earlier run has kept of it.
+    """
     images = jnp.stack([load(first + seed) for seed in range(seeds)])
     z = jax.tree.map(lambda *layers: jnp.stack(layers), *[initial(first + seed) for seed in range(seeds)])
     training, new = images[..., :TRAINING, :], images[..., TRAINING:, :]
     bases = {"separate": jnp.asarray(SEPARATE), "tied": jnp.asarray(TIED)}
     mixes = {name: jnp.broadcast_to(base, (seeds, *base.shape)) for name, base in bases.items()}
     if num_steps:
-        for name, base in bases.items():
-            make = functools.partial(scaled, base)
-            mixes[f"{name}, scaled"] = jax.vmap(make)(learn(make, jnp.ones(LAYERS), (training, z), num_steps))
-        mixes["learned"] = learn(lambda mix: mix, jnp.asarray(BEGIN), (training, z), num_steps)
+        ways = {f"{name}, scaled": (functools.partial(scaled, b), jnp.ones(LAYERS)) for name, b in bases.items()}
+        ways["learned"] = (lambda mix: mix), jnp.asarray(BEGIN)
+        for name, (make, h) in ways.items():
+            found = kept(name, lambda make=make, h=h: learn(make, h, (training, z), num_steps).tolist())
+            mixes[name] = jax.vmap(make)(jnp.asarray(found))
     return mixes, {name: np.asarray(losses(mix, training, new, z)) for name, mix in mixes.items()}
 
 
@@ -162,7 +166,8 @@ def picture(found, mix, path):
 def main(arguments=None) -> None:
     given = parse(__file__, __doc__, arguments, seeds=5, quick=1)
     num_steps = 2 if given.quick else OUTER
-    mixes, rows = measure(given.seeds, num_steps)
+    kept = lambda name, make: once(given, f"{name}, {given.seeds} seeds", make)  # noqa: E731
+    mixes, rows = measure(given.seeds, num_steps, kept=kept)
     of = {part: {name: rows[name][i].tolist() for name in COLORS} for i, part in enumerate(("train", "test"))}
     found = {part: {name: mean(values) for name, values in of[part].items()} for part in of}
     for name in COLORS:

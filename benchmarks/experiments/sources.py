@@ -33,7 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from _experiment import each_seed, mean, paired, parse, text, write
+from _experiment import each_seed, mean, paired, parse, standard_errors, text, write
 
 import jaxhpo
 import jaxhpo.data
@@ -207,7 +207,7 @@ def table(found):
 def picture(rows, found, path):
     figure, axes = plot.figure(1, 2, width=10, height=3.8)
     paths = np.array([row["path"] for row in rows])  # (seeds, steps, sources)
-    error = paths.std(0, ddof=1) / len(rows) ** 0.5 if len(rows) > 1 else np.zeros(paths.shape[1:])
+    error = standard_errors(paths)
     for place, name in enumerate(SIZES):
         style = {"lw": 2, "ls": "-" if name in CLEAN else "--", "color": plot.PALETTE[place]}
         plot.band(axes[0, 0], range(paths.shape[1]), paths.mean(0)[:, place], error[:, place], label=name, **style)

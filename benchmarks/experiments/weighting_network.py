@@ -184,7 +184,7 @@ def accuracies(params, images):
 
 
 def measure(kind, seed, num_steps, test):
-    """Accuracy on test images, that of the three rarest classes, and the learned weights by the loss."""
+    """Accuracy on test images, of a long tail that of the three rarest classes, and the learned weights by the loss."""
     images, meta, new, order = load(kind, seed, test)
     (params, network), key = initial(seed), jax.random.key(1000 + seed)
     both = tuple(jnp.concatenate(pair) for pair in zip(images, meta, strict=True))
@@ -198,10 +198,11 @@ def measure(kind, seed, num_steps, test):
     models["meta-images alone"] = train(params, meta, jnp.ones(len(meta[1])), PENALTIES[0], key, num_steps)
     of_classes = {name: np.asarray(accuracies(model, new)) for name, model in models.items()}
     size = np.bincount(np.asarray(new[1]), minlength=10)
+    tail = {name: float(values[order[-3:]].mean()) for name, values in of_classes.items()}
     return {
         "penalty": penalty,
         "test": {name: float(values @ size / size.sum()) for name, values in of_classes.items()},
-        "rarest": {name: float(values[order[-3:]].mean()) for name, values in of_classes.items()},
+        **({"rarest": tail} if kind == "long tail" else {}),
         "weights": {name: np.asarray(weigh(each, jnp.asarray(LOSSES))).tolist() for name, each in learned.items()},
     }
 
@@ -209,7 +210,7 @@ def measure(kind, seed, num_steps, test):
 def summary(rows):
     """Of one kind of training images."""
     found = {"weights": {}}
-    for key in ("test", "rarest"):
+    for key in (key for key in ("test", "rarest") if key in rows[0]):
         columns = {name: [row[key][name] for row in rows] for name in rows[0][key]}
         found[key] = {name: mean(values) for name, values in columns.items()}
         found[f"{key}, network less"] = {}
@@ -224,7 +225,7 @@ def summary(rows):
 
 def table(found):
     for kind, each in found.items():
-        rarest = kind == "long tail"
+        rarest = "rarest" in each
         print(f"\n{kind}\n| | test, % |" + (" rarest three classes, % |" if rarest else ""))
         print("|---|---|" + ("---|" if rarest else ""))
         for name in each["test"]:

@@ -18,7 +18,9 @@ def half_square(outputs, targets):
 
 
 # A task's example is (nothing, a target t): its loss is ½ ‖w - t‖².
-KIND = learned_start.Kind(lambda w, x: w, half_square, half_square, rate=0.1, pull=2.0, steps=3, long=400, tasks=2)
+KIND = learned_start.Kind(
+    lambda w, x: w, half_square, half_square, rate=0.1, steps=3, pull=2.0, long=400, pace=(0.1, 0.5), tasks=2
+)
 SUPPORT, QUERY = jnp.array([[1.0, 2.0], [3.0, 5.0]]), jnp.array([[0.0, 1.0], [1.0, -1.0]])
 TASKS = (jnp.zeros(2), SUPPORT), (jnp.zeros(2), QUERY)
 
@@ -46,7 +48,7 @@ def test_hypergradients_of_quadratic_tasks_have_closed_forms(method, kept, throu
 def test_hypergradients_of_sinusoids_agree_with_exact_tangents(method):
     start = learned_start.dense(jax.random.key(0), 1, 8, 1)
     tasks = jax.vmap(learned_start.draw_sinusoid)(jax.random.split(jax.random.key(1), 2))
-    steps, exact = (None, None) if method == "MAML" else (200, jaxhpo.Implicit())
+    steps, exact = (None, None) if method == "MAML" else (learned_start.CONVERGED, jaxhpo.Implicit())
     outer_loss = functools.partial(learned_start.meta_loss, SINUSOIDS, method, tasks=tasks, steps=steps, exact=exact)
     assert jaxhpo.check_hypergradient(outer_loss, start).verdict == "agrees"
 
