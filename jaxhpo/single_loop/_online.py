@@ -53,6 +53,8 @@ class Online(StatefulMethod):
     \beta_1) / \sqrt{\hat v}`: where no gradient has come yet, and it is infinite, q is zero. Settings of the optimiser
     are seen through ∂u/∂h. It weighs a hyperparameter by what it does in the next step, so it is blind to what only
     many steps show, and shortens the horizon where it sees (Wu and others, 2018): rates come out too small.
+    `direction="window"` adds the mixed products of all K minibatches since the last update, at the last parameters and
+    with the same q: where each minibatch meets other hyperparameters, as weights of examples, more of them move.
     `direction="implicit"` looks beyond: w goes on from update to update as
 
     .. math:: w \leftarrow w + \Big(\frac{\partial u}{\partial g}\Big)^\top (\partial_\theta F + H w),
@@ -63,13 +65,15 @@ class Online(StatefulMethod):
     product, which is forward mode over the derivative in h alone. So for a penalty it takes no pass of the network, for
     weights of examples one forward derivative (two thirds of a gradient), for what acts on inputs four thirds more
     than a gradient; "implicit" adds a Hessian product of two to three. A training costs 1.5 times its price with K = 2
-    for penalties, 4 for weights. Memory of two more copies of the parameters at most. Biased, as above.
+    for penalties, 4 for weights, or 8 by "window", whose mixed products are K. Memory of two more copies of the
+    parameters at most. Biased, as above.
 
     To train on the validation labels, too, at the end: stop early, and go on from `result.carry.inner` by `solve`, with
     `result.hparams` and minibatches of both.
 
     Args:
-      direction: "last_step" or "implicit".
+      direction: "last_step", "window" or "implicit". The last diverges where the curvature times the optimiser's step
+        is above 2, and follows a linear system that changes with every minibatch.
       parts: 2 or more take the mean over as many minibatches of the outer loss, which then has that leading axis in
         `outer_batch`, and report its standard error, on which `slow_where_noisy` acts. Each takes a mixed product and a
         copy of the parameters.
@@ -109,7 +113,7 @@ class Online(StatefulMethod):
     parts: int = 1
 
     def __post_init__(self):
-        check_choice("Online(direction=...)", self.direction, "last_step", "implicit")
+        check_choice("Online(direction=...)", self.direction, "last_step", "window", "implicit")
         check_settings(self, parts="count")
 
     def pair(self, solver, outer_loss, num_steps, warm_start) -> Hypergradient:
@@ -147,6 +151,12 @@ class Online(StatefulMethod):
             # Products with the present w are of no part of the outer loss: once for all.
             turned = None if state.direction is None else _hessian_product(loss, *at, state.direction)
 
+            def product(q):
+                if self.direction != "window":
+                    return _mixed_product(loss, *at, q)
+                of = lambda x: _mixed_product(loss, before.params, hparams, take(x), before.model_state, q)  # noqa: E731
+                return jax.tree.map(lambda terms: jnp.sum(terms, 0), jax.lax.map(of, slices))
+
             def outer(params, hparams, batch):
                 return outer_loss(Solution(params, after.opt_state, after.model_state, info), hparams, batch)
 
@@ -158,7 +168,7 @@ class Online(StatefulMethod):
                 # Of a square root at zero: a weight that no gradient has reached yet.
                 q = jax.tree.map(lambda q, g: jnp.where((g == 0) & ~jnp.isfinite(q), 0, q), q, grad)
                 w = None if turned is None else add_scaled(state.direction, 1.0, q)
-                mixed = _mixed_product(loss, *at, q if w is None else w)
+                mixed = product(q if w is None else w)
                 return jax.tree.map(lambda *terms: sum(terms), direct, by_optimizer, mixed), w, value, metrics
 
             if self.parts == 1:

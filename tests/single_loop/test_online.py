@@ -53,6 +53,21 @@ def test_it_is_the_derivative_of_the_last_step_through_any_optimiser(optimizer):
 
 
 @pytest.mark.slow
+def test_window_adds_the_products_of_all_minibatches():
+    pair = pair_of(Online("window"), lambda h: optax.sgd(0.1))
+    grad, state, _ = pair.update(H, pair.init(W, H), INDEX, jnp.arange(8))
+    before = W
+    for index in INDEX[:2]:
+        before = before - 0.1 * jax.grad(train_loss)(before, H, index)
+    outer = lambda w, h: outer_loss(jaxhpo.Solution(w, None, None, None), h, jnp.arange(8))  # noqa: E731
+    by_params, want = jax.grad(outer, (0, 1))(state.inner.params, H)
+    for index in INDEX:
+        mixed = jax.jacobian(jax.grad(train_loss), 1)(before, H, index)
+        want = jax.tree.map(lambda a, m: a - 0.1 * by_params @ m, want, mixed)  # noqa: B023
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-16), grad, want)
+
+
+@pytest.mark.slow
 def test_implicit_is_the_implicit_hypergradient_where_both_have_converged():
     everything = jnp.tile(jnp.arange(N), (3, 1))
     pair = pair_of(Online("implicit"), lambda h: optax.sgd(0.1))
@@ -259,7 +274,7 @@ def test_tune_hands_the_noise_on():
 
 
 def test_messages_say_what_to_write():
-    with pytest.raises(jaxhpo.JaxhpoError, match="'last_step' or 'implicit'"):
+    with pytest.raises(jaxhpo.JaxhpoError, match="'last_step', 'window' or 'implicit'"):
         Online("one_step")
     with pytest.raises(jaxhpo.JaxhpoError, match="leading axis of 2"):
         pair = pair_of(Online(parts=2))
