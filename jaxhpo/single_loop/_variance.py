@@ -173,16 +173,25 @@ class SAGA(Estimator):
                 f"{term.train + term.validation} of them: write `sums=implicit_sums`, or `STORM` for the estimator."
             )
         num, kinds = term.num_batches(problem), _kinds(term, point)
-        return jax.tree.map(lambda x: jnp.zeros((num, *x.shape), x.dtype), kinds), _zero(term, point)
+        entry = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), kinds)
+        table = jax.tree.map(lambda x: jnp.zeros((num, *x.shape), x.dtype), kinds)
+        return table, _zero(term, point), (jnp.zeros((), jnp.int32), entry)
 
     def estimate(self, term, draw, point, before, memory, count, restart, problem):
-        """The direction, and the table with the new entry."""
-        (table, mean), (index,) = memory, draw[0] if term.train else draw[1]
-        new = term.at(point, *draw)
+        """The direction, and the new entry, which the next update writes into the table.
+
+        Where a loop reads an entry and then writes one, XLA copies the whole table; written first, it is in place.
+        """
+        (table, mean, last), (index,) = memory, draw[0] if term.train else draw[1]
+        table, new = written(table, *last), term.at(point, *draw)
         change = add_scaled(upcast(new), -1.0, jax.tree.map(lambda m: m[index], table))
-        table = jax.tree.map(lambda m, x: m.at[index].set(x), table, new)
         after = add_scaled(mean, 1.0 / term.num_batches(problem), change)
-        return cast_like(add_scaled(mean, 1.0, change), new), (table, after)
+        return cast_like(add_scaled(mean, 1.0, change), new), (table, after, (index.astype(jnp.int32), new))
+
+
+def written(table: PyTree, index: jax.Array, entry: PyTree) -> PyTree:
+    """The table with the entry."""
+    return jax.tree.map(lambda m, x: jax.lax.dynamic_update_index_in_dim(m, x, index, 0), table, entry)
 
 
 class _Restarted(Estimator):

@@ -161,10 +161,11 @@ def test_the_table_of_saga_keeps_the_mean_of_its_entries():
     order = [0, 2, 1, 2, 2]  # minibatch 3 is never seen
     sums = tuple(FiniteSum(part.num_batches, part.batch, lambda n: jnp.asarray(order)[n % 5]) for part in PARTS)
     (_, state), _ = run(SABA(*sums), len(order))
-    for table, mean in state.memories:
-        for entries, average in zip(jax.tree.leaves(table), jax.tree.leaves(mean), strict=True):
-            np.testing.assert_allclose(entries.mean(0), average, rtol=1e-10, atol=1e-14)
-            assert not entries[3].any() and entries[2].any()
+    for table, mean, (last, entry) in state.memories:
+        leaves = zip(*map(jax.tree.leaves, (table, mean, entry)), strict=True)
+        for entries, average, new in leaves:
+            assert last == 2 and new.any() and not entries[3].any()
+            np.testing.assert_allclose(entries.at[last].set(new).mean(0), average, rtol=1e-10, atol=1e-14)
     assert jax.tree.structure(state.memories[1][0]).num_leaves == 2  # the outer loss has no direction of θ
 
 
