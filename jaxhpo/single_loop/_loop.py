@@ -21,6 +21,7 @@ from jaxhpo.single_loop._sums import (
     Problem,
     Term,
     add,
+    draws_of,
     implicit_sums,
     problem_of,
 )
@@ -74,8 +75,9 @@ class SingleLoop(StatefulMethod):
 
     The first step is the solver's optimiser, the second `linear`, and the third the optimiser of `tune`, to which
     :math:`D_h` is the hypergradient. So a training and a search are one: `SOBA` is `SingleLoop` with `Plain()`, `SABA`
-    with `SAGA()`, SRBA with `SARAH(q)`, `SPABA` with `PAGE(q)`, MRBO with `STORM(η)` and `series_sums`. Step sizes
-    are those of the optimisers, so schedules of optax.
+    with `SAGA()`, SRBA with `SARAH(q)`, `SPABA` with `PAGE(q)`, MRBO with `STORM(η)` and `series_sums`, SUSTAIN with
+    these of a random length. Step sizes are those of the optimisers, so
+    schedules of optax: VRBO, `SARAH(q)` on `series_sums`, holds h by a rate of zero in all but every T-th update.
 
     **Cost and bias**: by `implicit_sums` and `Plain()` an update takes a gradient, a Hessian product and the mixed
     product on one minibatch of the train loss (one forward-over-reverse pass: three to four gradients) and a gradient
@@ -146,10 +148,9 @@ class SingleLoop(StatefulMethod):
             # One of each at least: the solver's step sees a minibatch, and so does the outer loss that is reported.
             size = max(1, sum(term.train for term in terms)), max(1, sum(term.validation for term in terms))
             i, j = state.draws.take(own, key, *size)
-            first, direction, memories = (0, 0), Point(None, None, None), []
-            for term, memory in zip(terms, state.memories, strict=True):
-                end = first[0] + term.train, first[1] + term.validation
-                draw, first = (i[first[0] : end[0]], j[first[1] : end[1]]), end
+            direction, memories = Point(None, None, None), []
+            draws = draws_of(terms, i, j, key, self)
+            for term, draw, memory in zip(terms, draws, state.memories, strict=True):
                 given = point, state.before, memory, state.count, restart, own
                 part, memory = estimator.estimate(term, draw, *given)
                 direction, memories = add(direction, part), [*memories, memory]

@@ -172,7 +172,7 @@ class SAGA(Estimator):
                 f"{self} keeps a direction of each minibatch, but a draw of these sums is "
                 f"{term.train + term.validation} of them: write `sums=implicit_sums`, or `STORM` for the estimator."
             )
-        num, kinds = term.num_batches(problem), _kinds(term, point)
+        num, kinds = term.num_batches(problem), term.kinds(point)
         entry = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), kinds)
         table = jax.tree.map(lambda x: jnp.zeros((num, *x.shape), x.dtype), kinds)
         return table, _zero(term, point), (jnp.zeros((), jnp.int32), entry)
@@ -210,7 +210,7 @@ class _Restarted(Estimator):
             return add_scaled(memory, 1.0, add_scaled(upcast(term.at(point, *draw)), -1.0, term.at(before, *draw)))
 
         direction = jax.lax.cond(restart, lambda: term.mean(point, problem), corrected)
-        return cast_like(direction, _kinds(term, point)), direction
+        return cast_like(direction, term.kinds(point)), direction
 
 
 @dataclasses.dataclass(frozen=True)
@@ -320,12 +320,12 @@ class PerVariable(Estimator):
 
     def init(self, term, point, problem):
         """The memories of all three."""
-        return tuple(own.init(_part(term, k), point, problem) for k, own in enumerate(self._all))
+        return tuple(own.init(term.part(k), point, problem) for k, own in enumerate(self._all))
 
     def estimate(self, term, draw, point, before, memory, count, restart, problem):
         """Each one's part of its own direction."""
         found = [
-            estimator.estimate(_part(term, k), draw, point, before, own, count, restart, problem)
+            estimator.estimate(term.part(k), draw, point, before, own, count, restart, problem)
             for k, (estimator, own) in enumerate(zip(self._all, memory, strict=True))
         ]
         return Point(*(direction[k] for k, (direction, _) in enumerate(found))), tuple(own for _, own in found)
@@ -340,24 +340,9 @@ def check_estimator(where: str, given: Any) -> None:
         )
 
 
-def _part(term: Term, k: int) -> Term:
-    """The term whose direction is that of one variable alone."""
-
-    def at(point, i, j):
-        return Point(*(x if own == k else None for own, x in enumerate(term.at(point, i, j))))
-
-    return term._replace(at=at)
-
-
-def _kinds(term: Term, point: Point) -> Point:
-    """Shapes and dtypes of the direction."""
-    none = jnp.zeros((term.train,), jnp.int32), jnp.zeros((term.validation,), jnp.int32)
-    return jax.eval_shape(term.at, point, *none)
-
-
 def _zero(term: Term, point: Point) -> Point:
     """No direction yet. A sum of many in bfloat16 would cease to grow at a few hundred times its parts."""
-    return upcast(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), _kinds(term, point)))
+    return upcast(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), term.kinds(point)))
 
 
 def _weight(weight, count):
