@@ -9,7 +9,7 @@ Methods, for `jaxhpo.hypergradient`
 What they are made of
     FiniteSum: minibatches that are known by their number
     SingleLoop: any estimator on any sums; SingleLoopState
-    implicit_sums, series_sums: what is summed; Point, Term, Problem, Draws: for sums of your own
+    implicit_sums, series_sums, penalty_sums: what is summed; Point, Term, Problem, Draws: for sums of your own
     Plain, Momentum, STORM, SAGA, SARAH, PAGE, PerVariable: estimators of a mean; Estimator: for one of your own
 """
 
@@ -21,7 +21,7 @@ from jaxhpo.single_loop._saba import SABA
 from jaxhpo.single_loop._soba import SOBA
 from jaxhpo.single_loop._spaba import SPABA
 from jaxhpo.single_loop._stocbio import StocBiO
-from jaxhpo.single_loop._sums import Draws, FiniteSum, Point, Problem, Term, implicit_sums, series_sums
+from jaxhpo.single_loop._sums import Draws, FiniteSum, Point, Problem, Term, implicit_sums, penalty_sums, series_sums
 from jaxhpo.single_loop._variance import PAGE, SAGA, SARAH, STORM, Estimator, Momentum, PerVariable, Plain
 
 __all__ = [
@@ -48,5 +48,6 @@ __all__ = [
     "StocBiO",
     "Term",
     "implicit_sums",
+    "penalty_sums",
     "series_sums",
 ]

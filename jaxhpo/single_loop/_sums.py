@@ -157,6 +157,8 @@ class Term(NamedTuple):
       random: whether a draw has a key.
       whole: `point -> Point`, the direction of all minibatches; None takes the mean of `at`, if a draw is one
         minibatch.
+      weights: `count -> Point` of numbers, by which the estimates of the three directions are multiplied in the update
+        of that number; what an estimator remembers is without them. None are ones.
 
     Example:
       >>> halves = jaxhpo.single_loop.Term(lambda point, i, j: point._replace(hparams=None), train=1, validation=0)
@@ -167,6 +169,7 @@ class Term(NamedTuple):
     validation: int
     random: bool = False
     whole: Callable[[Point], Point] | None = None
+    weights: Callable[[jax.Array], Point] | None = None
 
     def mean(self, point: Point, problem: Problem) -> Point:
         """The direction of all minibatches, in float32 or wider; raises for terms of several that do not say it."""
@@ -205,6 +208,13 @@ class Term(NamedTuple):
             at=lambda point, *draw: only(self.at(point, *draw)),
             whole=None if whole is None else lambda point: only(whole(point)),
         )
+
+    def weighted(self, direction: Point, count: jax.Array) -> Point:
+        """The estimate of the direction, times its weights."""
+        if self.weights is None:
+            return direction
+        weights = zip(self.weights(count), direction, strict=True)
+        return Point(*(x if x is None else scaled(weight, x) for weight, x in weights))
 
 
 def mean_over(num: int, at: Callable) -> PyTree:
@@ -461,6 +471,66 @@ def check_random_length(who: str, given: Any) -> None:
     """Raises for what is no bool."""
     if not isinstance(given, bool):
         raise JaxhpoError(f"`{who}(random_length=...)` got {describe(given)}: write True or False.")
+
+
+def penalty_sums(multiplier: Any) -> Callable[[Problem], list[Term]]:
+    r"""Sums of first derivatives alone: second parameters y, which the outer loss pulls, in the place of v.
+
+    .. math:: D_\theta = \nabla_\theta L_i(\theta), \quad D_y = \lambda \nabla_\theta L_i(y) + \partial_\theta F_j(y),
+              \quad D_h = \lambda (\partial_h L_i(y) - \partial_h L_i(\theta)) + \partial_h F_j(y),
+
+    so that :math:`D_h` is at a fixed point the implicit hypergradient up to an error of order 1/λ. Each is a sum over
+    the minibatches of either loss, and λ is outside of what an estimator remembers: any estimator of a mean applies,
+    while λ grows. F3SA is `STORM` on these. The difference is of one minibatch at both, so that its noise falls with
+    the distance of y and θ.
+
+    y should begin where θ does: `SingleLoop(..., begin=lambda params: params)`. It takes λ ∇L along, so `linear` must
+    have a rate below that of θ by λ, or one that falls.
+
+    Args:
+      multiplier: λ, a number, or a function of the count of updates, which should grow.
+
+    Returns:
+      A function for the argument `sums` of `SingleLoop`.
+
+    Raises:
+      JaxhpoError: λ is neither a positive number nor a function.
+
+    Example:
+      >>> import optax
+      >>> from jaxhpo.single_loop import STORM, SingleLoop, penalty_sums
+      >>> rows = jaxhpo.single_loop.FiniteSum.of(jnp.zeros(4), 2)
+      >>> f3sa = SingleLoop(
+      ...     rows, rows, STORM(lambda count: (count + 1.0) ** (-4 / 5)), linear=optax.sgd(0.01),
+      ...     sums=penalty_sums(lambda count: 10 * (count + 1.0) ** (1 / 5)), begin=lambda params: params,
+      ... )
+
+    References:
+      Kwon, Kwon, Wright, Nowak. A Fully First-Order Method for Stochastic Bilevel Optimization. 2023. arXiv:2301.10945
+    """
+    if not callable(multiplier):
+        check_traceable_number("penalty_sums(multiplier=...)", multiplier)
+        if isinstance(multiplier, int | float) and not multiplier > 0:
+            raise JaxhpoError(f"`penalty_sums(multiplier=...)` got {multiplier}: write a number above 0.")
+
+    def weights(count):
+        value: Any = multiplier(count) if callable(multiplier) else multiplier
+        check_traceable_number("multiplier(count)", value)
+        return Point(1.0, value, value)
+
+    def sums(problem: Problem) -> list[Term]:
+        def inner(point, i, j):
+            batch = problem.train.batch(i[0])
+            grad, by_hparams = problem._by_both(point.params, point.hparams, batch)
+            grad_y, by_hparams_y = problem._by_both(point.auxiliary, point.hparams, batch)
+            return Point(grad, grad_y, add_scaled(by_hparams_y, -1.0, by_hparams))
+
+        def outer(point, i, j):
+            return problem.outer(point._replace(params=point.auxiliary), j[0])
+
+        return [Term(inner, 1, 0, weights=weights), Term(outer, 0, 1)]
+
+    return sums
 
 
 def problem_of(method: Any, solver: Solver, outer_loss: Callable, linear: Any = None) -> Problem:

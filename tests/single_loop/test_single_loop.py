@@ -28,6 +28,7 @@ from jaxhpo.single_loop import (
     StocBiO,
     Term,
     implicit_sums,
+    penalty_sums,
     series_sums,
 )
 
@@ -179,6 +180,29 @@ def test_the_series_of_all_minibatches_is_that_of_their_means():
         np.testing.assert_allclose(got[0][0]["l2"], plain[0][0]["l2"], rtol=1e-10)
 
 
+def test_penalties_approach_the_implicit_hypergradient_as_one_over_the_multiplier():
+    errors = []
+    for multiplier in (30.0, 300.0):
+        method = SingleLoop(
+            *WHOLE, Plain(), penalty_sums(multiplier), optax.sgd(RATE / multiplier), lambda params: params
+        )
+        _, (grads, _) = run(method, 300, rate=0.0)
+        errors.append(np.linalg.norm(grads["l2"][-1] - exact(H0)[2]["l2"]))
+    assert errors[0] < 0.1 * np.linalg.norm(exact(H0)[2]["l2"])
+    assert 8 < errors[0] / errors[1] < 12  # of order 1/λ: ten
+
+
+@pytest.mark.parametrize(
+    "estimator", [SAGA(), *(pytest.param(other, marks=pytest.mark.slow) for other in (STORM(0.3), SARAH(4)))], ids=str
+)
+def test_multipliers_that_grow_are_no_part_of_what_is_remembered(estimator):
+    growing = penalty_sums(lambda count: 1.0 + count), optax.sgd(0.01), lambda params: params
+    (h, state), _ = run(SingleLoop(*WHOLE, estimator, *growing), 6)
+    (plain, _), _ = run(SingleLoop(*WHOLE, Plain(), *growing), 6)
+    np.testing.assert_allclose(h["l2"], plain["l2"], rtol=1e-12)
+    assert state.auxiliary.params["w"].any()
+
+
 def test_the_table_of_saga_keeps_the_mean_of_its_entries():
     order = [0, 2, 1, 2, 2]  # minibatch 3 is never seen
     sums = tuple(FiniteSum(part.num_batches, part.batch, lambda n: jnp.asarray(order)[n % 5]) for part in PARTS)
@@ -212,8 +236,9 @@ def test_sarah_restarts_without_drawing():
         (StocBiO(*PARTS, step_size=RATE, random_length=True), 5),
         (SingleLoop(*PARTS, STORM(0.5), series_sums(5, RATE, random_length=True)), None),
         (SingleLoop(*PARTS, SARAH(4), series_sums(5, RATE)), None),
+        (SingleLoop(*PARTS, SAGA(), penalty_sums(5.0), optax.sgd(0.02), lambda params: params), None),
     ],
-    ids="MASOBA SABA SPABA MRBO AmIGO StocBiO F2SA BSA SUSTAIN VRBO".split(),
+    ids="MASOBA SABA SPABA MRBO AmIGO StocBiO F2SA BSA SUSTAIN VRBO penalty".split(),
 )
 @pytest.mark.slow
 def test_random_minibatches_lower_the_loss_under_tune(method, num_steps):
@@ -292,6 +317,9 @@ def test_messages_say_what_to_write():
         (lambda: run(SingleLoop(*WHOLE, sums=series_sums(3, RATE, random_length=True)), 1), "got no key"),
         (lambda: series_sums(3, RATE, random_length="yes"), "True or False"),
         (lambda: StocBiO(*WHOLE, RATE, random_length=1), "True or False"),
+        (lambda: penalty_sums(0.0), "above 0"),
+        (lambda: penalty_sums("fast"), "multiplier"),
+        (lambda: run(SingleLoop(*WHOLE, begin=lambda params: {"w": params["w"][:2]}), 1), "like the parameters"),
     ]
     for call, message in cases:
         with pytest.raises(jaxhpo.JaxhpoError, match=message):
