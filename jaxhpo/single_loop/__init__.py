@@ -8,13 +8,14 @@ Methods, for `jaxhpo.hypergradient`
 
 What they are made of
     FiniteSum: minibatches that are known by their number
-    SingleLoop: any estimator on any sums; SingleLoopState
+    SingleLoop: any estimator on any sums; InTurn: one unknown after another; SingleLoopState
     implicit_sums, series_sums, penalty_sums: what is summed; Point, Term, Problem, Draws: for sums of your own
     Plain, Momentum, STORM, SAGA, SARAH, PAGE, PerVariable: estimators of a mean; Estimator: for one of your own
 """
 
 from jaxhpo.single_loop._amigo import AmIGO
 from jaxhpo.single_loop._f2sa import F2SA
+from jaxhpo.single_loop._in_turn import InTurn
 from jaxhpo.single_loop._loop import SingleLoop, SingleLoopState
 from jaxhpo.single_loop._masoba import MASOBA
 from jaxhpo.single_loop._saba import SABA
@@ -30,6 +31,7 @@ __all__ = [
     "Estimator",
     "F2SA",
     "FiniteSum",
+    "InTurn",
     "MASOBA",
     "Momentum",
     "PAGE",

@@ -36,7 +36,8 @@ class SingleLoopState(NamedTuple):
       inner: θ and its optimiser's state.
       auxiliary: v and its optimiser's state.
       memories: of the estimator, one for each sum.
-      before: the point of the last update; None for estimators without need of it.
+      before: the point of the last update, or of `InTurn` those of the three directions; None for estimators without
+        need of it.
       draws: minibatches drawn so far of the train loss and of the outer loss, int32.
       count: updates made, int32.
 
@@ -54,7 +55,7 @@ class SingleLoopState(NamedTuple):
     inner: InnerState
     auxiliary: InnerState
     memories: tuple
-    before: Point | None
+    before: Any
     draws: Draws
     count: jax.Array
 

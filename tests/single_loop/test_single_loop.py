@@ -21,6 +21,7 @@ from jaxhpo.single_loop import (
     AmIGO,
     Estimator,
     FiniteSum,
+    InTurn,
     Momentum,
     PerVariable,
     Plain,
@@ -203,6 +204,12 @@ def test_multipliers_that_grow_are_no_part_of_what_is_remembered(estimator):
     assert state.auxiliary.params["w"].any()
 
 
+def test_in_turn_draws_for_each_direction():
+    sums = tuple(FiniteSum(part.num_batches, part.batch, lambda n: n % 4) for part in PARTS)
+    (_, state), _ = run(InTurn(*sums, PerVariable(hparams=STORM(0.5))), 3)
+    assert state.draws == (9, 6)  # the direction of θ has no part of the outer loss
+
+
 def test_the_table_of_saga_keeps_the_mean_of_its_entries():
     order = [0, 2, 1, 2, 2]  # minibatch 3 is never seen
     sums = tuple(FiniteSum(part.num_batches, part.batch, lambda n: jnp.asarray(order)[n % 5]) for part in PARTS)
@@ -233,12 +240,13 @@ def test_sarah_restarts_without_drawing():
         (AmIGO(*PARTS), 5),
         (StocBiO(*PARTS, step_size=RATE), 5),
         (F2SA(*PARTS, optax.sgd(0.02)), 5),
+        (InTurn(*PARTS, PerVariable(hparams=STORM(0.5))), None),
         (StocBiO(*PARTS, step_size=RATE, random_length=True), 5),
         (SingleLoop(*PARTS, STORM(0.5), series_sums(5, RATE, random_length=True)), None),
         (SingleLoop(*PARTS, SARAH(4), series_sums(5, RATE)), None),
         (SingleLoop(*PARTS, SAGA(), penalty_sums(5.0), optax.sgd(0.02), lambda params: params), None),
     ],
-    ids="MASOBA SABA SPABA MRBO AmIGO StocBiO F2SA BSA SUSTAIN VRBO penalty".split(),
+    ids="MASOBA SABA SPABA MRBO AmIGO StocBiO F2SA FSLA BSA SUSTAIN VRBO penalty".split(),
 )
 @pytest.mark.slow
 def test_random_minibatches_lower_the_loss_under_tune(method, num_steps):
@@ -319,6 +327,8 @@ def test_messages_say_what_to_write():
         (lambda: StocBiO(*WHOLE, RATE, random_length=1), "True or False"),
         (lambda: penalty_sums(0.0), "above 0"),
         (lambda: penalty_sums("fast"), "multiplier"),
+        (lambda: InTurn(*WHOLE, STORM(0.5)), r"PerVariable\(hparams=STORM"),
+        (lambda: InTurn(*WHOLE, begin=lambda: 0), "begin"),
         (lambda: run(SingleLoop(*WHOLE, begin=lambda params: {"w": params["w"][:2]}), 1), "like the parameters"),
     ]
     for call, message in cases:
