@@ -9,13 +9,14 @@ Methods, for `jaxhpo.hypergradient`
 
 What they are made of
     FiniteSum: minibatches that are known by their number
-    SingleLoop: any estimator on any sums; SingleLoopState
-    implicit_sums, series_sums: what is summed; Point, Term, Problem, Draws: for sums of your own
+    SingleLoop: any estimator on any sums; InTurn: one unknown after another; SingleLoopState
+    implicit_sums, series_sums, penalty_sums: what is summed; Point, Term, Problem, Draws: for sums of your own
     Plain, Momentum, STORM, SAGA, SARAH, PAGE, PerVariable: estimators of a mean; Estimator: for one of your own
 """
 
 from jaxhpo.single_loop._amigo import AmIGO
 from jaxhpo.single_loop._f2sa import F2SA
+from jaxhpo.single_loop._in_turn import InTurn
 from jaxhpo.single_loop._loop import SingleLoop, SingleLoopState
 from jaxhpo.single_loop._masoba import MASOBA
 from jaxhpo.single_loop._noise import SlowState, slow_where_noisy
@@ -24,7 +25,7 @@ from jaxhpo.single_loop._saba import SABA
 from jaxhpo.single_loop._soba import SOBA
 from jaxhpo.single_loop._spaba import SPABA
 from jaxhpo.single_loop._stocbio import StocBiO
-from jaxhpo.single_loop._sums import Draws, FiniteSum, Point, Problem, Term, implicit_sums, series_sums
+from jaxhpo.single_loop._sums import Draws, FiniteSum, Point, Problem, Term, implicit_sums, penalty_sums, series_sums
 from jaxhpo.single_loop._variance import PAGE, SAGA, SARAH, STORM, Estimator, Momentum, PerVariable, Plain
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "Estimator",
     "F2SA",
     "FiniteSum",
+    "InTurn",
     "MASOBA",
     "Momentum",
     "Online",
@@ -54,6 +56,7 @@ __all__ = [
     "StocBiO",
     "Term",
     "implicit_sums",
+    "penalty_sums",
     "series_sums",
     "slow_where_noisy",
 ]

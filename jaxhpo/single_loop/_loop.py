@@ -12,7 +12,8 @@ import optax
 
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.tree import all_finite, norm, zeros_like
-from jaxhpo._core.types import Hypergradient, HypergradientInfo, Info, InnerState, StatefulMethod
+from jaxhpo._core.types import Hypergradient, HypergradientInfo, Info, InnerState, PyTree, StatefulMethod
+from jaxhpo._core.validate import check_callable
 from jaxhpo._estimator.pair import check_pair_state, check_warm_start
 from jaxhpo.single_loop._sums import (
     Draws,
@@ -21,6 +22,7 @@ from jaxhpo.single_loop._sums import (
     Problem,
     Term,
     add,
+    draws_of,
     implicit_sums,
     problem_of,
 )
@@ -34,7 +36,8 @@ class SingleLoopState(NamedTuple):
       inner: θ and its optimiser's state.
       auxiliary: v and its optimiser's state.
       memories: of the estimator, one for each sum.
-      before: the point of the last update; None for estimators without need of it.
+      before: the point of the last update, or of `InTurn` those of the three directions; None for estimators without
+        need of it.
       draws: minibatches drawn so far of the train loss and of the outer loss, int32.
       count: updates made, int32.
 
@@ -52,7 +55,7 @@ class SingleLoopState(NamedTuple):
     inner: InnerState
     auxiliary: InnerState
     memories: tuple
-    before: Point | None
+    before: Any
     draws: Draws
     count: jax.Array
 
@@ -74,8 +77,9 @@ class SingleLoop(StatefulMethod):
 
     The first step is the solver's optimiser, the second `linear`, and the third the optimiser of `tune`, to which
     :math:`D_h` is the hypergradient. So a training and a search are one: `SOBA` is `SingleLoop` with `Plain()`, `SABA`
-    with `SAGA()`, SRBA with `SARAH(q)`, `SPABA` with `PAGE(q)`, MRBO with `STORM(η)` and `series_sums`. Step sizes
-    are those of the optimisers, so schedules of optax.
+    with `SAGA()`, SRBA with `SARAH(q)`, `SPABA` with `PAGE(q)`, MRBO with `STORM(η)` and `series_sums`, SUSTAIN with
+    these of a random length, F3SA with `STORM(η)` and `penalty_sums`. Step sizes are those of the optimisers, so
+    schedules of optax: VRBO, `SARAH(q)` on `series_sums`, holds h by a rate of zero in all but every T-th update.
 
     **Cost and bias**: by `implicit_sums` and `Plain()` an update takes a gradient, a Hessian product and the mixed
     product on one minibatch of the train loss (one forward-over-reverse pass: three to four gradients) and a gradient
@@ -89,6 +93,7 @@ class SingleLoop(StatefulMethod):
       sums: `problem -> [Term, ...]`, what is summed.
       linear: optax transformation for v; None takes another copy of the solver's. Give one, `optax.sgd(rate)`, where
         the solver's decays weights, clips or looks at the loss.
+      begin: `params -> v` at the start, like the parameters; None takes zeros.
 
     Raises:
       JaxhpoError: data that is no `FiniteSum`; a solver without a train loss; what is no estimator; `num_steps` above
@@ -124,6 +129,10 @@ class SingleLoop(StatefulMethod):
     estimator: Estimator = Plain()
     sums: Callable[[Problem], list[Term]] = implicit_sums
     linear: optax.GradientTransformation | None = None
+    begin: Callable[[PyTree], PyTree] | None = None
+
+    def __post_init__(self):
+        check_begin(self)
 
     def pair(self, solver, outer_loss, num_steps, warm_start) -> Hypergradient:
         """Return the pair of `init` and `update`."""
@@ -132,7 +141,7 @@ class SingleLoop(StatefulMethod):
         check_estimator("SingleLoop(estimator=...)", estimator := self.estimator)
 
         def init(params, hparams, model_state=None):
-            state = start(problem, self.linear)(params, hparams, model_state)
+            state = start(problem, self.linear, self.begin)(params, hparams, model_state)
             point = Point(state.inner.params, state.auxiliary.params, jax.tree.map(jnp.asarray, hparams))
             own = problem._replace(model_state=state.inner.model_state)
             memories = tuple(estimator.init(term, point, own) for term in self.sums(own))
@@ -146,13 +155,12 @@ class SingleLoop(StatefulMethod):
             # One of each at least: the solver's step sees a minibatch, and so does the outer loss that is reported.
             size = max(1, sum(term.train for term in terms)), max(1, sum(term.validation for term in terms))
             i, j = state.draws.take(own, key, *size)
-            first, direction, memories = (0, 0), Point(None, None, None), []
-            for term, memory in zip(terms, state.memories, strict=True):
-                end = first[0] + term.train, first[1] + term.validation
-                draw, first = (i[first[0] : end[0]], j[first[1] : end[1]]), end
+            direction, memories = Point(None, None, None), []
+            draws = draws_of(terms, i, j, key, self)
+            for term, draw, memory in zip(terms, draws, state.memories, strict=True):
                 given = point, state.before, memory, state.count, restart, own
                 part, memory = estimator.estimate(term, draw, *given)
-                direction, memories = add(direction, part), [*memories, memory]
+                direction, memories = add(direction, term.weighted(part, state.count)), [*memories, memory]
             (value, metrics), _ = own.evaluate(point, j[0])
             finite = all_finite((state.inner.params, direction.params))
             info = Info(norm(direction.params), jnp.ones((), jnp.int32), finite)
@@ -166,12 +174,12 @@ class SingleLoop(StatefulMethod):
         return Hypergradient(init, update)
 
 
-def start(problem: Problem, linear: Any) -> Callable:
-    """The `init` of a method: θ as given, v = 0 with the state of its optimiser, nothing drawn."""
+def start(problem: Problem, linear: Any, begin: Callable | None = None) -> Callable:
+    """The `init` of a method: θ as given, v = 0 or what `begin` gives, the state of its optimiser, nothing drawn."""
 
     def init(params, hparams, model_state=None):
         inner, zero = problem.solver.init(params, hparams, model_state), jnp.zeros((), jnp.int32)
-        v = zeros_like(inner.params)
+        v = zeros_like(inner.params) if begin is None else begun(begin, inner.params)
         if linear is None:
             auxiliary = problem.solver.init(v, hparams, inner.model_state)._replace(model_state=None)
         else:
@@ -179,6 +187,21 @@ def start(problem: Problem, linear: Any) -> Callable:
         return SingleLoopState(inner, auxiliary, (), None, Draws(zero, zero), zero)
 
     return init
+
+
+def begun(begin: Callable, params: PyTree) -> PyTree:
+    """The first v; raises where it is not like the parameters."""
+    v = jax.tree.map(jnp.asarray, begin(params))
+    kinds = jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), (v, params))
+    if kinds[0] != kinds[1]:
+        raise JaxhpoError("`begin(params)` returned what is not like the parameters: write `lambda params: params`.")
+    return v
+
+
+def check_begin(method: Any) -> None:
+    """Raises where `begin` is no function of the parameters."""
+    if method.begin is not None:
+        check_callable(f"{type(method).__name__}(begin=...)", method.begin, "begin(params)", 1)
 
 
 def check_update(state: Any, method: Any, batches: Any, outer_batch: Any) -> None:

@@ -150,41 +150,92 @@ class Term(NamedTuple):
     """One of the finite sums that make a direction.
 
     Attributes:
-      at: `(point, train indices, validation indices) -> Point`, the direction by one draw of minibatches.
+      at: `(point, train indices, validation indices) -> Point`, the direction by one draw of minibatches; where the
+        term is `random`, a fourth argument is a key, the same at all points of an update.
       train: minibatches of the train loss in a draw.
       validation: minibatches of the outer loss in a draw.
+      random: whether a draw has a key.
+      whole: `point -> Point`, the direction of all minibatches; None takes the mean of `at`, if a draw is one
+        minibatch.
+      weights: `count -> Point` of numbers, by which the estimates of the three directions are multiplied in the update
+        of that number; what an estimator remembers is without them. None are ones.
 
     Example:
       >>> halves = jaxhpo.single_loop.Term(lambda point, i, j: point._replace(hparams=None), train=1, validation=0)
     """
 
-    at: Callable[[Point, jax.Array, jax.Array], Point]
+    at: Callable[..., Point]
     train: int
     validation: int
+    random: bool = False
+    whole: Callable[[Point], Point] | None = None
+    weights: Callable[[jax.Array], Point] | None = None
 
     def mean(self, point: Point, problem: Problem) -> Point:
-        """The direction of all minibatches, in float32 or wider; raises for terms of several, which have no mean."""
+        """The direction of all minibatches, in float32 or wider; raises for terms of several that do not say it."""
+        if self.whole is not None:
+            return upcast(self.whole(point))
         if self.train + self.validation != 1:
             raise JaxhpoError(
                 f"{problem.method!r} takes means over all minibatches, but a draw of these sums is "
                 f"{self.train + self.validation} minibatches: write `sums=implicit_sums`, or another estimator."
             )
-        num = self.num_batches(problem)
         none = jnp.zeros((0,), jnp.int32)
 
         def at(i):
             one = jnp.reshape(i, (1,))
             return self.at(point, *((one, none) if self.train else (none, one)))
 
-        def body(total, i):
-            return add_scaled(total, 1 / num, upcast(at(i))), None
-
-        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(at, jnp.zeros((), jnp.int32)))
-        return jax.lax.scan(body, upcast(zero), jnp.arange(num, dtype=jnp.int32))[0]
+        return mean_over(self.num_batches(problem), at)
 
     def num_batches(self, problem: Problem) -> int:
         """The number of minibatches in the sum."""
         return problem.train.num_batches if self.train else problem.validation.num_batches
+
+    def kinds(self, point: Point) -> Point:
+        """Shapes and dtypes of the direction."""
+        draw = jnp.zeros((self.train,), jnp.int32), jnp.zeros((self.validation,), jnp.int32)
+        return jax.eval_shape(self.at, point, *draw, *((jax.random.key(0),) if self.random else ()))
+
+    def part(self, k: int) -> Term:
+        """The term whose direction is that of one of the three unknowns alone."""
+
+        def only(direction):
+            return Point(*(x if own == k else None for own, x in enumerate(direction)))
+
+        whole = self.whole
+        return self._replace(
+            at=lambda point, *draw: only(self.at(point, *draw)),
+            whole=None if whole is None else lambda point: only(whole(point)),
+        )
+
+    def weighted(self, direction: Point, count: jax.Array) -> Point:
+        """The estimate of the direction, times its weights."""
+        if self.weights is None:
+            return direction
+        weights = zip(self.weights(count), direction, strict=True)
+        return Point(*(x if x is None else scaled(weight, x) for weight, x in weights))
+
+
+def mean_over(num: int, at: Callable) -> PyTree:
+    """The mean of `at(i)`, i < num, in float32 or wider."""
+
+    def body(total, i):
+        return add_scaled(total, 1 / num, upcast(at(i))), None
+
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(at, jnp.zeros((), jnp.int32)))
+    return jax.lax.scan(body, upcast(zero), jnp.arange(num, dtype=jnp.int32))[0]
+
+
+def draws_of(terms: list[Term], i: jax.Array, j: jax.Array, key: Any, who: Any) -> list[tuple]:
+    """The draw of each term out of the minibatches of an update, and for random ones a key."""
+    found, first = [], (0, 0)
+    for number, term in enumerate(terms):
+        end = first[0] + term.train, first[1] + term.validation
+        own = (jax.random.fold_in(require_key(key, who), 4 + number),) if term.random else ()
+        found.append((i[first[0] : end[0]], j[first[1] : end[1]], *own))
+        first = end
+    return found
 
 
 class Problem(NamedTuple):
@@ -289,16 +340,30 @@ class Problem(NamedTuple):
         return jax.lax.scan(lambda state, i: (self.step(state, hparams, i), None), state, indices)[0]
 
 
-def series(problem: Problem, point: Point, b: PyTree, indices, step_size) -> PyTree:
-    r"""The truncated Neumann series :math:`\alpha \sum_{k=0}^{K} \prod_{l<k} (I - \alpha H_{i_l}) b`, K minibatches."""
+def series(product: Callable[[PyTree, Any], PyTree], b: PyTree, indices, step_size) -> PyTree:
+    r"""The truncated Neumann series :math:`\alpha \sum_{k=0}^{K} \prod_{l<k} (I - \alpha H_{i_l}) b`, K minibatches.
+
+    `product(v, i)` is H_i v.
+    """
 
     def add_term(carry, i):
         term, total = carry
-        term = add_scaled(term, -step_size, problem.product(point, term, i)[0])
+        term = add_scaled(term, -step_size, product(term, i))
         return (term, add_scaled(total, 1.0, term)), None
 
     (_, total), _ = jax.lax.scan(add_term, (b, b), indices)
     return scaled(step_size, total)
+
+
+def random_term(product: Callable[[PyTree, Any], PyTree], b: PyTree, indices, step_size, key) -> PyTree:
+    r"""One term of the Neumann series, :math:`\alpha K \prod_{l<k} (I - \alpha H_{i_l}) b`, k uniform below K.
+
+    K is one more than the number of minibatches; the mean over k is that of the series' first K terms.
+    """
+    num_terms = len(indices) + 1
+    length = jax.random.randint(key, (), 0, num_terms)
+    term = jax.lax.fori_loop(0, length, lambda k, v: add_scaled(v, -step_size, product(v, indices[k])), b)
+    return scaled(num_terms * step_size, term)
 
 
 def implicit_sums(problem: Problem) -> list[Term]:
@@ -329,41 +394,142 @@ def implicit_sums(problem: Problem) -> list[Term]:
     ]
 
 
-def series_sums(num_terms: int, step_size: float) -> Callable[[Problem], list[Term]]:
-    r"""Sums without a v of their own: it is a Neumann series of K fresh minibatches in each draw.
+def series_sums(num_terms: int, step_size: float, random_length: bool = False) -> Callable[[Problem], list[Term]]:
+    r"""Sums without a v of their own: it is a Neumann series of fresh minibatches in each draw.
 
-    .. math:: D_\theta = \nabla_\theta L_i, \quad D_h = \partial_h F_j - (\partial_h \nabla_\theta L_i)^\top
-              \alpha \sum_{k=0}^{K} \prod_{l<k} (I - \alpha H_{i_l})\, \partial_\theta F_j.
+    .. math:: D_\theta = \nabla_\theta L_i, \quad D_h = \partial_h F_j - (\partial_h \nabla_\theta L_i)^\top v, \quad
+              v = \alpha \sum_{k=0}^{K} \prod_{l<k} (I - \alpha H_{i_l})\, \partial_\theta F_j,
 
-    Those of MRBO and SUSTAIN. A draw is K + 1 minibatches of the train loss and one of the outer loss, so that there is
-    no mean over all of them: estimators that need one refuse these sums.
+    those of MRBO and VRBO; or, with a random length, one term of it instead of a sum, those of SUSTAIN:
+
+    .. math:: v = \alpha K \prod_{l<k} (I - \alpha H_{i_l})\, \partial_\theta F_j, \qquad k
+              \text{ uniform in } 0, \dots, K - 1,
+
+    whose mean is the series of K terms, for half of the products, and with more noise. A draw is K + 1 minibatches of
+    the train loss (K with a random length) and one of the outer loss. A mean over all minibatches is the series of
+    means; of a random length there is none, and estimators that need one refuse it.
 
     Args:
       num_terms: K.
       step_size: α.
+      random_length: whether one term of the series, by chance, stands for its sum.
 
     Returns:
       A function for the argument `sums` of `SingleLoop`.
 
+    Raises:
+      JaxhpoError: K is not a positive integer, α not a number, or `random_length` no bool.
+
     Example:
-      >>> mrbo = jaxhpo.single_loop.SingleLoop(
-      ...     None, None, jaxhpo.single_loop.STORM(0.5), sums=jaxhpo.single_loop.series_sums(10, 0.1)
-      ... )
+      >>> from jaxhpo.single_loop import STORM, SingleLoop, series_sums
+      >>> mrbo = SingleLoop(None, None, STORM(0.5), sums=series_sums(10, 0.1))
+      >>> sustain = SingleLoop(None, None, STORM(0.5), sums=series_sums(10, 0.1, random_length=True))
 
     References:
       Yang, Ji, Liang. Provably Faster Algorithms for Bilevel Optimization. 2021. arXiv:2106.04692
+      Ghadimi, Wang. Approximation Methods for Bilevel Programming. 2018. arXiv:1802.02246
     """
     check_count("series_sums(num_terms=...)", num_terms)
     check_traceable_number("series_sums(step_size=...)", step_size)
+    check_random_length("series_sums", random_length)
 
     def sums(problem: Problem) -> list[Term]:
-        def at(point, i, j):
+        def at(point, i, j, key=None):
             _, grad = problem.train_gradient(point.params, point.hparams, i[0])
             _, (by_params, direct) = problem.evaluate(point, j[0])
-            v = series(problem, point, by_params, i[1:], step_size)
+            v = series_of(problem, point, by_params, i[1:], step_size, key)
             return Point(grad, None, add_scaled(direct, -1.0, problem.product(point, v, i[0])[1]))
 
-        return [Term(at, 1 + num_terms, 1)]
+        def whole(point):
+            train, validation = problem.train.num_batches, problem.validation.num_batches
+            grad = mean_over(train, lambda i: problem.train_gradient(point.params, point.hparams, i)[1])
+            by_params, direct = mean_over(validation, lambda j: problem.evaluate(point, j)[1])
+
+            def product(v, i):
+                return cast_like(mean_over(train, lambda i: problem.product(point, v, i)[0]), v)
+
+            v = series(product, cast_like(by_params, point.params), jnp.arange(num_terms), step_size)
+            mixed = mean_over(train, lambda i: problem.product(point, v, i)[1])
+            return Point(grad, None, add_scaled(direct, -1.0, mixed))
+
+        return [Term(at, num_terms, 1, True) if random_length else Term(at, 1 + num_terms, 1, whole=whole)]
+
+    return sums
+
+
+def series_of(problem: Problem, point: Point, b: PyTree, indices, step_size, key) -> PyTree:
+    """The series of products on these minibatches, or with a key a term of it by chance."""
+
+    def product(v, i):
+        return problem.product(point, v, i)[0]
+
+    if key is None:
+        return series(product, b, indices, step_size)
+    return random_term(product, b, indices, step_size, key)
+
+
+def check_random_length(who: str, given: Any) -> None:
+    """Raises for what is no bool."""
+    if not isinstance(given, bool):
+        raise JaxhpoError(f"`{who}(random_length=...)` got {describe(given)}: write True or False.")
+
+
+def penalty_sums(multiplier: Any) -> Callable[[Problem], list[Term]]:
+    r"""Sums of first derivatives alone: second parameters y, which the outer loss pulls, in the place of v.
+
+    .. math:: D_\theta = \nabla_\theta L_i(\theta), \quad D_y = \lambda \nabla_\theta L_i(y) + \partial_\theta F_j(y),
+              \quad D_h = \lambda (\partial_h L_i(y) - \partial_h L_i(\theta)) + \partial_h F_j(y),
+
+    so that :math:`D_h` is at a fixed point the implicit hypergradient up to an error of order 1/λ. Each is a sum over
+    the minibatches of either loss, and λ is outside of what an estimator remembers: any estimator of a mean applies,
+    while λ grows. F3SA is `STORM` on these. The difference is of one minibatch at both, so that its noise falls with
+    the distance of y and θ.
+
+    y should begin where θ does: `SingleLoop(..., begin=lambda params: params)`. It takes λ ∇L along, so `linear` must
+    have a rate below that of θ by λ, or one that falls.
+
+    Args:
+      multiplier: λ, a number, or a function of the count of updates, which should grow.
+
+    Returns:
+      A function for the argument `sums` of `SingleLoop`.
+
+    Raises:
+      JaxhpoError: λ is neither a positive number nor a function.
+
+    Example:
+      >>> import optax
+      >>> from jaxhpo.single_loop import STORM, SingleLoop, penalty_sums
+      >>> rows = jaxhpo.single_loop.FiniteSum.of(jnp.zeros(4), 2)
+      >>> f3sa = SingleLoop(
+      ...     rows, rows, STORM(lambda count: (count + 1.0) ** (-4 / 5)), linear=optax.sgd(0.01),
+      ...     sums=penalty_sums(lambda count: 10 * (count + 1.0) ** (1 / 5)), begin=lambda params: params,
+      ... )
+
+    References:
+      Kwon, Kwon, Wright, Nowak. A Fully First-Order Method for Stochastic Bilevel Optimization. 2023. arXiv:2301.10945
+    """
+    if not callable(multiplier):
+        check_traceable_number("penalty_sums(multiplier=...)", multiplier)
+        if isinstance(multiplier, int | float) and not multiplier > 0:
+            raise JaxhpoError(f"`penalty_sums(multiplier=...)` got {multiplier}: write a number above 0.")
+
+    def weights(count):
+        value: Any = multiplier(count) if callable(multiplier) else multiplier
+        check_traceable_number("multiplier(count)", value)
+        return Point(1.0, value, value)
+
+    def sums(problem: Problem) -> list[Term]:
+        def inner(point, i, j):
+            batch = problem.train.batch(i[0])
+            grad, by_hparams = problem._by_both(point.params, point.hparams, batch)
+            grad_y, by_hparams_y = problem._by_both(point.auxiliary, point.hparams, batch)
+            return Point(grad, grad_y, add_scaled(by_hparams_y, -1.0, by_hparams))
+
+        def outer(point, i, j):
+            return problem.outer(point._replace(params=point.auxiliary), j[0])
+
+        return [Term(inner, 1, 0, weights=weights), Term(outer, 0, 1)]
 
     return sums
 

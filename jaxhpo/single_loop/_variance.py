@@ -172,17 +172,26 @@ class SAGA(Estimator):
                 f"{self} keeps a direction of each minibatch, but a draw of these sums is "
                 f"{term.train + term.validation} of them: write `sums=implicit_sums`, or `STORM` for the estimator."
             )
-        num, kinds = term.num_batches(problem), _kinds(term, point)
-        return jax.tree.map(lambda x: jnp.zeros((num, *x.shape), x.dtype), kinds), _zero(term, point)
+        num, kinds = term.num_batches(problem), term.kinds(point)
+        entry = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), kinds)
+        table = jax.tree.map(lambda x: jnp.zeros((num, *x.shape), x.dtype), kinds)
+        return table, _zero(term, point), (jnp.zeros((), jnp.int32), entry)
 
     def estimate(self, term, draw, point, before, memory, count, restart, problem):
-        """The direction, and the table with the new entry."""
-        (table, mean), (index,) = memory, draw[0] if term.train else draw[1]
-        new = term.at(point, *draw)
+        """The direction, and the new entry, which the next update writes into the table.
+
+        Where a loop reads an entry and then writes one, XLA copies the whole table; written first, it is in place.
+        """
+        (table, mean, last), (index,) = memory, draw[0] if term.train else draw[1]
+        table, new = written(table, *last), term.at(point, *draw)
         change = add_scaled(upcast(new), -1.0, jax.tree.map(lambda m: m[index], table))
-        table = jax.tree.map(lambda m, x: m.at[index].set(x), table, new)
         after = add_scaled(mean, 1.0 / term.num_batches(problem), change)
-        return cast_like(add_scaled(mean, 1.0, change), new), (table, after)
+        return cast_like(add_scaled(mean, 1.0, change), new), (table, after, (index.astype(jnp.int32), new))
+
+
+def written(table: PyTree, index: jax.Array, entry: PyTree) -> PyTree:
+    """The table with the entry."""
+    return jax.tree.map(lambda m, x: jax.lax.dynamic_update_index_in_dim(m, x, index, 0), table, entry)
 
 
 class _Restarted(Estimator):
@@ -201,7 +210,7 @@ class _Restarted(Estimator):
             return add_scaled(memory, 1.0, add_scaled(upcast(term.at(point, *draw)), -1.0, term.at(before, *draw)))
 
         direction = jax.lax.cond(restart, lambda: term.mean(point, problem), corrected)
-        return cast_like(direction, _kinds(term, point)), direction
+        return cast_like(direction, term.kinds(point)), direction
 
 
 @dataclasses.dataclass(frozen=True)
@@ -311,12 +320,12 @@ class PerVariable(Estimator):
 
     def init(self, term, point, problem):
         """The memories of all three."""
-        return tuple(own.init(_part(term, k), point, problem) for k, own in enumerate(self._all))
+        return tuple(own.init(term.part(k), point, problem) for k, own in enumerate(self._all))
 
     def estimate(self, term, draw, point, before, memory, count, restart, problem):
         """Each one's part of its own direction."""
         found = [
-            estimator.estimate(_part(term, k), draw, point, before, own, count, restart, problem)
+            estimator.estimate(term.part(k), draw, point, before, own, count, restart, problem)
             for k, (estimator, own) in enumerate(zip(self._all, memory, strict=True))
         ]
         return Point(*(direction[k] for k, (direction, _) in enumerate(found))), tuple(own for _, own in found)
@@ -331,24 +340,9 @@ def check_estimator(where: str, given: Any) -> None:
         )
 
 
-def _part(term: Term, k: int) -> Term:
-    """The term whose direction is that of one variable alone."""
-
-    def at(point, i, j):
-        return Point(*(x if own == k else None for own, x in enumerate(term.at(point, i, j))))
-
-    return term._replace(at=at)
-
-
-def _kinds(term: Term, point: Point) -> Point:
-    """Shapes and dtypes of the direction."""
-    none = jnp.zeros((term.train,), jnp.int32), jnp.zeros((term.validation,), jnp.int32)
-    return jax.eval_shape(term.at, point, *none)
-
-
 def _zero(term: Term, point: Point) -> Point:
     """No direction yet. A sum of many in bfloat16 would cease to grow at a few hundred times its parts."""
-    return upcast(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), _kinds(term, point)))
+    return upcast(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), term.kinds(point)))
 
 
 def _weight(weight, count):

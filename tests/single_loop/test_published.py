@@ -16,7 +16,19 @@ import pytest
 
 import jaxhpo
 import jaxhpo.data
-from jaxhpo.single_loop import F2SA, SABA, SARAH, SOBA, STORM, FiniteSum, SingleLoop, StocBiO, series_sums
+from jaxhpo.single_loop import (
+    F2SA,
+    SABA,
+    SARAH,
+    SOBA,
+    STORM,
+    FiniteSum,
+    InTurn,
+    PerVariable,
+    SingleLoop,
+    StocBiO,
+    series_sums,
+)
 
 FOLDER = pathlib.Path(os.environ.get("JAXHPO_DATA_DIR", ""), "libsvm")
 RECORDED = np.load(pathlib.Path(__file__).parent / "published.npz")
@@ -42,6 +54,14 @@ def from_zero(state):
     return state._replace(before=jax.tree.map(jnp.zeros_like, state.before), memories=memories)
 
 
+def h_from_zero(state):
+    """FSLA's code does so for h alone."""
+    *others, memories = state.memories
+    memories = tuple((direction, jnp.asarray(True)) for direction, _ in memories)
+    point = state.before[2]._replace(hparams=jnp.zeros_like(state.before[2].hparams))
+    return state._replace(before=(None, None, point), memories=(*others, memories))
+
+
 def theta(state):
     return state.inner.params
 
@@ -50,6 +70,14 @@ CASES = {
     "soba": (SOBA, power(0.1, 1 / 2), power(0.2, 1 / 2), None, None, theta),
     "saba": (SABA, 0.1, 0.2, None, None, theta),
     "srba": (lambda *sums: SingleLoop(*sums, SARAH(30)), 0.1, 0.2, None, None, theta),
+    "fsla": (
+        lambda *sums: InTurn(*sums, PerVariable(hparams=STORM(power(0.1, 1 / 2)))),
+        power(0.1, 1 / 2),
+        power(0.2, 1 / 2),
+        None,
+        h_from_zero,
+        theta,
+    ),
     "stocbio": (lambda *sums: StocBiO(*sums, step_size=0.1), 0.1, 0.2, 10, None, theta),
     "mrbo": (
         lambda *sums: SingleLoop(*sums, STORM(power(0.5, 2 / 3)), series_sums(10, 0.1)),

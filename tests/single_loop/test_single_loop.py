@@ -21,12 +21,15 @@ from jaxhpo.single_loop import (
     AmIGO,
     Estimator,
     FiniteSum,
+    InTurn,
     Momentum,
     PerVariable,
+    Plain,
     SingleLoop,
     StocBiO,
     Term,
     implicit_sums,
+    penalty_sums,
     series_sums,
 )
 
@@ -157,14 +160,65 @@ def test_f2sa_approaches_the_implicit_hypergradient_as_one_over_the_multiplier()
     assert 8 < errors[0] / errors[1] < 12  # of order 1/λ: ten
 
 
+def test_the_mean_of_a_random_length_is_the_series_of_as_many_terms():
+    method = StocBiO(*WHOLE, step_size=RATE, num_terms=4, random_length=True)
+    pair = jaxhpo.hypergradient(method, SOLVER, outer_loss, num_steps=3)
+    keys = jax.random.split(jax.random.key(0), 60)
+    update = jax.jit(lambda key: pair.update(H0, pair.init(W0, H0), key=key)[0]["l2"])
+    grads = [update(key) for key in keys]
+    lengths = np.unique(np.round(grads, 12), axis=0)
+    assert len(lengths) == 4  # each with probability 1/4
+    _, (series, _) = run(StocBiO(*WHOLE, step_size=RATE, num_terms=3), 1, num_steps=3)  # 3 + 1 terms
+    np.testing.assert_allclose(lengths.mean(0), series["l2"][0], atol=1e-11)
+
+
+@pytest.mark.slow
+def test_the_series_of_all_minibatches_is_that_of_their_means():
+    sums = tuple(FiniteSum(part.num_batches, part.batch, lambda n: n % 4) for part in PARTS)
+    found, want = (run(SingleLoop(*sums, SARAH(1), series_sums(3, RATE)), 3) for sums in (sums, WHOLE))
+    plain = run(SingleLoop(*WHOLE, Plain(), series_sums(3, RATE)), 3)
+    for got in (found, want):
+        np.testing.assert_allclose(got[0][0]["l2"], plain[0][0]["l2"], rtol=1e-10)
+
+
+def test_penalties_approach_the_implicit_hypergradient_as_one_over_the_multiplier():
+    errors = []
+    for multiplier in (30.0, 300.0):
+        method = SingleLoop(
+            *WHOLE, Plain(), penalty_sums(multiplier), optax.sgd(RATE / multiplier), lambda params: params
+        )
+        _, (grads, _) = run(method, 300, rate=0.0)
+        errors.append(np.linalg.norm(grads["l2"][-1] - exact(H0)[2]["l2"]))
+    assert errors[0] < 0.1 * np.linalg.norm(exact(H0)[2]["l2"])
+    assert 8 < errors[0] / errors[1] < 12  # of order 1/λ: ten
+
+
+@pytest.mark.parametrize(
+    "estimator", [SAGA(), *(pytest.param(other, marks=pytest.mark.slow) for other in (STORM(0.3), SARAH(4)))], ids=str
+)
+def test_multipliers_that_grow_are_no_part_of_what_is_remembered(estimator):
+    growing = penalty_sums(lambda count: 1.0 + count), optax.sgd(0.01), lambda params: params
+    (h, state), _ = run(SingleLoop(*WHOLE, estimator, *growing), 6)
+    (plain, _), _ = run(SingleLoop(*WHOLE, Plain(), *growing), 6)
+    np.testing.assert_allclose(h["l2"], plain["l2"], rtol=1e-12)
+    assert state.auxiliary.params["w"].any()
+
+
+def test_in_turn_draws_for_each_direction():
+    sums = tuple(FiniteSum(part.num_batches, part.batch, lambda n: n % 4) for part in PARTS)
+    (_, state), _ = run(InTurn(*sums, PerVariable(hparams=STORM(0.5))), 3)
+    assert state.draws == (9, 6)  # the direction of θ has no part of the outer loss
+
+
 def test_the_table_of_saga_keeps_the_mean_of_its_entries():
     order = [0, 2, 1, 2, 2]  # minibatch 3 is never seen
     sums = tuple(FiniteSum(part.num_batches, part.batch, lambda n: jnp.asarray(order)[n % 5]) for part in PARTS)
     (_, state), _ = run(SABA(*sums), len(order))
-    for table, mean in state.memories:
-        for entries, average in zip(jax.tree.leaves(table), jax.tree.leaves(mean), strict=True):
-            np.testing.assert_allclose(entries.mean(0), average, rtol=1e-10, atol=1e-14)
-            assert not entries[3].any() and entries[2].any()
+    for table, mean, (last, entry) in state.memories:
+        leaves = zip(*map(jax.tree.leaves, (table, mean, entry)), strict=True)
+        for entries, average, new in leaves:
+            assert last == 2 and new.any() and not entries[3].any()
+            np.testing.assert_allclose(entries.at[last].set(new).mean(0), average, rtol=1e-10, atol=1e-14)
     assert jax.tree.structure(state.memories[1][0]).num_leaves == 2  # the outer loss has no direction of θ
 
 
@@ -186,8 +240,13 @@ def test_sarah_restarts_without_drawing():
         (AmIGO(*PARTS), 5),
         (StocBiO(*PARTS, step_size=RATE), 5),
         (F2SA(*PARTS, optax.sgd(0.02)), 5),
+        (InTurn(*PARTS, PerVariable(hparams=STORM(0.5))), None),
+        (StocBiO(*PARTS, step_size=RATE, random_length=True), 5),
+        (SingleLoop(*PARTS, STORM(0.5), series_sums(5, RATE, random_length=True)), None),
+        (SingleLoop(*PARTS, SARAH(4), series_sums(5, RATE)), None),
+        (SingleLoop(*PARTS, SAGA(), penalty_sums(5.0), optax.sgd(0.02), lambda params: params), None),
     ],
-    ids=["MASOBA", "SABA", "SPABA", "MRBO", "AmIGO", "StocBiO", "F2SA"],
+    ids="MASOBA SABA SPABA MRBO AmIGO StocBiO F2SA FSLA BSA SUSTAIN VRBO penalty".split(),
 )
 @pytest.mark.slow
 def test_random_minibatches_lower_the_loss_under_tune(method, num_steps):
@@ -226,6 +285,11 @@ def test_flax_model_with_state_and_two_optimisers():
     assert jax.tree.structure(state.auxiliary.opt_state) == jax.tree.structure(state.inner.opt_state)
 
 
+def keyed(method):
+    pair = jaxhpo.hypergradient(method, SOLVER, outer_loss)
+    return pair.update(H0, pair.init(W0, H0), key=jax.random.key(0))
+
+
 class Restarting(Estimator):
     def restarts(self, count, key):
         return count == 0
@@ -257,7 +321,15 @@ def test_messages_say_what_to_write():
         (lambda: Momentum(2.0), r"\(0, 1\]"),
         (lambda: run(SOBA(*PARTS), 1), "got no key"),
         (lambda: run(SingleLoop(*WHOLE, SAGA(), series_sums(3, RATE)), 1), "sums=implicit_sums"),
-        (lambda: run(SingleLoop(*WHOLE, SARAH(2), series_sums(3, RATE)), 1), "sums=implicit_sums"),
+        (lambda: keyed(SingleLoop(*WHOLE, SARAH(2), series_sums(3, RATE, True))), "sums=implicit_sums"),
+        (lambda: run(SingleLoop(*WHOLE, sums=series_sums(3, RATE, random_length=True)), 1), "got no key"),
+        (lambda: series_sums(3, RATE, random_length="yes"), "True or False"),
+        (lambda: StocBiO(*WHOLE, RATE, random_length=1), "True or False"),
+        (lambda: penalty_sums(0.0), "above 0"),
+        (lambda: penalty_sums("fast"), "multiplier"),
+        (lambda: InTurn(*WHOLE, STORM(0.5)), r"PerVariable\(hparams=STORM"),
+        (lambda: InTurn(*WHOLE, begin=lambda: 0), "begin"),
+        (lambda: run(SingleLoop(*WHOLE, begin=lambda params: {"w": params["w"][:2]}), 1), "like the parameters"),
     ]
     for call, message in cases:
         with pytest.raises(jaxhpo.JaxhpoError, match=message):
