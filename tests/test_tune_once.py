@@ -52,4 +52,4 @@ def test_weights_of_validation_images_are_one(small):
     params = problem.params(jax.random.key(1))
     some = tune_once.noisy_loss(params, h, 0.0, (x, y, index, None))
     want = jnp.sum(jnp.where(clean, tune_once.losses(params, x, y), 0)) / len(x)
-    assert some == pytest.approx(want, rel=1e-6)
+    assert float(some) == pytest.approx(float(want), rel=1e-6)
