@@ -14,9 +14,9 @@ Six problems, each a training of T steps of Adam on minibatches of 100 (sequence
     clean            10 000 MNIST images, a penalty for each layer, which hardly matters; 500 images validate
 
 `Online` is one training, the first 70 % of its steps with an update of the hyperparameters each K, the rest with them
-frozen, on training and validation images. Its direction and K are in `HOW`. All its hyperparameters begin at the
-default's values, and move by Adam at one rate for all problems, chosen among four by the mean rank of the validation
-loss on seeds 100 and 101. Against it:
+frozen, on training and validation images. All its hyperparameters begin at the default's values, and move by Adam. Its
+direction ("last_step" or "window") and Adam's rate, among four, have the lowest mean validation loss before the last
+phase on seeds 100 and 101 (`--choose`). Against it:
 
     default          the hyperparameters' start, trained on all labels; rate and penalty are those of the lowest mean
                      validation loss, relative to the best, on two other problems (1000 images of MNIST, and digits
@@ -63,14 +63,14 @@ from _experiment import mean, paired, text  # noqa: E402
 from augmentation import warp  # noqa: E402
 
 BATCH, HIDDEN, TRIALS, FROZEN = 100, 64, 20, 0.3
-OUTER_RATE, RATES = 0.3, (0.03, 0.1, 0.3, 1.0)
-HOW = {  # direction and K, the better of "last_step" and "window" on seeds 100 and 101
-    "label noise": ("window", 8),
-    "imbalance": ("last_step", 4),
-    "irrelevant": ("last_step", 3),
-    "augmentation": ("last_step", 8),
-    "transformer": ("last_step", 4),
-    "clean": ("last_step", 3),
+RATES = (0.03, 0.1, 0.3, 1.0)
+HOW = {  # direction, K and rate: see above
+    "label noise": ("window", 8, 0.3),
+    "imbalance": ("last_step", 4, 0.03),
+    "irrelevant": ("last_step", 3, 0.3),
+    "augmentation": ("last_step", 8, 0.03),
+    "transformer": ("last_step", 4, 1.0),
+    "clean": ("last_step", 3, 0.1),
 }
 CURVE = (("last_step", 16), None, ("last_step", 1), ("implicit", 1))  # None: as `HOW` says
 DEFAULT = {"rate": 1e-2, "decay": 1e-3}  # Adam's, calibrated as NadamW's are: `calibrated(False)`
@@ -510,12 +510,12 @@ def shorter(problem: Problem) -> Problem:
 
 
 def curve_of(name: str) -> list[tuple[str, int]]:
-    return [point or HOW[name] for point in CURVE]
+    return [point or HOW[name][:2] for point in CURVE]
 
 
 def measure(name: str, seed: int, quick: bool) -> dict:
     """Test losses of a seed."""
-    problem, (direction, every) = shorter(PROBLEMS[name]) if quick else PROBLEMS[name], HOW[name]
+    problem, (direction, every, rate) = shorter(PROBLEMS[name]) if quick else PROBLEMS[name], HOW[name]
     parts, key = problem.load(seed), key_of(seed)
     losses_of = lambda *args, **more: float(plain(problem, *args, key, **more)[1])  # noqa: E731
     best = search(problem, parts, seed, 3 if quick else TRIALS)
@@ -530,7 +530,7 @@ def measure(name: str, seed: int, quick: bool) -> dict:
         "found by Optuna": best,
     }
     run = lambda method, every, slow=False, frozen=FROZEN: float(  # noqa: E731
-        online(problem, method, every, slow, frozen, OUTER_RATE, parts, key)[1]
+        online(problem, method, every, slow, frozen, rate, parts, key)[1]
     )
     row["Online"] = run(Online(direction), every)
     row["Online, no last phase"] = run(Online(direction), every, frozen=0.0)
@@ -541,7 +541,7 @@ def measure(name: str, seed: int, quick: bool) -> dict:
 
 def summary(name: str, rows: list[dict], quick: bool) -> dict:
     problem = PROBLEMS[name]
-    direction, every = HOW[name]
+    direction, every, rate = HOW[name]
     parts, method = problem.load(0), Online(direction)
     named = ("default", "Optuna", "NadamW")
     of = lambda key: [row[key] for row in rows]  # noqa: E731
@@ -565,6 +565,7 @@ def summary(name: str, rows: list[dict], quick: bool) -> dict:
         "relative": mean(ratio),
         "direction": direction,
         "every": every,
+        "rate": rate,
         "cost": cost(problem, parts, method, every, FROZEN),
         "cost, slowed by noise": cost(problem, parts, Online(direction, parts=2), every, FROZEN),
         "by the clock": clock(problem, parts, method, every, FROZEN, 2 if quick else 15),
@@ -574,20 +575,16 @@ def summary(name: str, rows: list[dict], quick: bool) -> dict:
 
 
 def choose(names) -> None:
-    """Prints Adam's calibrated rate and decay, and the outer rates' mean ranks by validation loss on two seeds."""
+    """Prints Adam's calibrated rate and decay, and the validation losses by outer rate on seeds 100 and 101."""
     print(calibrated(False))
-    ranks = []
     for name in names:
-        problem = PROBLEMS[name]
+        problem, (direction, every, _) = PROBLEMS[name], HOW[name]
+        found = []
         for seed in (100, 101):
-            parts = problem.load(seed)
-            values = [
-                float(online(problem, Online(HOW[name][0]), HOW[name][1], False, 0.0, rate, parts, key_of(seed))[0])
-                for rate in RATES
-            ]
-            ranks.append(np.argsort(np.argsort(values)))
-            print(f"{name}, seed {seed}: {np.round(values, 4).tolist()}", file=sys.stderr)
-    print(dict(zip(RATES, np.mean(ranks, 0).round(2).tolist(), strict=True)))
+            given = problem.load(seed), key_of(seed)
+            run = lambda rate: online(problem, Online(direction), every, False, 0.0, rate, *given)  # noqa: B023, E731
+            found.append([float(run(rate)[0]) for rate in RATES])
+        print(f"{name}: {dict(zip(RATES, np.mean(found, 0).round(4).tolist(), strict=True))}")
 
 
 LINES = {
@@ -643,9 +640,14 @@ def main(arguments=None) -> None:
             print(f"    {key:36} {text(value)}")
         print(f"    against {found['opponent']}: {100 * found['relative']['mean']:+.1f} %")
         report[name]["rows"] = rows
+        write(given, report)
+
+
+def write(given, report: dict) -> None:
+    """Writes the report and the picture; of problems that are not run now, those of an earlier run like this."""
     path = given.out / "tune_once.json"
     before = json.loads(path.read_text()) if path.exists() else {}
-    if before.get("seeds") == given.seeds and before.get("quick") == given.quick:  # of the problems not run now
+    if before.get("seeds") == given.seeds and before.get("quick") == given.quick:
         report = {name: report.get(name, before["problems"].get(name)) for name in PROBLEMS}
         report = {name: found for name, found in report.items() if found}
     heading = {"seeds": given.seeds, "quick": given.quick, "NadamW": calibrated(True, given.quick)}

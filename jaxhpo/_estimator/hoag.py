@@ -117,7 +117,7 @@ class HOAG(StatefulMethod):
         def update(hparams, state, batches, outer_batch, key):
             check_pair_state(state, HOAGState, self)
             start = inner_start(solver, state.inner, hparams, warm_start)
-            at = drawn(condition_batch, key, self)
+            at = drawn(condition_batch, key)
             problem = make_problem(solver, start, hparams, batches, num_steps=num_steps, condition_batch=at, key=key)
             warn_of_untrusted_rule(self, problem)
             scale = _scale(problem, state)

@@ -106,6 +106,8 @@ def hypergradient(
             f"`condition_batch` got {describe(condition_batch)}, but {method!r} solves no linear system that stands on "
             "a batch of its own: omit it, or write `Implicit(...)` or `HOAG()`."
         )
+    if callable(condition_batch):
+        check_callable("condition_batch", condition_batch, "condition_batch(key)", 1)
     if isinstance(method, StatefulMethod) and not isinstance(method, Adjoint):
         system = {} if condition_batch is None else {"condition_batch": condition_batch}
         pair: Any = method.pair(solver, checked, num_steps, warm_start, **system)
@@ -148,7 +150,7 @@ def _of_rule(adjoint: Adjoint, solver, outer_loss, num_steps, warm_start, condit
 
         def loss(hparams):
             start = inner_start(solver, state.inner, hparams, warm_start)
-            at = drawn(condition_batch, key, adjoint)
+            at = drawn(condition_batch, key)
             solution = solve(
                 solver, start, hparams, batches, num_steps=num_steps, condition_batch=at, key=key, adjoint=adjoint
             )
@@ -184,7 +186,7 @@ def _of_implicit(rule: Implicit, solver, outer_loss, num_steps, warm_start, cond
     def update(hparams, state, batches, outer_batch, key):
         check_pair_state(state, ImplicitState, rule)
         start = inner_start(solver, state.inner, hparams, warm_start)
-        at = drawn(condition_batch, key, rule)
+        at = drawn(condition_batch, key)
         problem = make_problem(solver, start, hparams, batches, num_steps=num_steps, condition_batch=at, key=key)
         if varying_axes(problem.residual_inputs) - varying_axes(problem.state.params):
             # Data-parallel inside `shard_map`: there JAX runs a `custom_linear_solve` only transposed, as `grad` does.

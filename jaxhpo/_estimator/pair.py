@@ -17,12 +17,18 @@ def inner_start(solver: Solver, inner: InnerState, hparams: PyTree, warm_start: 
     return inner if warm_start else solver.init(inner.params, hparams, inner.model_state)
 
 
-def drawn(condition_batch: Any, key: Any, method: Any) -> PyTree:
+def drawn(condition_batch: Any, key: Any) -> PyTree:
     """Return the batch of the condition: the one given, or drawn by the key of an update; None for the last step's."""
     if not callable(condition_batch):
         return condition_batch
     # The rule, if it is random, draws from the key itself.
-    return condition_batch(jax.random.fold_in(require_key(key, method), 1))
+    batch = condition_batch(jax.random.fold_in(require_key(key, "condition_batch"), 1))
+    if batch is None:
+        raise JaxhpoError(
+            "`condition_batch(key)` returned None, but it draws the batch of the linear system: end it with `return "
+            "batch`, or omit it for the last step's."
+        )
+    return batch
 
 
 def check_pair_state(state: Any, kind: type, method: Any) -> None:

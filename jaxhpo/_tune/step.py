@@ -224,7 +224,7 @@ class Step:
 
         with warnings.catch_warnings(action="ignore"):  # tracing the loop issues them again
             shapes = jax.eval_shape(self._step, state, state.key)[1]
-        none = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)._replace(finite=jnp.asarray(True))
+        none = jax.tree.map(jnp.zeros_like, shapes)._replace(finite=jnp.asarray(True))
 
         def attempt(carry):
             # To keep the state before each step would cost a copy of it in every one. A call that meets a step that is

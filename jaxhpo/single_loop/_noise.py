@@ -80,7 +80,7 @@ def slow_where_noisy(
         if noise is None:
             raise JaxhpoError(
                 "`slow_where_noisy` got no `noise`: the method reports no `standard_error`. Write `Online(parts=2)`, "
-                "or leave it out."
+                "or leave it out. (`optax.MultiSteps` passes none on: write `slow_where_noisy(optax.MultiSteps(...))`.)"
             )
         squared = norm(upcast(updates)) ** 2
         size = memory * state.size + (1 - memory) * squared

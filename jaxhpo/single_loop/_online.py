@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxhpo._core.errors import JaxhpoError
-from jaxhpo._core.trace import untrusted_rule
-from jaxhpo._core.tree import add_scaled, all_finite, cast_like, norm, zeros_like
+from jaxhpo._core.trace import differentiable_inputs, untrusted_rule
+from jaxhpo._core.tree import add_scaled, all_finite, cast_like, is_inexact, norm, partition, zeros_like
 from jaxhpo._core.types import Hypergradient, HypergradientInfo, Info, InnerState, PyTree, Solution, StatefulMethod
 from jaxhpo._core.validate import check_choice, check_settings, count_examples
 from jaxhpo._estimator.pair import check_pair_state, check_warm_start
 from jaxhpo._inner.gradient import value_and_grad
-from jaxhpo._inner.inputs import check_steps, slices_of
+from jaxhpo._inner.inputs import check_same_state, check_start, check_steps, slices_of
 
 
 class OnlineState(NamedTuple):
@@ -51,7 +51,8 @@ class Online(StatefulMethod):
 
     which is that of `Unroll(truncate=1)`. ∂u/∂g is the optimiser's own preconditioner, as Adam's :math:`-\alpha (1 -
     \beta_1) / \sqrt{\hat v}`: where no gradient has come yet, and it is infinite, q is zero. Settings of the optimiser
-    are seen through ∂u/∂h. It weighs a hyperparameter by what it does in the next step, so it is blind to what only
+    are seen through ∂u/∂h, and so is what the outer loss reads of the optimiser's and the model's state, as an average
+    of the parameters. It weighs a hyperparameter by what it does in the next step, so it is blind to what only
     many steps show, and shortens the horizon where it sees (Wu and others, 2018): rates come out too small.
     `direction="window"` adds the mixed products of all K minibatches since the last update, at the last parameters and
     with the same q: where each minibatch meets other hyperparameters, as weights of examples, more of them move.
@@ -132,22 +133,45 @@ class Online(StatefulMethod):
 
         def update(hparams, state, batches, outer_batch, key):
             check_pair_state(state, OnlineState, self)
+            self._check_direction(state)
+            hparams, start = check_start(solver, state.inner, hparams)
             count = check_steps(batches, num_steps)
             slices, _, take = slices_of(batches, count)
-            step = lambda inner, x: (cast_like(solver.step(inner, hparams, take(x)), inner), None)  # noqa: E731
-            before, _ = jax.lax.scan(step, state.inner, jax.tree.map(lambda x: x[:-1], slices))
+            step = lambda inner, x: (_like(inner, solver.step(inner, hparams, take(x))), None)  # noqa: E731
+            before, _ = jax.lax.scan(step, start, jax.tree.map(lambda x: x[:-1], slices))
             batch = take(jax.tree.map(lambda x: x[-1], slices))
 
             at = before.params, hparams, batch, before.model_state
             out, grad = value_and_grad(loss, *at)
 
-            def applied(hparams, grad):
-                after = cast_like(apply(before, hparams, batch, out, grad), before)
-                return after.params, after
+            def report(params):
+                return Info(norm(grad), jnp.asarray(count, jnp.int32), jnp.isfinite(out[0]) & all_finite(params))
 
-            _, pullback, after = jax.vjp(applied, hparams, grad, has_aux=True)
-            finite = jnp.isfinite(out[0]) & all_finite(after.params)
-            info = Info(norm(grad), jnp.asarray(count, jnp.int32), finite)
+            def outer(params, states, hparams, outer_batch):
+                return outer_loss(Solution(params, states[0], states[1], report(params)), hparams, outer_batch)
+
+            # Beside θ′: what the outer loss reads of the states, as an average of θ in the optimiser's, and what that
+            # and θ′ depend on beside the gradient: the train loss in a step size, a model state.
+            parts = outer_batch if self.parts == 1 else self._checked(outer_batch)
+            one = parts if self.parts == 1 else jax.tree.map(lambda x: x[0], parts)
+            is_read = _differentiated(lambda states: outer(before.params, states, hparams, one)[0], before[1:])
+
+            def advance(hparams, out, grad):
+                return _like(before, apply(before, hparams, batch, out, grad))
+
+            def seen(after):
+                return after.params, partition(after[1:], is_read)[0]
+
+            is_passed = _differentiated(lambda out: seen(advance(hparams, out, grad)), out)
+            passed, with_passed = partition(out, is_passed)
+
+            def applied(hparams, passed, grad):
+                after = advance(hparams, with_passed(passed), grad)
+                return seen(after), after
+
+            _, pullback, after = jax.vjp(applied, hparams, passed, grad, has_aux=True)
+            info = report(after.params)
+            read, with_read = partition(after[1:], is_read)
             # Products with the present w are of no part of the outer loss: once for all.
             turned = None if state.direction is None else _hessian_product(loss, *at, state.direction)
 
@@ -157,24 +181,25 @@ class Online(StatefulMethod):
                 of = lambda x: _mixed_product(loss, before.params, hparams, take(x), before.model_state, q)  # noqa: E731
                 return jax.tree.map(lambda terms: jnp.sum(terms, 0), jax.lax.map(of, slices))
 
-            def outer(params, hparams, batch):
-                return outer_loss(Solution(params, after.opt_state, after.model_state, info), hparams, batch)
-
             def hypergradient(outer_batch):
-                of_both = jax.value_and_grad(outer, (0, 1), has_aux=True)
-                (value, metrics), (by_params, direct) = of_both(after.params, hparams, outer_batch)
+                at_read = lambda params, read, h: outer(params, with_read(read), h, outer_batch)  # noqa: E731
+                of_all = jax.value_and_grad(at_read, (0, 1, 2), has_aux=True)
+                (value, metrics), (by_params, by_read, direct) = of_all(after.params, read, hparams)
                 rest = by_params if turned is None else add_scaled(by_params, 1.0, turned)
-                by_optimizer, q = pullback(rest)
+                by_optimizer, by_passed, q = pullback((rest, by_read))
                 # Of a square root at zero: a weight that no gradient has reached yet.
                 q = jax.tree.map(lambda q, g: jnp.where((g == 0) & ~jnp.isfinite(q), 0, q), q, grad)
                 w = None if turned is None else add_scaled(state.direction, 1.0, q)
-                mixed = product(q if w is None else w)
-                return jax.tree.map(lambda *terms: sum(terms), direct, by_optimizer, mixed), w, value, metrics
+                terms = [direct, by_optimizer, product(q if w is None else w)]
+                if passed:
+                    of_loss = lambda h: partition(loss(at[0], h, *at[2:]), is_passed)[0]  # noqa: E731
+                    terms.append(jax.vjp(of_loss, hparams)[1](by_passed)[0])
+                return jax.tree.map(lambda *terms: sum(terms), *terms), w, value, metrics
 
             if self.parts == 1:
                 total, w, value, metrics = hypergradient(outer_batch)
                 return total, OnlineState(after, w), HypergradientInfo(value, metrics, info)
-            each, w, value, metrics = jax.vmap(hypergradient)(self._checked(outer_batch))
+            each, w, value, metrics = jax.vmap(hypergradient)(parts)
             total, w, value = jax.tree.map(lambda x: jnp.mean(x, 0), (each, w, value))
             error = (
                 norm(jax.tree.map(lambda each, mean: each - mean[None], each, total))
@@ -184,6 +209,13 @@ class Online(StatefulMethod):
 
         return Hypergradient(init, update)
 
+    def _check_direction(self, state):
+        if (state.direction is None) != (self.direction != "implicit"):
+            raise JaxhpoError(
+                f"`state` is of a pair with another direction than {self!r}: go on with the pair that made it, or take "
+                "`pair.init(state.inner.params, hparams)`, which starts the optimiser anew."
+            )
+
     def _checked(self, outer_batch):
         if outer_batch is not None and count_examples(outer_batch, f"{self!r} takes minibatches") == self.parts:
             return outer_batch
@@ -192,6 +224,20 @@ class Online(StatefulMethod):
             f"`outer_batch` has the shapes {shapes}, but {self!r} takes {self.parts} minibatches of the outer loss, "
             f"for the variance of their mean: give every leaf a leading axis of {self.parts}."
         )
+
+
+def _like(before, after) -> InnerState:
+    """The state after a step in the dtypes of that before it; raises where the step changed its tree or a shape."""
+    check_same_state(before, after)
+    return cast_like(after, before)
+
+
+def _differentiated(fn, tree) -> PyTree:
+    """For each leaf of `tree`, whether the derivative of `fn(tree)` with respect to it can be non-zero."""
+    inexact = jax.tree.map(is_inexact, tree)
+    values, combine = partition(tree, inexact)
+    seen = iter(differentiable_inputs(lambda values: fn(combine(values)), values) if values else [])
+    return jax.tree.map(lambda x: x and next(seen), inexact)
 
 
 def _mixed_product(loss, params, hparams, batch, model_state, q) -> PyTree:

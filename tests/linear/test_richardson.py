@@ -112,3 +112,12 @@ def test_methods_without_a_linear_system_refuse_a_batch_for_it(method):
 def test_a_batch_of_another_structure_is_named():
     with pytest.raises(jaxhpo.JaxhpoError, match="condition_batch"):
         update_of(Implicit(), (DATA[0], DATA[0]))
+
+
+def test_functions_that_draw_no_batch_are_named():
+    with pytest.raises(jaxhpo.JaxhpoError, match=r"write it as `condition_batch\(key\)`"):
+        update_of(Implicit(), lambda: DATA[0])
+    with pytest.raises(jaxhpo.JaxhpoError, match="'condition_batch' draws random numbers"):
+        update_of(Implicit(), lambda key: DATA[0])
+    with pytest.raises(jaxhpo.JaxhpoError, match="`condition_batch.key.` returned None"):  # not the last step's
+        update_of(Implicit(), lambda key: None, jax.random.key(0))

@@ -169,6 +169,54 @@ def test_flax_model_with_state():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-13), *found)
 
 
+def averages(params, h, index, state):
+    """The train loss; the model state is a mean of inputs that depends on the hyperparameters, and one of θ."""
+    inputs = jnp.mean(X[index], 0) * jnp.exp(h["penalties"])
+    after = {"inputs": (state["inputs"] + inputs) / 2, "w": (state["w"] + params) / 2, "count": state["count"] + 1}
+    return train_loss(params, h, index) + jnp.sum(after["inputs"] * params), after
+
+
+def with_other_weights(of):
+    """The outer loss at weights that are not the parameters: an average of them, or what a state holds."""
+    return lambda solution, h, index: outer_loss(solution._replace(params=of(solution)), h, index)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("optimizer", "weights"),
+    [
+        (lambda h: optax.chain(OPTIMIZERS["sgd"](h), optax.ema(0.5)), lambda s: s.opt_state[1].ema + W),
+        (
+            lambda h: optax.contrib.schedule_free(OPTIMIZERS["adam"](h), jnp.exp(h["rate"])),
+            lambda s: optax.contrib.schedule_free_eval_params(s.opt_state, s.params),
+        ),
+        (OPTIMIZERS["sgd"], lambda s: s.model_state["w"] + s.params * s.model_state["inputs"]),
+        (lambda h: optax.polyak_sgd(max_learning_rate=100.0), lambda s: s.params),  # its step size is of the train loss
+    ],
+    ids=["average", "schedule_free", "model_state", "polyak"],
+)
+@pytest.mark.parametrize("parts", [1, 2])
+def test_what_the_outer_loss_reads_beside_the_parameters_is_differentiated(optimizer, weights, parts):
+    found = []
+    for method in (Online(parts=parts), jaxhpo.Unroll(truncate=1)):
+        solver = jaxhpo.from_optax(averages, optimizer, has_state=True)
+        pair = jaxhpo.hypergradient(method, solver, with_other_weights(weights), num_steps=3)
+        start = {"inputs": jnp.zeros(4), "w": jnp.zeros(4), "count": jnp.zeros((), int)}
+        outer = jnp.arange(8).reshape(2, 4) if isinstance(method, Online) and parts == 2 else jnp.arange(8)
+        grad, state, info = jax.jit(pair.update)(H, pair.init(W, H, start), INDEX, outer)
+        found.append((grad, state.inner.params, info.value))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-15), *found)
+
+
+@pytest.mark.parametrize("num_steps", [1, 3])
+def test_a_step_that_changes_the_model_state_is_named(num_steps):
+    loss = lambda w, h, index, state: (train_loss(w, h, index), {**state, "more": w})  # noqa: E731
+    solver = jaxhpo.from_optax(loss, optax.sgd(0.1), has_state=True)
+    pair = jaxhpo.hypergradient(Online(), solver, outer_loss, num_steps=num_steps)
+    with pytest.raises(jaxhpo.JaxhpoError, match="return the whole model state"):
+        pair.update(H, pair.init(W, H, {}), INDEX[:num_steps], jnp.arange(8))
+
+
 @pytest.mark.slow
 def test_adam_without_eps_root_and_weights_that_no_gradient_has_reached():
     def loss(w, h, index):
@@ -279,6 +327,11 @@ def test_messages_say_what_to_write():
     with pytest.raises(jaxhpo.JaxhpoError, match="leading axis of 2"):
         pair = pair_of(Online(parts=2))
         pair.update(H, pair.init(W, H), INDEX, jnp.arange(8))
+    state = pair_of(Online()).init(W, H)
+    with pytest.raises(jaxhpo.JaxhpoError, match="another direction than"):  # silently that of the state
+        pair_of(Online("implicit")).update(H, state, INDEX, jnp.arange(8))
+    with pytest.raises(jaxhpo.JaxhpoError, match="made by another"):
+        pair_of(Online(), OPTIMIZERS["momentum"]).update(H, state, INDEX, jnp.arange(8))
     with pytest.raises(jaxhpo.JaxhpoError, match="from_optax"):
         jaxhpo.hypergradient(Online(), jaxhpo.fixed_point(lambda w, h, batch: w / 2), outer_loss, num_steps=2)
     with pytest.raises(jaxhpo.JaxhpoError, match="standard_error"):

@@ -68,6 +68,16 @@ def test_members_of_a_population_are_runs_of_their_own():
         np.testing.assert_allclose(together.member(i).history["value"], alone.history["value"], rtol=1e-5)
 
 
+@pytest.mark.slow
+def test_hyperparameters_on_an_explicit_mesh():
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        start = jax.device_put(jnp.zeros(2), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data")))
+        outer_loss = lambda h, carry, key: (jnp.sum((h - 3.0) ** 2), carry + 1, {"h": h})  # noqa: E731
+        alone, calls = run(1, outer_loss=outer_loss, start=start), run(4, outer_loss=outer_loss, start=start)
+    assert_same(alone.hparams, calls.hparams)
+
+
 @pytest.mark.parametrize("step", [0, 1, 7, 8])
 def test_a_step_that_is_not_finite_is_named_and_ends_the_run(step):
     start = jnp.array(0.0)
