@@ -600,6 +600,7 @@ def picture(report: dict, path) -> None:
     for axis, (name, found) in zip(axes.flat, report.items(), strict=False):
         for direction, color, marker, said in (
             ("last_step", plot.BLUE, "o-", "Online, an update each 16 to 1 steps"),
+            ("window", plot.SKY, "D", 'Online("window"), each 8 steps'),
             ("implicit", plot.GREEN, "s", 'Online("implicit"), each step'),
         ):
             points = [point for point in found["curve"] if point["direction"] == direction]
