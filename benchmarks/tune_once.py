@@ -606,13 +606,16 @@ def picture(report: dict, path) -> None:
             points = [point for point in found["curve"] if point["direction"] == direction]
             value, error = ([point["loss"][of] or 0 for point in points] for of in ("mean", "error"))
             axis.errorbar([point["cost"] for point in points], value, error, fmt=marker, color=color, label=said)
-        low = min(point["loss"]["mean"] for point in found["curve"])
-        high = max(found["loss"][key]["mean"] for key in LINES if key != "validation labels alone")
+        shown = [point["loss"]["mean"] for point in found["curve"]]
+        shown += [found["loss"][key]["mean"] for key in LINES if key != "validation labels alone"]
+        low, high = min(shown), max(shown)
         for key, (color, said) in LINES.items():
             axis.axhline(found["loss"][key]["mean"], color=color, linestyle="--", linewidth=1.2, label=said)
-        axis.set_ylim(low - 0.15 * (high - low), high + 0.35 * (high - low))
+        axis.set_ylim(low - 0.15 * (high - low), high + 0.15 * (high - low))
         axis.set_title(f"{name}: {found['hyperparameters']} hyperparameters", fontsize=10)
         axis.set(xlabel="cost in plain trainings", ylabel="test loss")
+    for axis in list(axes.flat)[len(report) :]:
+        axis.set_visible(False)
     figure.legend(
         *axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9, frameon=False
     )
