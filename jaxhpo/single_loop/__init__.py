@@ -9,7 +9,8 @@ Methods, for `jaxhpo.hypergradient`
 
 What they are made of
     FiniteSum: minibatches that are known by their number
-    SingleLoop: any estimator on any sums; InTurn: one unknown after another; SingleLoopState
+    SingleLoop: any estimator on any sums; InTurn: one unknown after another
+    SingleLoopState, OnlineState, SlowState: what they carry
     implicit_sums, series_sums, penalty_sums: what is summed; Point, Term, Problem, Draws: for sums of your own
     Plain, Momentum, STORM, SAGA, SARAH, PAGE, PerVariable: estimators of a mean; Estimator: for one of your own
 """
