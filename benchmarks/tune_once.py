@@ -17,7 +17,8 @@ Six problems, each a training of T steps of Adam on minibatches of 100 (sequence
 frozen, on training and validation images. All its hyperparameters begin at the default's values, and move by Adam,
 whose rate, among four, has the lowest mean validation loss before the last phase on seeds 100 and 101 (`--choose`). K
 was set by hand, and "window" is taken where each minibatch meets other hyperparameters: weights of images. Both, and
-the calibrated start, were settled while test losses on seeds 0 to 4 were seen, those of the results. Against it:
+the calibrated start, were settled while test losses on seeds 0 to 4 were seen: the results are of the next ones.
+Against it:
 
     default          the hyperparameters' start, trained on all labels; rate and penalty are those of the lowest mean
                      validation loss, relative to the best, on two other problems (1000 images of MNIST, and digits
@@ -64,6 +65,7 @@ from _experiment import mean, paired, text  # noqa: E402
 from augmentation import warp  # noqa: E402
 
 BATCH, HIDDEN, TRIALS, FROZEN = 100, 64, 20, 0.3
+FIRST_SEED = 5  # of those reported: 0 to 4 were seen during development
 RATES = (0.03, 0.1, 0.3, 1.0)
 HOW = {  # direction, K and rate: see above
     "label noise": ("window", 8, 0.3),
@@ -306,17 +308,12 @@ OTHERS = {  # on which NadamW is calibrated
 }
 
 
-def schedule(rate, steps):
-    return lambda count: rate * 0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(count / steps, 1)))
-
-
 def solver_of(problem: Problem, rate, decay) -> jaxhpo.Solver:
     """Adam under a cosine schedule, on the loss with the penalty `decay`."""
 
     def optimizer(h):
-        adam = optax.chain(
-            optax.scale_by_adam(eps_root=1e-12), optax.scale_by_learning_rate(schedule(rate, problem.steps))
-        )
+        schedule = optax.cosine_decay_schedule(rate, problem.steps)
+        adam = optax.adam(schedule, eps_root=1e-12)
         if problem.rates is None:
             return adam
 
@@ -365,8 +362,11 @@ def plain(problem: Problem, both: bool, settings, parts: Parts, key, nadamw: boo
     h, params = problem.hparams(settings, parts), problem.params(start)
     solver = solver_of(problem, settings["rate"], settings["decay"])
     if nadamw:
-        warm = lambda t: schedule(settings["rate"], problem.steps)(t) * jnp.minimum((t + 1) / (0.05 * problem.steps), 1)  # noqa: E731
-        tx = optax.nadamw(warm, weight_decay=settings["decay"])
+        warm = problem.steps // 20
+        rises = optax.linear_schedule(0.0, settings["rate"], warm)
+        falls = optax.cosine_decay_schedule(settings["rate"], problem.steps - warm)
+        schedule = optax.join_schedules([rises, falls], [warm])
+        tx = optax.nadamw(schedule, weight_decay=settings["decay"])
         solver = jaxhpo.from_optax(lambda params, h, batch: problem.loss(params, h, 0.0, batch), tx)
         if "in" in h and h["in"].ndim:
             h = {"in": jnp.full_like(h["in"], -jnp.inf)}  # its decay stands for the penalties
@@ -451,6 +451,7 @@ def cost(problem: Problem, parts: Parts, method: Online, every: int, frozen: flo
     # Of updates of one step, as the compiler counts a loop's body once.
     (update, arguments), steps = programs(problem, parts, method, 1)
     more, step = flops((update, arguments)) - flops(steps), flops(steps)
+    more *= method.parts  # which are a loop, too
     if method.direction == "window":  # all but the gradient of the outer loss is of each minibatch
         _, state, _, outer = arguments
         value = lambda params, batch: score(problem, params, batch)  # noqa: E731
@@ -635,7 +636,7 @@ def main(arguments=None) -> None:
     report = {}
     for name in given.problem:
         rows = []
-        for seed in range(given.seeds):
+        for seed in range(FIRST_SEED, FIRST_SEED + given.seeds):
             begun = time.perf_counter()
             rows.append(measure(name, seed, given.quick))
             print(f"{name}, seed {seed}: {time.perf_counter() - begun:.0f} s", file=sys.stderr)
