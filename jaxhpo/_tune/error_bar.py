@@ -4,6 +4,7 @@ With ĝ the hypergradient, g the derivative of the steps that were run and u a r
 ⟨ĝ − g, u⟩² has the mean ‖ĝ − g‖². One direction says little, but errors change slowly from step to step, so the last
 few are pooled; successive directions are orthogonal, so that m of them say all of an error that stays. Pooled is
 ⟨ĝ − g, u⟩² / ‖ĝ‖: far from an optimum errors go with the hypergradient's norm, near it the norm falls and they stay.
+Of a few hyperparameters all directions are taken each time, which is exact, and nothing is pooled.
 """
 
 import math
@@ -24,8 +25,8 @@ from jaxhpo._core.types import PyTree
 from jaxhpo._diagnostics.tangents import Tangents, if_forward, length_factor, orthogonal
 from jaxhpo._tune.step import OuterReport, OuterState, Step
 
-FRESH = 6  # tangents at the first step
-EVERY = 2  # steps from one tangent to the next
+FRESH = 6  # tangents at the first step; of so many hyperparameters or fewer, one for each at every measurement
+EVERY = 2  # steps from one measurement to the next
 HALF = 4  # steps after which a tangent has half of its weight in the mean
 LAST = 32  # steps that are pooled: older ones have less than 1/256
 MOST = 64  # directions that are made orthogonal to each other
@@ -102,7 +103,8 @@ class ErrorBar:
                 jax.eval_shape(value, flat, carry, key)
             if log.roots:
                 return None
-            self.tangents = Tangents(value, flat, carry, key, width=1 + self.moves)
+            together = flat.size if flat.size <= FRESH else 1
+            self.tangents = Tangents(value, flat, carry, key, width=together + self.moves)
         return self.tangents.along(directions, flat, carry, key)[1]
 
     def _value(self, point: PyTree, carry: PyTree, key: jax.Array) -> jax.Array:
@@ -118,28 +120,35 @@ class ErrorBar:
 
 
 def _directions(key: jax.Array, rows: int, size: int) -> np.ndarray:
-    """The directions of a step, shape (k, m): the next of a sequence that the key gives."""
-    block, first = size if size <= MOST else FRESH, min(FRESH, size)
-    which, start = divmod(first + rows // EVERY - 1 if rows else 0, block)
+    """The directions of a step, shape (k, m): the next of a sequence that the key gives, or a basis."""
+    if size <= FRESH:
+        return math.sqrt(size) * np.eye(size)
+    block = size if size <= MOST else FRESH
+    which, start = divmod(FRESH + rows // EVERY - 1 if rows else 0, block)
     every = orthogonal(jax.random.fold_in(jax.random.fold_in(key, 2), which), block, size)
-    return np.asarray(whole(every), float)[start : start + (1 if rows else first)]
+    return np.asarray(whole(every), float)[start : start + (1 if rows else FRESH)]
 
 
 def pooled(measured: Sequence[float], norms: Sequence[float], size: int) -> float:
-    """The error bar of the last of some steps; NaN before the first that was measured.
+    """The error bar of the last of some steps; NaN before the first that was measured, and of one that is zero.
 
     Args:
       measured: `ErrorBar.measure` of every step.
       norms: of the hypergradients.
       size: the number of hyperparameters.
     """
+    exact, last = size <= FRESH, len(norms) - 1
+    if exact and np.isfinite(measured[-1]):
+        return float(measured[-1])
+    rows = [(i, off) for i, off in enumerate(measured) if np.isfinite(off) and norms[i] > 0]
+    if not rows or not norms[-1]:
+        return float("nan")
+    if exact:
+        rows = rows[-1:]
     # Sums over directions; the last of the squares of weights.
     squares, counts, weights = 0.0, 0.0, 0.0
-    for i, (off, norm) in enumerate(zip(measured, norms, strict=True)):
-        if np.isfinite(off) and norm > 0:
-            weight, number = 0.5 ** ((len(norms) - 1 - i) / HALF), min(FRESH, size) if i == 0 else 1
-            squares += number * weight * off**2 / norm
-            counts, weights = counts + number * weight, weights + number * weight**2
-    if not counts:
-        return float("nan")
+    for i, off in rows:
+        weight, number = 0.5 ** ((last - i) / HALF), size if exact else FRESH if i == 0 else 1
+        squares += number * weight * off**2 / norms[i]
+        counts, weights = counts + number * weight, weights + number * weight**2
     return float(length_factor(counts**2 / weights, size) * np.sqrt(norms[-1] * squares / counts))
