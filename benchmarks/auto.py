@@ -1,13 +1,12 @@
-"""`Auto` against the best fixed rule, silent failures under `on_error`, and what agreement tells; on the suite.
+"""`Auto` against the best fixed rule, error bars of runs, and what agreement tells; on the suite.
 
 Every problem is tuned for 40 outer steps by Adam at the problem's rate, in float32: with each rule of `compare`'s
 default list, with rough ones, and with `Auto()`. "auto" is the cost (counted operations and memory) at which a run
 reaches the validation loss that is 99 % of the way from the start to the lowest one of `Unroll()`, over that of the
-default rule that reaches it at least cost; with and without the cost of trying rules. "on_error" are the runs of
-rules that in silence end above their start, or less than a fifth of the way that `Unroll()` goes: how each ends with
-`on_error="tighten"`, within 80 steps. "agreement" is the rank correlation, over the runs of problems with 20
-hyperparameters or more, of the mean agreement (between −1 and 1) with the part of steps that lower the loss. "pooled
-error bars" are those of the rough rules' runs, against the exact hypergradient of every step.
+default rule that reaches it at least cost; with and without the cost of trying rules. "agreement" is the rank
+correlation, over the runs of problems with 20 hyperparameters or more, of the mean agreement (between −1 and 1) with
+the part of steps that lower the loss. "pooled error bars" are those of the rough rules' runs, against the exact
+hypergradient of every step.
 
     python benchmarks/auto.py [--out DIR] [--quick] [--problems NAME ...]
 """
@@ -32,12 +31,10 @@ from jaxhpo._core.validate import short_name
 from jaxhpo._diagnostics import auto
 from jaxhpo._diagnostics.tangents import Tangents
 from jaxhpo._tune import rules as rules_of_runs
-from jaxhpo._tune.error_bar import EVERY, FRESH
+from jaxhpo._tune.error_bar import EVERY
 
 STEPS = 40
 PART = 0.99  # of the way to the lowest loss, that is to be reached
-STALLED = 0.2  # of the way that `Unroll()` goes, below which a run has stalled
-WELL = 0.8  # of that way, from which a run has ended well
 
 
 def rough(problem):
@@ -142,8 +139,7 @@ def tune_all(name):
     }
     print(f"{name}: best {record['best']}; Auto {record['chosen']}, ratio {record['ratio']:.2f}, ", end="")
     print(f"with probing {record['with probing']:.2f}", flush=True)
-    record["tangent cost"] = tangent_cost(problem)
-    record["silent"] = list(mended(problem, runs, first))
+    record["cost of error bars"] = cost_of_bars(problem)
     return record
 
 
@@ -177,39 +173,13 @@ def pooled(problem, runs):
             yield {"rule": short_name(rule), "steps": len(ratios), "within": found}
 
 
-def tangent_cost(problem):
-    """Of the tangents of a run of 40 steps, per step, of the cost of `Unroll()`, counted."""
+def cost_of_bars(problem):
+    """Of the exact derivatives of a run, per step, of the cost of `Unroll()`, counted."""
     h, unravel = ravel_pytree(problem.hparams)
     loss = lambda flat: problem.make_outer_loss(Unroll())(unravel(flat))  # noqa: E731
-    tangents = Tangents(loss, h)
-    one, full = (count_arithmetic(fn, *args, unknown_length=1) for fn, *args in (
-        (tangents.derivatives, jax.numpy.ones((1, h.size), h.dtype)), (jax.value_and_grad(loss), h),
-    ))  # fmt: skip
-    return (FRESH + (STEPS - 1) // EVERY) / STEPS * one / full
-
-
-def mended(problem, runs, first):
-    exact = first - float(np.min(runs[Unroll()][0].history["value"]))
-    for rule, (run, warned) in runs.items():
-        last = float(run.history["value"][-1])
-        if warned or rule == Unroll() or not exact > 0 or (np.isfinite(last) and first - last >= STALLED * exact):
-            continue
-        again, _ = tuned(problem, rule, 2 * STEPS, on_error="tighten")
-        gained = (first - float(np.nanmin(again.history["value"][-5:]))) / exact
-        row = {
-            "problem": problem.name,
-            "rule": short_name(rule),
-            "silent": (first - last) / exact,
-            "with on_error": gained,
-            "status": again.status,
-            "message": again.message,
-            "ends well or says why": bool(gained >= WELL or again.status in ("misled", "not_finite")),
-        }
-        print(
-            f"  {row['rule']}: {row['silent']:.2f} of the way of Unroll(), then {gained:.2f}: {again.message[:200]}",
-            flush=True,
-        )
-        yield row
+    exact = Tangents(loss, h, rule=Unroll())
+    one = count_arithmetic(exact._pull, exact._consts, h, unknown_length=1)
+    return one / EVERY / count_arithmetic(jax.value_and_grad(loss), h, unknown_length=1)
 
 
 def summary(records):
@@ -229,11 +199,8 @@ def summary(records):
             "within 2, worst run": float(np.min([row["2"] for row in bars])),
             "runs below 0.8": int(np.sum([row["2"] < 0.8 for row in bars])),
             "within 3, mean": float(np.mean([row["3"] for row in bars])),
-            "cost of `Unroll()`, median": float(np.median([record["tangent cost"] for record in records])),
+            "of the cost of `Unroll()`, median": float(np.median([record["cost of error bars"] for record in records])),
         }
-    silent = [row for record in records for row in record["silent"]]
-    well = sum(row["ends well or says why"] for row in silent)
-    found["silent runs"] = {"number": len(silent), "end well or say why": well}
     return found
 
 

@@ -15,14 +15,14 @@ Six problems, each a training of T steps of Adam on minibatches of 100 (sequence
 
 `Online` is one training, the first 70 % of its steps with an update of the hyperparameters each K, the rest with them
 frozen, on training and validation images. All its hyperparameters begin at the default's values, and move by Adam,
-whose rate, among four, has the lowest mean validation loss before the last phase on seeds 100 and 101 (`--choose`). K
+whose rate, among six, has the lowest mean validation loss before the last phase on seeds 100 and 101 (`--choose`). K
 was set by hand, and "window" is taken where each minibatch meets other hyperparameters: weights of images. Both, and
-the calibrated start, were settled while test losses on seeds 0 to 4 were seen: the results are of the next ones.
+the calibrated start, were settled while test losses on seeds 0 to 9 were seen: the results are of the next ones.
 Against it:
 
     default          the hyperparameters' start, trained on all labels; rate and penalty are those of the lowest mean
                      validation loss, relative to the best, on two other problems (1000 images of MNIST, and digits
-                     without augmentation), of nine pairs
+                     without augmentation), of 24 pairs, none of them at an edge
     Optuna           TPE, 20 trainings, over rate, penalty, and a few numbers that stand for the many hyperparameters
                      (see `SEARCHED`); then a training on all labels with the best of them
     NadamW           rate and decay calibrated alike, on the same two problems; trained on all labels
@@ -65,21 +65,21 @@ from _experiment import mean, paired, text  # noqa: E402
 from augmentation import warp  # noqa: E402
 
 BATCH, HIDDEN, TRIALS, FROZEN = 100, 64, 20, 0.3
-FIRST_SEED = 5  # of those reported: 0 to 4 were seen during development
-RATES = (0.03, 0.1, 0.3, 1.0)
+FIRST_SEED = 10  # of those reported: earlier ones were seen during development
+RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 HOW = {  # direction, K and rate: see above
     "label noise": ("window", 8, 0.3),
     "imbalance": ("last_step", 4, 0.03),
     "irrelevant": ("last_step", 3, 0.3),
     "augmentation": ("last_step", 8, 0.03),
     "transformer": ("last_step", 4, 1.0),
-    "clean": ("last_step", 3, 0.1),
+    "clean": ("last_step", 3, 0.01),
 }
 CURVE = (("last_step", 16), None, ("last_step", 1), ("implicit", 1))  # None: as `HOW` says
-DEFAULT = {"rate": 1e-2, "decay": 1e-3}  # Adam's, calibrated as NadamW's are: `calibrated(False)`
+DEFAULT = {"rate": 3e-2, "decay": 1e-3}  # Adam's, calibrated as NadamW's are: `calibrated(False)`
 SEARCHED = {
-    "rate": (2e-4, 2e-2, True),
-    "decay": (1e-6, 1e-2, True),
+    "rate": (1e-3, 1e-1, True),
+    "decay": (1e-6, 1e-1, True),
     "balance": (0.0, 1.5, False),  # weights of classes, as frequency^-balance
     "shift": (0.0, 2.0, False),  # offsets of logits, times the logarithm of the frequency
     "affine": (0.01, 0.4, True),
@@ -493,17 +493,17 @@ def search(problem: Problem, parts: Parts, seed: int, trials: int) -> dict:
 
 @functools.cache
 def calibrated(nadamw: bool = True, quick: bool = False) -> dict:
-    """The rate and decay of NadamW, or of Adam, of nine pairs, that are best on two other problems."""
-    found, decays = {}, (1e-2, 1e-1, 1.0) if nadamw else (1e-5, 1e-4, 1e-3)
+    """The rate and decay of NadamW, or of Adam, of 24 pairs, that are best on two other problems."""
+    found, decays = {}, (1e-2, 1e-1, 1.0, 10.0) if nadamw else (1e-5, 1e-4, 1e-3, 1e-2)
     for problem in OTHERS.values():
         problem = shorter(problem) if quick else problem
         parts = problem.load(100)
-        for rate in (1e-3, 3e-3, 1e-2):
+        for rate in (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1):
             for decay in decays:
                 value = plain(problem, False, {"rate": rate, "decay": decay}, parts, key_of(100), nadamw=nadamw)
                 found.setdefault((rate, decay), []).append(float(value[0]))
     values = np.array(list(found.values()))
-    rate, decay = list(found)[int(np.argmin((values / values.min(0)).mean(1)))]
+    rate, decay = list(found)[int(np.nanargmin((values / np.nanmin(values, 0)).mean(1)))]
     return {"rate": rate, "decay": decay}
 
 

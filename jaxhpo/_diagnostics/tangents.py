@@ -115,6 +115,7 @@ class Tangents:
             return value(flat), push(value, flat, directions, None)
 
         self._along, self._compiled, self._width = along, None, width or WIDTH
+        self._reverse: Callable | None = None
 
     def derivatives(self, directions: jax.Array) -> jax.Array:
         """The derivative at the point along each of the (k, m) directions, all together, also inside of `jit`."""
@@ -137,6 +138,28 @@ class Tangents:
             value, dots = whole(self._compiled(self._consts, at, rows, *args))
             found.append(np.asarray(dots, float))
         return float(value), np.concatenate(found)[: len(directions)]
+
+    def gradient(self, flat: jax.Array, *args: Any) -> np.ndarray | None:
+        """The same derivative along every coordinate, by reverse mode; None where that does not fit into memory.
+
+        Args:
+          flat: a point.
+          *args: other arguments than the first.
+
+        Raises:
+          ValueError: there is no reverse mode, as of a loop that ends at a tolerance.
+        """
+        if self._reverse is None:
+            given = self._consts, self.flat, *self.args
+            _, peak = count_and_peak(self._pull, *given, unknown_length=1)
+            if on_any(peak > SAFE_PART * available_bytes()):
+                return None
+            program, every = compilable(self._pull, *given)
+            self._reverse = functools.partial(program, *every[: len(every) - len(given)])
+        return np.asarray(whole(self._reverse(self._consts, flat, *args)), float)
+
+    def _pull(self, consts, flat, *args):
+        return jax.grad(functools.partial(_evaluate, jex.ClosedJaxpr(self.program, consts), args))(flat)
 
     def _compile(self, number: int) -> Callable:
         """The program for as many directions as fit into memory."""

@@ -1,21 +1,23 @@
-"""The error bar of a hypergradient while a run goes on: exact tangents along random directions, pooled over steps.
+"""The error bar of a hypergradient while a run goes on: the exact derivative of a step now and then.
 
-With ĝ the hypergradient, g the derivative of the steps that were run and u a random direction of length √m,
-⟨ĝ − g, u⟩² has the mean ‖ĝ − g‖². One direction says little, but errors change slowly from step to step, so the last
-few are pooled; successive directions are orthogonal, so that m of them say all of an error that stays. Pooled is
-⟨ĝ − g, u⟩² / ‖ĝ‖: far from an optimum errors go with the hypergradient's norm, near it the norm falls and they stay.
-Of a few hyperparameters all directions are taken each time, which is exact, and nothing is pooled.
+g, the derivative of the inner steps that were run, is taken by reverse mode with the checkpoints of `Unroll()`, past
+every rule. That costs little more than one tangent, and says all of the error, of which a tangent along a random
+direction says one number. Errors change slowly from step to step, so it is taken at every fourth, and holds until the
+next.
+
+Where there is no reverse mode (a run to a `tol`), or where it does not fit into memory, tangents along six random
+directions take its place: with u one of them, of length √m, ⟨ĝ − g, u⟩² has the mean ‖ĝ − g‖².
 """
 
 import math
 import warnings
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxhpo._adjoint.unroll import Unroll
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.mesh import ravel
 from jaxhpo._core.processes import whole
@@ -25,19 +27,17 @@ from jaxhpo._core.types import PyTree
 from jaxhpo._diagnostics.tangents import Tangents, if_forward, length_factor, orthogonal
 from jaxhpo._tune.step import OuterReport, OuterState, Step
 
-FRESH = 6  # tangents at the first step; of so many hyperparameters or fewer, one for each at every measurement
-EVERY = 2  # steps from one measurement to the next
-HALF = 4  # steps after which a tangent has half of its weight in the mean
-LAST = 32  # steps that are pooled: older ones have less than 1/256
-MOST = 64  # directions that are made orthogonal to each other
+EVERY = 4  # steps from one measurement to the next
+OF_MOVES = 2  # the same where moves are judged
+DIRECTIONS = 6  # of tangents: an error is within a factor of two of what they say in 97 % of cases
 
 
 class Measured(NamedTuple):
-    """Results of the tangents of a step.
+    """What is known of a step.
 
     Attributes:
-      off: root mean square of ⟨ĝ − g, u⟩ over random directions u.
-      size: that of ⟨g, u⟩.
+      off: ‖ĝ − g‖.
+      size: ‖g‖.
       slope: ⟨g, Δ⟩ / ‖Δ‖ along the move Δ.
     """
 
@@ -59,10 +59,12 @@ class ErrorBar:
 
     def __init__(self, step: Step, moves: bool):
         self.step, self.moves = step, moves
+        self.exact: Tangents | None = None
         self.tangents: Tangents | None = None
+        self.begun = False
 
     def measure(self, rows: int, state: OuterState, after: OuterState, report: OuterReport) -> Measured:
-        """Takes the tangents of a step.
+        """Measures a step.
 
         Args:
           rows: steps that were recorded before.
@@ -71,41 +73,59 @@ class ErrorBar:
           report: of the device.
         """
         flat, unravel = ravel(after.before)
-        if rows % EVERY or not flat.size:
+        if rows % (OF_MOVES if self.moves else EVERY) or not flat.size:
             return NONE
-        key = jax.random.fold_in(state.key, state.step)
-        directions = _directions(state.key, rows, flat.size)
-        number = len(directions)
-        if self.moves:
-            move = np.asarray(whole(ravel(after.point)[0] - flat), float)
-            length = np.linalg.norm(move)
-            directions = np.concatenate([directions, move[None] / (length or 1.0)])
-        found = if_forward(lambda: self._along(directions, flat, unravel, state.carry, key))
+        args = state.carry, jax.random.fold_in(state.key, state.step)
+        grad = np.asarray(whole(ravel(report.hypergradient)[0]), float)
+        move = np.asarray(whole(ravel(after.point)[0] - flat), float)
+        length = float(np.linalg.norm(move))
+        unit = move / (length or 1.0)
+        if not self.begun:
+            self._begin(flat, unravel, *args)
+        exact = None if self.exact is None else if_forward(lambda: self.exact.gradient(flat, *args))
+        if exact is not None:
+            off, size, slope = np.linalg.norm(grad - exact), np.linalg.norm(exact), exact @ unit
+        else:
+            self.exact, number = None, min(DIRECTIONS, flat.size)
+            every = orthogonal(jax.random.fold_in(jax.random.fold_in(state.key, 2), rows), number, flat.size)
+            directions = np.concatenate([np.asarray(whole(every), float), unit[None]])
+            found = self._along(directions, flat, *args)
+            factor = length_factor(number, flat.size)
+            off, size = (
+                factor * np.sqrt(np.mean(x**2)) for x in ((directions @ grad - found)[:number], found[:number])
+            )
+            slope = found[-1]
+        # No move, as of `optax.MultiSteps`, has no slope.
+        return Measured(float(off), float(size), float(slope) if self.moves and length else math.nan)
+
+    def _begin(self, flat, unravel, carry, key) -> None:
+        """Traces the outer loss: with the checkpoints of `Unroll()`, and with plain loops where these are refused."""
+        self.begun = True
+
+        def value(flat, carry, key):
+            return self._value(unravel(flat), carry, key)
+
+        log = SolveLog(schedules=False)
+        with recording(solves=log), warnings.catch_warnings(action="ignore"):
+            jax.eval_shape(value, flat, carry, key)
+        if log.roots:
+            return
+        self.tangents = Tangents(value, flat, carry, key)
+        try:
+            self.exact = Tangents(value, flat, carry, key, rule=Unroll())
+        except JaxhpoError:  # a run to a `tol`
+            self.exact = None
+
+    def _along(self, directions, flat, *args) -> np.ndarray:
+        tangents = self.tangents
+        found = None if tangents is None else if_forward(lambda: tangents.along(directions, flat, *args)[1])
         if found is None:
             raise JaxhpoError(
                 "`record='error'`, and `on_error`, need a derivative of the outer loss to hold the hypergradient "
                 "against, and there is none: `implicit` stands around a solver of your own, or something in the loss "
                 "calls back to Python. `check_hypergradient` takes differences there."
             )
-        grad = np.asarray(whole(ravel(report.hypergradient)[0]), float)
-        slope = float(found[-1]) if self.moves and length else math.nan  # no move, as of `optax.MultiSteps`
-        off, size = (np.sqrt(np.mean(x[:number] ** 2)) for x in (directions @ grad - found, found))
-        return Measured(float(off), float(size), slope)
-
-    def _along(self, directions, flat, unravel, carry, key) -> np.ndarray | None:
-        if self.tangents is None:
-
-            def value(flat, carry, key):
-                return self._value(unravel(flat), carry, key)
-
-            log = SolveLog(schedules=False)
-            with recording(solves=log), warnings.catch_warnings(action="ignore"):
-                jax.eval_shape(value, flat, carry, key)
-            if log.roots:
-                return None
-            together = flat.size if flat.size <= FRESH else 1
-            self.tangents = Tangents(value, flat, carry, key, width=together + self.moves)
-        return self.tangents.along(directions, flat, carry, key)[1]
+        return found
 
     def _value(self, point: PyTree, carry: PyTree, key: jax.Array) -> jax.Array:
         """The outer loss whose hypergradient the step takes: the mean over keys, if it accumulates."""
@@ -117,38 +137,3 @@ class ErrorBar:
 
         times = self.step.remedies.accumulate
         return value(key) if times == 1 else jnp.mean(jax.lax.map(value, jax.random.split(key, times)))
-
-
-def _directions(key: jax.Array, rows: int, size: int) -> np.ndarray:
-    """The directions of a step, shape (k, m): the next of a sequence that the key gives, or a basis."""
-    if size <= FRESH:
-        return math.sqrt(size) * np.eye(size)
-    block = size if size <= MOST else FRESH
-    which, start = divmod(FRESH + rows // EVERY - 1 if rows else 0, block)
-    every = orthogonal(jax.random.fold_in(jax.random.fold_in(key, 2), which), block, size)
-    return np.asarray(whole(every), float)[start : start + (1 if rows else FRESH)]
-
-
-def pooled(measured: Sequence[float], norms: Sequence[float], size: int) -> float:
-    """The error bar of the last of some steps; NaN before the first that was measured, and of one that is zero.
-
-    Args:
-      measured: `ErrorBar.measure` of every step.
-      norms: of the hypergradients.
-      size: the number of hyperparameters.
-    """
-    exact, last = size <= FRESH, len(norms) - 1
-    if exact and np.isfinite(measured[-1]):
-        return float(measured[-1])
-    rows = [(i, off) for i, off in enumerate(measured) if np.isfinite(off) and norms[i] > 0]
-    if not rows or not norms[-1]:
-        return float("nan")
-    if exact:
-        rows = rows[-1:]
-    # Sums over directions; the last of the squares of weights.
-    squares, counts, weights = 0.0, 0.0, 0.0
-    for i, off in rows:
-        weight, number = 0.5 ** ((last - i) / HALF), size if exact else FRESH if i == 0 else 1
-        squares += number * weight * off**2 / norms[i]
-        counts, weights = counts + number * weight, weights + number * weight**2
-    return float(length_factor(counts**2 / weights, size) * np.sqrt(norms[-1] * squares / counts))

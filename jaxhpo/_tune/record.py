@@ -20,7 +20,7 @@ from jaxhpo._core.record import LinearSolve
 from jaxhpo._core.tree import upcast, vdot
 from jaxhpo._core.types import LinearStatus, PyTree
 from jaxhpo._tune.checkpoint import is_spread
-from jaxhpo._tune.error_bar import LAST, NONE, ErrorBar, Measured, pooled
+from jaxhpo._tune.error_bar import NONE, ErrorBar, Measured
 from jaxhpo._tune.history import key_data, largest_whole, printable, summary
 from jaxhpo._tune.inputs import convert
 from jaxhpo._tune.population import Compiled, member
@@ -282,12 +282,9 @@ class Record:
         if "agreement" in self.extras:
             row |= self._agreement(row, 0.0 * row["value"] if predicted is None else predicted)
         if "error" in self.extras:
-            every = [*self.rows, row | {"measured_error": measured.off}][-LAST:]
-            first = [math.nan] * (len(self.rows) + 1 - len(every))
-            offs = [*first, *(float(each["measured_error"]) for each in every)]
-            norms = [*first, *(float(each["hypergradient_norm"]) for each in every)]
-            size = sum(x.size for x in jax.tree.leaves(report.hparams))
-            row |= {"measured_error": np.asarray(measured.off), "error": np.asarray(pooled(offs, norms, size))}
+            last = self.rows[-1]["error"] if self.rows else np.asarray(math.nan)
+            error = np.asarray(measured.off)
+            row |= {"measured_error": error, "error": error if np.isfinite(error) else last}
         if "slope" in self.extras:
             row |= {"measured_norm": np.asarray(measured.size), "measured_slope": np.asarray(measured.slope)}
         return row
