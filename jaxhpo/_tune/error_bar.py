@@ -82,19 +82,17 @@ class ErrorBar:
         unit = move / (length or 1.0)
         if not self.begun:
             self._begin(flat, unravel, *args)
-        exact = None if self.exact is None else if_forward(lambda: self.exact.gradient(flat, *args))
+        traced = self.exact
+        exact = None if traced is None else if_forward(lambda: traced.gradient(flat, *args))
         if exact is not None:
             off, size, slope = np.linalg.norm(grad - exact), np.linalg.norm(exact), exact @ unit
         else:
-            self.exact, number = None, min(DIRECTIONS, flat.size)
-            every = orthogonal(jax.random.fold_in(jax.random.fold_in(state.key, 2), rows), number, flat.size)
-            directions = np.concatenate([np.asarray(whole(every), float), unit[None]])
-            found = self._along(directions, flat, *args)
-            factor = length_factor(number, flat.size)
-            off, size = (
-                factor * np.sqrt(np.mean(x**2)) for x in ((directions @ grad - found)[:number], found[:number])
-            )
-            slope = found[-1]
+            self.exact, random = None, jax.random.fold_in(jax.random.fold_in(state.key, 2), rows)
+            number = min(DIRECTIONS, flat.size)
+            directions = np.asarray(whole(orthogonal(random, number, flat.size)), float)
+            *found, slope = self._along(np.concatenate([directions, unit[None]]), flat, *args)
+            length_of = lambda x: length_factor(number, flat.size) * np.sqrt(np.mean(np.square(x)))  # noqa: E731
+            off, size = length_of(directions @ grad - found), length_of(found)
         # No move, as of `optax.MultiSteps`, has no slope.
         return Measured(float(off), float(size), float(slope) if self.moves and length else math.nan)
 
