@@ -22,7 +22,6 @@ from jaxhpo._diagnostics.auto import Auto, choose, listed
 from jaxhpo._diagnostics.rows import Layout
 from jaxhpo._linear.direct import Direct
 from jaxhpo._linear.general import General
-from jaxhpo._linear.neumann import Neumann
 from jaxhpo._tune.population import Compiled
 from jaxhpo._tune.step import OuterState
 
@@ -209,10 +208,11 @@ def stronger(rule: Any, longest: int) -> Any:
         solver: Any = rule.linear_solver
         if rule.curvature == "hessian" and (solver == Implicit().linear_solver or isinstance(solver, General | Direct)):
             return Unroll()
-        if dataclasses.is_dataclass(solver):
-            name = "num_terms" if isinstance(solver, Neumann) else "maxiter"
-            number, replace = getattr(solver, name, None), cast(Any, dataclasses.replace)
-            if isinstance(number, int) and number < 100:
-                return replace(rule, linear_solver=replace(solver, **{name: 10 * number}))
+        # A series is not made longer: conjugate gradients are nearer after as many products, and have no step to be too
+        # long, by which a series diverges.
+        number = getattr(solver, "maxiter", None)
+        if dataclasses.is_dataclass(solver) and isinstance(number, int) and number < 100:
+            replace = cast(Any, dataclasses.replace)
+            return replace(rule, linear_solver=replace(solver, maxiter=10 * number))
         return Implicit()
     return Implicit() if isinstance(rule, SAMA | FiniteDifference) else Unroll()

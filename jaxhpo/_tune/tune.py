@@ -286,7 +286,7 @@ def tune(
         move with the exact descent direction: `measured_slope` is the derivative of the outer loss along a move of
         length one, and `measured_norm` the norm. Where the mean cosine of the last six measured moves is below .05, and
         the hypergradient off by more than 30 %, "tighten" puts stronger rules in the place of the present ones, after
-        each change for six measurements at least: ten times the terms, products, last steps (eight times the
+        each change for six measurements at least: ten times the products, last steps (eight times the
         directions), then the best linear solver, then `Unroll()`; "stop" ends the run with the status "misled", as
         "tighten" does where nothing stronger is left. A large error alone is no reason: many runs descend in a poor
         direction.

@@ -181,7 +181,7 @@ def test_the_ladder_of_rules_ends_at_exact_ones():
         while (higher := stronger(steps[-1], 1000)) is not None:
             steps.append(higher)
         assert len(steps) <= 5 and steps[-1] in (Unroll(), Auto())
-    assert stronger(Implicit(Neumann(5, 0.1)), 1000) == Implicit(Neumann(50, 0.1))
+    assert stronger(Implicit(Neumann(5, 0.1)), 1000) == Implicit()  # a series may be the fault, and has no better end
     assert stronger(Unroll(truncate=20), 100) == Unroll()  # ten times as many are all steps
 
 
