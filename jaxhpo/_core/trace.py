@@ -284,12 +284,12 @@ REVERSE_ONLY = "jaxhpo_reverse_only"  # the library's identity that refuses forw
 _JAX = os.path.join(os.path.dirname(jax.__file__), "")  # with a separator at its end: "jaxopt" begins with "jax"
 
 
-def past_rules(program: Any, stops: bool = True) -> Any:
+def past_rules(program: Any, stops: bool = True, roots: bool = True) -> Any:
     """A jaxpr that computes the same, and whose derivative is that of what it computes.
 
     A function with a derivative rule of its own is called as if it had none, but for JAX's `custom_jvp`s, which say
     what a derivative is where there are two, as of `relu` at zero; with `stops`, `stop_gradient` is passed too.
-    The square root of a zero that does not change does not change.
+    With `roots`, the square root of a zero that does not change does not change; then there is no reverse mode.
     """
     cut = {REVERSE_ONLY, *([STOP] if stops else [])}
     made = []
@@ -300,17 +300,17 @@ def past_rules(program: Any, stops: bool = True) -> Any:
             copy = {"primitive": jex_primitives.copy_p, "params": {}}
             made += [equation.replace(invars=[x], outvars=[y], **copy) for x, y in pairs]
         elif kind == "custom_vjp_call" or (kind == "custom_jvp_call" and _JAX not in _source_of(equation)):
-            call = {"call_jaxpr": _past_rules_inside(params["call_jaxpr"], stops)}
+            call = {"call_jaxpr": _past_rules_inside(params["call_jaxpr"], stops, roots)}
             made.append(equation.replace(primitive=jex_primitives.closed_call_p, params=call))
         elif kind == "custom_jvp_call":
             made.append(equation)
-        elif kind == "sqrt":
+        elif kind == "sqrt" and roots:
             x = equation.invars[0].aval
             with jax.sharding.use_abstract_mesh(x.sharding.mesh):  # another one inside of `shard_map`
                 call = {"call_jaxpr": jax.make_jaxpr(_root)(x)}
             made.append(equation.replace(primitive=jex_primitives.closed_call_p, params=call))
         else:
-            inside = {name: _past_rules_inside(value, stops) for name, value in params.items()}
+            inside = {name: _past_rules_inside(value, stops, roots) for name, value in params.items()}
             made.append(equation.replace(params=inside))
     return program.replace(eqns=made)
 
@@ -328,14 +328,14 @@ def _root_jvp(primals, tangents):
     return root, jnp.where(dot == 0, 0, dot / (2 * jnp.where(dot == 0, 1, root)))
 
 
-def _past_rules_inside(value: Any, stops: bool) -> Any:
+def _past_rules_inside(value: Any, stops: bool, roots: bool) -> Any:
     """A parameter of an equation, with `past_rules` of every jaxpr in it."""
     if isinstance(value, jex.ClosedJaxpr):
-        return value.replace(jaxpr=past_rules(value.jaxpr, stops))
+        return value.replace(jaxpr=past_rules(value.jaxpr, stops, roots))
     if isinstance(value, jex.Jaxpr):
-        return past_rules(value, stops)
+        return past_rules(value, stops, roots)
     if isinstance(value, (tuple, list)):
-        items = [_past_rules_inside(item, stops) for item in value]
+        items = [_past_rules_inside(item, stops, roots) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     return value
 

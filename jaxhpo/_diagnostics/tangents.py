@@ -101,7 +101,7 @@ class Tangents:
         stops: bool = True,
         width: int | None = None,
     ):
-        self.flat, self.args = flat, args
+        self.flat, self.args, self._stops = flat, args, stops
         with warnings.catch_warnings(action="ignore"), recording(rule=lambda _: rule):
             closed = jax.make_jaxpr(fn)(flat, *args)
         self.traced = closed.jaxpr
@@ -142,6 +142,8 @@ class Tangents:
     def gradient(self, flat: jax.Array, *args: Any) -> np.ndarray | None:
         """The same derivative along every coordinate, by reverse mode; None where that does not fit into memory.
 
+        It is NaN where a square root of zero is met.
+
         Args:
           flat: a point.
           *args: other arguments than the first.
@@ -159,7 +161,8 @@ class Tangents:
         return np.asarray(whole(self._reverse(self._consts, flat, *args)), float)
 
     def _pull(self, consts, flat, *args):
-        return jax.grad(functools.partial(_evaluate, jex.ClosedJaxpr(self.program, consts), args))(flat)
+        program = dce_jaxpr(past_rules(self.traced, self._stops, roots=False), [True], instantiate=True)[0]
+        return jax.grad(functools.partial(_evaluate, jex.ClosedJaxpr(program, consts), args))(flat)
 
     def _compile(self, number: int) -> Callable:
         """The program for as many directions as fit into memory."""

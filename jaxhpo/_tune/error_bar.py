@@ -5,8 +5,8 @@ every rule. That costs little more than one tangent, and says all of the error, 
 direction says one number. Errors change slowly from step to step, so it is taken at every fourth, and holds until the
 next.
 
-Where there is no reverse mode (a run to a `tol`), or where it does not fit into memory, tangents along six random
-directions take its place: with u one of them, of length √m, ⟨ĝ − g, u⟩² has the mean ‖ĝ − g‖².
+Where there is no reverse mode (a run to a `tol`), where it is NaN (a root of zero) or does not fit into memory, tangents
+along six random directions take its place: with u one of them, of length √m, ⟨ĝ − g, u⟩² has the mean ‖ĝ − g‖².
 """
 
 import math
@@ -84,7 +84,7 @@ class ErrorBar:
             self._begin(flat, unravel, *args)
         traced = self.exact
         exact = None if traced is None else if_forward(lambda: traced.gradient(flat, *args))
-        if exact is not None:
+        if exact is not None and np.isfinite(exact).all():
             off, size, slope = np.linalg.norm(grad - exact), np.linalg.norm(exact), exact @ unit
         else:
             self.exact, random = None, jax.random.fold_in(jax.random.fold_in(state.key, 2), rows)

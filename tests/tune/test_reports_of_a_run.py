@@ -421,6 +421,22 @@ def test_error_bar_by_tangents_where_memory_is_short(monkeypatch):
     assert (ratio > 0.22).all() and (ratio < 2.2).all() and len(set(ratio.tolist())) == 10
 
 
+def test_error_bar_of_adam_where_a_gradient_is_zero():
+    """Past a user's rules roots have a derivative of their own, which has no reverse mode: here they keep JAX's."""
+    solver = jaxhpo.from_optax(lambda p, h, b: jnp.sum(jnp.exp(h) * p[:3] ** 2 + (p[:3] - 1) ** 2), optax.adam(0.1))
+
+    def loss(rule, h):
+        start = solver.init(jnp.zeros(4), h)
+        return jnp.sum((jaxhpo.solve(solver, start, h, num_steps=20, adjoint=rule).params[:3] - 0.3) ** 2)
+
+    h, settings = jnp.array([-1.0, 0.0, 1.0]), {"num_steps": 1, "record": ("error", "hypergradient")}
+    truncated, plain = (functools.partial(loss, rule) for rule in (jaxhpo.Unroll(truncate=2), jaxhpo.Unroll()))
+    history = jaxhpo.tune(truncated, h, optax.sgd(0.1), progress=False, **settings).history
+    want = jnp.array([(plain(h + e) - plain(h - e)) / 2e-5 for e in 1e-5 * jnp.eye(3)])
+    distance = jnp.linalg.norm(history["hypergradient"][0] - want)
+    np.testing.assert_allclose(history["error"], [distance], rtol=1e-7)  # differences are off by 1e-10 / 1e-5
+
+
 def test_error_bar_of_a_run_to_a_tolerance():
     """Which has no reverse mode: of three hyperparameters three tangents say all."""
     solver = jaxhpo.from_optax(lambda p, h, b: jnp.sum(jnp.exp(h) * p**2 + (p - 1) ** 2), optax.sgd(0.05))
