@@ -5,8 +5,9 @@ every rule. That costs little more than one tangent, and says all of the error, 
 direction says one number. Errors change slowly from step to step, so it is taken at every fourth, and holds until the
 next.
 
-Where there is no reverse mode (a run to a `tol`), where it is NaN (a root of zero) or does not fit into memory, tangents
-along six random directions take its place: with u one of them, of length √m, ⟨ĝ − g, u⟩² has the mean ‖ĝ − g‖².
+Where there is no reverse mode (a run to a `tol`), where it is NaN (a root of zero) or does not fit into memory,
+tangents along six random directions take its place: with u one of them, of length √m, ⟨ĝ − g, u⟩² has the mean
+‖ĝ − g‖².
 """
 
 import math
