@@ -38,8 +38,9 @@ class Auto:
     :math:`g_l` its hypergradient and the exact one of leaf l, it explains
     :math:`\min_l 1 - \|\hat g_l - g_l\|^2 / \|g_l\|^2`. (In a run to a `tol`, where reverse mode is not exact, the
     squared slope along :math:`\hat g`, relative to the largest.) It is chosen anew where the outer loss has not fallen
-    for 8 steps; after each choice that changes nothing, for twice as many. The choice and its reasons are printed, and
-    in the result's `message`. Of a `population` all take the exact rule.
+    for 8 steps, and at once where it rises above that of the start; after a choice that changes nothing, for twice as
+    many. The choice and its reasons are printed, and in the result's `message`. Of a `population` all take the exact
+    rule.
 
     **Cost and bias**: that of the rule; each choice costs the exact hypergradient and those that are tried (one to
     three, of 1.1 to 1.5 trainings). Costs are counted operations and predicted memory, the same on every machine. A

@@ -115,11 +115,19 @@ class Rules:
         return self._say(choice.why, rows)
 
     def has_stalled(self, rows: list[dict[str, Any]]) -> bool:
-        """Returns whether `Auto` is to choose anew: no lower outer loss for `wait` steps."""
-        if self.chosen is None or len(rows) - self.probed < self.wait:
+        """Returns whether `Auto` is to choose anew: no lower outer loss for `wait` steps, or all that was gained lost.
+
+        The latter at once, as a training that becomes unstable has no steps to spare; but not where the last choice
+        changed nothing.
+        """
+        if self.chosen is None or len(rows) == self.probed:
             return False
         values = [float(row["value"]) for row in rows]
-        return min(values[-self.wait :]) >= min(values[: -self.wait], default=math.inf)
+        if self.wait == STALL and values[-1] > values[0] > min(values) and values[-1] > values[self.probed]:
+            return True
+        return len(values) - self.probed >= self.wait and min(values[-self.wait :]) >= min(
+            values[: -self.wait], default=math.inf
+        )
 
     def misleads(self, rows: list[dict[str, Any]]) -> str:
         """Returns why the hypergradients of the last steps are not to be followed, in words; empty where they are.

@@ -1,6 +1,7 @@
 """`Auto`, and `on_error`: the rules of a run are chosen, and replaced where they mislead."""
 
 import warnings
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 
 import jaxhpo
 from jaxhpo import CG, SAMA, Auto, Identity, Implicit, JaxhpoError, Neumann, Unroll, tune
-from jaxhpo._tune.rules import stronger
+from jaxhpo._tune.rules import Rules, stronger
 
 RIDGE = jaxhpo.testing.ridge(0)
 POINT = jnp.asarray(RIDGE.hparams)
@@ -99,6 +100,24 @@ def test_auto_chooses_anew_where_the_loss_stalls():
         patch.setattr(jaxhpo._tune.rules, "choose", counted)
         tune(outer_loss, start, optax.adam(0.3), num_steps=40, progress=False)
     assert len(calls) == 3  # before step 0, after 8 steps without a lower loss, and after 16 more
+
+
+@pytest.mark.parametrize(
+    ("values", "probed", "wait", "anew"),
+    [
+        ([1.0, 0.8, 1.1], 0, 8, True),
+        ([1.0, 0.8, 0.9], 0, 8, False),
+        ([1.0, 1.1, 1.2], 0, 8, False),  # nothing was gained
+        ([1.0, 0.8, 1.1], 0, 16, False),  # the last choice changed nothing
+        ([1.0, 0.8, 1.3, 1.2], 2, 8, False),  # it falls since the last choice
+        ([1.0, 0.8, 1.3, 1.4], 2, 8, True),
+        ([1.0, 0.8, np.nan], 0, 8, False),
+    ],
+)
+def test_auto_chooses_anew_at_once_where_all_that_was_gained_is_lost(values, probed, wait, anew):
+    rules = Rules(SimpleNamespace(step=SimpleNamespace()), None)
+    rules.chosen, rules.probed, rules.wait = Unroll(), probed, wait
+    assert rules.has_stalled([{"value": value} for value in values]) == anew
 
 
 def test_auto_in_a_population_is_exact():
