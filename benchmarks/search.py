@@ -518,6 +518,7 @@ def draw(rows, path) -> None:
         top = max(ends)
         if "untuned" in methods:  # half way up to it, where the methods differ
             top = min(ends) + 0.5 * (np.mean([row["validation"] for row in methods["untuned"]]) - min(ends))
+            top = max(top, *(np.mean([row["validation"] for row in methods.get(name, ())] or 0) for name in SEARCHES))
         room = 0.1 * (top - min(ends)) + 1e-3
         axis.set_ylim(min(ends) - room, top + room)
         name = {"one": "one penalty", "layer": "a penalty a layer", "weight": "a penalty a weight"}[penalties]
