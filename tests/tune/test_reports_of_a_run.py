@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxhpo
 from jaxhpo import plot
@@ -410,6 +411,25 @@ def test_error_bar_of_a_run(tmp_path):
     np.testing.assert_array_equal(history["error"], np.repeat(history["measured_error"][::4], 4)[:10])
     other = jaxhpo.tune(truncated, h, optax.adam(0.05), num_steps=10, **settings | {"run_dir": None}).history
     np.testing.assert_array_equal(other["error"], history["error"])
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_error_bar_of_sharded_hyperparameters(kind):
+    solver = jaxhpo.from_optax(lambda p, h, b: jnp.sum(jnp.exp(h) * p**2 + (p - 1) ** 2), optax.sgd(0.05))
+
+    def loss(h):
+        start = solver.init(jnp.zeros_like(h), h)
+        sol = jaxhpo.solve(solver, start, h, num_steps=20, adjoint=jaxhpo.Unroll(truncate=2))
+        return jnp.sum((sol.params - 0.3) ** 2)
+
+    h, mesh = jnp.linspace(-1.0, 1.0, 40), jax.make_mesh((8,), ("d",), axis_types=(kind,))
+    settings = {"num_steps": 3, "on_error": "tighten", "progress": False}
+    want = jaxhpo.tune(loss, h, optax.adam(0.05), **settings).history
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(h, NamedSharding(mesh, PartitionSpec("d")))
+        got = jaxhpo.tune(loss, placed, optax.adam(0.05), **settings).history
+    for name in ("error", "measured_slope", "measured_norm"):
+        np.testing.assert_allclose(got[name], want[name], rtol=1e-12)  # sums in another order
 
 
 def test_error_bar_by_tangents_where_memory_is_short(monkeypatch):
