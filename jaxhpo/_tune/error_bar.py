@@ -34,7 +34,7 @@ DIRECTIONS = 6  # of tangents: an error is within a factor of two of what they s
 
 
 class Measured(NamedTuple):
-    """What is known of a step.
+    """The measured error of a step.
 
     Attributes:
       off: ‖ĝ − g‖.
