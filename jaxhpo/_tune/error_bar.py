@@ -85,10 +85,12 @@ class ErrorBar:
             self._begin(flat, unravel, *args)
         traced = self.exact
         exact = None if traced is None else if_forward(lambda: traced.gradient(flat, *args))
+        if exact is None:
+            self.exact = None
         if exact is not None and np.isfinite(exact).all():
             off, size, slope = np.linalg.norm(grad - exact), np.linalg.norm(exact), exact @ unit
         else:
-            self.exact, random = None, jax.random.fold_in(jax.random.fold_in(state.key, 2), rows)
+            random = jax.random.fold_in(jax.random.fold_in(state.key, 2), rows)
             number = min(DIRECTIONS, flat.size)
             directions = np.asarray(whole(orthogonal(random, number, flat.size)), float)
             *found, slope = self._along(np.concatenate([directions, unit[None]]), flat, *args)
