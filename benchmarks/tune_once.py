@@ -18,8 +18,7 @@ frozen, on training and validation images. All its hyperparameters begin at the 
 whose rate, among six, has the lowest mean validation loss before the last phase on seeds 100 and 101 (`--choose`); so
 has the rate of the parameters, .01 or .03. K was set by hand, and "window" is taken where each minibatch meets other
 hyperparameters: weights of images. All this was settled while test losses on seeds 0 to 14 were seen: the results are
-of the next ones.
-Against it:
+of the next ones. Against it:
 
     default          the hyperparameters' start, trained on all labels; rate and penalty are those of the lowest mean
                      validation loss, relative to the best, on two other problems (1000 images of MNIST, and digits
@@ -303,7 +302,7 @@ PROBLEMS = {
     ),
     "clean": Problem(lambda seed: mnist(seed, 10_000, 500), factors("in", "out"), dense(784), per_layer_loss, losses),
 }
-OTHERS = {  # on which NadamW is calibrated
+OTHERS = {  # on which the default and NadamW are calibrated
     "1000 images": Problem(
         lambda seed: mnist(seed, 1000, 500), factors("in", "out"), dense(784), per_layer_loss, losses
     ),

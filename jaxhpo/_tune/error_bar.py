@@ -32,6 +32,12 @@ EVERY = 4  # steps from one measurement to the next
 OF_MOVES = 2  # the same where moves are judged
 DIRECTIONS = 6  # of tangents: an error is within a factor of two of what they say in 97 % of cases
 
+NO_DERIVATIVE = (
+    "`record='error'`, and `on_error`, need a derivative of the outer loss to hold the hypergradient against, and "
+    "there is none: `implicit` stands around a solver of your own, or something in the loss calls back to Python. "
+    "`check_hypergradient` takes differences there."
+)
+
 
 class Measured(NamedTuple):
     """The measured error of a step.
@@ -76,56 +82,54 @@ class ErrorBar:
         flat, unravel = ravel(after.before)
         if rows % (OF_MOVES if self.moves else EVERY) or not flat.size:
             return NONE
-        args = state.carry, jax.random.fold_in(state.key, state.step)
+
+        def value(flat, carry, key):
+            return self._value(unravel(flat), carry, key)
+
+        at = flat, state.carry, jax.random.fold_in(state.key, state.step)
         grad = np.asarray(whole(ravel(report.hypergradient)[0]), float)
         move = np.asarray(whole(ravel(after.point)[0] - flat), float)
         length = float(np.linalg.norm(move))
         unit = move / (length or 1.0)
-        if not self.begun:
-            self._begin(flat, unravel, *args)
-        traced = self.exact
-        exact = None if traced is None else if_forward(lambda: traced.gradient(flat, *args))
-        if exact is None:
-            self.exact = None
+        exact = self._gradient(value, *at)
         if exact is not None and np.isfinite(exact).all():
             off, size, slope = np.linalg.norm(grad - exact), np.linalg.norm(exact), exact @ unit
         else:
             random = jax.random.fold_in(jax.random.fold_in(state.key, 2), rows)
             number = min(DIRECTIONS, flat.size)
             directions = np.asarray(whole(orthogonal(random, number, flat.size)), float)
-            *found, slope = self._along(np.concatenate([directions, unit[None]]), flat, *args)
+            *found, slope = self._along(np.concatenate([directions, unit[None]]), value, *at)
             length_of = lambda x: length_factor(number, flat.size) * np.sqrt(np.mean(np.square(x)))  # noqa: E731
             off, size = length_of(directions @ grad - found), length_of(found)
         # No move, as of `optax.MultiSteps`, has no slope.
         return Measured(float(off), float(size), float(slope) if self.moves and length else math.nan)
 
-    def _begin(self, flat, unravel, carry, key) -> None:
-        """Traces the outer loss: with the checkpoints of `Unroll()`, and with plain loops where these are refused."""
-        self.begun = True
-
-        def value(flat, carry, key):
-            return self._value(unravel(flat), carry, key)
-
-        log = SolveLog(schedules=False)
-        with recording(solves=log), warnings.catch_warnings(action="ignore"):
-            jax.eval_shape(value, flat, carry, key)
-        if log.roots:
-            return
-        self.tangents = Tangents(value, flat, carry, key)
-        try:
-            self.exact = Tangents(value, flat, carry, key, rule=Unroll())
-        except JaxhpoError:  # a run to a `tol`
-            self.exact = None
-
-    def _along(self, directions, flat, *args) -> np.ndarray:
-        tangents = self.tangents
-        found = None if tangents is None else if_forward(lambda: tangents.along(directions, flat, *args)[1])
+    def _gradient(self, value, *at) -> np.ndarray | None:
+        """g, by reverse mode; None where there is none, or it does not fit into memory."""
+        if not self.begun:
+            self.begun, log = True, SolveLog(schedules=False)
+            with recording(solves=log), warnings.catch_warnings(action="ignore"):
+                jax.eval_shape(value, *at)
+            if log.roots:  # a derivative under `implicit` is its rule
+                raise JaxhpoError(NO_DERIVATIVE)
+            try:
+                self.exact = Tangents(value, *at, rule=Unroll())
+            except JaxhpoError:  # a run to a `tol`
+                return None
+        exact = self.exact
+        found = None if exact is None else if_forward(lambda: exact.gradient(*at))
         if found is None:
-            raise JaxhpoError(
-                "`record='error'`, and `on_error`, need a derivative of the outer loss to hold the hypergradient "
-                "against, and there is none: `implicit` stands around a solver of your own, or something in the loss "
-                "calls back to Python. `check_hypergradient` takes differences there."
-            )
+            self.exact = None
+        return found
+
+    def _along(self, directions, value, *at) -> np.ndarray:
+        """⟨g, u⟩ for each direction u, by forward mode."""
+        if self.tangents is None:
+            self.tangents = Tangents(value, *at)
+        tangents = self.tangents
+        found = if_forward(lambda: tangents.along(directions, *at)[1])
+        if found is None:
+            raise JaxhpoError(NO_DERIVATIVE)
         return found
 
     def _value(self, point: PyTree, carry: PyTree, key: jax.Array) -> jax.Array:

@@ -286,10 +286,10 @@ def tune(
         move with the exact descent direction: `measured_slope` is the derivative of the outer loss along a move of
         length one, and `measured_norm` the norm. Where the mean cosine of the last six measured moves is below .05, and
         the hypergradient off by more than 30 %, "tighten" puts stronger rules in the place of the present ones, after
-        each change for six measurements at least: ten times the products, last steps (eight times the
-        directions), then the best linear solver, then `Unroll()`; "stop" ends the run with the status "misled", as
-        "tighten" does where nothing stronger is left. A large error alone is no reason: many runs descend in a poor
-        direction.
+        each change for six measurements at least: ten times the products or last steps (eight times the directions),
+        then (of a series at once) the best linear solver, then `Unroll()`; "stop" ends the run with the status
+        "misled", as "tighten" does where nothing stronger is left. A large error alone is no reason: many runs descend
+        in a poor direction.
       resume: what to do where `run_dir` holds a run that was last saved with another outer loss: its traced program,
         the arrays that it closes over (of those above 4096 entries so many, evenly spaced, are compared; code and data
         of Python functions that it calls back are not), the first carry, or jax's version. "warn" says so in a warning,
