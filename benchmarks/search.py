@@ -514,13 +514,12 @@ def draw(rows, path) -> None:
             color = plot.PALETTE[(i if method in SEARCHES else i - len(SEARCHES)) % len(plot.PALETTE)]
             style = "--" if method in SEARCHES else "-"
             axis.plot(at, np.mean(curves, 0), style, color=color, label=method, drawstyle="steps-post", linewidth=1.4)
-        ends = [np.mean([row["validation"] for row in found]) for found in methods.values()]
-        top = max(ends)
-        if "untuned" in methods:  # half way up to it, where the methods differ
-            top = min(ends) + 0.5 * (np.mean([row["validation"] for row in methods["untuned"]]) - min(ends))
-            top = max(top, *(np.mean([row["validation"] for row in methods.get(name, ())] or 0) for name in SEARCHES))
-        room = 0.1 * (top - min(ends)) + 1e-3
-        axis.set_ylim(min(ends) - room, top + room)
+        ends = {name: np.mean([row["validation"] for row in found]) for name, found in methods.items()}
+        low, top = min(ends.values()), max(ends.values())
+        if "untuned" in ends:  # half way up to it, where the methods differ, and all searches
+            top = max(low + 0.5 * (ends["untuned"] - low), *(ends.get(name, low) for name in SEARCHES))
+        room = 0.1 * (top - low) + 1e-3
+        axis.set_ylim(low - room, top + room)
         name = {"one": "one penalty", "layer": "a penalty a layer", "weight": "a penalty a weight"}[penalties]
         axis.set_title(f"{TITLES[model]}, {TITLES[data]}, N = {size}, {name}", fontsize=plot.TITLE)
         axis.set(xlabel="training gradients", ylabel="best validation loss")

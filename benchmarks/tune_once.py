@@ -637,7 +637,9 @@ def picture(report: dict, path) -> None:
 def main(arguments=None) -> None:
     def more(parser):
         parser.add_argument("--problem", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS))
-        parser.add_argument("--choose", action="store_true", help="print the outer rates' ranks, and do nothing else")
+        parser.add_argument(
+            "--choose", action="store_true", help="print the validation losses by rates, and do nothing else"
+        )
 
     given = parse(__doc__, arguments, seeds=5, quick=1, more=more)
     if given.choose:

@@ -17,7 +17,7 @@ from jaxhpo._core.types import InnerState
 from jaxhpo._core.validate import short_name
 from jaxhpo._diagnostics.compare.compare import default_adjoints
 from jaxhpo._diagnostics.compare.measure import measure
-from jaxhpo._diagnostics.tangents import Tangents, if_forward
+from jaxhpo._diagnostics.tangents import Tangents, if_defined
 from jaxhpo._inner.problem import Adjoint, Problem
 
 CLEARLY = 0.8  # of the cost of `Unroll()`: rules above it are not tried
@@ -184,7 +184,7 @@ def _tried(value, rules, flat, parts) -> list[Tried]:
         explain = [_explains(grad, grads[0], parts) for grad in grads]
     else:
         units = grads / np.linalg.norm(grads, axis=1, keepdims=True)
-        slopes = if_forward(lambda: Tangents(value, flat).along(units)[1])
+        slopes = if_defined(lambda: Tangents(value, flat).along(units)[1])
         explain = [0.0] * len(found) if slopes is None else (np.maximum(slopes, 0) / (slopes.max() or 1.0)) ** 2
     return [Tried(rule, float(part), cost) for (rule, _, cost), part in zip(found, explain, strict=True)]
 

@@ -25,7 +25,7 @@ from jaxhpo._core.trace import trust
 from jaxhpo._core.tree import cast_like, is_inexact, norm, upcast, where
 from jaxhpo._core.types import InnerState, PyTree
 from jaxhpo._core.validate import check_arrays, check_count, check_key, check_params
-from jaxhpo._diagnostics.tangents import Tangents, if_forward, length_factor, orthogonal
+from jaxhpo._diagnostics.tangents import Tangents, if_defined, length_factor, orthogonal
 from jaxhpo._inner.loop import scan_steps
 from jaxhpo._inner.problem import Adjoint, Problem
 from jaxhpo._linear.bicgstab import BiCGStab
@@ -181,7 +181,7 @@ def _by_tangents(value, flat, grad, number, key, roots) -> tuple[jax.Array, jax.
         tangents = Tangents(value, flat)
         return None if tangents.rounded else tangents.derivatives(rows)
 
-    found = if_forward(derivatives)
+    found = if_defined(derivatives)
     if found is None:
         return jnp.full((), jnp.nan, flat.dtype), jnp.asarray(False)
     error = length_factor(number, flat.size) * jnp.sqrt(jnp.mean((rows @ grad - found) ** 2))

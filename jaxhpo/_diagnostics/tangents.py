@@ -33,7 +33,7 @@ def orthogonal(key: jax.Array, number: int, size: int) -> jax.Array:
     return jnp.linalg.qr(normal)[0].T * math.sqrt(size)
 
 
-def length_factor(number: float, size: int) -> float:
+def length_factor(number: int, size: int) -> float:
     r"""The factor from the root mean square of ⟨e, u⟩ over k directions of `orthogonal` to an estimate of ‖e‖.
 
     The sum of ⟨e, u⟩² is m ‖e‖² times a variable with the distribution Beta(k/2, (m − k)/2), whose logarithm has the
@@ -41,7 +41,7 @@ def length_factor(number: float, size: int) -> float:
     factors: with k = 6 of many entries 97 % are within a factor of two, without it 96 %.
 
     Args:
-      number: k, which need not be whole (of weighted means); of m or more directions the length is exact.
+      number: k; of m or more directions the length is exact.
       size: m.
     """
     if number >= size:
@@ -153,11 +153,9 @@ class Tangents:
         """
         if self._reverse is None:
             given = self._consts, self.flat, *self.args
-            _, peak = count_and_peak(self._pull, *given, unknown_length=1)
-            if on_any(peak > SAFE_PART * available_bytes()):
+            if not _fits(self._pull, given):
                 return None
-            program, every = compilable(self._pull, *given)
-            self._reverse = functools.partial(program, *every[: len(every) - len(given)])
+            self._reverse = _with_constants(self._pull, given)
         return np.asarray(whole(self._reverse(self._consts, flat, *args)), float)
 
     def _pull(self, consts, flat, *args):
@@ -171,15 +169,25 @@ class Tangents:
             return self._consts, self.flat, np.zeros((width, self.flat.size), self.flat.dtype), *self.args
 
         self._width = min(self._width, number)
-        _, peak = count_and_peak(self._along, *given(self._width), unknown_length=1)
-        if on_any(peak > SAFE_PART * available_bytes()):
+        if not _fits(self._along, given(self._width)):
             self._width = 1
-        program, every = compilable(self._along, *given(self._width))
-        return functools.partial(program, *every[: len(every) - len(given(1))])
+        return _with_constants(self._along, given(self._width))
 
 
-def if_forward(measure: Callable[[], Any]) -> Any:
-    """`measure()`, or None where an operation has no forward mode, as callbacks have none."""
+def _fits(fn: Callable, given: tuple) -> bool:
+    """Whether a function fits into memory, on every process."""
+    _, peak = count_and_peak(fn, *given, unknown_length=1)
+    return not on_any(peak > SAFE_PART * available_bytes())
+
+
+def _with_constants(fn: Callable, given: tuple) -> Callable:
+    """The compiled function, with what it closes over bound."""
+    program, every = compilable(fn, *given)
+    return functools.partial(program, *every[: len(every) - len(given)])
+
+
+def if_defined(measure: Callable[[], Any]) -> Any:
+    """`measure()`, or None where an operation has no derivative of its mode, as callbacks have none."""
     try:
         return measure()
     except JaxhpoError:

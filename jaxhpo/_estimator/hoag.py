@@ -13,10 +13,10 @@ from jaxhpo._adjoint.implicit import Implicit, check_symmetric, warn_of_untruste
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.mesh import cast_varying, varying_axes
 from jaxhpo._core.tree import add_scaled, norm, upcast, where, zeros_like
-from jaxhpo._core.types import Hypergradient, InnerState, PyTree
+from jaxhpo._core.types import Hypergradient, InnerState, PyTree, StatefulMethod
 from jaxhpo._core.validate import check_callable, check_positive, check_settings, check_traceable_number, describe
 from jaxhpo._estimator.implicit_product import implicit_product
-from jaxhpo._estimator.pair import ImplicitMethod, check_pair_state, drawn, inner_start
+from jaxhpo._estimator.pair import check_pair_state, drawn, inner_start
 from jaxhpo._inner.loop import run
 from jaxhpo._inner.problem import make_problem
 from jaxhpo._linear.iteration import conjugate_gradients
@@ -43,7 +43,7 @@ class HOAGState(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class HOAG(ImplicitMethod):
+class HOAG(StatefulMethod):
     r"""Implicit differentiation with an inexact inner run and linear solve, more exact in every update (HOAG).
 
     In the k-th update, k = 1, 2, ..., with g the condition (the gradient of the train loss) and H its Jacobian in θ:

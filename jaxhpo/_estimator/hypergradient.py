@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from jaxhpo._core.tree import upcast, zeros_like
 from jaxhpo._core.types import Hypergradient, HypergradientInfo, InnerState, PyTree, Solver, StatefulMethod, declared
 from jaxhpo._core.validate import check_callable, check_count, check_hparams, check_key, check_scalar, describe
 from jaxhpo._estimator.implicit_product import implicit_product
-from jaxhpo._estimator.pair import ImplicitMethod, check_pair_state, drawn, inner_start
+from jaxhpo._estimator.pair import check_pair_state, drawn, inner_start
 from jaxhpo._inner.inputs import check_solver
 from jaxhpo._inner.loop import run
 from jaxhpo._inner.problem import Adjoint, check_adjoint, make_problem
@@ -100,7 +101,7 @@ def hypergradient(
     if isinstance(method, type):
         raise JaxhpoError(f"`method` got the class {method.__name__}: write `{method.__name__}(...)`.")
     checked = _checked_outer_loss(outer_loss)
-    if condition_batch is not None and not isinstance(method, (Implicit, ImplicitMethod)):
+    if condition_batch is not None and not (isinstance(method, Implicit) or _takes_condition_batch(method)):
         raise JaxhpoError(
             f"`condition_batch` got {describe(condition_batch)}, but {method!r} solves no linear system that stands on "
             "a batch of its own: omit it, or write `Implicit(...)` or `HOAG()`."
@@ -128,6 +129,11 @@ def hypergradient(
         return out
 
     return Hypergradient(pair.init, update)
+
+
+def _takes_condition_batch(method: Any) -> bool:
+    pair = getattr(method, "pair", None)
+    return pair is not None and "condition_batch" in inspect.signature(pair).parameters
 
 
 class RuleState(NamedTuple):

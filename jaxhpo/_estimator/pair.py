@@ -5,12 +5,8 @@ from typing import Any
 import jax
 
 from jaxhpo._core.errors import JaxhpoError
-from jaxhpo._core.types import InnerState, PyTree, Solver, StatefulMethod
+from jaxhpo._core.types import InnerState, PyTree, Solver
 from jaxhpo._core.validate import require_key
-
-
-class ImplicitMethod(StatefulMethod):
-    """A stateful method with a linear system, whose `pair` also takes `condition_batch`: see `hypergradient`."""
 
 
 def inner_start(solver: Solver, inner: InnerState, hparams: PyTree, warm_start: bool) -> InnerState:

@@ -12,7 +12,7 @@ tangents along six random directions take its place: with u one of them, of leng
 
 import math
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ from jaxhpo._core.processes import whole
 from jaxhpo._core.record import SolveLog, recording
 from jaxhpo._core.transforms import to_natural
 from jaxhpo._core.types import PyTree
-from jaxhpo._diagnostics.tangents import Tangents, if_forward, length_factor, orthogonal
+from jaxhpo._diagnostics.tangents import Tangents, if_defined, length_factor, orthogonal
 from jaxhpo._tune.step import OuterReport, OuterState, Step
 
 EVERY = 4  # steps from one measurement to the next
@@ -69,9 +69,14 @@ class ErrorBar:
         self.exact: Tangents | None = None
         self.tangents: Tangents | None = None
         self.begun = False
+        self.last = -EVERY  # the last row that was measured
+
+    def resume(self, rows: list[dict[str, Any]]) -> None:
+        """Goes on after the rows of an earlier call."""
+        self.last = max((i for i, row in enumerate(rows) if np.isfinite(row["measured_error"])), default=-EVERY)
 
     def measure(self, rows: int, state: OuterState, after: OuterState, report: OuterReport) -> Measured:
-        """Measures a step.
+        """Measures a step, where that is due.
 
         Args:
           rows: steps that were recorded before.
@@ -80,7 +85,12 @@ class ErrorBar:
           report: of the device.
         """
         flat, unravel = ravel(after.before)
-        if rows % (OF_MOVES if self.moves else EVERY) or not flat.size:
+        since, moves = rows - self.last, np.zeros((0, flat.size))
+        if self.moves and since >= OF_MOVES:
+            move = np.asarray(whole(ravel(after.point)[0] - flat), float)
+            if move.any():  # not of `optax.MultiSteps`, between its steps
+                moves = move[None] / np.linalg.norm(move)
+        if not (flat.size and (since >= EVERY or len(moves))):
             return NONE
 
         def value(flat, carry, key):
@@ -88,21 +98,18 @@ class ErrorBar:
 
         at = flat, state.carry, jax.random.fold_in(state.key, state.step)
         grad = np.asarray(whole(ravel(report.hypergradient)[0]), float)
-        move = np.asarray(whole(ravel(after.point)[0] - flat), float)
-        length = float(np.linalg.norm(move))
-        unit = move / (length or 1.0)
         exact = self._gradient(value, *at)
         if exact is not None and np.isfinite(exact).all():
-            off, size, slope = np.linalg.norm(grad - exact), np.linalg.norm(exact), exact @ unit
+            off, size, slopes = np.linalg.norm(grad - exact), np.linalg.norm(exact), moves @ exact
         else:
             random = jax.random.fold_in(jax.random.fold_in(state.key, 2), rows)
             number = min(DIRECTIONS, flat.size)
             directions = np.asarray(whole(orthogonal(random, number, flat.size)), float)
-            *found, slope = self._along(np.concatenate([directions, unit[None]]), value, *at)
+            found, slopes = np.split(self._along(np.concatenate([directions, moves]), value, *at), [number])
             length_of = lambda x: length_factor(number, flat.size) * np.sqrt(np.mean(np.square(x)))  # noqa: E731
             off, size = length_of(directions @ grad - found), length_of(found)
-        # No move, as of `optax.MultiSteps`, has no slope.
-        return Measured(float(off), float(size), float(slope) if self.moves and length else math.nan)
+        self.last = rows if np.isfinite(off) else self.last
+        return Measured(float(off), float(size), float(slopes[0]) if len(slopes) else math.nan)
 
     def _gradient(self, value, *at) -> np.ndarray | None:
         """g, by reverse mode; None where there is none, or it does not fit into memory."""
@@ -117,7 +124,7 @@ class ErrorBar:
             except JaxhpoError:  # a run to a `tol`
                 return None
         exact = self.exact
-        found = None if exact is None else if_forward(lambda: exact.gradient(*at))
+        found = None if exact is None else if_defined(lambda: exact.gradient(*at))
         if found is None:
             self.exact = None
         return found
@@ -127,7 +134,7 @@ class ErrorBar:
         if self.tangents is None:
             self.tangents = Tangents(value, *at)
         tangents = self.tangents
-        found = if_forward(lambda: tangents.along(directions, *at)[1])
+        found = if_defined(lambda: tangents.along(directions, *at)[1])
         if found is None:
             raise JaxhpoError(NO_DERIVATIVE)
         return found

@@ -282,9 +282,10 @@ class Record:
         if "agreement" in self.extras:
             row |= self._agreement(row, 0.0 * row["value"] if predicted is None else predicted)
         if "error" in self.extras:
-            last = self.rows[-1]["error"] if self.rows else np.asarray(math.nan)
             error = np.asarray(measured.off)
-            row |= {"measured_error": error, "error": error if np.isfinite(error) else last}
+            another_rule = len(self.rows) in (self.rules.since, self.rules.probed)
+            held = self.rows[-1]["error"] if measured is NONE and self.rows and not another_rule else error
+            row |= {"measured_error": error, "error": held}
         if "slope" in self.extras:
             row |= {"measured_norm": np.asarray(measured.size), "measured_slope": np.asarray(measured.slope)}
         return row
@@ -358,6 +359,8 @@ class Record:
         self.now = LoopState(**{name: tree[name] for name in LoopState._fields})
         # Includes the time of callbacks after the last row: a run that had spent its seconds has spent them.
         self.started -= max(before.pop("seconds", 0.0), float(self.rows[-1]["seconds"]))
+        if self.error_bar is not None:
+            self.error_bar.resume(self.rows)
         if own := before.pop("rules", None):
             self.rules.restore(own, self.now.state)
         steps = self.per_call * len(self.rows)

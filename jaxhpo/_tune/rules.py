@@ -140,8 +140,7 @@ class Rules:
         own = [row for row in rows[self.since :] if np.isfinite(row["measured_slope"])][-MEASURED:]
         if len(own) < MEASURED or not np.isfinite(rows[-1]["measured_slope"]):
             return ""
-        size = math.sqrt(np.mean([float(row["measured_norm"]) ** 2 for row in own]))
-        cosine = -float(np.mean([row["measured_slope"] for row in own])) / size if size else 1.0
+        cosine = -float(np.mean([row["measured_slope"] / (row["measured_norm"] or 1.0) for row in own]))
         error, norm = (float(own[-1][name]) for name in ("error", "hypergradient_norm"))
         if not (cosine < DOWNHILL and error > ROUGH * norm):
             return ""

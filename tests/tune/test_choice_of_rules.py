@@ -150,6 +150,33 @@ def test_a_rule_that_misleads_is_replaced():
     assert np.isfinite(slope[::2]).all() and np.isnan(slope[1::2]).all() and (size[::2] > 0).all()
 
 
+@pytest.mark.parametrize("every", [2, 3, 4])
+def test_moves_of_several_steps_are_judged(every):
+    optimizer = optax.MultiSteps(optax.adam(0.05), every)
+    result = tune(ridge(Backwards()), POINT, optimizer, num_steps=60, progress=False, on_error="stop")
+    slope = result.history["measured_slope"]
+    assert result.status == "misled" and np.isfinite(slope[every - 1 :: every]).sum() == 6
+    assert np.isnan(np.delete(slope, np.s_[every - 1 :: every])).all()
+
+
+def test_an_error_is_not_held_past_its_rule():
+    result = tune(ridge(Backwards()), POINT, optax.adam(0.05), num_steps=14, progress=False, on_error="tighten")
+    error = result.history["error"]
+    assert "before step 11" in result.message and error[10] > 0 and np.isnan(error[11])
+    assert error[12] <= 1e-12 * result.history["hypergradient_norm"][12]
+
+
+@pytest.mark.parametrize(("slopes", "found"), [([0.0, 1, 1, 1, 1, 1], False), ([0.0, 0, 0, 0, 0, 0.2], True)])
+def test_cosines_count_alike_whatever_the_norm(slopes, found):
+    rules = Rules(SimpleNamespace(step=SimpleNamespace()), "stop")
+    norms = [100.0, 1, 1, 1, 1, 1]
+    rows = [
+        {"measured_norm": n, "measured_slope": -c * n, "error": 0.4, "hypergradient_norm": 1.0}
+        for n, c in zip(norms, slopes, strict=True)
+    ]
+    assert bool(rules.misleads(rows)) == found
+
+
 def test_a_rule_that_misleads_ends_the_run():
     result = tune(ridge(Backwards()), POINT, optax.adam(0.1), num_steps=40, progress=False, on_error="stop")
     assert result.status == "misled" and len(result.history["value"]) == 11

@@ -381,7 +381,7 @@ def test_agreement_of_predicted_and_actual_change(tmp_path):
     np.testing.assert_allclose(alone(4).history["agreement"][1:], 0.9, rtol=1e-12)
 
 
-def truncated_and_exact(tol=None):
+def truncated_and_exact():
     """A loss of 40 hyperparameters whose rule sees two of 20 steps, and the same differentiated exactly."""
     solver = jaxhpo.from_optax(lambda p, h, b: jnp.sum(jnp.exp(h) * p**2 + (p - 1) ** 2), optax.sgd(0.05))
 

@@ -32,7 +32,7 @@ from jaxhpo._diagnostics.rows import (
     leaf_rows,
     slope_rows,
 )
-from jaxhpo._diagnostics.tangents import Tangents, if_forward
+from jaxhpo._diagnostics.tangents import Tangents, if_defined
 
 COARSE = 1e-2  # a relative error that is called right, at most, where differences are the reference
 FAR = 1e-2  # of a solution's length: as much as linear solves may be off
@@ -122,7 +122,7 @@ class Evidence:
             return tangents, *tangents.along(rows.directions)
 
         # The rule of `implicit` is all that is known of a solver of the user's.
-        found = None if self.log.roots else if_forward(by_tangents)
+        found = None if self.log.roots else if_defined(by_tangents)
         if found is None or not np.isfinite(found[2]).all():
             self._by_differences()
         else:

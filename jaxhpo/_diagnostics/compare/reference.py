@@ -24,7 +24,7 @@ from jaxhpo._diagnostics.differences import (
 )
 from jaxhpo._diagnostics.health import reasons_for_zero, zero_entries
 from jaxhpo._diagnostics.rows import interval_of_ratio
-from jaxhpo._diagnostics.tangents import Tangents, if_forward
+from jaxhpo._diagnostics.tangents import Tangents, if_defined
 
 ROUGH = 0.1  # a relative distance of a finite step from the tangent at which the loss is called rough
 WRONG = 1e-2  # a relative error of the exact rule at which the derivatives contradict it
@@ -144,7 +144,7 @@ def directional_derivatives(
         tangents = Tangents(loss, flat)
         return None if tangents.rounded else tangents.along(rows)[1]
 
-    found = if_forward(by_tangents) if forward else None
+    found = if_defined(by_tangents) if forward else None
     if found is not None and np.isfinite(found).all():
         given = found if exact is None else rows @ exact
         off = np.abs(given - found)
