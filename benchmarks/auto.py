@@ -5,13 +5,12 @@ default list, with rough ones, and with `Auto()`. "auto" is the cost (counted op
 reaches the validation loss that is 99 % of the way from the start to the lowest one of `Unroll()`, over that of the
 default rule that reaches it at least cost; with and without the cost of trying rules. "agreement" is the rank
 correlation, over the runs of problems with 20 hyperparameters or more, of the mean agreement (between −1 and 1) with
-the part of steps that lower the loss. "pooled error bars" are those of the rough rules' runs, against the exact
+the part of steps that lower the loss. "error bars" are those of the rough rules' runs, against the exact
 hypergradient of every step.
 
     python benchmarks/auto.py [--out DIR] [--quick] [--problems NAME ...]
 """
 
-import json
 import unittest.mock as mock
 import warnings
 
@@ -81,7 +80,7 @@ def reached(values, goal):
 
 
 def tune_all(name):
-    """The record of one problem."""
+    """The record of one problem, a row."""
     problem = suite.make(name)
     h, unravel = ravel_pytree(problem.hparams)
     default = auto.listed(lambda flat: problem.make_outer_loss(Auto())(unravel(flat)), h)
@@ -135,12 +134,12 @@ def tune_all(name):
         "with probing": (spent + probing) / fixed[best],
         "fixed": {short_name(rule): fixed[rule] / fixed[best] for rule in fixed},
         "agreement": agreement(runs) if h.size >= 20 else [],
-        "pooled": list(pooled(problem, runs)),
+        "error bars": list(error_bars(problem, runs)),
     }
     print(f"{name}: best {record['best']}; Auto {record['chosen']}, ratio {record['ratio']:.2f}, ", end="")
     print(f"with probing {record['with probing']:.2f}", flush=True)
     record["cost of error bars"] = cost_of_bars(problem)
-    return record
+    return [record]
 
 
 def agreement(runs):
@@ -154,7 +153,7 @@ def agreement(runs):
     return rows
 
 
-def pooled(problem, runs):
+def error_bars(problem, runs):
     """For each run with error bars: of its steps, the parts within factors of two and three of the true error."""
     exact = jax.jit(jax.grad(problem.make_outer_loss(Unroll())))
     flat = lambda tree, i: ravel_pytree(jax.tree.map(lambda x: np.asarray(x)[i], tree))[0]  # noqa: E731
@@ -191,9 +190,9 @@ def summary(records):
     rows = np.array([row[1:] for record in records for row in record["agreement"]]).reshape(-1, 2)
     if len(rows) > 2:
         found["agreement"] = {"runs": len(rows), "rank correlation": float(scipy.stats.spearmanr(*rows.T).statistic)}
-    bars = [row["within"] for record in records for row in record["pooled"]]
+    bars = [row["within"] for record in records for row in record["error bars"]]
     if bars:
-        found["pooled error bars"] = {
+        found["error bars"] = {
             "runs": len(bars),
             "within 2, mean": float(np.mean([row["2"] for row in bars])),
             "within 2, worst run": float(np.min([row["2"] for row in bars])),
@@ -223,13 +222,7 @@ def draw(records, path):
 
 
 def main(arguments=None) -> None:
-    out, names = suite.chosen(__doc__, arguments)
-    records = []
-    for name in names:
-        records.append(tune_all(name))  # what is measured is kept, also of a run that is stopped
-        (out / "auto.json").write_text(json.dumps({"summary": summary(records), "problems": records}, indent=1) + "\n")
-    print(json.dumps(summary(records), indent=1))
-    draw(records, out / "auto.png")
+    suite.run(__doc__, arguments, "auto", tune_all, summary, draw)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,6 @@ A run that was not tightened was found to lead down.
     python benchmarks/on_error.py [--out DIR] [--quick] [--problems NAME ...]
 """
 
-import json
-
-import jax
 import numpy as np
 import suite
 from auto import STEPS, rough, tuned
@@ -112,14 +109,7 @@ def draw(rows, path):
 
 
 def main(arguments=None) -> None:
-    out, names = suite.chosen(__doc__, arguments)
-    rows = []
-    for name in names:
-        rows += silent(name)  # what is measured is kept, also of a run that is stopped
-        (out / "on_error.json").write_text(json.dumps({"summary": summary(rows), "rows": rows}, indent=1) + "\n")
-        jax.clear_caches()
-    print(json.dumps(summary(rows), indent=1))
-    draw(rows, out / "on_error.png")
+    suite.run(__doc__, arguments, "on_error", silent, summary, draw)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ against the exact hypergradient, for five draws. Costs are counted operations be
     python benchmarks/own_bars.py [--out DIR] [--quick] [--problems NAME ...]
 """
 
-import json
 import warnings
 import zlib
 
@@ -256,15 +255,8 @@ def draw(rows, path):
 
 
 def main(arguments=None) -> None:
-    out, names = suite.chosen(__doc__, arguments)
     jax.config.update("jax_enable_x64", True)
-    rows = []
-    for name in names:
-        rows += measure(name)  # what is measured is kept, also of a run that is stopped
-        text = json.dumps({"summary": summary(rows), "rows": rows}, indent=1)
-        (out / "own_bars.json").write_text(text + "\n")
-    print(json.dumps(summary(rows), indent=1))
-    draw(rows, out / "own_bars.png")
+    suite.run(__doc__, arguments, "own_bars", measure, summary, draw)
 
 
 if __name__ == "__main__":

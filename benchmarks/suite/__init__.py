@@ -10,7 +10,11 @@
 """
 
 import argparse
+import json
 import pathlib
+from collections.abc import Callable
+
+import jax
 
 from suite import classification, graphs, language, networks, regression
 from suite.problem import Problem
@@ -22,7 +26,7 @@ _PROBLEMS = {
 }
 NAMES: tuple[str, ...] = tuple(_PROBLEMS)
 
-__all__ = ["NAMES", "Problem", "chosen", "make"]
+__all__ = ["NAMES", "Problem", "make", "run"]
 
 
 def make(name: str, seed: int = 0) -> Problem:
@@ -30,12 +34,28 @@ def make(name: str, seed: int = 0) -> Problem:
     return _PROBLEMS[name](seed)._replace(name=name)
 
 
-def chosen(description: str, arguments=None) -> tuple[pathlib.Path, tuple[str, ...]]:
-    """Read the command line of a benchmark of the suite: the folder to write into, and the problems to take."""
+def run(description, arguments, report: str, measure: Callable, summary: Callable, draw: Callable) -> None:
+    """Run a benchmark of the suite: its command line, and what it writes.
+
+    Args:
+      description: of the benchmark.
+      arguments: of the command line; None takes the process's.
+      report: the name of its files, without a suffix.
+      measure: `name -> rows`, of a problem.
+      summary: `rows -> dict`.
+      draw: `(rows, path)`, of the picture.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).parents[1] / "results")
     parser.add_argument("--quick", action="store_true", help="two problems")
     parser.add_argument("--problems", nargs="+", choices=NAMES, metavar="NAME")
     parsed = parser.parse_args(arguments)
     parsed.out.mkdir(parents=True, exist_ok=True)
-    return parsed.out, tuple(parsed.problems or (NAMES[:2] if parsed.quick else NAMES))
+    rows: list = []
+    for name in parsed.problems or (NAMES[:2] if parsed.quick else NAMES):
+        rows += measure(name)  # what is measured is kept, also of a run that is stopped
+        text = json.dumps({"summary": summary(rows), "rows": rows}, indent=1)
+        (parsed.out / f"{report}.json").write_text(text + "\n")
+        jax.clear_caches()
+    print(json.dumps(summary(rows), indent=1))
+    draw(rows, parsed.out / f"{report}.png")
