@@ -80,7 +80,8 @@ class ErrorBar:
         if self.known:
             part = f" ({float(self.error) / float(self.norm):.1%})" if self.norm else ""
             return f"hypergradient of length {self.norm:.3g} ± {self.error:.2g}{part}, against {self.reference}"
-        return f"hypergradient of length {self.norm:.3g}; cannot tell how far it is from {self.reference}"
+        more = " with so few `products`" if self.reference == OPTIMUM else ""
+        return f"hypergradient of length {self.norm:.3g}; cannot tell{more} how far it is from {self.reference}"
 
 
 def error_bar(outer_loss: Callable, *, directions: int = 6, products: int | None = None) -> Callable[..., ErrorBar]:
@@ -113,6 +114,7 @@ def error_bar(outer_loss: Callable, *, directions: int = 6, products: int | None
       products: of the longer of two linear solves, where the hypergradient is continued. None takes a sixth of the
         inner steps, so that the error bar costs about a quarter of `Unroll()`'s hypergradient, and 20 at least: with
         fewer, one of a system that is not well-conditioned is off by more than a factor of two in one case of five.
+        Where the error is not known, more products may tell it.
 
     Returns:
       `(hparams, carry=None, key=None) -> ErrorBar`, a pure function, for `jit` and for callbacks of `tune`.
