@@ -5,8 +5,8 @@ default list, with rough ones, and with `Auto()`. "auto" is the cost (counted op
 reaches the validation loss that is 99 % of the way from the start to the lowest one of `Unroll()`, over that of the
 default rule that reaches it at least cost; with and without the cost of trying rules. "agreement" is the rank
 correlation, over the runs of problems with 20 hyperparameters or more, of the mean agreement (between −1 and 1) with
-the part of steps that lower the loss. "error bars" are those of the rough rules' runs, against the exact
-hypergradient of every step.
+the part of steps that lower the loss; runs in which all do are ties, so that no measure could reach 1. "error bars" are
+those of the rough rules' runs, against the exact hypergradient of every step.
 
     python benchmarks/auto.py [--out DIR] [--quick] [--problems NAME ...]
 """
@@ -181,6 +181,10 @@ def cost_of_bars(problem):
     return one / EVERY / count_arithmetic(jax.value_and_grad(loss), h, unknown_length=1)
 
 
+def spearman(rows):
+    return float(scipy.stats.spearmanr(*rows.T).statistic) if len(rows) > 2 else None
+
+
 def summary(records):
     found = {}
     for what in ("ratio", "with probing"):
@@ -189,7 +193,14 @@ def summary(records):
         found[what]["above 1.25"] = [record["problem"] for record in records if record[what] > 1.25]
     rows = np.array([row[1:] for record in records for row in record["agreement"]]).reshape(-1, 2)
     if len(rows) > 2:
-        found["agreement"] = {"runs": len(rows), "rank correlation": float(scipy.stats.spearmanr(*rows.T).statistic)}
+        mixed = rows[rows[:, 1] < 1]
+        found["agreement"] = {
+            "runs": len(rows),
+            "rank correlation": spearman(rows),
+            "largest that ties allow": spearman(np.sort(rows, axis=0)),
+            "runs in which not every step lowers the loss": len(mixed),
+            "rank correlation of these": spearman(mixed),
+        }
     bars = [row["within"] for record in records for row in record["error bars"]]
     if bars:
         found["error bars"] = {
