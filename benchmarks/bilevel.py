@@ -73,7 +73,7 @@ from jaxhpo.single_loop import (
     series_sums,
 )
 
-BATCH, INNER, TERMS, POINTS = 64, 10, 10, 24
+BATCH, INNER, TERMS, POINTS = 64, 10, 10, 20
 TUNED_ON = (100, 101)
 PUBLISHED = {  # h on ijcnn1 after 9e6, 1.8e7 and 3e7 calls of the benchmark's own solvers with its steps, one seed
     "SRBA": (0.2554, 0.2403, 0.2395),
@@ -228,9 +228,10 @@ def ijcnn1(quick: bool) -> Problem:
         first, second = jax.random.split(key)
         return jax.random.normal(first, (22,)), jnp.log(jax.random.uniform(second, (22,), minval=1e-3))
 
-    # h is not convex: of L-BFGS from several constant starts, -6 ends lowest.
-    start_of_search, limits = np.full(22, -6.0), [(-30, 30)] * 22
-    lowest = float(scipy.optimize.minimize(newton, start_of_search, jac=True, bounds=limits).fun)
+    # h is not convex: of L-BFGS from -4, -6, -8 and -10, which ends at .20363, .20479, .20350 and .20350, the lowest.
+    options = {"ftol": 0.0, "gtol": 1e-9, "maxcor": 30, "maxiter": 1000}
+    found = scipy.optimize.minimize(newton, np.full(22, -8.0), jac=True, bounds=[(-30, 30)] * 22, options=options)
+    lowest = float(found.fun)
     cut = lambda part: tuple(a[: len(a) - len(a) % BATCH] for a in part)  # noqa: E731
     train_loss = lambda z, x, batch: loss(z, batch) + 0.5 * jnp.sum(jnp.exp(x) * z**2)  # noqa: E731
     outer = lambda z, x, batch: loss(z, batch)  # noqa: E731
