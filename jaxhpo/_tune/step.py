@@ -183,6 +183,17 @@ class Step:
         point, opt_state, carry = without_weak_types((point, opt_state, carry))
         return OuterState(point, opt_state, carry, key, jnp.zeros((), jnp.int32), point)
 
+    def restarted(self, state: OuterState) -> OuterState:
+        """Returns the state for another rule: the optimiser's moments are as at the start, what it counts goes on.
+
+        Moments of a rule that misled hold hypergradients of another direction, and of another length: those of one
+        random direction are √m times as long, and Adam's steps would be as much too short for a thousand steps.
+        """
+        first = without_weak_types(self.optimizer.init(state.point))
+        return state._replace(
+            opt_state=jax.tree.map(lambda new, old: new if is_inexact(new) else old, first, state.opt_state)
+        )
+
     def checked_point(self, hparams: PyTree) -> PyTree:
         """Returns the hyperparameters unconstrained; raises where a transform, remedy or projection rejects them."""
         point = to_unconstrained(self.transforms, check_hparams(hparams))

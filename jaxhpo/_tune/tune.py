@@ -288,9 +288,10 @@ def tune(
         loss along a move of length one, and `measured_norm` the norm. Where the mean cosine of the last six measured
         moves is below .05, and the hypergradient off by more than 30 %, "tighten" puts stronger rules in the place of
         the present ones: ten times the products or last steps (eight times the directions), then (of a series at once)
-        the best linear solver, then `Unroll()`. Each is kept for six measured moves at least. "stop" ends the run with
-        the status "misled", as "tighten" does where nothing stronger is possible for all solves. A large error alone is
-        no reason: many runs descend in a poor direction.
+        the best linear solver, then `Unroll()`. Each begins with an optimiser whose moments are as at the start (what
+        it counts goes on), and is kept for six measured moves at least. "stop" ends the run with the status "misled",
+        as "tighten" does where nothing stronger is possible for all solves. A large error alone is no reason: many runs
+        descend in a poor direction.
       resume: what to do where `run_dir` holds a run that was last saved with another outer loss: its traced program,
         the arrays that it closes over (of those above 4096 entries so many, evenly spaced, are compared; code and data
         of Python functions that it calls back are not), the first carry, or jax's version. "warn" says so in a warning,
@@ -542,6 +543,7 @@ def _loop(record, limits, on_not_finite, callbacks, called, save_every, signalle
             record.flush()
         if record.rules.has_stalled(record.rows) and (text := record.rules.choose(state, step)):
             bar.note(text)
+            state = compiled.step.restarted(state)
         with catching as caught:
             try:
                 after, report = compiled.update(state)
@@ -565,6 +567,7 @@ def _loop(record, limits, on_not_finite, callbacks, called, save_every, signalle
         if not report.finite.all() and record.rules.chosen is not None and record.rules.probed < step:
             if text := record.rules.choose(state, step):  # the rule fails here: perhaps another does not
                 bar.note(text)
+                state = compiled.step.restarted(state)
                 after, report = compiled.update(state)
                 report = fetched(report)
         bad, halvings = active & ~report.finite, np.zeros(compiled.shape, np.int32)
@@ -595,6 +598,7 @@ def _loop(record, limits, on_not_finite, callbacks, called, save_every, signalle
                 if not text:
                     return "misled", f"after outer step {step} {why}, and {_no_remedy(record)}"
                 bar.note(text)
+                record.now = record.now._replace(state=compiled.step.restarted(record.now.state))
         if called and taken.any() and on_any(stops(step_info)):
             what = f"call {step} of {record.per_call} outer steps" if record.per_call > 1 else f"outer step {step}"
             return "callback", f"a callback stopped the run after {what}"

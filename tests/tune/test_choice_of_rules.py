@@ -11,7 +11,9 @@ import pytest
 
 import jaxhpo
 from jaxhpo import CG, SAMA, Auto, Identity, Implicit, JaxhpoError, Neumann, Unroll, tune
+from jaxhpo._tune.remedies import NO_REMEDIES
 from jaxhpo._tune.rules import Rules, stronger
+from jaxhpo._tune.step import Step
 
 RIDGE = jaxhpo.testing.ridge(0)
 POINT = jnp.asarray(RIDGE.hparams)
@@ -148,6 +150,30 @@ def test_a_rule_that_misleads_is_replaced():
     assert "becomes Unroll()" in result.message
     slope, size = (result.history[name] for name in ("measured_slope", "measured_norm"))
     assert np.isfinite(slope[::2]).all() and np.isnan(slope[1::2]).all() and (size[::2] > 0).all()
+
+
+def test_another_rule_begins_with_fresh_moments():
+    momentum = optax.sgd(0.5, momentum=0.9)
+    settings = {"progress": False, "record": "hparams"}
+    result = tune(ridge(Backwards()), POINT, momentum, num_steps=14, on_error="tighten", **settings)
+    assert "before step 11" in result.message
+    there = jax.tree.map(lambda x: x[11], result.history["hparams"])
+    fresh = tune(ridge(Unroll()), there, momentum, num_steps=3, **settings)
+    np.testing.assert_array_equal(result.history["value"][11:], fresh.history["value"])
+
+
+def test_what_an_optimiser_counts_goes_on_past_a_rule():
+    schedule = optax.inject_hyperparams(optax.adam)(optax.linear_schedule(0.1, 0.0, 10))
+    step = Step(ridge(Unroll()), schedule, None, None, NO_REMEDIES, None)
+    state = first = step.init(POINT)
+    for _ in range(3):
+        state, _ = step.update(state)
+    again = step.restarted(state)
+    assert again.opt_state.count == 3 and again.opt_state.inner_state[0].count == 3
+    assert jax.tree.all(jax.tree.map(lambda x: (x == 0).all(), again.opt_state.inner_state[0].nu))
+    after, _ = step.update(again)
+    assert after.opt_state.hyperparams["learning_rate"] == pytest.approx(0.07)  # of the fourth step
+    assert jax.tree.structure(again) == jax.tree.structure(first)
 
 
 @pytest.mark.parametrize("every", [2, 3, 4])
