@@ -184,10 +184,10 @@ class Step:
         return OuterState(point, opt_state, carry, key, jnp.zeros((), jnp.int32), point)
 
     def restarted(self, state: OuterState) -> OuterState:
-        """Returns the state for another rule: the optimiser's moments are as at the start, what it counts goes on.
+        """Returns the state after a rule that misled: the optimiser's moments are as at the start, its counts go on.
 
-        Moments of a rule that misled hold hypergradients of another direction, and of another length: those of one
-        random direction are √m times as long, and Adam's steps would be as much too short for a thousand steps.
+        They hold hypergradients of another direction, and of another length: those of one random direction are √m times
+        as long, and Adam's steps would be as much too short for a thousand steps.
         """
         first = without_weak_types(self.optimizer.init(state.point))
         return state._replace(

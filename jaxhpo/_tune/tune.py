@@ -543,7 +543,6 @@ def _loop(record, limits, on_not_finite, callbacks, called, save_every, signalle
             record.flush()
         if record.rules.has_stalled(record.rows) and (text := record.rules.choose(state, step)):
             bar.note(text)
-            state = compiled.step.restarted(state)
         with catching as caught:
             try:
                 after, report = compiled.update(state)
@@ -567,7 +566,6 @@ def _loop(record, limits, on_not_finite, callbacks, called, save_every, signalle
         if not report.finite.all() and record.rules.chosen is not None and record.rules.probed < step:
             if text := record.rules.choose(state, step):  # the rule fails here: perhaps another does not
                 bar.note(text)
-                state = compiled.step.restarted(state)
                 after, report = compiled.update(state)
                 report = fetched(report)
         bad, halvings = active & ~report.finite, np.zeros(compiled.shape, np.int32)
