@@ -547,6 +547,7 @@ def measure(problem: Problem, method: Method, seeds: int, quick: bool) -> dict[s
         "steps": [float(best[0]), float(best[0] * best[1])],
         "at the edge": bool(best[0] in (steps[0], steps[-1]) or best[1] in (ratios[0], ratios[-1])),
         "calls": [calls * k for k in range(curves.shape[1])],
+        "ends": curves[:, -1, 0].tolist(),
         "seconds": time.process_time() - begun,
     }
     for k, name in enumerate(problem.names):
@@ -567,8 +568,10 @@ def first(row: dict[str, Any]) -> str:
 
 
 def told(row, name, at) -> str:
-    value, error = row[name][at], row[f"{name}_error"][at]
-    return f"{value:.3g} ± {error:.1g}" if math.isfinite(value) else "diverges for some seed"
+    value, error, ends = row[name][at], row[f"{name}_error"][at], row["ends"]
+    if math.isfinite(value):
+        return f"{value:.3g} ± {error:.1g}"
+    return f"diverges for {sum(not math.isfinite(end) for end in ends)} of {len(ends)} seeds"
 
 
 def table(name: str, rows: dict[str, Any], controls: dict[str, Any]) -> str:
