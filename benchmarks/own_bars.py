@@ -192,7 +192,7 @@ def measure(name):
                 "convex": problem.convex,
                 "converged": problem.converged,
                 "known": bool(bar.known),
-                "bar": finite(max(floor, float(bar.error))),
+                "bar": finite(np.maximum(floor, bar.error)),  # NaN stays
                 "true": true,
                 "norm": float(bar.norm),
                 "cost": cost(None, solves),
