@@ -568,9 +568,10 @@ def first(row: dict[str, Any]) -> str:
 
 
 def told(row, name, at) -> str:
-    value, error, ends = row[name][at], row[f"{name}_error"][at], row["ends"]
+    value, error = row[name][at], row[f"{name}_error"][at]
     if math.isfinite(value):
         return f"{value:.3g} ± {error:.1g}"
+    ends = row["ends"]
     return f"diverges for {sum(not math.isfinite(end) for end in ends)} of {len(ends)} seeds"
 
 
