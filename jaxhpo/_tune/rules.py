@@ -158,10 +158,13 @@ class Rules:
             value, flat = self._outer_loss(state)
             jax.eval_shape(value, flat)
         self.longest, before = log.longest, [self.place(rule) for rule in log.adjoints]
-        self.level += 1
-        after = [self.place(rule) for rule in log.adjoints]
-        if after == before or not self._possible(state):
-            self.level -= 1
+        self.level, possible = self.level + 1, False
+        try:
+            after = [self.place(rule) for rule in log.adjoints]
+            possible = after != before and self._possible(state)
+        finally:  # a Ctrl-C must not leave the rule to a checkpoint
+            self.level -= not possible
+        if not possible:
             return ""
         self.since = rows
         self.compiled.renew()

@@ -184,15 +184,13 @@ class Step:
         return OuterState(point, opt_state, carry, key, jnp.zeros((), jnp.int32), point)
 
     def restarted(self, state: OuterState) -> OuterState:
-        """Returns the state after a rule that misled: the optimiser's moments are as at the start, its counts go on.
+        """Returns the state after a rule that misled: the optimiser's as at the start, but for its schedules.
 
-        They hold hypergradients of another direction, and of another length: those of one random direction are √m times
-        as long, and Adam's steps would be as much too short for a thousand steps.
+        Moments hold hypergradients of another direction, and of another length: those of one random direction are √m
+        times as long, and Adam's steps would be shorter by nearly as much for some hundred steps.
         """
         first = without_weak_types(self.optimizer.init(state.point))
-        return state._replace(
-            opt_state=jax.tree.map(lambda new, old: new if is_inexact(new) else old, first, state.opt_state)
-        )
+        return state._replace(opt_state=_with_schedules(first, state.opt_state))
 
     def checked_point(self, hparams: PyTree) -> PyTree:
         """Returns the hyperparameters unconstrained; raises where a transform, remedy or projection rejects them."""
@@ -362,3 +360,30 @@ def reports_in(info: PyTree, kind: type) -> list[Any]:
     """Returns the reports of a kind, `Info` or `LinearInfo`, that are recorded."""
     is_report = lambda x: isinstance(x, kind)  # noqa: E731
     return [x for x in jax.tree.leaves(info, is_leaf=is_report) if is_report(x)]
+
+
+_SCHEDULED = (
+    optax.ScaleByScheduleState,
+    optax.AddNoiseState,
+    optax.InjectHyperparamsState,
+    optax.InjectStatefulHyperparamsState,
+    optax.MultiStepsState,
+    optax.contrib.ReduceLROnPlateauState,
+)
+
+
+def _with_schedules(first: PyTree, now: PyTree) -> PyTree:
+    """The first state of an optimiser, with the present one of what counts steps for a schedule, and holds no moments.
+
+    A count that belongs to moments, as for Adam's correction of their bias, begins anew with them.
+    """
+    if jax.tree.structure(first) != jax.tree.structure(now):  # of an optimiser that makes up its state on the way
+        return first
+
+    def chosen(new, old):
+        if not isinstance(old, _SCHEDULED):
+            return new
+        inner = {"inner_state", "inner_opt_state"} & set(old._fields)
+        return old._replace(**{name: _with_schedules(getattr(new, name), getattr(old, name)) for name in inner})
+
+    return jax.tree.map(chosen, first, now, is_leaf=lambda x: isinstance(x, _SCHEDULED))

@@ -288,8 +288,8 @@ def tune(
         loss along a move of length one, and `measured_norm` the norm. Where the mean cosine of the last six measured
         moves is below .05, and the hypergradient off by more than 30 %, "tighten" puts stronger rules in the place of
         the present ones: ten times the products or last steps (eight times the directions), then (of a series at once)
-        the best linear solver, then `Unroll()`. Each begins with an optimiser whose moments are as at the start (what
-        it counts goes on), and is kept for six measured moves at least. "stop" ends the run with the status "misled",
+        the best linear solver, then `Unroll()`. With each the optimiser begins anew, but for its schedules, and each is
+        kept for six measured moves at least. "stop" ends the run with the status "misled",
         as "tighten" does where nothing stronger is possible for all solves. A large error alone is no reason: many runs
         descend in a poor direction.
       resume: what to do where `run_dir` holds a run that was last saved with another outer loss: its traced program,
@@ -592,11 +592,12 @@ def _loop(record, limits, on_not_finite, callbacks, called, save_every, signalle
         if record.rules.on_error is not None:
             record.flush()
             if why := record.rules.misleads(record.rows):
-                text = record.rules.tighten(record.now.state, record.now.rows, why)
+                now = record.now._replace(state=compiled.step.restarted(record.now.state))
+                text = record.rules.tighten(now.state, now.rows, why)
                 if not text:
                     return "misled", f"after outer step {step} {why}, and {_no_remedy(record)}"
+                record.now = now
                 bar.note(text)
-                record.now = record.now._replace(state=compiled.step.restarted(record.now.state))
         if called and taken.any() and on_any(stops(step_info)):
             what = f"call {step} of {record.per_call} outer steps" if record.per_call > 1 else f"outer step {step}"
             return "callback", f"a callback stopped the run after {what}"

@@ -162,18 +162,55 @@ def test_another_rule_begins_with_fresh_moments():
     np.testing.assert_array_equal(result.history["value"][11:], fresh.history["value"])
 
 
-def test_what_an_optimiser_counts_goes_on_past_a_rule():
-    schedule = optax.inject_hyperparams(optax.adam)(optax.linear_schedule(0.1, 0.0, 10))
-    step = Step(ridge(Unroll()), schedule, None, None, NO_REMEDIES, None)
-    state = first = step.init(POINT)
-    for _ in range(3):
+OPTIMISERS = {
+    "adam": optax.adam(0.1),
+    "lbfgs": optax.lbfgs(linesearch=None),
+    "schedule_free": optax.contrib.schedule_free_adamw(0.1),
+    "dog": optax.contrib.dog(init_step=("learning_rate", 0.1)),
+    "chain": optax.chain(optax.clip_by_global_norm(1.0), optax.add_decayed_weights(1e-3), optax.rmsprop(0.1)),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_an_optimiser_moves_as_at_the_start_after_a_rule_that_misled(name):
+    step = Step(ridge(Unroll()), OPTIMISERS[name], None, None, NO_REMEDIES, None)
+    state = step.init(POINT)
+    for _ in range(20):
         state, _ = step.update(state)
-    again = step.restarted(state)
-    assert again.opt_state.count == 3 and again.opt_state.inner_state[0].count == 3
-    assert jax.tree.all(jax.tree.map(lambda x: (x == 0).all(), again.opt_state.inner_state[0].nu))
-    after, _ = step.update(again)
-    assert after.opt_state.hyperparams["learning_rate"] == pytest.approx(0.07)  # of the fourth step
-    assert jax.tree.structure(again) == jax.tree.structure(first)
+    after, _ = step.update(step.restarted(state))
+    fresh, _ = step.update(step.init(state.point))
+    np.testing.assert_array_equal(after.point, fresh.point)
+
+
+def test_schedules_go_on_past_a_rule_that_misled():
+    falling = optax.linear_schedule(0.1, 0.0, 10)
+    injected = optax.inject_hyperparams(optax.adam)(falling)
+    plateau = optax.contrib.reduce_on_plateau(patience=1)
+    for optimizer in (injected, optax.adam(falling), optax.MultiSteps(optax.adam(falling), 1)):
+        step = Step(ridge(Unroll()), optimizer, None, None, NO_REMEDIES, None)
+        state = step.init(POINT)
+        for _ in range(3):
+            state, _ = step.update(state)
+        after, _ = step.update(step.restarted(state))
+        # A first step of Adam is its rate, here that of the fourth step.
+        assert np.abs(after.point - state.point).max() == pytest.approx(0.07, rel=1e-4)
+    step = Step(ridge(Backwards()), optax.chain(optax.adam(0.05), plateau), None, None, NO_REMEDIES, None)
+    state = step.init(POINT)
+    for _ in range(6):
+        state, _ = step.update(state)
+    assert state.opt_state[1].scale < 1
+    assert step.restarted(state).opt_state[1] == state.opt_state[1]
+
+
+def test_an_optimiser_that_makes_up_its_state_begins_anew():
+    plain = optax.trace(0.9)
+    later = optax.GradientTransformation(
+        lambda params: None,
+        lambda grads, state, params=None: plain.update(grads, plain.init(grads) if state is None else state),
+    )
+    step = Step(ridge(Unroll()), optax.chain(later, optax.scale(-0.1)), None, None, NO_REMEDIES, None)
+    state, _ = step.update(step.init(POINT))
+    assert jax.tree.structure(step.restarted(state)) == jax.tree.structure(step.init(POINT))
 
 
 @pytest.mark.parametrize("every", [2, 3, 4])
