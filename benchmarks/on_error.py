@@ -4,9 +4,9 @@ Problems of the suite are tuned for 40 outer steps by Adam at the problem's rate
 off: few terms or products, a step of the series that is too long, one or two last steps, a wide difference, one random
 direction. A run has failed in silence where no warning was issued, and it ends above its start or less than a fifth of
 the way that `Unroll()` goes. It is run again for twice as many steps, without and with `on_error="tighten"`. It "ends
-well" where it comes 80 % of the way. Otherwise it "says why" where its message tells that rules were tightened (eight
-directions for one take twelve steps to be found wanting), or where its status is "misled" or "not_finite".
-A run that was not tightened was found to lead down.
+well" where it comes 80 % of the way. Otherwise it "says why" where its message tells that rules were tightened (each is
+kept for twelve steps at least), or where its status is "misled" or "not_finite". A run that was not tightened was found
+to lead down.
 
     python benchmarks/on_error.py [--out DIR] [--quick] [--problems NAME ...]
 """

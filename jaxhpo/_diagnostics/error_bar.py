@@ -80,8 +80,8 @@ class ErrorBar:
         if self.known:
             part = f" ({float(self.error) / float(self.norm):.1%})" if self.norm else ""
             return f"hypergradient of length {self.norm:.3g} ± {self.error:.2g}{part}, against {self.reference}"
-        more = " with so few `products`" if self.reference == OPTIMUM else ""
-        return f"hypergradient of length {self.norm:.3g}; cannot tell{more} how far it is from {self.reference}"
+        more = "; more `products` may tell" if self.reference == OPTIMUM else ""
+        return f"hypergradient of length {self.norm:.3g}; cannot tell how far it is from {self.reference}{more}"
 
 
 def error_bar(outer_loss: Callable, *, directions: int = 6, products: int | None = None) -> Callable[..., ErrorBar]:
