@@ -175,7 +175,7 @@ class Tangents:
 
 
 def _fits(fn: Callable, given: tuple) -> bool:
-    """Whether a function fits into memory, on every process."""
+    """Returns True where a function fits into memory, on every process."""
     _, peak = count_and_peak(fn, *given, unknown_length=1)
     return not on_any(peak > SAFE_PART * available_bytes())
 

@@ -289,9 +289,9 @@ def tune(
         moves is below .05, and the hypergradient off by more than 30 %, "tighten" puts stronger rules in the place of
         the present ones: ten times the products or last steps (eight times the directions), then (of a series at once)
         the best linear solver, then `Unroll()`. With each the optimiser begins anew, but for its schedules, and each is
-        kept for six measured moves at least. "stop" ends the run with the status "misled",
-        as "tighten" does where nothing stronger is possible for all solves. A large error alone is no reason: many runs
-        descend in a poor direction.
+        kept for six measured moves at least. "stop" ends the run with the status "misled", as "tighten" does where
+        nothing stronger is possible for all solves. A large error alone is no reason: many runs descend in a poor
+        direction.
       resume: what to do where `run_dir` holds a run that was last saved with another outer loss: its traced program,
         the arrays that it closes over (of those above 4096 entries so many, evenly spaced, are compared; code and data
         of Python functions that it calls back are not), the first carry, or jax's version. "warn" says so in a warning,
