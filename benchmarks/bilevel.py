@@ -75,13 +75,6 @@ from jaxhpo.single_loop import (
 
 BATCH, INNER, TERMS, POINTS = 64, 10, 10, 20
 FIRST_TUNED_ON = 100
-PUBLISHED = {  # h on ijcnn1 after 9e6, 1.8e7 and 3e7 calls of the benchmark's own solvers with its steps, one seed
-    "SRBA": (0.2554, 0.2403, 0.2395),
-    "SABA": (0.2720, 0.2698, 0.2657),
-    "AmIGO": (0.2735, 0.2704, 0.2693),
-    "SOBA": (0.4369, 0.3785, 0.3666),
-    "StocBiO": (0.4072, 0.3908, 0.3825),
-}
 
 
 class Problem(NamedTuple):
