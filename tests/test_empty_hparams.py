@@ -76,6 +76,18 @@ def test_every_rule_takes_them(hparams):
         assert [x.shape for x in jax.tree.leaves(got)] == [jnp.shape(x) for x in jax.tree.leaves(hparams)], rule
 
 
+def test_a_leaf_without_entries_is_no_loss():
+    """Rules that do not see a leaf warn of it, but not of one that has nothing to see."""
+    solver = jaxhpo.from_optax(lambda w, h, batch: h["seen"] * jnp.sum((w - TARGET) ** 2), optax.sgd(0.1))
+    hparams = {"seen": jnp.ones(()), "unseen": jnp.ones(()), "empty": jnp.zeros(0)}
+    for rule in (Implicit(), jaxhpo.FiniteDifference(0.1)):
+        gradient = jax.grad(outer_loss(rule, solver))
+        with pytest.warns(jaxhpo.ZeroHypergradientWarning, match="hparams\\['unseen'\\] ") as found:
+            jax.eval_shape(gradient, hparams)
+        assert len(found) == 1 and "more leaves" not in str(found[0].message)
+        jax.eval_shape(gradient, {name: x for name, x in hparams.items() if name != "unseen"})  # warnings are errors
+
+
 @trees("dict", "partly")
 @pytest.mark.slow
 def test_every_pair_takes_them(hparams):

@@ -19,7 +19,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.stop_gradient import warn_zero
 from jaxhpo._core.trace import differentiable_inputs, primitives, trust
-from jaxhpo._core.tree import cast_like, is_inexact, mixed_types, partition, scaled, upcast, zeros_like
+from jaxhpo._core.tree import cast_like, has_derivative, mixed_types, partition, scaled, upcast, zeros_like
 from jaxhpo._core.types import LinearInfo, LinearSolver, PyTree, declared
 from jaxhpo._linear.system import run_solver, solve_by, solve_equation
 
@@ -58,7 +58,7 @@ def _attach_jvp(root, primals, tangents):
     # Attached again: H and ∂g/∂a are taken at θ(a), which depends on a too. Without this line second derivatives are
     # wrong, silently.
     params = attach(root, params, leaves, key)
-    perturbed = [not isinstance(d, SymbolicZero) and is_inexact(x) for d, x in zip(dots, leaves, strict=True)]
+    perturbed = [not isinstance(d, SymbolicZero) and has_derivative(x) for d, x in zip(dots, leaves, strict=True)]
     if not any(perturbed):
         return params, zeros_like(params)
     point = upcast(params)  # the linear solve of a bfloat16 model runs in float32

@@ -13,7 +13,7 @@ from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.mesh import as_array, cast_varying, drop_varying, varying_axes
 from jaxhpo._core.stop_gradient import first_order, reverse_only, warn_perturbed
 from jaxhpo._core.trace import differentiable_inputs, trust, used_inputs
-from jaxhpo._core.tree import Flags, cast_like, is_inexact, names, partition
+from jaxhpo._core.tree import Flags, cast_like, has_derivative, is_inexact, names, partition
 from jaxhpo._core.types import InnerState, PyTree
 from jaxhpo._core.validate import describe
 from jaxhpo._inner.problem import Problem
@@ -87,7 +87,7 @@ def _run(rule, inputs):
 
 
 def _run_fwd(rule, inputs):
-    perturbed = jax.tree.map(lambda x: bool(x.perturbed) and is_inexact(x.value), inputs)
+    perturbed = jax.tree.map(lambda x: bool(x.perturbed) and has_derivative(x.value), inputs)
     inputs = jax.tree.map(lambda x: x.value, inputs)
     if rule.once:
         inputs = first_order(inputs, rule.adjoint)  # for forward over reverse mode

@@ -13,7 +13,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxhpo._adjoint.model_state import warn_of_stopped
 from jaxhpo._adjoint.pullback import refuse_tol
 from jaxhpo._core.mesh import cast_varying, ravel, varying_axes
-from jaxhpo._core.tree import is_inexact, map_in_chunks, partition
+from jaxhpo._core.tree import has_derivative, is_inexact, map_in_chunks, partition
 from jaxhpo._core.types import InnerState
 from jaxhpo._core.validate import check_settings
 from jaxhpo._inner.loop import run
@@ -208,7 +208,7 @@ def _with_tangent_jvp(final, tangent, primals, tangents):
     (inputs, given), (dots, _) = primals, tangents
     # θ_T itself is computed by this same rule, so that second derivatives use the rule too.
     out = _with_tangent(final, tangent, inputs, given)
-    perturbed = jax.tree.map(lambda x, d: is_inexact(x) and not isinstance(d, SymbolicZero), inputs, dots)
+    perturbed = jax.tree.map(lambda x, d: has_derivative(x) and not isinstance(d, SymbolicZero), inputs, dots)
     leaves, combine = partition(inputs, perturbed)
     z, unravel = ravel(leaves)
     dz, _ = ravel(partition(dots, perturbed)[0])

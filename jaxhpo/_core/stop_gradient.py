@@ -13,7 +13,7 @@ from jax.interpreters import ad, batching, mlir
 
 from jaxhpo._core.errors import JaxhpoError, ZeroHypergradientWarning, warn
 from jaxhpo._core.trace import REVERSE_ONLY, trust
-from jaxhpo._core.tree import is_inexact, partition
+from jaxhpo._core.tree import has_derivative, is_inexact, partition
 from jaxhpo._core.types import PyTree
 
 
@@ -63,7 +63,7 @@ def _stopped(warn, leaves, inputs):
 
 def _stopped_jvp(warn, primals, tangents):
     leaves, inputs = primals
-    warn([is_inexact(x) and not isinstance(dot, SymbolicZero) for x, dot in zip(inputs, tangents[1], strict=True)])
+    warn([has_derivative(x) and not isinstance(dot, SymbolicZero) for x, dot in zip(inputs, tangents[1], strict=True)])
     zeros = [jnp.zeros_like(x) if is_inexact(x) else np.zeros(x.shape, jax.dtypes.float0) for x in leaves]
     return leaves, zeros
 
@@ -94,7 +94,7 @@ def watch_constants(warn: Callable, leaves: list, inputs: list) -> list:
 def _watch_jvp(warn, primals, tangents):
     leaves, inputs = primals
     pairs = zip(inputs, tangents[1], strict=True)
-    perturbed = [is_inexact(x) and not isinstance(dot, SymbolicZero) for x, dot in pairs]
+    perturbed = [has_derivative(x) and not isinstance(dot, SymbolicZero) for x, dot in pairs]
     dots = [jnp.zeros_like(x) if isinstance(d, SymbolicZero) else d for x, d in zip(leaves, tangents[0], strict=True)]
     constant, warn_of_read = warn(perturbed)
     if any(constant):

@@ -52,6 +52,11 @@ def is_inexact(x) -> bool:
     return jnp.issubdtype(jnp.result_type(x) if not hasattr(x, "dtype") else x.dtype, jnp.inexact)
 
 
+def has_derivative(x) -> bool:
+    """Returns whether a leaf is inexact and has an entry, so that something can depend on it."""
+    return is_inexact(x) and jnp.size(x) > 0
+
+
 def num_bytes(a: PyTree) -> int:
     """Bytes of all leaves, which are arrays or their shapes."""
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(a))

@@ -13,7 +13,7 @@ from jaxhpo._core.errors import JaxhpoError
 from jaxhpo._core.mesh import as_array, cast_varying, varying_axes
 from jaxhpo._core.stop_gradient import reverse_only
 from jaxhpo._core.trace import closure_convert, trust, untrusted_rule
-from jaxhpo._core.tree import Flags, cast_like, is_inexact, partition
+from jaxhpo._core.tree import Flags, cast_like, has_derivative, partition
 from jaxhpo._core.types import PyTree
 
 GRADIENT = "jaxhpo_gradient"  # the name, for checkpoint policies, of a gradient of `mixed_value_and_grad`
@@ -98,7 +98,7 @@ def _mixed(losses, params, rest):
 
 
 def _mixed_fwd(losses, params, rest):
-    perturbed = Flags(tuple(bool(x.perturbed) and is_inexact(x.value) for x in jax.tree.leaves(rest)))
+    perturbed = Flags(tuple(bool(x.perturbed) and has_derivative(x.value) for x in jax.tree.leaves(rest)))
     params, rest = custom_vjp_primal_tree_values((params, rest))
     # Not `_mixed(...)`: forward mode over this rule, as in a Hessian, must find plain operations.
     return jax.value_and_grad(losses[0], has_aux=True)(params, rest), (params, rest, perturbed)
