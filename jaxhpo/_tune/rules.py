@@ -137,16 +137,19 @@ class Rules:
         """
         if self.on_error is None or len(rows) - self.since < MEASURED:
             return ""
-        own = [row for row in rows[self.since :] if np.isfinite(row["measured_slope"])][-MEASURED:]
-        if len(own) < MEASURED or not np.isfinite(rows[-1]["measured_slope"]):
+        # A derivative that is exactly zero has no direction: of a value that does not depend on the hyperparameters.
+        own = [row for row in rows[self.since :] if np.isfinite(row["measured_slope"]) and row["measured_norm"] > 0]
+        if len(own) < MEASURED or own[-1] is not rows[-1]:
             return ""
-        cosine = -float(np.mean([row["measured_slope"] / (row["measured_norm"] or 1.0) for row in own]))
-        error, norm = (float(own[-1][name]) for name in ("error", "hypergradient_norm"))
+        own = own[-MEASURED:]
+        cosine = -float(np.mean([row["measured_slope"] / row["measured_norm"] for row in own]))
+        error, norm, exact = (float(own[-1][name]) for name in ("error", "hypergradient_norm", "measured_norm"))
         if not (cosine < DOWNHILL and error > ROUGH * norm):
             return ""
         return (
             f"the last {MEASURED} measured moves go nowhere (mean cosine {cosine:.2f} with the exact descent "
-            f"direction; the hypergradient, of length {norm:.2g}, is off by {error:.2g})"
+            f"direction; the hypergradient, of length {norm:.2g}, is {error:.2g} from the exact one, of length "
+            f"{exact:.2g})"
         )
 
     def tighten(self, state: OuterState, rows: int, why: str) -> str:
@@ -169,7 +172,8 @@ class Rules:
         self.since = rows
         self.compiled.renew()
         changed = [f"{_name(a)} becomes {_name(b)}" for a, b in zip(before, after, strict=True) if a != b]
-        return self._say(f"{why}: {', '.join(dict.fromkeys(changed))}", rows)
+        changes = ", ".join(dict.fromkeys(changed))
+        return self._say(f"{why}: {changes}, and the optimiser begins anew, but for its schedules", rows)
 
     def _possible(self, state) -> bool:
         value, flat = self._outer_loss(state)

@@ -362,9 +362,9 @@ def reports_in(info: PyTree, kind: type) -> list[Any]:
     return [x for x in jax.tree.leaves(info, is_leaf=is_report) if is_report(x)]
 
 
-_SCHEDULED = (
-    optax.ScaleByScheduleState,
-    optax.AddNoiseState,
+_SCHEDULED = (  # that hold other numbers than counts, or the state of another optimiser
+    optax.ConditionallyMaskState,
+    optax.ConditionallyTransformState,
     optax.InjectHyperparamsState,
     optax.InjectStatefulHyperparamsState,
     optax.MultiStepsState,
@@ -375,15 +375,19 @@ _SCHEDULED = (
 def _with_schedules(first: PyTree, now: PyTree) -> PyTree:
     """The first state of an optimiser, with the present one of what counts steps for a schedule, and holds no moments.
 
-    A count that belongs to moments, as for Adam's correction of their bias, begins anew with them.
+    That is each named tuple of counts and keys alone, and those of `_SCHEDULED`. A count that belongs to moments, as
+    for Adam's correction of their bias, begins anew with them. So do parts that an optimiser makes up on the way.
     """
-    if jax.tree.structure(first) != jax.tree.structure(now):  # of an optimiser that makes up its state on the way
+    children, structure = jax.tree.flatten(now, is_leaf=lambda x: x is not now)
+    fresh, same = jax.tree.flatten(first, is_leaf=lambda x: x is not first)
+    if structure != same or jax.tree_util.treedef_is_leaf(structure):
         return first
-
-    def chosen(new, old):
-        if not isinstance(old, _SCHEDULED):
-            return new
-        inner = {"inner_state", "inner_opt_state"} & set(old._fields)
-        return old._replace(**{name: _with_schedules(getattr(new, name), getattr(old, name)) for name in inner})
-
-    return jax.tree.map(chosen, first, now, is_leaf=lambda x: isinstance(x, _SCHEDULED))
+    if isinstance(now, _SCHEDULED):
+        anew = {name: getattr(first, name) for name in {"mini_step", "acc_grads"} & set(now._fields)}
+        inner = {"inner_state", "inner_opt_state"} & set(now._fields)
+        return now._replace(
+            **anew, **{name: _with_schedules(getattr(first, name), getattr(now, name)) for name in inner}
+        )
+    if hasattr(now, "_fields") and children and not any(map(is_inexact, jax.tree.leaves(now))):
+        return now
+    return jax.tree.unflatten(structure, map(_with_schedules, fresh, children))

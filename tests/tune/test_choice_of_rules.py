@@ -2,6 +2,7 @@
 
 import warnings
 from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -208,9 +209,47 @@ def test_an_optimiser_that_makes_up_its_state_begins_anew():
         lambda params: None,
         lambda grads, state, params=None: plain.update(grads, plain.init(grads) if state is None else state),
     )
-    step = Step(ridge(Unroll()), optax.chain(later, optax.scale(-0.1)), None, None, NO_REMEDIES, None)
+    falling = optax.scale_by_schedule(optax.linear_schedule(-0.1, 0.0, 10))
+    step = Step(ridge(Unroll()), optax.chain(later, falling), None, None, NO_REMEDIES, None)
     state, _ = step.update(step.init(POINT))
     assert jax.tree.structure(step.restarted(state)) == jax.tree.structure(step.init(POINT))
+    assert step.restarted(state).opt_state[1] == state.opt_state[1] == (1,)
+
+
+class Counter(NamedTuple):
+    calls: Any
+
+
+def test_counts_that_no_moments_share_go_on():
+    """Of whatever optimiser: schedules of a decay, conditions on the step, and one of a user's own."""
+
+    def half_at_times(updates, state, params=None):
+        scale = jnp.where(state.calls % 2 == 0, 1.0, 0.5)
+        return jax.tree.map(lambda u: scale * u, updates), Counter(state.calls + 1)
+
+    own = optax.GradientTransformation(lambda params: Counter(jnp.zeros((), jnp.int32)), half_at_times)
+    decay = optax.adamw(0.1, weight_decay=optax.linear_schedule(1.0, 0.0, 3))  # type: ignore
+    ending = optax.conditionally_transform(optax.set_to_zero(), lambda count: count >= 3)
+    step = Step(ridge(Unroll()), optax.chain(decay, ending, own), None, None, NO_REMEDIES, None)
+    state = step.init(POINT)
+    for _ in range(4):
+        state, _ = step.update(state)
+    again = step.restarted(state).opt_state
+    assert again[0][0].count == 0 and not again[0][0].mu.any()
+    assert (again[0][1].count, again[1].step, again[2].calls) == (4, 4, 4)
+    after, _ = step.update(step.restarted(state))
+    np.testing.assert_array_equal(after.point, state.point)
+
+
+def test_gradients_accumulated_by_a_rule_that_misled_are_left_out():
+    optimizer = optax.MultiSteps(optax.sgd(optax.linear_schedule(0.1, 0.0, 10)), 4)
+    step = Step(ridge(Backwards()), optimizer, None, None, NO_REMEDIES, None)
+    state = step.init(POINT)
+    for _ in range(7):
+        state, _ = step.update(state)
+    again = step.restarted(state).opt_state
+    assert (again.mini_step, again.gradient_step) == (0, 1) and not again.acc_grads.any()
+    assert state.opt_state.mini_step == 3 and state.opt_state.acc_grads.any()
 
 
 @pytest.mark.parametrize("every", [2, 3, 4])
@@ -238,6 +277,17 @@ def test_cosines_count_alike_whatever_the_norm(slopes, found):
         for n, c in zip(norms, slopes, strict=True)
     ]
     assert bool(rules.misleads(rows)) == found
+
+
+def test_a_derivative_of_zero_says_nothing_of_moves():
+    """Of an outer loss that does not depend on the hyperparameters, as of parameters from before their step."""
+
+    def gradient(h, carry, key):
+        return jnp.sum(carry) + 0 * jnp.sum(h), jax.grad(ridge(Unroll()))(h), carry, None
+
+    settings = {"gradient": gradient, "carry": POINT, "progress": False, "on_error": "stop"}
+    result = tune(None, POINT, optax.adam(0.05), num_steps=16, **settings)
+    assert result.status == "finished" and (result.history["measured_norm"][::2] == 0).all()
 
 
 def test_a_rule_that_misleads_ends_the_run():
