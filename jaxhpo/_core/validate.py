@@ -207,6 +207,17 @@ def check_scalar(value, what: str) -> jax.Array:
     raise JaxhpoError(f"`{what}` returned {problem}.")
 
 
+def check_one_training(carry: Any) -> None:
+    """Raises where a carry is that of a single-loop method: no derivative of one update is its hypergradient."""
+    if getattr(carry, "single_loop", False):
+        raise JaxhpoError(
+            f"`carry` got a {type(carry).__name__}, but the hypergradient of a single-loop method gathers over its "
+            "updates: the outer loss that one of them reports is that of parameters which have not followed the "
+            "hyperparameters yet, and has no derivative to hold it against. For `tune`, omit `on_error` and "
+            "`record='error'`; to check the loss, take `Implicit()` or `Unroll()` in a `solve` of many steps."
+        )
+
+
 def check_key(key: Any) -> Any:
     """Raises unless `key` is one typed key, or None; returns it."""
     if key is None:

@@ -22,7 +22,7 @@ from jaxhpo._core.processes import check_same, check_same_value, on_any, togethe
 from jaxhpo._core.progress import Progress, say
 from jaxhpo._core.record import recording
 from jaxhpo._core.types import PyTree
-from jaxhpo._core.validate import check_choice
+from jaxhpo._core.validate import check_choice, check_one_training
 from jaxhpo._diagnostics.health import named_members, raise_if_zero, warn_again, what_is_not_finite
 from jaxhpo._tune.diagnosis import diagnosis, program, unconverged
 from jaxhpo._tune.inputs import (
@@ -335,6 +335,8 @@ def tune(
     if "error" in extras and population is not None:
         what = "record='error'" if on_error is None else f"on_error={on_error!r}"
         raise JaxhpoError(f"`{what}` takes tangents of one run: tune a member alone, without `population=`.")
+    if "error" in extras:
+        check_one_training(carry)
     check_choice("resume", resume, "warn", "continue")
     check_calls(steps_per_call, num_steps, on_not_finite, on_error, extras)
     steps_per_call = int(steps_per_call)  # the run folder holds JSON

@@ -59,6 +59,8 @@ class SingleLoopState(NamedTuple):
     draws: Draws
     count: jax.Array
 
+    single_loop = True  # for `check_one_training`
+
     def after(self, inner: InnerState, auxiliary: InnerState, train: int, validation: int) -> SingleLoopState:
         """The state after an update that drew so many minibatches of each loss."""
         draws = Draws(self.draws.train + train, self.draws.validation + validation)

@@ -37,6 +37,8 @@ class OnlineState(NamedTuple):
     inner: InnerState
     direction: PyTree
 
+    single_loop = True  # for `check_one_training`
+
 
 @dataclasses.dataclass(frozen=True)
 class Online(StatefulMethod):

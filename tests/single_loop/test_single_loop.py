@@ -341,6 +341,17 @@ def test_messages_say_what_to_write():
         pair.update(H0, (W0, H0))
 
 
+@pytest.mark.parametrize("settings", [{"record": "error"}, {"on_error": "stop"}], ids=["record", "on_error"])
+def test_no_derivative_of_one_update_is_the_hypergradient(settings):
+    """θ has not followed h yet: the derivative of the outer loss that an update reports is zero."""
+    pair = jaxhpo.hypergradient(SOBA(*WHOLE), SOLVER, outer_loss)
+    given = {"gradient": jaxhpo.from_pair(pair), "carry": pair.init(W0, H0)}
+    with pytest.raises(jaxhpo.JaxhpoError, match="SingleLoopState.*gathers over its updates"):
+        jaxhpo.tune(None, H0, optax.sgd(0.1), num_steps=2, progress=False, **given, **settings)
+    with pytest.raises(jaxhpo.JaxhpoError, match="gathers over its updates"):
+        jaxhpo.check_hypergradient(None, H0, **given)
+
+
 def test_estimators_of_each_variable_are_those_alone():
     method = SingleLoop(*WHOLE, PerVariable(hparams=Momentum(0.5)), implicit_sums)
     _, (averaged, _) = run(method, 2, rate=0.0)
