@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxhpo._core.errors import JaxhpoError
-from jaxhpo._core.types import Hypergradient
+from jaxhpo._core.transforms import to_natural
+from jaxhpo._core.types import Hypergradient, PyTree
 from jaxhpo._core.validate import check_arrays, check_callable, check_residual, check_scalar, describe
 
 WITH_CARRY = "outer_loss(hparams, carry, key) -> (value, carry, info)"
@@ -35,6 +36,20 @@ def in_one_form(outer_loss, gradient) -> tuple[Any, Callable | None]:
         return loss, gradient
     check_callable("outer_loss", outer_loss, "outer_loss(hparams)", 1, " or `outer_loss(hparams, carry, key)`")
     return lambda h, carry, key: (check_scalar(outer_loss(h), "outer_loss"), carry, None), gradient
+
+
+def in_search_units(transforms: PyTree, loss, gradient) -> tuple[Any, Callable | None]:
+    """Returns what `in_one_form` returned as functions of the unconstrained hyperparameters, as `tune` sees them."""
+
+    def loss_at(point, carry, key):
+        return loss(to_natural(transforms, point), carry, key)
+
+    def gradient_at(point, carry, key):
+        hparams, pullback = jax.vjp(lambda u: to_natural(transforms, u), point)
+        value, hypergrad, carry, info = gradient(hparams, carry, key)
+        return value, pullback(hypergrad)[0], carry, info
+
+    return loss and loss_at, gradient and gradient_at
 
 
 def _checked_gradient(gradient):

@@ -80,7 +80,13 @@ class ErrorBar:
         if self.known:
             part = f" ({float(self.error) / float(self.norm):.1%})" if self.norm else ""
             return f"hypergradient of length {self.norm:.3g} ± {self.error:.2g}{part}, against {self.reference}"
-        more = "; more `products` may tell" if self.reference == OPTIMUM else ""
+        more = ""
+        if not jnp.isfinite(self.value):
+            more = f": the outer loss is {self.value:g}"
+        elif self.reference == OPTIMUM and jnp.isnan(self.error):
+            more = ": Newton's steps do not come nearer to it, as where the train loss is not convex"
+        elif self.reference == OPTIMUM:
+            more = "; more inner steps, or `products`, may tell"
         return f"hypergradient of length {self.norm:.3g}; cannot tell how far it is from {self.reference}{more}"
 
 
@@ -114,7 +120,7 @@ def error_bar(outer_loss: Callable, *, directions: int = 6, products: int | None
       products: of the longer of two linear solves, where the hypergradient is continued. None takes a sixth of the
         inner steps, so that the error bar costs about a quarter of `Unroll()`'s hypergradient, and 20 at least: with
         fewer, one of a system that is not well-conditioned is off by more than a factor of two in one case of five.
-        Where the error is not known, more products may tell it.
+        Where the error is not known, more products may tell it, or more inner steps.
 
     Returns:
       `(hparams, carry=None, key=None) -> ErrorBar`, a pure function, for `jit` and for callbacks of `tune`.
@@ -168,7 +174,7 @@ def error_bar(outer_loss: Callable, *, directions: int = 6, products: int | None
             result, grad = results[0], rows[0]
             error, known = own.judge(rows)
         reference = STEPS if own is None else own.reference
-        return ErrorBar(result, unravel(grad), error, known, jnp.linalg.norm(grad), reference)
+        return ErrorBar(result, unravel(grad), error, known & jnp.isfinite(result), jnp.linalg.norm(grad), reference)
 
     return measured
 

@@ -14,6 +14,8 @@ from jaxhpo._core.tree import map_in_chunks
 NUMBER = 8  # steps of each size
 ONE_SIDED = 1.645  # standard deviations that a normal number exceeds in 5 % of cases
 TOGETHER = 8  # trainings under one `vmap`
+FORETELLS = 0.9  # a correlation of predicted and real change below which remedies are tried
+STATIONARY = 0.01  # of real changes: predicted ones that are smaller are not what a step is taken for
 
 
 class Predictivity(NamedTuple):
@@ -24,12 +26,19 @@ class Predictivity(NamedTuple):
       correlation: Pearson's, of the two.
       interval: its 95 % confidence interval, by Fisher's transformation.
       slope: real change for a predicted one, by least squares through zero; 1 for a loss that is straight.
+      vain: why it foretells nothing, in words, where that is no fault of the training; else empty.
     """
 
     step: float
     correlation: float
     interval: tuple[float, float]
     slope: float
+    vain: str = ""
+
+    @property
+    def low(self) -> bool:
+        """Whether another training may foretell more."""
+        return not self.vain and self.correlation < FORETELLS
 
     def above(self, other: "Predictivity") -> bool:
         """True where the correlation is higher than another, over as many steps, by more than chance (5 %)."""
@@ -37,6 +46,8 @@ class Predictivity(NamedTuple):
         return bool(mine - others > ONE_SIDED * np.sqrt(2 / (NUMBER - 3)))
 
     def __str__(self) -> str:
+        if self.vain:
+            return f"foretells nothing of steps of {self.step:.2g}: {self.vain}"
         low, high = self.interval
         return (
             f"foretells steps of {self.step:.2g} with correlation {self.correlation:.2f} ({low:.2f} to {high:.2f}), "
@@ -60,12 +71,22 @@ class Retrained(NamedTuple):
     def predictivity(self, grad: np.ndarray) -> Predictivity:
         """Compares the changes that a hypergradient foretells with these; NaN where an outer loss is not finite."""
         predicted = self.moves @ grad
-        with np.errstate(invalid="ignore", divide="ignore"):
+        if bad := int(np.sum(~np.isfinite(self.changes))):
+            vain = (
+                f"at {bad} of {len(self.changes)} points the outer loss is not finite. Take a smaller `step`, or the "
+                "`transforms=` that keep hyperparameters within their range"
+            )
+            return Predictivity(self.step, np.nan, (np.nan, np.nan), np.nan, vain)
+        with np.errstate(invalid="ignore", divide="ignore"):  # of changes that are all alike
             correlation = float(np.corrcoef(predicted, self.changes)[0, 1])
             slope = float(predicted @ self.changes / (predicted @ predicted))
             # arctanh r is normal, nearly, with the standard deviation 1 / √(n − 3).
             ends = np.arctanh(np.clip(correlation, -1, 1)) + np.array([-1.96, 1.96]) / np.sqrt(len(self.moves) - 3)
-        return Predictivity(self.step, correlation, (float(np.tanh(ends[0])), float(np.tanh(ends[1]))), slope)
+        lengths = np.linalg.norm(predicted), np.linalg.norm(self.changes)
+        vain = ""
+        if lengths[0] < STATIONARY * lengths[1] and not correlation >= FORETELLS:
+            vain = f"changes are {lengths[1] / lengths[0]:.2g} times as large as foretold, as near a stationary point"
+        return Predictivity(self.step, correlation, (float(np.tanh(ends[0])), float(np.tanh(ends[1]))), slope, vain)
 
 
 def retrain(

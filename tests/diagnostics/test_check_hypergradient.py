@@ -252,6 +252,42 @@ def test_predictivity():
     assert "; with with r = 0.99 0.99.\n" in tried and "chance: with r = 0.88 (0.88), with r = nan (nan)." in tried
 
 
+def test_what_foretells_nothing_is_said():
+    """Roots of negative numbers, and steps from a minimum; a hypergradient that is too short foretells by its slope."""
+    outside = jaxhpo.check_hypergradient(lambda h: jnp.sum(jnp.sqrt(h)), jnp.full(3, 0.01), step=0.5)
+    found = outside.predictivity[0]
+    assert np.isnan(found.correlation) and "of 8 points the outer loss is not finite" in str(outside)
+    assert "eps_root" not in str(outside)
+    stationary = jaxhpo.check_hypergradient(lambda h: jnp.sum((h - 1) ** 2), jnp.full(3, 1 + 1e-5), step=0.1)
+    assert stationary.verdict == "agrees" and "as near a stationary point" in str(stationary)
+    assert "eps_root" not in str(stationary)
+    short = lambda h, carry, key: (jnp.sum(h), jnp.full_like(h, 1e-4), carry, None)  # noqa: E731
+    check = jaxhpo.check_hypergradient(None, jnp.ones(3), gradient=short, step=0.1)
+    assert "with correlation 1.00" in str(check) and "slope 10000" in str(check)
+
+
+def test_in_the_units_of_the_search():
+    """With h = e^u the derivative by u is that by h times h, and no step leaves the range of h."""
+    h = {"a": jnp.array([0.01, 0.1, 2.0]), "b": jnp.asarray(3.0)}
+    transforms = {"a": jaxhpo.positive, "b": None}
+
+    def outer_loss(h):
+        return jnp.sum(jnp.sqrt(h["a"])) + h["b"] ** 2
+
+    check = jaxhpo.check_hypergradient(outer_loss, h, step=0.1, transforms=transforms)
+    np.testing.assert_allclose(check.analytic, [0.05, 0.5 * 0.1**0.5, 0.5 * 2**0.5, 6.0], rtol=1e-12)
+    assert check.verdict == "agrees" and check.predictivity[0].correlation > 0.9
+    assert np.isnan(jaxhpo.check_hypergradient(outer_loss, h, step=0.1).predictivity[0].correlation)
+
+    def own(h, carry, key):
+        return outer_loss(h), jax.grad(outer_loss)(h), carry, None
+
+    again = jaxhpo.check_hypergradient(None, h, gradient=own, transforms=transforms)
+    np.testing.assert_allclose(again.analytic, check.analytic, rtol=1e-12)
+    with pytest.raises(jaxhpo.JaxhpoError, match=r"hparams\['a'\].*greater than 0"):
+        jaxhpo.check_hypergradient(outer_loss, {"a": -h["a"], "b": h["b"]}, transforms=transforms)
+
+
 def circle_map(h):
     """p ← p − 3 sin(p − h), which is chaotic; at half the rate it converges to h, as 1.5 |cos(p − h)| < 2."""
     solver = jaxhpo.from_optax(lambda p, h, b: jnp.sum(1 - jnp.cos(p - h)), optax.sgd(3.0))

@@ -223,6 +223,14 @@ def test_a_solution_of_another_library_cannot_tell():
     assert not bar.known and np.isnan(bar.error)
 
 
+def test_the_sentence_says_why():
+    values = {"value": jnp.ones(()), "hypergradient": jnp.ones(1), "known": False, "norm": 1.0, "reference": OPTIMUM}
+    assert "more inner steps" in str(jaxhpo.ErrorBar(error=0.5, **values))
+    assert "not convex" in str(jaxhpo.ErrorBar(error=np.nan, **values))
+    bar = jaxhpo.error_bar(lambda h: jnp.log(ridge(Unroll())(h) - 100))(POINT)
+    assert not bar.known and str(bar).endswith(": the outer loss is nan")
+
+
 def test_carry_key_and_words():
     def outer_loss(h, carry, key):
         shifted = h + 1e-3 * jax.random.normal(key, h.shape)

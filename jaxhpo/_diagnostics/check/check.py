@@ -5,11 +5,20 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jaxhpo._core.outer import in_one_form, is_deterministic
+from jaxhpo._core.outer import in_one_form, in_search_units, is_deterministic
 from jaxhpo._core.processes import together
 from jaxhpo._core.progress import EVERY, Progress
+from jaxhpo._core.transforms import to_unconstrained
 from jaxhpo._core.types import PyTree
-from jaxhpo._core.validate import check_arrays, check_count, check_key, check_params, check_positive, check_switch
+from jaxhpo._core.validate import (
+    check_arrays,
+    check_count,
+    check_key,
+    check_one_training,
+    check_params,
+    check_positive,
+    check_switch,
+)
 from jaxhpo._diagnostics.check.evidence import Evidence
 from jaxhpo._diagnostics.check.result import HypergradientCheck
 from jaxhpo._diagnostics.check.verdict import examine
@@ -25,6 +34,7 @@ def check_hypergradient(
     repeats: int = 8,
     step_size: float | None = None,
     step: float | None = None,
+    transforms: PyTree = None,
     gradient: Callable | None = None,
     carry: PyTree = None,
     key: jax.Array | None = None,
@@ -54,7 +64,7 @@ def check_hypergradient(
     Args:
       outer_loss: `hparams -> scalar`, or `(hparams, carry, key) -> (scalar, carry, info)`, as for `tune`. None where
         `gradient` is given, whose own value is then differentiated.
-      hparams: where to check, a pytree of floating-point arrays.
+      hparams: where to check, a pytree of floating-point arrays, in natural units.
       num_directions: random directions, or coordinates where there are no more; None takes all coordinates up to 64
         hyperparameters, else 8.
       by_leaf: takes as many random directions in each leaf too. (Up to 8 leaves are, where the whole differs.)
@@ -68,6 +78,8 @@ def check_hypergradient(
         and over 8 of a third of it. Where the first is below 0.9 it is taken again, along the same steps, with half as
         many inner steps, and with half the inner rate, for the hypergradient and the trainings alike; what raises it
         by more than chance is printed beside it. None does not.
+      transforms: as for `tune`: hypergradient, errors and `step` are then those of the unconstrained hyperparameters,
+        which the outer optimiser moves. Without, a `step` of 0.1 takes a penalty of 0.05 below zero.
       gradient: `(hparams, carry, key) -> (value, hypergradient, carry, info)`, as for `tune`: `from_pair(pair)`, or a
         hypergradient of your own.
       carry: what the outer loss, or `gradient`, is given.
@@ -94,7 +106,9 @@ def check_hypergradient(
       Fornberg. Generation of Finite Difference Formulas on Arbitrarily Spaced Grids. 1988.
     """
     loss, own = in_one_form(outer_loss, gradient)
-    hparams = check_params(hparams, "hparams")
+    loss, own = in_search_units(transforms, loss, own)
+    hparams = to_unconstrained(transforms, check_params(hparams, "hparams"))
+    check_one_training(carry)
     carry = jax.tree.map(jnp.asarray, check_arrays(carry, "carry"))
     if num_directions is not None:
         check_count("num_directions", num_directions)

@@ -13,7 +13,7 @@ from jaxhpo._core.record import SolveLog, recording
 from jaxhpo._core.trace import compilable
 from jaxhpo._core.types import LinearStatus
 from jaxhpo._diagnostics.check.remedies import try_remedies
-from jaxhpo._diagnostics.check.result import AGREES, FORETELLS, HypergradientCheck
+from jaxhpo._diagnostics.check.result import AGREES, HypergradientCheck
 from jaxhpo._diagnostics.differences import DIFFERENCES, TANGENTS, Differences, central_differences, difference_along
 from jaxhpo._diagnostics.health import raise_if_zero, raise_unless_finite
 from jaxhpo._diagnostics.not_finite import diagnose
@@ -197,7 +197,7 @@ class Evidence:
         key = jax.random.fold_in(self.direction_key, 3)
         retrained = retrain(self.value, self.flat, (step, step / 3), key, self.key)
         self.predictivity = tuple(each.predictivity(self.grads[0]) for each in retrained)
-        if self.log.adjoints and not self.predictivity[0].correlation >= FORETELLS:  # it may be NaN
+        if self.log.adjoints and self.predictivity[0].low:
             self.remedies = try_remedies(self.value, self.value_and_grad, self.flat, step, key, self.key)
 
     # --- judgement ---

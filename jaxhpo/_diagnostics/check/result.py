@@ -9,7 +9,6 @@ from jaxhpo._diagnostics.differences import DIFFERENCES
 from jaxhpo._diagnostics.predictivity import Predictivity
 
 AGREES = 3e-3  # a relative error up to which a hypergradient is called right: below that of products in bfloat16
-FORETELLS = 0.9  # a correlation of predicted and real change below which remedies are tried
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +107,7 @@ class HypergradientCheck:
         better = {name: found for name, found in self.remedies.items() if found.above(first)}
         text = f"\n  It {first}{''.join(f'; with {name} {found.correlation:.2f}' for name, found in better.items())}."
         text += "".join(f"\n  It {foretold}." for foretold in rest)
-        if all(foretold.correlation >= FORETELLS for foretold in self.predictivity):
+        if not any(foretold.low for foretold in self.predictivity):
             return text
         if vain := [f"{name} ({x.correlation:.2f})" for name, x in self.remedies.items() if name not in better]:
             text += f"\n  Tried, and not better beyond chance: {', '.join(vain)}."

@@ -14,10 +14,11 @@ from jaxhpo._adjoint.unroll import Unroll
 from jaxhpo._core.cost import fastest, temporary_bytes
 from jaxhpo._core.errors import JaxhpoError, ZeroHypergradientWarning
 from jaxhpo._core.mesh import ravel
-from jaxhpo._core.outer import in_one_form
+from jaxhpo._core.outer import in_one_form, in_search_units
 from jaxhpo._core.processes import AnotherProcessError, together
 from jaxhpo._core.progress import EVERY, Progress, say
 from jaxhpo._core.record import SolveLog
+from jaxhpo._core.transforms import to_natural, to_unconstrained
 from jaxhpo._core.tree import names
 from jaxhpo._core.types import Hypergradient, PyTree
 from jaxhpo._core.validate import (
@@ -66,6 +67,7 @@ def compare(
     num_directions: int = 16,
     repeats: int | None = None,
     step: float | None = None,
+    transforms: PyTree = None,
     key: jax.Array | None = None,
     progress: bool = True,
 ) -> Comparison:
@@ -87,7 +89,7 @@ def compare(
 
     Args:
       make_outer_loss: `adjoint -> (hparams -> scalar)`: your outer loss, passing the rule on to `solve`.
-      hparams: where to compare, a pytree of floating-point arrays.
+      hparams: where to compare, a pytree of floating-point arrays, in natural units.
       adjoints: the rules, in a sequence or as `{name: rule}`; None takes those without required settings.
       pairs: stateful methods beside the rules, as `{name: (gradient, carry)}`, for instance `{"HOAG": (from_pair(pair),
         pair.init(params, hparams))}`, with the same start and data as the outer loss. Each is called 6 times at
@@ -101,6 +103,8 @@ def compare(
       step: also measures predictivity, as `check_hypergradient` does: the correlation of the change that each method's
         hypergradient foretells with the real one, over 8 random steps by which each hyperparameter moves with this
         standard deviation, the same for all methods; 9 trainings. None does not.
+      transforms: as for `tune`: hypergradients, errors and `step` are then those of the unconstrained hyperparameters,
+        which the outer optimiser moves.
       key: for the random directions; `jax.random.key(0)` when None.
       progress: shows progress on stderr, also within what takes longer than 5 s.
 
@@ -142,13 +146,14 @@ def compare(
         check_positive("step", step)
     direction_key = jax.random.key(0) if key is None else check_key(key)
     given = {} if adjoints is None else _named(adjoints)
-    pairs = {} if pairs is None else _checked_pairs(pairs)
+    pairs = {} if pairs is None else _checked_pairs(pairs, transforms)
     if isinstance(reference, str) and reference != "differences":
         raise JaxhpoError(f"`reference` got {reference!r}, which is no rule: write 'differences', or pass `Unroll()`.")
     exact = None if isinstance(reference, str) else Unroll() if reference is None else reference
     if exact is not None:
         check_adjoint(exact)
-    flat, unravel = ravel(hparams)
+    point = to_unconstrained(transforms, hparams)
+    flat, unravel = ravel(point)
 
     def make_loss(rule):
         try:
@@ -162,7 +167,7 @@ def compare(
                 "pass a rule on to `solve`: write `lambda adjoint: lambda hparams: ...`, with "
                 "`solve(..., adjoint=adjoint)` inside."
             ) from error
-        return lambda flat: check_scalar(outer_loss(unravel(flat)), "make_outer_loss(adjoint)")
+        return lambda flat: check_scalar(outer_loss(to_natural(transforms, unravel(flat))), "make_outer_loss(adjoint)")
 
     if progress:
         say("compare: compiling and running the outer loss")
@@ -179,7 +184,7 @@ def compare(
             bar.update(name)
         for name, (pair, carry) in pairs.items():
             bar.note(f"compiling and running {name}")
-            found[name] = measure_pair(pair, carry, hparams, jax.random.fold_in(direction_key, 2))
+            found[name] = measure_pair(pair, carry, point, jax.random.fold_in(direction_key, 2))
             bar.update(name)
         of_exact = next((measured for measured in found.values() if measured.rule == exact), None)
         if exact is not None and of_exact is None:
@@ -193,7 +198,7 @@ def compare(
             by_rule = None if of_exact is None or of_exact.error else np.asarray(of_exact.result[1], float)
             forward = exact is not None and not plain.log.roots
             differences = directional_derivatives(
-                loss, hparams, directions, direction_key, forward, by_rule, tried.update
+                loss, point, directions, direction_key, forward, by_rule, tried.update
             )
         bar.update("derivatives along directions")
         retrained = None if step is None else retrain(loss, flat, (step,), jax.random.fold_in(direction_key, 1))[0]
@@ -246,8 +251,8 @@ def _named(adjoints) -> dict[str, Adjoint]:
     return methods
 
 
-def _checked_pairs(pairs) -> dict[str, tuple[Callable, PyTree]]:
-    """Each pair's gradient, in the form that checks its results, and its carry."""
+def _checked_pairs(pairs, transforms) -> dict[str, tuple[Callable, PyTree]]:
+    """Each pair's gradient by the unconstrained hyperparameters, in the form that checks its results, and its carry."""
     wanted = "`{name: (gradient, carry)}`, such as `{'HOAG': (from_pair(pair), pair.init(params, hparams))}`"
     if not isinstance(pairs, Mapping):
         raise JaxhpoError(f"`pairs` got {describe(pairs)}, but a method needs a name and a state: write {wanted}.")
@@ -255,7 +260,8 @@ def _checked_pairs(pairs) -> dict[str, tuple[Callable, PyTree]]:
     for name, given in pairs.items():
         if not isinstance(given, tuple) or isinstance(given, Hypergradient) or len(given) != 2:
             raise JaxhpoError(f"`pairs[{name!r}]` got {describe(given)}: write {wanted}.")
-        found[str(name)] = in_one_form(None, given[0])[1], check_arrays(given[1], "carry")
+        gradient: Any = in_search_units(transforms, *in_one_form(None, given[0]))[1]
+        found[str(name)] = gradient, check_arrays(given[1], "carry")
     return found
 
 
