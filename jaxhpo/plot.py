@@ -294,7 +294,8 @@ def run(source: TuneResult | str | os.PathLike, path: str | os.PathLike | None =
     has a line for each, a larger one its median, and bands between its quartiles and its extremes. At most six panels
     more show a large hyperparameter: a matrix at the last step as a heat map; other leaves at the first, the middle and
     the last step, over their index where they follow a curve (a schedule, say), else sorted. At most six show a metric,
-    of those that change during the run.
+    of those that change during the run. With `record="error"` the norm has a band of plus and minus its error bar, to
+    the foot of the axis where that is the larger of the two.
 
     Args:
       source: the result of `tune` or of a search, or a run's `run_dir`, also during the run.
@@ -455,18 +456,22 @@ def _norms(axis, columns) -> None:
     norm = _real(columns["hypergradient_norm"])
     norm = np.where(norm > 0, norm, np.nan)  # of a step without a score, in a logarithmic axis
     _line(axis, norm, color=BLUE)
-    if "error" in columns:
-        error = _real(columns["error"])
+    _log(axis, norm)
+    if "error" in columns and np.isfinite(error := _real(columns["error"])).any():
         known, at = np.isfinite(error), np.arange(len(error))
-        lower = np.where(error < norm, norm - error, 0.1 * norm)  # at the foot of a logarithmic axis
-        band = {"color": BLUE, "alpha": 0.2, "linewidth": 0, "label": "± error bar"}
-        axis.fill_between(at[known], lower[known], (norm + error)[known], **band)
+        lower, whole = norm - error, bool((error >= norm).any())
+        # A logarithmic axis has no zero: where the error is larger than the norm, the band reaches its foot.
+        foot = np.nanmin([norm, np.where(lower > 0, lower, np.nan)]) / 1.5 if axis.get_yscale() == "log" else 0.0
+        label = "± error bar" + ", to the foot where it reaches zero" * whole
+        band = {"color": BLUE, "alpha": 0.2, "linewidth": 0, "label": label}
+        axis.fill_between(at[known], np.maximum(lower, foot)[known], (norm + error)[known], **band)
+        if whole:
+            axis.set_ylim(bottom=foot)
     counts = {name[len("remedies['") : -2]: x for name, x in columns.items() if name.startswith("remedies") and x.any()}
     for i, (name, x) in enumerate(counts.items()):
         at, label = np.flatnonzero(x), f"{name.replace('_', ' ')}: {int(x.sum())}"
         style = {"ms": 8, "color": PALETTE[(i + 1) % len(PALETTE)], "transform": axis.get_xaxis_transform()}
         axis.plot(at, np.full(at.size, 0.03 + 0.05 * i), "|", label=label, **style)
-    _log(axis, norm)
     axis.set(ylabel="norm, in the search's units", title=_change("Norm of the hypergradient", norm))
 
 

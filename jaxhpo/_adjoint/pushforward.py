@@ -78,7 +78,10 @@ class ForwardGradient:
     :math:`E[\hat g]` is the exact hypergradient through the solve.
 
     **Cost and bias**: 2 + 1.35 K trainings (as `Forward`); memory of K copies of the inner state. Unbiased, with a
-    variance of :math:`(m + 1)/K` times the squared norm: K must grow with m for the same error.
+    variance of :math:`(m + 1)/K` times the squared norm: K must grow with m for the same error. That is in the units of
+    the hyperparameters that `solve` is given: pass logarithms of penalties, and take `jnp.exp` in the train loss. With
+    `transforms=positive` alone the derivatives of tiny penalties are spread over large ones (30 penalties from
+    :math:`e^{-7}` to :math:`e^2`: 590 times the norm in the logarithms, where it would be 5.9).
 
     Args:
       num_directions: K above.
@@ -131,8 +134,9 @@ class Smoothing:
 
     Args:
       num_pairs: K above, the number of samples of ε.
-      sigma: σ above, the standard deviation of the perturbation in units of the hyperparameters. It is the same for all
-        of them, so give them similar scales.
+      sigma: σ above, the standard deviation of the perturbation in units of the hyperparameters that `solve` is given.
+        It is the same for all of them, so give them similar scales: for penalties their logarithms, with `jnp.exp` in
+        the train loss (see `ForwardGradient`).
 
     Raises:
       JaxhpoError: if a setting is out of its range, `solve` is given no `key`, or `tol` is given.

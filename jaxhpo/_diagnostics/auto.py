@@ -42,9 +42,11 @@ class Auto:
     many. The choice and its reasons are printed, and in the result's `message`. Of a `population` all take the exact
     rule.
 
-    **Cost and bias**: that of the rule; each choice costs the exact hypergradient and those that are tried (one to
-    three, of 1.1 to 1.5 trainings). Costs are counted operations and predicted memory, the same on every machine. A
-    rule that is chosen may be biased, by what it does not explain.
+    **Cost and bias**: that of the rule; each choice costs the exact hypergradient and those that are tried (mostly one
+    to three, of 1.1 to 1.5 trainings), and a compilation of each, which is most of a run whose steps take
+    milliseconds: take `Unroll()` there. Costs are counted operations and predicted memory, the same on every machine. A
+    rule that is chosen may be biased, by what it does not explain: `compare` lists it as not to be trusted for its
+    value, though it descends as well.
 
     Example:
       >>> solver = jaxhpo.from_optax(lambda p, h, batch: jnp.sum((p - h) ** 2), optax.sgd(0.1))
@@ -139,13 +141,14 @@ def choose(value: Callable[[jax.Array], jax.Array], flat: jax.Array, parts: Sequ
         return Choice(Auto(), "Auto: the rule of `jax.grad`, as no other can be trusted here", tried)
 
     def words(row):
-        part = "" if exact is None else f" for {row.cost / exact.cost:.2f} of its cost"
+        part = "" if exact is None else f" at {row.cost / exact.cost:.2f} of its cost"
         return f"{short_name(row.rule)} {100 * row.explains:.0f} %{part}"
 
     others = [words(row) for row in tried if row is not exact]
     why = f"Auto: {short_name(best.rule)}"
     if others:
-        why += f" (of {'the exact hypergradient' if exact else 'the largest slope'} explain {', '.join(others)})"
+        whole = "the exact hypergradient" if exact else "the largest slope"
+        why += f", which explains most of {whole} for its cost ({', '.join(others)}; {100 * TRUSTED:.0f} % at least)"
     return Choice(best.rule, why, tried)
 
 

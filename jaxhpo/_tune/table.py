@@ -151,7 +151,7 @@ def standing(folder: str | os.PathLike, steps: int) -> str:
     if status == "running":
         text = "cut off: it left no message, so it was killed"
     saved = max(map(rows_of, saved_in(folder)), default=0)
-    if 0 < saved < steps:
+    if saved and (saved < steps or status == "running"):
         text += f". The same call goes on after {per_call * saved} outer steps, from the last checkpoint"
     header = newest_header(folder)
     return ". ".join([text, *map(printable, [] if header is None else header.settings.get("past", []))])
