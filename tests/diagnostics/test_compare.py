@@ -622,6 +622,22 @@ def test_pairs_are_compared():
 
 
 @pytest.mark.slow
+def test_rules_are_compared_in_the_units_of_the_search():
+    """With h = e^u all hypergradients are multiplied by h, so that the errors of the entries weigh otherwise."""
+    p, h = QUADRATIC, jnp.exp(jnp.linspace(-4.0, 1.0, QUADRATIC.hparams.size))
+    solver = jaxhpo.from_optax(p.train_loss, optax.sgd(p.step_size))
+    val = lambda solution, h, batch: p.val_loss(solution.params)  # noqa: E731
+    made = jaxhpo.hypergradient(Unroll(truncate=1), solver, val, num_steps=5, warm_start=False)
+    pairs = {"pair": (jaxhpo.from_pair(made), made.init(jnp.asarray(p.params), h))}
+    make = lambda rule: outer_loss(p, rule, 5)  # noqa: E731
+    found = compare(make, h, [Unroll(truncate=1)], pairs=pairs, step=0.1, transforms=jaxhpo.positive, repeats=1)
+    rough, exact = (h * jax.grad(make(rule))(h) for rule in (Unroll(truncate=1), Unroll()))
+    for row in found.rows:
+        assert row.relative_error == pytest.approx(relative_error(rough, exact), rel=1e-6)
+        assert row.predictivity > 0.9
+
+
+@pytest.mark.slow
 def test_outer_loss_without_effect_or_not_finite_is_refused():
     make = lambda rule: outer_loss(QUADRATIC, rule, 5)  # noqa: E731
     with pytest.raises(jaxhpo.ZeroHypergradientError, match="no hyperparameter affects"):
