@@ -272,12 +272,14 @@ def tune(
       record: extra columns: "hparams", all leaves whole; "hypergradient", its leaves, in the units of the search;
         "agreement": the `predicted_change` of the outer loss by each step, hypergradient times move, and in the row
         after it the `agreement`, actual for predicted change: 1 on a straight line, about 1/2 at the best step of a
-        parabola, below 0 where the loss rose instead (of a random loss, also by chance);
+        parabola, below 0 where the loss rose instead (of a random loss, also by chance), far above 1 where the
+        hypergradient is much too short;
         "error": the `error` bar ‖ĝ − g‖ of the hypergradient, in the units of its norm, against the exact derivative g
         of the steps that were run, past `stop_gradient` and derivative rules of your own. It is taken at every fourth
         step that is not skipped (`measured_error`), at a quarter of the cost of `Unroll()`, and held until the next, or
         until another rule is taken; where it does not fit into memory, or a run ends at a `tol`, by exact tangents
-        along six random directions (1 + 1.3 a direction, in trainings), within a factor of two in 97 % of cases;
+        along six random directions (1 + 1.3 a direction, in trainings), within a factor of two in 97 % of cases. Not of
+        single-loop methods, whose updates report no outer loss of trained parameters;
         "linear_solves", for which the device calls back: of the linear solves of implicit rules (of all members) the
         largest `residual`, the `num_iterations`, and how many were `not_converged`. (An inner solve's optimality is
         recorded where the info holds its `sol.info`.) What is recorded is judged at the end: where linear solves, or
@@ -286,7 +288,7 @@ def tune(
         step (of `optax.MultiSteps`, where there is a move; "error" is recorded, at half of the cost of `Unroll()`), and
         with it the cosine of the move with the exact descent direction: `measured_slope` is the derivative of the outer
         loss along a move of length one, and `measured_norm` the norm. Where the mean cosine of the last six measured
-        moves is below .05, and the hypergradient off by more than 30 %, "tighten" puts stronger rules in the place of
+        moves is below .05, and the hypergradient off by 30 % of its length, "tighten" puts stronger rules in place of
         the present ones: ten times the products or last steps (eight times the directions), then (of a series at once)
         the best linear solver, then `Unroll()`. With each the optimiser begins anew, but for its schedules, and each is
         kept for six measured moves at least. "stop" ends the run with the status "misled", as "tighten" does where
