@@ -362,7 +362,7 @@ def _as_trials(axis) -> None:
     """Turns curves of a run into points of a search: no path leads from trial to trial."""
     for line in axis.lines:
         if line.get_label() != "best so far":
-            line.set(linestyle="none", marker=".")
+            line.set(linestyle="none", marker=".", markevery=None)
         if line.get_label() == "score":
             line.set_label("of complete trials")
     title = axis.get_title()

@@ -271,7 +271,7 @@ class Search:
         return self._result(status, message)
 
     def _loop(self, signalled, bar) -> tuple[str, str]:
-        others = Others(self.storage, self.study)
+        others, waits = Others(self.storage, self.study), False
         while not (status := signalled()):
             while len(self.slots) < self.batch and self._ask():
                 pass
@@ -285,7 +285,11 @@ class Search:
                 self._call()
                 if any([self._ended(slot, bar) for slot in ready]):
                     return "callback", "a callback stopped the search"
+                waits = False
             elif self.slots or others.go_on():
+                if not waits:
+                    bar.note("waiting for trials of other processes; one that has died is given up after a minute")
+                waits = True
                 time.sleep(PAUSE)
             else:
                 return "finished", ""

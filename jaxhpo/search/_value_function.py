@@ -7,8 +7,9 @@ trainings stands for φ, and the problem
 .. math:: \min_{\theta, h} F(\theta) \quad \text{subject to} \quad g = f(\theta, h) - \hat\varphi(h) \le 0
 
 is solved by the augmented Lagrangian :math:`F + (\max(0, \mu + R g)^2 - \mu^2) / 2R`, whose multiplier becomes
-:math:`\max(0, \mu + R g)` after each training, with g of the value that it found. Of several inner minima this takes
-the one with the lowest outer loss.
+:math:`\max(0, \mu + R g)` after each training, with g of the value that it found. Of a connected set of inner minima
+this takes the one with the lowest outer loss; it does not cross barriers between separate ones, as parameters move by a
+local optimiser.
 
 A step of the method is a step of `tune`: one training at the present h, and then a move. In the first n steps the move
 leads to the next point of the design.
@@ -110,7 +111,7 @@ def value_function(
       design: hyperparameters of the first n trainings, each leaf with a leading axis of n; in units in which φ is
         smooth (logarithms of penalties).
       optimizer: any optax transformation, for (params, hparams) together.
-      num_steps: trainings in all, n of the design among them.
+      num_steps: trainings in all, n of the design among them, and at most 16 more: R grows by `growth` in each.
       inner_steps: of the optimiser in each step.
       kernel: of the Gaussian process, "matern52" or "rbf", with a length scale for each hyperparameter.
       multiplier: the first μ.
@@ -185,6 +186,10 @@ def value_function(
     if result.status == "callback" and settled[-1] >= SETTLED:
         message = f"after {len(settled)} trainings: {SETTLED} moves changed the outer loss by less than {tol:g}"
         result = result._replace(status="converged", message=message)
+    moved = result.history["info"]["score"][method.number :]
+    if len(moved) and not np.isfinite(moved).any():
+        none = f"no move was feasible (`tol={tol:g}`), so that the best is a training of the design: more `inner_steps`"
+        result = result._replace(message=f"{result.message}; {none}, or a larger `growth`, may do")
     best = ravel_pytree(result.best_hparams)[0]
     if ((best == method.low) | (best == method.high)).any():
         edge = "the best hyperparameters lie at the edge of the design: one that reaches further may hold better ones"

@@ -1,5 +1,6 @@
 """The estimators' common part: data, penalties and their groups, the choice among shrinkages, the picture."""
 
+import collections.abc
 import numbers
 from typing import Any, NamedTuple
 
@@ -179,6 +180,11 @@ class Bilevel(BaseEstimator):
         each = self.groups is None and (self._each or self.covariates is not None)
         none = np.arange(features) if each else np.full(features, "all features")
         given = none if self.groups is None else list(self.groups)
+        if isinstance(self.groups, collections.abc.Mapping):
+            raise JaxhpoError(
+                f"`groups` got a {type(self.groups).__name__}: write a label for each feature, in the order of X's "
+                "columns, as `[groups[name] for name in X.columns]`."
+            )
         if len(given) != features:
             raise JaxhpoError(
                 f"`groups` has {len(given)} entries, and X has {features} features: write a label for each feature."
@@ -219,10 +225,12 @@ class Bilevel(BaseEstimator):
             self.reason_ = f"there is only one {self._penalty}"
         elif path[0].score - best.score > self.min_gain:
             gain = path[0].score - best.score
-            self.reason_ = f"shrinkage {best.shrinkage:g} scores {gain:.1f} nats below {common}"
+            self.reason_ = f"shrinkage {best.shrinkage:g} is {gain:.1f} nats better than {common}"
         else:
             gain = path[0].score - min(level.score for level in path[1:])
-            best, self.reason_ = path[0], f"{common} kept: others gain {gain:.1f} nats at most, of {self.min_gain:g}"
+            than = f"{gain:.1f} nats better" if gain >= 0 else f"{-gain:.1f} nats worse"
+            self.reason_ = f"{common} kept: the best other is {than}, and {self.min_gain:g} are asked for"
+            best = path[0]
         self.shrinkage_ = best.shrinkage
         self.one_penalty_ = bool(best.shrinkage == 0 and (self.covariates is None or len(self._labels) == 1))
         return best

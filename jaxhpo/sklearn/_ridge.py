@@ -55,7 +55,7 @@ class BilevelRidge(LinearRegressor):
       >>> print(model.groups_["noise"] > 100 * model.groups_["useful"])
       True
       >>> print(model.reason_)
-      shrinkage 5 scores 21.3 nats below one penalty
+      shrinkage 5 is 21.3 nats better than one penalty
 
     References:
       MacKay. Bayesian Interpolation. 1992.

@@ -344,6 +344,10 @@ def test_a_search_is_drawn():
     result = jaxhpo.search.random(outer_loss, START, num_trials=4, **SPACE)
     labels = [axis.get_ylabel() for axis in jaxhpo.plot.run(result).axes]
     assert labels == ["loss", "value, in natural units"]
+    # Every point is drawn, also beside one that was stopped: a line would show those without a neighbour alone.
+    stopped = result._replace(history=result.history | {"score": np.array([1.0, 0.5, np.nan, 0.7])})
+    lines = {line.get_label(): line for line in jaxhpo.plot.run(stopped).axes[0].lines}
+    assert lines["of complete trials"].get_markevery() is None and lines["of complete trials"].get_marker() == "."
 
 
 def test_an_exception_gives_the_trials_back(tmp_path):

@@ -144,6 +144,12 @@ def test_types_of_parameters_and_of_the_design(params, hparams):
     np.testing.assert_allclose(result.best_hparams, 1.0, atol=0.05 if "bfloat16" in (params, hparams) else 0.01)
 
 
+def test_a_search_whose_moves_end_nowhere_says_so():
+    """The optimum is beyond the design, and the constraint weighs nothing, so that the parameters leave it behind."""
+    result = search(jnp.linspace(-2.0, 0.0, 10)[:, None], multiplier=1e-9, penalty=1e-9, growth=1.0)
+    assert "no move was feasible (`tol=0.001`), so that the best is a training of the design" in result.message
+
+
 def test_what_cannot_be_used_is_said():
     def run(val_loss=val_loss, fit=fit):
         return jaxhpo.search.value_function(train_loss, val_loss, fit, DESIGN, optax.adam(0.05), **QUICK)

@@ -296,7 +296,7 @@ def test_one_penalty_is_logistic_regressions(classes):
 def test_noise_is_penalised_by_every_criterion(settings):
     x, y, _ = problem(n=60, p=20)
     model = BilevelRidge(**settings).fit(x, y)
-    assert not model.one_penalty_ and "nats below one penalty" in model.reason_
+    assert not model.one_penalty_ and "nats better than one penalty" in model.reason_
     assert np.median(model.penalties_[3:]) > 10 * model.penalties_[:3].max()
     if settings.get("criterion") != "gcv":
         x, y, _ = problem(n=300, p=20)
@@ -328,6 +328,8 @@ def test_groups_and_covariates():
     model = BilevelRidge(groups=names[mixed]).fit(x[:, mixed], y)
     assert list(model.groups_) == ["a", "b", "c"] and min(model.groups_, key=model.groups_.__getitem__) == "a"
     np.testing.assert_allclose(model.penalties_, [model.groups_[name] for name in names[mixed]])
+    with pytest.raises(jaxhpo.JaxhpoError, match=r"`groups` got a dict.*\[groups\[name\] for name in X.columns\]"):
+        BilevelRidge(groups=dict.fromkeys(range(x.shape[1]), "a")).fit(x, y)
     by_covariate = BilevelRidge(groups=names, covariates=[0.0, 1.0, 1.0], shrinkage=0.0).fit(x, y)
     assert by_covariate.groups_["b"] == pytest.approx(by_covariate.groups_["c"]) and not by_covariate.one_penalty_
     assert by_covariate.groups_["b"] > 10 * by_covariate.groups_["a"]
