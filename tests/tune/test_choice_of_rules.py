@@ -4,6 +4,7 @@ import warnings
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -172,14 +173,20 @@ OPTIMISERS = {
 }
 
 
+def after_steps(rule, optimizer, number):
+    """The outer step on ridge, its compiled update, and the state after so many."""
+    step = Step(ridge(rule), optimizer, None, None, NO_REMEDIES, None)
+    update, state = jax.jit(step.update), step.init(POINT)
+    for _ in range(number):
+        state, _ = update(state)
+    return step, update, state
+
+
 @pytest.mark.parametrize("name", OPTIMISERS)
 def test_an_optimiser_moves_as_at_the_start_after_a_rule_that_misled(name):
-    step = Step(ridge(Unroll()), OPTIMISERS[name], None, None, NO_REMEDIES, None)
-    state = step.init(POINT)
-    for _ in range(20):
-        state, _ = step.update(state)
-    after, _ = step.update(step.restarted(state))
-    fresh, _ = step.update(step.init(state.point))
+    step, update, state = after_steps(Unroll(), OPTIMISERS[name], 20)
+    after, _ = update(step.restarted(state))
+    fresh, _ = update(step.init(state.point))
     np.testing.assert_array_equal(after.point, fresh.point)
 
 
@@ -188,19 +195,13 @@ def test_schedules_go_on_past_a_rule_that_misled():
     injected = optax.inject_hyperparams(optax.adam)(falling)
     plateau = optax.contrib.reduce_on_plateau(patience=1)
     for optimizer in (injected, optax.adam(falling), optax.MultiSteps(optax.adam(falling), 1)):
-        step = Step(ridge(Unroll()), optimizer, None, None, NO_REMEDIES, None)
-        state = step.init(POINT)
-        for _ in range(3):
-            state, _ = step.update(state)
-        after, _ = step.update(step.restarted(state))
+        step, update, state = after_steps(Unroll(), optimizer, 3)
+        after, _ = update(step.restarted(state))
         # A first step of Adam is its rate, here that of the fourth step.
         assert np.abs(after.point - state.point).max() == pytest.approx(0.07, rel=1e-4)
-    step = Step(ridge(Backwards()), optax.chain(optax.adam(0.05), plateau), None, None, NO_REMEDIES, None)
-    state = step.init(POINT)
-    for _ in range(6):
-        state, _ = step.update(state)
+    step, _, state = after_steps(Backwards(), optax.chain(optax.adam(0.05), plateau), 6)
     assert state.opt_state[1].scale < 1
-    assert step.restarted(state).opt_state[1] == state.opt_state[1]
+    chex.assert_trees_all_equal(step.restarted(state).opt_state[1], state.opt_state[1])
 
 
 def test_an_optimiser_that_makes_up_its_state_begins_anew():
@@ -230,23 +231,17 @@ def test_counts_that_no_moments_share_go_on():
     own = optax.GradientTransformation(lambda params: Counter(jnp.zeros((), jnp.int32)), half_at_times)
     decay = optax.adamw(0.1, weight_decay=optax.linear_schedule(1.0, 0.0, 3))  # type: ignore
     ending = optax.conditionally_transform(optax.set_to_zero(), lambda count: count >= 3)
-    step = Step(ridge(Unroll()), optax.chain(decay, ending, own), None, None, NO_REMEDIES, None)
-    state = step.init(POINT)
-    for _ in range(4):
-        state, _ = step.update(state)
+    step, update, state = after_steps(Unroll(), optax.chain(decay, ending, own), 4)
     again = step.restarted(state).opt_state
     assert again[0][0].count == 0 and not again[0][0].mu.any()
     assert (again[0][1].count, again[1].step, again[2].calls) == (4, 4, 4)
-    after, _ = step.update(step.restarted(state))
+    after, _ = update(step.restarted(state))
     np.testing.assert_array_equal(after.point, state.point)
 
 
 def test_gradients_accumulated_by_a_rule_that_misled_are_left_out():
     optimizer = optax.MultiSteps(optax.sgd(optax.linear_schedule(0.1, 0.0, 10)), 4)
-    step = Step(ridge(Backwards()), optimizer, None, None, NO_REMEDIES, None)
-    state = step.init(POINT)
-    for _ in range(7):
-        state, _ = step.update(state)
+    step, _, state = after_steps(Backwards(), optimizer, 7)
     again = step.restarted(state).opt_state
     assert (again.mini_step, again.gradient_step) == (0, 1) and not again.acc_grads.any()
     assert state.opt_state.mini_step == 3 and state.opt_state.acc_grads.any()
