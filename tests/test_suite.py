@@ -38,6 +38,7 @@ def test_a_problem_is_a_function_of_name_and_seed():
     assert loss[0] == loss[1] != loss[2]
 
 
+@pytest.mark.slow
 def test_the_problems_cover_what_the_suite_is_for(problems):
     def count(holds):
         return sum(map(holds, problems.values()))

@@ -61,7 +61,7 @@ def test_random_directions():
     assert check.coordinates is None and check.numeric.shape == (8,) and check.relative_error < 1e-9  # and the slope
 
 
-@pytest.mark.parametrize("penalty", [0.1, 200.0])
+@pytest.mark.parametrize("penalty", [0.1, pytest.param(200.0, marks=pytest.mark.slow)])
 def test_float32_is_no_trouble(penalty):
     """Closed-form ridge by five folds: differences were off by up to 40 % of the exact hypergradient at 200."""
     rng = np.random.default_rng(0)

@@ -10,6 +10,7 @@ import scipy.stats
 import jaxhpo
 from jaxhpo import CG, SAMA, FiniteDifference, ForwardGradient, Identity, Implicit, Neumann, Smoothing, Unroll
 from jaxhpo._core.cost import count_arithmetic
+from jaxhpo._core.validate import short_name
 from jaxhpo._diagnostics.error_bar import OPTIMUM, SMOOTHED, STEPS
 from jaxhpo._diagnostics.tangents import length_factor, orthogonal
 
@@ -41,8 +42,14 @@ def off(bar, reference):
     return float(jnp.linalg.norm(bar.hypergradient - reference))
 
 
-@pytest.mark.parametrize("num_steps", [10, pytest.param(50, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("rule", CONTINUED, ids=jaxhpo._core.validate.short_name)
+@pytest.mark.parametrize(
+    ("rule", "num_steps"),
+    [
+        pytest.param(rule, n, id=f"{short_name(rule)}-{n}", marks=[pytest.mark.slow] if (i, n) != (0, 10) else [])
+        for i, rule in enumerate(CONTINUED)
+        for n in (10, 50)
+    ],
+)
 def test_implicit_rules_know_their_error_at_the_optimum(rule, num_steps):
     outer_loss = ridge(rule, num_steps)
     bar = jax.jit(jaxhpo.error_bar(outer_loss))(POINT)
@@ -80,6 +87,7 @@ def test_too_short_a_truncation_cannot_tell(rule):
     assert not bar.known and "cannot tell" in str(bar)  # each step leaves .95 of a contribution
 
 
+@pytest.mark.slow
 def test_a_saddle_cannot_tell():
     # Training to a saddle in w₂: the Hessian has a negative eigenvalue there.
     solver = jaxhpo.from_optax(lambda w, h, batch: (w[0] - h) ** 2 - 0.1 * w[1] ** 2, optax.sgd(0.1))
@@ -94,7 +102,11 @@ def test_a_saddle_cannot_tell():
 
 
 @pytest.mark.parametrize(
-    ("rule", "reference"), [(ForwardGradient(16), STEPS), (Smoothing(16, 1e-3), SMOOTHED)], ids=["forward", "smoothed"]
+    ("rule", "reference"),
+    [
+        pytest.param(ForwardGradient(16), STEPS, id="forward"),
+        pytest.param(Smoothing(16, 1e-3), SMOOTHED, id="smoothed", marks=pytest.mark.slow),
+    ],
 )
 def test_the_jackknife_has_the_mean_square_error(rule, reference):
     exact = jax.grad(ridge(Unroll()))(POINT)
@@ -168,6 +180,7 @@ def quadratic(rule, curvatures, num_steps, rate=0.1):
     return jaxhpo.error_bar(outer_loss)(jnp.ones(size))
 
 
+@pytest.mark.slow
 def test_what_is_not_known_is_not_claimed():
     slow = quadratic(Unroll(truncate=8), jnp.array([5.0, 0.01]), 200)  # of the slow mode 8 steps see nothing
     ended = quadratic(Unroll(truncate=16), jnp.ones(2), 100, rate=1.0)  # of all but the last the contribution is zero
@@ -192,7 +205,7 @@ def test_few_random_directions_are_held_against_tangents():
     np.testing.assert_allclose(bar.error, off(bar, exact), rtol=1e-9)
 
 
-@pytest.mark.parametrize(("number", "size"), [(6, 1000), (6, 12), (6, 6), (3, 2)])
+@pytest.mark.parametrize(("number", "size"), [pytest.param(6, 1000, marks=pytest.mark.slow), (6, 12), (6, 6), (3, 2)])
 def test_length_from_random_directions(number, size):
     """The logarithm is unbiased, and as many are within a factor of two as SciPy's Beta distribution says."""
     e = jnp.zeros(size).at[0].set(1.0)  # any of that length: the directions have no preferred one
@@ -210,6 +223,7 @@ def test_length_from_random_directions(number, size):
         assert within >= 0.97 and abs(part - within) <= 4 * (within * (1 - within) / 4000) ** 0.5
 
 
+@pytest.mark.slow
 def test_a_vmap_prints_a_line_for_each():
     bars = jax.vmap(jaxhpo.error_bar(ridge(Unroll(truncate=12))))(jnp.stack([POINT, POINT + 0.1]))
     assert len(str(bars).splitlines()) == 2

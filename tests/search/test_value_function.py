@@ -116,6 +116,7 @@ def test_the_model_in_two_dimensions(kernel):
         assert (deviations > 0).all() and deviations.max() < model(jnp.array([2.0, 2.0]))[1]
 
 
+@pytest.mark.slow
 def test_float32_and_the_bounds_of_the_design():
     """The optimum, 1.2, lies outside of the design: h stays at its end."""
     with enable_x64(False):
@@ -144,6 +145,7 @@ def test_types_of_parameters_and_of_the_design(params, hparams):
     np.testing.assert_allclose(result.best_hparams, 1.0, atol=0.05 if "bfloat16" in (params, hparams) else 0.01)
 
 
+@pytest.mark.slow
 def test_a_search_whose_moves_end_nowhere_says_so():
     """The optimum is beyond the design, and the constraint weighs nothing, so that the parameters leave it behind."""
     result = search(jnp.linspace(-2.0, 0.0, 10)[:, None], multiplier=1e-9, penalty=1e-9, growth=1.0)

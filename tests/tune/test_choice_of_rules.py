@@ -71,6 +71,7 @@ def test_a_converged_run_is_tuned_by_a_cheap_rule():
     np.testing.assert_array_equal(result.history["value"], by_rule.history["value"])
 
 
+@pytest.mark.slow
 def test_no_rule_is_chosen_that_cannot_see_a_leaf():
     solver = jaxhpo.from_optax(
         lambda w, h, batch: RIDGE.train_loss(w, h["penalty"], batch), lambda h: optax.sgd(jnp.exp(h["rate"]))
@@ -85,6 +86,7 @@ def test_no_rule_is_chosen_that_cannot_see_a_leaf():
     assert result.message.startswith(("Auto: Unroll", "Auto: Forward")) and "Implicit" not in result.message
 
 
+@pytest.mark.slow
 def test_auto_chooses_anew_where_the_loss_stalls():
     start = jnp.zeros(3)  # the minimum: no step lowers the loss
     solver = jaxhpo.from_optax(lambda w, h, batch: jnp.sum((w - h) ** 2), optax.sgd(0.1))
@@ -130,7 +132,13 @@ def test_auto_in_a_population_is_exact():
     np.testing.assert_array_equal(by_auto.history["value"], exact.history["value"])
 
 
-@pytest.mark.parametrize(("rule", "on_error"), [(Auto(), None), (Backwards(), "tighten")], ids=["auto", "on_error"])
+@pytest.mark.parametrize(
+    ("rule", "on_error"),
+    [
+        pytest.param(Auto(), None, id="auto", marks=pytest.mark.slow),
+        pytest.param(Backwards(), "tighten", id="on_error"),
+    ],
+)
 def test_a_resumed_run_takes_the_same_rules(tmp_path, rule, on_error):
     settings = {"optimizer": optax.adam(0.1), "progress": False, "on_error": on_error}
     whole = tune(ridge(rule, 200), POINT, num_steps=18, **settings)
@@ -339,6 +347,7 @@ def test_the_ladder_of_rules_ends_at_exact_ones():
     assert stronger(Unroll(truncate=20), 100) == Unroll()  # ten times as many are all steps
 
 
+@pytest.mark.slow
 def test_a_rule_that_fails_later_is_chosen_anew():
     # The Hessian is diag(h₀, 1 + h₁²): each step lowers h₀, which at last is negative.
     solver = jaxhpo.from_optax(
@@ -379,6 +388,7 @@ def test_what_cannot_be_chosen_is_exact_by_itself():
         tune(outer_loss, jnp.log(RIDGE.step_size), optax.adam(0.1), num_steps=2, progress=False)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_loss(tmp_path):
     """A rule that is not in the other loss's list is chosen anew."""
     settings = {"optimizer": optax.adam(0.1), "progress": False, "run_dir": tmp_path, "resume": "continue"}
