@@ -456,12 +456,17 @@ def surface(task, resolution) -> dict[str, Any]:
 
 
 def grouped(rows) -> dict[tuple, dict[str, list]]:
-    """Rows of all seeds by problem, then by method."""
+    """Rows of all seeds by problem, then by method; the smaller problems first."""
     found: dict[tuple, dict[str, list]] = {}
     for row in rows:
         problem = row["model"], row["data"], row["size"], row["penalties"]
         found.setdefault(problem, {}).setdefault(row["method"], []).append(row)
-    return found
+
+    def place(problem):
+        model, data, size, penalties = problem
+        return [*RECIPES].index(model), data != "mnist", size, PENALTIES.index(penalties)
+
+    return {problem: found[problem] for problem in sorted(found, key=place)}
 
 
 def told(values, digits=3) -> str:

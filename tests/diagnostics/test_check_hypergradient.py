@@ -156,6 +156,7 @@ def test_past_rules_looks_into_every_program():
     np.testing.assert_allclose(got, (f(1.5), (f(1.5 + 1e-6) - f(1.5 - 1e-6)) / 2e-6), rtol=1e-8)
 
 
+@pytest.mark.slow
 def test_square_root_of_an_untouched_zero():
     """A parameter without gradient, under Adam without `eps_root`: forward mode alone has 0 · ∞."""
     solver = jaxhpo.from_optax(lambda p, h, b: (p[0] - h) ** 2 + 0 * p[1], optax.adam(0.1))

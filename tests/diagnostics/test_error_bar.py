@@ -199,6 +199,7 @@ def with_a_callback(h):
 with_a_callback.defvjp(lambda h: (with_a_callback(h), h), lambda h, ct: (2 * h * ct,))
 
 
+@pytest.mark.slow
 def test_few_random_directions_are_held_against_tangents():
     exact = jax.grad(ridge(Unroll()))(POINT)
     bar = jaxhpo.error_bar(ridge(ForwardGradient(2)), directions=12)(POINT)  # as many as hyperparameters
@@ -245,6 +246,7 @@ def test_the_sentence_says_why():
     assert not bar.known and str(bar).endswith(": the outer loss is nan")
 
 
+@pytest.mark.slow
 def test_carry_key_and_words():
     def outer_loss(h, carry, key):
         shifted = h + 1e-3 * jax.random.normal(key, h.shape)

@@ -55,6 +55,7 @@ def test_auto_is_implicit_in_a_run_to_a_tolerance():
     np.testing.assert_array_equal(to_tol, jax.grad(ridge(Implicit(), 400, tol=1e-9))(POINT))
 
 
+@pytest.mark.slow
 def test_auto_is_implicit_where_nothing_else_fits(monkeypatch):
     monkeypatch.setattr(
         jaxhpo._diagnostics.auto, "available_bytes", lambda: -1
@@ -162,6 +163,7 @@ def test_a_rule_that_misleads_is_replaced():
     assert np.isfinite(slope[::2]).all() and np.isnan(slope[1::2]).all() and (size[::2] > 0).all()
 
 
+@pytest.mark.slow
 def test_another_rule_begins_with_fresh_moments():
     momentum = optax.sgd(0.5, momentum=0.9)
     settings = {"progress": False, "record": "hparams"}
@@ -362,6 +364,7 @@ def test_a_rule_that_fails_later_is_chosen_anew():
     assert result.status == "finished" and np.isfinite(result.history["hypergradient_norm"]).all()
 
 
+@pytest.mark.slow
 def test_no_move_is_no_reason():
     """Of eight steps of `MultiSteps` seven do not move, and a dead rectifier never does."""
     optimizer = optax.MultiSteps(optax.adam(0.05), 5)

@@ -432,6 +432,7 @@ def test_error_bar_of_sharded_hyperparameters(kind):
         np.testing.assert_allclose(got[name], want[name], rtol=1e-12)  # sums in another order
 
 
+@pytest.mark.slow
 def test_error_bar_by_tangents_where_memory_is_short(monkeypatch):
     monkeypatch.setattr("jaxhpo._diagnostics.tangents.available_bytes", lambda: 0)
     settings = {"num_steps": 40, "record": ("error", "hparams"), "progress": False}
@@ -441,6 +442,7 @@ def test_error_bar_by_tangents_where_memory_is_short(monkeypatch):
     assert (ratio > 0.22).all() and (ratio < 2.2).all() and len(set(ratio.tolist())) == 10
 
 
+@pytest.mark.slow
 def test_error_bar_of_adam_where_a_gradient_is_zero():
     """Past a user's rules roots have a derivative of their own, which has no reverse mode: here they keep JAX's."""
     solver = jaxhpo.from_optax(lambda p, h, b: jnp.sum(jnp.exp(h) * p[:3] ** 2 + (p[:3] - 1) ** 2), optax.adam(0.1))
