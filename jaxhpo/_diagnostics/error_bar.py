@@ -111,7 +111,7 @@ def error_bar(outer_loss: Callable, *, directions: int = 6, products: int | None
       is no forward mode (callbacks, `implicit` around another solver) or something rounds.
 
     **Cost and bias**: beside the hypergradient, nothing but a few copies of the hyperparameters for the truncated sum
-    and the jackknife; at most 2.5 `products` Hessian products for `Implicit` and the like; 1 + 1.3 `directions`
+    and the jackknife; at most 2.5 `products` Hessian products for `Implicit` and the like; 1 + 1.3 to 2 `directions`
     trainings for all others.
 
     Args:

@@ -278,8 +278,8 @@ def tune(
         of the steps that were run, past `stop_gradient` and derivative rules of your own. It is taken at every fourth
         step that is not skipped (`measured_error`), at a quarter of the cost of `Unroll()`, and held until the next, or
         until another rule is taken; where it does not fit into memory, or a run ends at a `tol`, by exact tangents
-        along six random directions (1 + 1.3 a direction, in trainings), within a factor of two in 97 % of cases. Not of
-        single-loop methods, whose updates report no outer loss of trained parameters;
+        along six random directions (9 to 13 trainings), within a factor of two in 97 % of cases. Not of single-loop
+        methods, whose updates report no outer loss of trained parameters;
         "linear_solves", for which the device calls back: of the linear solves of implicit rules (of all members) the
         largest `residual`, the `num_iterations`, and how many were `not_converged`. (An inner solve's optimality is
         recorded where the info holds its `sol.info`.) What is recorded is judged at the end: where linear solves, or

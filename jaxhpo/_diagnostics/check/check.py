@@ -55,11 +55,10 @@ def check_hypergradient(
     place of the rule, a better linear solver, as many inner steps again, `stop_gradient` kept. What takes the
     difference away is the cause.
 
-    **Cost and bias**: one hypergradient, 1 + 1.3 k trainings for k directions (8 together share the run), where k is
-    the number of hyperparameters up to 64, else 8 and one a leaf; where it differs, about 4 hypergradients and twice
-    the directions more. Differences cost 4 trainings a direction, `step` 17 trainings, and where it
-    tries remedies 2 hypergradients and 18 trainings more. What takes longer than 5 s shows
-    its progress on stderr.
+    **Cost and bias**: one hypergradient, 1 + 1.3 k to 1 + 2 k trainings for k directions (8 together share the run),
+    where k is the number of hyperparameters up to 64, else 8 and one a leaf; where it differs, about 4 hypergradients
+    and twice the directions more. Differences cost 4 trainings a direction, `step` 17 trainings, and where it tries
+    remedies 2 hypergradients and 18 trainings more. What takes longer than 5 s shows its progress on stderr.
 
     Args:
       outer_loss: `hparams -> scalar`, or `(hparams, carry, key) -> (scalar, carry, info)`, as for `tune`. None where

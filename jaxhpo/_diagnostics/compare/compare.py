@@ -80,7 +80,7 @@ def compare(
     place, or central differences where forward mode does not exist.
 
     **Cost and bias**: one compilation and 1 + `repeats` hypergradients per method (one more compilation for rules with
-    an iterative linear solve), and 5 + 1.3 `num_directions` trainings for the tangents, or 4 `num_directions` for
+    an iterative linear solve), and 5 + 1.3 to 2 `num_directions` trainings for the tangents, or 4 a direction for
     differences. Times are those of this machine, measured by calling all programs in turn; errors are those at
     `hparams` alone. Where the reference is the exact rule, or a derivative along every coordinate, an error is exact;
     along random directions it has a 95 % interval (Pitman's, of a ratio of two standard deviations). A random method
