@@ -500,12 +500,16 @@ def save(report, path) -> None:
 
 
 def draw(rows, path) -> None:
-    """The best validation loss against gradients spent, a panel for each problem."""
+    """The best validation loss against gradients spent, a panel for each problem, of seeds that all have."""
     problems = grouped(rows)
     columns = min(3, len(problems))
     lines = -(-len(problems) // columns)
     figure, axes = plot.figure(lines, columns, width=1 + 4.6 * columns, height=0.6 + 3.6 * lines)
     for axis, ((model, data, size, penalties), methods) in zip(axes.flat, problems.items(), strict=False):
+        seeds = [{row["seed"] for row in found} for found in methods.values()]
+        shared = set.intersection(*seeds) or set.union(*seeds)
+        methods = {name: [row for row in found if row["seed"] in shared] for name, found in methods.items()}
+        methods = {name: found for name, found in methods.items() if found}
         longest = max(row["spent"] for found in methods.values() for row in found)
         at = np.linspace(0, longest, 400)
         for i, method in enumerate(METHODS):
