@@ -70,7 +70,7 @@ def test_a_problem_is_traced(problems, name):
     assert problem.test_loss is None or jax.eval_shape(problem.test_loss, problem.hparams) == scalar
 
 
-# Left out, as they take two minutes: network and stated step size are those of lenet-penalties and transformer-penalties.
+# Left out, as they take two minutes: network and step size are those of lenet-penalties and transformer-penalties.
 ALIKE = {"lenet-augmentation", "transformer-schedule", "transformer-sources"}
 
 
