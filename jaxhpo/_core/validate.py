@@ -209,7 +209,7 @@ def check_scalar(value, what: str) -> jax.Array:
 
 def check_one_training(carry: Any) -> None:
     """Raises where a carry is that of a single-loop method: no derivative of one update is its hypergradient."""
-    if getattr(carry, "single_loop", False):
+    if getattr(type(carry), "single_loop", False) is True:  # not a field of that name
         raise JaxhpoError(
             f"`carry` got a {type(carry).__name__}, but the hypergradient of a single-loop method gathers over its "
             "updates: the outer loss that one of them reports is that of parameters which have not followed the "

@@ -45,8 +45,8 @@ class Auto:
     **Cost and bias**: that of the rule; each choice costs the exact hypergradient and those that are tried (mostly one
     to three, of 1.1 to 1.5 trainings), and a compilation of each, which is most of a run whose steps take
     milliseconds: take `Unroll()` there. Costs are counted operations and predicted memory, the same on every machine. A
-    rule that is chosen may be biased, by what it does not explain: `compare` lists it as not to be trusted for its
-    value, though it descends as well.
+    rule that is chosen may be biased, by what it does not explain: `compare`, which judges values and not descent, may
+    list it as not to be trusted.
 
     Example:
       >>> solver = jaxhpo.from_optax(lambda p, h, batch: jnp.sum((p - h) ** 2), optax.sgd(0.1))

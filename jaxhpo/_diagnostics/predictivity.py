@@ -37,7 +37,7 @@ class Predictivity(NamedTuple):
 
     @property
     def low(self) -> bool:
-        """Whether another training may foretell more."""
+        """True where another training may foretell more."""
         return not self.vain and self.correlation < FORETELLS
 
     def above(self, other: "Predictivity") -> bool:

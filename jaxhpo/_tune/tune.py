@@ -288,11 +288,11 @@ def tune(
         step (of `optax.MultiSteps`, where there is a move; "error" is recorded, at half of the cost of `Unroll()`), and
         with it the cosine of the move with the exact descent direction: `measured_slope` is the derivative of the outer
         loss along a move of length one, and `measured_norm` the norm. Where the mean cosine of the last six measured
-        moves is below .05, and the hypergradient off by 30 % of its length, "tighten" puts stronger rules in place of
-        the present ones: ten times the products or last steps (eight times the directions), then (of a series at once)
-        the best linear solver, then `Unroll()`. With each the optimiser begins anew, but for its schedules, and each is
-        kept for six measured moves at least. "stop" ends the run with the status "misled", as "tighten" does where
-        nothing stronger is possible for all solves. A large error alone is no reason: many runs descend in a poor
+        moves is below .05, and the hypergradient off by over 30 % of its length, "tighten" puts stronger rules in place
+        of the present ones: ten times the products or last steps (eight times the directions), then (of a series at
+        once) the best linear solver, then `Unroll()`. With each the optimiser begins anew, but for its schedules, and
+        each is kept for six measured moves at least. "stop" ends the run with the status "misled", as "tighten" does
+        where nothing stronger is possible for all solves. A large error alone is no reason: many runs descend in a poor
         direction.
       resume: what to do where `run_dir` holds a run that was last saved with another outer loss: its traced program,
         the arrays that it closes over (of those above 4096 entries so many, evenly spaced, are compared; code and data
